@@ -1,0 +1,160 @@
+"""Block Hadamard transform y = x H along the last axis, and its transpose y = x H^T.
+
+H = matrix(order) * order**-0.5 with matrix(m * P) = kron(base_m, sylvester(P)), P a power of two.
+The Sylvester part is a butterfly of log2 P stages on a tile in registers, in float32 whatever the
+input dtype: each stage adds and subtracts the two halves of every span, so an output is a sum of P
+terms with log2 P roundings. The base part (m = 12, 20, 28, or a Sylvester factor of an order beyond
+one tile) is a small product, a kernel of its own with a float32 intermediate.
+
+Reads the input once and writes the output once for powers of two up to TILE_LIMIT; twice each
+otherwise. Sources: QuEST (arXiv 2502.05003), section 3; Sylvester (1867) for the factorisation.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from . import outputs
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+TILE_LIMIT = 16384  # float32 elements that one program holds: 32 registers a thread at 16 warps
+BASE_LIMIT = 64  # rows of the base product that one program accumulates
+
+
+@triton.jit
+def _stage(x, SPANS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    spans = tl.permute(tl.reshape(x, (SPANS, 2, HALF)), (0, 2, 1))  # (SPANS, HALF, 2)
+    low, high = tl.split(spans)
+    out = tl.permute(tl.join(low + high, low - high), (0, 2, 1))
+    return tl.reshape(out, (ROWS, WIDTH))
+
+
+@triton.jit
+def butterfly(x, LOG: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Unnormalised Sylvester transform of order 2**LOG of a float32 tile (ROWS, WIDTH)."""
+    for s in tl.static_range(LOG):
+        x = _stage(x, ROWS * WIDTH // (2 << s), 1 << s, ROWS, WIDTH)
+    return x
+
+
+@triton.jit
+def _transform(
+    x_ptr, y_ptr, mask_ptr, rows, width, mask_width, norm,
+    LOG: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    # One program: ROWS rows x WIDTH columns; WIDTH is a multiple of the order.
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    inside = (r < rows) & (c < width)
+    x = tl.load(x_ptr + r * width + c, mask=inside, other=0.0).to(tl.float32)
+    if MASKED:
+        bits = tl.load(mask_ptr + r * mask_width + c // 8, mask=inside, other=0).to(tl.int32)
+        # A select and not a product: a masked infinity must not become NaN.
+        x = tl.where(((bits >> (c % 8)) & 1) != 0, x, 0.0)
+    y = butterfly(x, LOG, ROWS, WIDTH) * norm
+    tl.store(y_ptr + r * width + c, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _base_product(
+    x_ptr, y_ptr, base_ptr, columns, norm,
+    M: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    # One program: y[i, p] = norm * sum_j base[j, i] x[j, p] for one block and WIDTH columns p.
+    start = tl.program_id(0).to(tl.int64) * M * columns
+    p = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    i = tl.arange(0, PADDED)[:, None]
+    acc = tl.zeros((PADDED, WIDTH), dtype=tl.float32)
+    for j in range(M):
+        x = tl.load(x_ptr + start + j * columns + p, mask=p < columns, other=0.0).to(tl.float32)
+        acc += tl.load(base_ptr + j * M + i, mask=i < M, other=0.0) * x
+    inside = (i < M) & (p < columns)
+    tl.store(
+        y_ptr + start + i * columns + p, (acc * norm).to(y_ptr.dtype.element_ty), mask=inside
+    )
+
+
+def stored(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which kernels store floats: the interpreter truncates where it should round."""
+    return torch.float32 if INTERPRETED else dtype
+
+
+def factor(order: int, base: torch.Tensor | None) -> tuple[int, int]:
+    """(m, P): the base's order and the power of two that one tile transforms; m * P = order."""
+    m = 1 if base is None else base.shape[0]
+    return m, order // m
+
+
+def warps(elements: int) -> int:
+    """Warps for a tile of `elements` float32: 32 registers of data a thread, 4 to 16 warps."""
+    return min(16, max(4, elements // 1024))
+
+
+def tile(rows: int, width: int, order: int) -> tuple[int, int]:
+    """(ROWS, WIDTH) of one program's tile, powers of two, WIDTH a multiple of `order`."""
+    w = max(order, min(triton.next_power_of_2(width), 1024))
+    r = min(max(1, 4096 // w), triton.next_power_of_2(rows))
+    return r, w
+
+
+def launch_base(x: torch.Tensor, base: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """x (..., d) as blocks (m, columns): base^T x / sqrt(m) for each block, stored as `dtype`."""
+    m = base.shape[0]
+    y = outputs.empty(x.shape, dtype, x.device)
+    blocks = x.numel() // (m * columns)
+    width = min(64, triton.next_power_of_2(columns))
+    _base_product[(blocks, triton.cdiv(columns, width))](
+        x, y, base, columns, m**-0.5, m, max(16, triton.next_power_of_2(m)), width, num_warps=4
+    )
+    return y
+
+
+def launch_tile(
+    x: torch.Tensor, order: int, dtype: torch.dtype, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sylvester part of order `order` <= TILE_LIMIT; `mask` (rows, ceil(d/8)) bits select inputs."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    r, w = tile(rows, width, order)
+    y = outputs.empty(x.shape, dtype, x.device)
+    _transform[(triton.cdiv(rows, r), triton.cdiv(width, w))](
+        x, y, x if mask is None else mask, rows, width, -(-width // 8), order**-0.5,
+        int(math.log2(order)), mask is not None, r, w, num_warps=warps(r * w),
+    )  # fmt: skip
+    return y
+
+
+@functools.cache
+def transposed(base: torch.Tensor) -> torch.Tensor:
+    """base^T, contiguous; cached, since a base lives as long as the process."""
+    return base.t().contiguous()
+
+
+def hadamard(
+    x: torch.Tensor,
+    order: int,
+    base: torch.Tensor | None = None,
+    transpose: bool = False,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y = x H, or x H^T, blockwise along the last axis, computed in float32.
+
+    x: (..., d) float32, bfloat16 or float16, d divisible by `order`. base: (m, m) float32 of ±1 on
+    x's device, m <= BASE_LIMIT, or None for m = 1; order / m is a power of two <= TILE_LIMIT.
+    mask: (..., ceil(d / 8)) uint8, little-endian bits; inputs whose bit is 0 count as 0.
+    Returns y of x's shape and dtype. Sums before normalisation must stay in float32's range.
+    """
+    x = x.contiguous()
+    if x.numel() == 0:
+        return outputs.empty(x.shape, x.dtype, x.device)
+    m, power = factor(order, base)
+    final = stored(x.dtype)
+    if base is None:
+        return launch_tile(x, order, final, mask).to(x.dtype)
+    y = launch_tile(x, power, torch.float32, mask)
+    return launch_base(y, transposed(base) if transpose else base, power, final).to(x.dtype)

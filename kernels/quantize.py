@@ -1,0 +1,348 @@
+"""One pass from a row of floats to its low-bit form: transform, RMS, codes, mask, sparsity, packing.
+
+For each row x of width d, in float32 whatever the input dtype:
+
+    e      = exponent of max |x|             all that follows works on x 2^-e, exactly
+    sigma  = sqrt(mean(x^2))                  H is orthonormal: the RMS of x is that of x H
+    y      = x H
+    keep   = N:M selection on |y|             (or all)
+    code   = clamp(floor(y / (sigma step)))   uniform grids; a search among midpoints for tables
+    mask   = |y| <= threshold sigma           (Clip, Trust(s >= 1)), or |Q(y) - y| <= s T sigma
+    value  = point(code) sigma                0 where pruned
+
+The power of two keeps squares and butterflies in range, so that rows of any finite magnitude have
+their true scale. A row of zeros (or one whose sigma rounds to 0) has scale 0, values 0, mask 1. A
+row with a NaN or infinity has scale NaN, values NaN, and is computed as if it were zeros otherwise.
+
+Reads the input once when a row fits one tile, twice otherwise; writes only what is asked for.
+Source: QuEST (arXiv 2502.05003), Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from . import outputs
+from .hadamard import BASE_LIMIT, TILE_LIMIT, butterfly, factor, launch_base, stored, warps
+
+STE, EDGE, DISTANCE = 0, 1, 2  # how the mask is decided
+CHUNK = 8192  # columns a program holds at a time when a row does not fit a tile
+GROUP_LIMIT = 8  # largest N:M group that the kernel compares in registers
+
+__all__ = ["BASE_LIMIT", "DISTANCE", "EDGE", "STE", "TILE_LIMIT", "Program", "quantize", "supports"]
+
+
+@triton.jit
+def _exponent(x):
+    # Largest exponent field and largest magnitude pattern of each row. Integer comparison of the
+    # bit patterns sees NaN and infinity, which a floating-point maximum may drop.
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    top = tl.max(bits, axis=1, keep_dims=True)
+    # 2^-e and 2^e must both be normal floats.
+    field = tl.minimum(tl.maximum(top >> 23, 1), 253)
+    return field, top
+
+
+@triton.jit
+def _power(field):
+    return (field << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _encode(t, points_ptr, mids_ptr, LEVELS: tl.constexpr, TABLE: tl.constexpr, LOG: tl.constexpr):
+    # Code (int32) and point (float32) nearest to t; `t` counts steps for uniform grids.
+    if TABLE:
+        # Count of midpoints <= t, by halving; midpoints beyond the last one are +inf.
+        code = tl.zeros_like(t).to(tl.int32)
+        for s in tl.static_range(LOG):
+            probe = tl.load(mids_ptr + code + ((1 << (LOG - 1 - s)) - 1))
+            code += tl.where(t >= probe, 1 << (LOG - 1 - s), 0)
+        point = tl.load(points_ptr + code)
+    elif LEVELS % 2 == 0:
+        q = tl.minimum(tl.maximum(tl.floor(t), -(LEVELS // 2)), LEVELS // 2 - 1)
+        code = q.to(tl.int32)
+        point = q + 0.5
+    else:
+        q = tl.minimum(tl.maximum(tl.floor(t + 0.5), -(LEVELS // 2)), LEVELS // 2)
+        code = q.to(tl.int32)
+        point = q
+    return code, point
+
+
+@triton.jit
+def _select(y, N: tl.constexpr, M: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
+            WIDTH: tl.constexpr):  # fmt: skip
+    # True for the N units of each group of M entries with the largest norm; a unit is an entry, or
+    # a pair of adjacent entries. A unit's rank is the number of units that come before it.
+    UNITS: tl.constexpr = M // 2 if PAIRS else M
+    GROUPS: tl.constexpr = ROWS * WIDTH // M
+    if PAIRS:
+        norm = tl.sum(tl.reshape(y * y, (GROUPS, UNITS, 2)), axis=2)
+        want: tl.constexpr = N // 2
+    else:
+        norm = tl.reshape(tl.abs(y), (GROUPS, UNITS))
+        want: tl.constexpr = N
+    mine = norm[:, :, None]
+    other = norm[:, None, :]
+    i = tl.arange(0, UNITS)[None, :, None]
+    j = tl.arange(0, UNITS)[None, None, :]
+    before = (other > mine) | ((other == mine) & (j < i))
+    kept = (tl.sum(before.to(tl.int32), axis=2) < want).to(tl.int32)  # (GROUPS, UNITS)
+    if PAIRS:
+        kept = tl.broadcast_to(kept[:, :, None], (GROUPS, UNITS, 2))
+    return tl.reshape(kept, (ROWS, WIDTH)) != 0
+
+
+@triton.jit
+def _store_bits(ptr, code, r, chunk, rows, bytes_, BITS: tl.constexpr, ROWS: tl.constexpr,
+                WIDTH: tl.constexpr):  # fmt: skip
+    # Little-endian within a byte: element i at bit (i % per) * BITS of byte i // per. `code` is 0
+    # beyond the width, so the padding bits of a row's last byte are 0.
+    PER: tl.constexpr = 8 // BITS
+    shift = (tl.arange(0, PER) * BITS)[None, None, :]
+    packed = tl.sum(tl.reshape(code, (ROWS, WIDTH // PER, PER)) << shift, axis=2)
+    b = chunk * (WIDTH // PER) + tl.arange(0, WIDTH // PER)[None, :]
+    tl.store(ptr + r * bytes_ + b, packed.to(tl.uint8), mask=(r < rows) & (b < bytes_))
+
+
+@triton.jit
+def _emit(
+    x, chunk, r, sigma, stored_sigma, rows, width,
+    values_ptr, codes_ptr, mask_ptr, keep_ptr, points_ptr, mids_ptr,
+    code_bytes, mask_bytes, norm, step, threshold, pruned_threshold, zero_code,
+    LOG: tl.constexpr, LEVELS: tl.constexpr, TABLE: tl.constexpr, LOG_LEVELS: tl.constexpr,
+    OFFSET: tl.constexpr, ESTIMATOR: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, PAIRS: tl.constexpr,
+    VALUES: tl.constexpr, CODES: tl.constexpr, BITS: tl.constexpr, PACK_MASK: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    # Everything after the scale, for one tile x (already scaled by 2^-e).
+    c = chunk * WIDTH + tl.arange(0, WIDTH)[None, :]
+    inside = (r < rows) & (c < width)
+    y = butterfly(x, LOG, ROWS, WIDTH) * norm
+    safe = tl.where(sigma > 0, sigma, 1.0)  # zero and non-finite rows divide 0 by 1
+    if TABLE:
+        t = y * tl.div_rn(1.0, safe)
+    else:
+        t = y * tl.div_rn(1.0, safe * step)
+    code, point = _encode(t, points_ptr, mids_ptr, LEVELS, TABLE, LOG_LEVELS)
+    value = point if TABLE else point * step
+    if M > 0:
+        keep = _select(y, N, M, PAIRS, ROWS, WIDTH)
+        code = tl.where(keep, code, zero_code)
+        value = tl.where(keep, value, 0.0)
+    if ESTIMATOR == 0:
+        mask = inside
+    elif ESTIMATOR == 1:
+        bound = threshold * sigma
+        if M > 0:
+            bound = tl.where(keep, bound, pruned_threshold * sigma)
+        mask = tl.abs(y) <= bound
+    else:
+        distance = tl.abs(value - y * tl.div_rn(1.0, safe))
+        # A zero row lies on the grid (scale 0), a non-finite one nowhere.
+        mask = ((distance <= threshold) | (sigma == 0)) & (sigma == sigma)
+    mask = mask & inside
+    if VALUES:
+        out = (value * stored_sigma).to(values_ptr.dtype.element_ty)
+        tl.store(values_ptr + r * width + c, out, mask=inside)
+    if CODES:
+        if BITS > 0:
+            unsigned = tl.where(inside, code + OFFSET, 0)
+            _store_bits(codes_ptr, unsigned, r, chunk, rows, code_bytes, BITS, ROWS, WIDTH)
+        else:
+            tl.store(codes_ptr + r * width + c, code.to(codes_ptr.dtype.element_ty), mask=inside)
+    if PACK_MASK:
+        _store_bits(mask_ptr, mask.to(tl.int32), r, chunk, rows, mask_bytes, 1, ROWS, WIDTH)
+    else:
+        tl.store(mask_ptr + r * width + c, mask.to(tl.uint8), mask=inside)
+    if CODES and M > 0:
+        if PACK_MASK:
+            _store_bits(keep_ptr, (keep & inside).to(tl.int32), r, chunk, rows, mask_bytes, 1,
+                        ROWS, WIDTH)  # fmt: skip
+        else:
+            tl.store(keep_ptr + r * width + c, keep.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _quantize(
+    x_ptr, power_ptr, scale_ptr, values_ptr, codes_ptr, mask_ptr, keep_ptr, points_ptr, mids_ptr,
+    rows, width, code_bytes, mask_bytes,
+    norm, step, threshold, pruned_threshold, zero_code,
+    LOG: tl.constexpr, LEVELS: tl.constexpr, TABLE: tl.constexpr, LOG_LEVELS: tl.constexpr,
+    OFFSET: tl.constexpr, ESTIMATOR: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, PAIRS: tl.constexpr,
+    VALUES: tl.constexpr, CODES: tl.constexpr, BITS: tl.constexpr, PACK_MASK: tl.constexpr,
+    PRESCALED: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    if CHUNKS == 1:
+        c = tl.arange(0, WIDTH)[None, :]
+        x = tl.load(x_ptr + r * width + c, mask=(r < rows) & (c < width), other=0.0).to(tl.float32)
+        field, top = _exponent(x)
+        x = x * _power(254 - field)
+        squares = tl.sum(x * x, axis=1, keep_dims=True)
+    else:
+        field = tl.full((ROWS, 1), 1, tl.int32)
+        top = tl.zeros((ROWS, 1), tl.int32)
+        squares = tl.zeros((ROWS, 1), tl.float32)
+        for chunk in range(CHUNKS):
+            c = chunk * WIDTH + tl.arange(0, WIDTH)[None, :]
+            inside = (r < rows) & (c < width)
+            x = tl.load(x_ptr + r * width + c, mask=inside, other=0.0).to(tl.float32)
+            new, t = _exponent(x)
+            top = tl.maximum(top, t)
+            new = tl.maximum(field, new)
+            # A power of two rescales the running sum without rounding; 2^-252 and less is 0.
+            shrink = _power(tl.maximum(127 + field - new, 1))
+            x = x * _power(254 - new)
+            squares = squares * shrink * shrink + tl.sum(x * x, axis=1, keep_dims=True)
+            field = new
+    finite = top < 0x7F800000
+    down = _power(254 - field)
+    up = _power(field)
+    if PRESCALED:
+        power = tl.load(power_ptr + r, mask=r < rows, other=1.0)
+    else:
+        power = tl.full((ROWS, 1), 1.0, tl.float32)
+    # Rounding must not push the scale of a row at the end of the range over it.
+    sigma = tl.minimum(tl.sqrt_rn(squares / width) * up * power, 3.4028234663852886e38)
+    sigma = tl.where(finite, sigma, float("nan"))
+    tl.store(scale_ptr + r, sigma, mask=r < rows)
+    # Codes are taken against the stored scale, also where storing rounded it (subnormals).
+    inner = tl.div_rn(sigma, power) * down
+    if CHUNKS == 1:
+        _emit(
+            tl.where(inner > 0, x, 0.0), 0, r, inner, sigma, rows, width,  # 0 too where inner is NaN
+            values_ptr, codes_ptr, mask_ptr, keep_ptr, points_ptr, mids_ptr,
+            code_bytes, mask_bytes, norm, step, threshold, pruned_threshold, zero_code,
+            LOG, LEVELS, TABLE, LOG_LEVELS, OFFSET, ESTIMATOR, N, M, PAIRS,
+            VALUES, CODES, BITS, PACK_MASK, ROWS, WIDTH,
+        )  # fmt: skip
+    else:
+        for chunk in range(CHUNKS):
+            c = chunk * WIDTH + tl.arange(0, WIDTH)[None, :]
+            inside = (r < rows) & (c < width)
+            x = tl.load(x_ptr + r * width + c, mask=inside, other=0.0).to(tl.float32) * down
+            _emit(
+                tl.where(inner > 0, x, 0.0), chunk, r, inner, sigma, rows, width,  # 0 too where inner is NaN
+                values_ptr, codes_ptr, mask_ptr, keep_ptr, points_ptr, mids_ptr,
+                code_bytes, mask_bytes, norm, step, threshold, pruned_threshold, zero_code,
+                LOG, LEVELS, TABLE, LOG_LEVELS, OFFSET, ESTIMATOR, N, M, PAIRS,
+                VALUES, CODES, BITS, PACK_MASK, ROWS, WIDTH,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Program:
+    """What `quantize` computes, in numbers and tensors; the caller's policy ends here.
+
+    order, base: the transform, as in `hadamard`; order 1 for none.
+    levels, step: a uniform grid; or points (L,) and midpoints (2**ceil(log2 L) - 1,) float32 on the
+    input's device, the latter padded with +inf, for a table (step is then not used).
+    zero_code: the code of 0, which pruned entries get; offset: what packing adds to a code.
+    bits: of a packed code (1, 2, 4 or 8).
+    estimator: STE, EDGE (|y| <= threshold sigma; pruned_threshold for pruned entries) or DISTANCE
+    (|Q(y) - y| <= threshold sigma).
+    group: None, or (n, m, pairs).
+    """
+
+    order: int
+    base: torch.Tensor | None
+    levels: int
+    step: float
+    points: torch.Tensor | None
+    midpoints: torch.Tensor | None
+    zero_code: int
+    offset: int
+    bits: int
+    estimator: int
+    threshold: float
+    pruned_threshold: float
+    group: tuple[int, int, bool] | None
+
+
+def supports(program: Program) -> bool:
+    """Whether the kernel has this sparsity group: m a power of two up to GROUP_LIMIT."""
+    if program.group is None:
+        return True
+    m = program.group[1]
+    return m <= GROUP_LIMIT and m & (m - 1) == 0
+
+
+def _shape(rows: int, width: int, order: int, group: int) -> tuple[int, int, int]:
+    """(ROWS, WIDTH, CHUNKS) of a program: whole rows where they fit, else CHUNK columns a turn."""
+    least = max(16, order, group)
+    w = max(least, triton.next_power_of_2(width))
+    if w > TILE_LIMIT:
+        w = max(least, CHUNK)
+    r = min(max(1, 2048 // w), triton.next_power_of_2(rows))
+    return r, w, triton.cdiv(width, w)
+
+
+def _prescale(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows times a power of two that brings their largest magnitude to [1, 2), and its inverse."""
+    x = x.float()
+    field = x.view(torch.int32).bitwise_and(0x7FFFFFFF).amax(-1, keepdim=True) >> 23
+    field = field.clamp(1, 253)
+    return x * ((254 - field) << 23).view(torch.float32), (field << 23).view(torch.float32)
+
+
+def quantize(
+    x: torch.Tensor, program: Program, *, values: bool, codes: bool, packed: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantize x (..., d) float32, bfloat16 or float16, d divisible by the order and the group.
+
+    Returns (values, codes, scale, mask, keep); what is not asked for has shape (0,).
+    values: (..., d) of x's dtype. scale: (..., 1) float32, sigma.
+    codes: (..., d) int8 (uint8 for tables of more than 128 levels), or packed (..., ceil(d bits/8))
+    uint8. mask: (..., d) bool, or packed bits (..., ceil(d/8)) uint8. keep: like mask, for groups.
+    `packed` packs codes, mask and keep. Without codes the mask is packed too if `packed`.
+    """
+    p = program
+    if not supports(p):
+        raise ValueError(f"group {p.group} is not one of m = 2, 4, 8")
+    x = x.contiguous()
+    lead, d = x.shape[:-1], x.shape[-1]
+    rows = math.prod(lead)
+    device, dtype, sparse = x.device, x.dtype, p.group is not None
+    wide = torch.int8 if p.points is None or p.levels <= 128 else torch.uint8
+    mask_bytes, code_bytes = -(-d // 8), -(-d * p.bits // 8)
+
+    def out(wanted: bool, last: int, dtype: torch.dtype) -> torch.Tensor:
+        return outputs.empty((*lead, last) if wanted else (0,), dtype, device)
+
+    value_out = out(values, d, stored(x.dtype))
+    code_out = out(codes, code_bytes if packed else d, torch.uint8 if packed else wide)
+    scale = out(True, 1, torch.float32)
+    mask = out(True, mask_bytes if packed else d, torch.uint8)
+    keep = out(codes and sparse, mask_bytes if packed else d, torch.uint8)
+    if x.numel():
+        power = None
+        m, order = factor(p.order, p.base)
+        if p.base is not None:
+            x, power = _prescale(x)
+            x = launch_base(x, p.base, order, torch.float32)
+        n, group, pairs = p.group or (0, 0, False)
+        r, w, chunks = _shape(rows, d, order, group)
+        nothing = scale  # a pointer that is never followed
+        _quantize[(triton.cdiv(rows, r),)](
+            x, nothing if power is None else power, scale, value_out, code_out, mask, keep,
+            nothing if p.points is None else p.points,
+            nothing if p.midpoints is None else p.midpoints,
+            rows, d, code_bytes, mask_bytes,
+            order**-0.5, p.step, p.threshold, p.pruned_threshold, p.zero_code,
+            int(math.log2(order)), p.levels, p.points is not None,
+            math.ceil(math.log2(p.levels)), p.offset, p.estimator, n, group, pairs,
+            values, codes, p.bits if packed else 0, packed, power is not None, chunks, r, w,
+            num_warps=warps(r * w),
+        )  # fmt: skip
+    if not packed:
+        mask = mask.view(torch.bool)
+    keep = keep if packed else keep.view(torch.bool)
+    return value_out.to(dtype), code_out, scale, mask, keep

@@ -1,0 +1,189 @@
+"""The command ``quest``.
+
+Exit status: 0 done, 1 something failed, 2 the input cannot be used, 130 interrupted. Whatever goes
+wrong that a user can mend is one line on stderr. Commands import what they need when they run, so
+that help and usage errors do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+USAGE = 2
+INTERRUPTED = 130
+
+
+class FailedError(Exception):
+    """Ends the command with ``status`` and one line."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(" ".join(message.split()))
+        self.status = status
+
+
+@click.group()
+@click.version_option(package_name="quest-lowbit", prog_name="quest")
+def quest() -> None:
+    """QuEST: training language models with weights and activations of 1 to 8 bits."""
+
+
+@quest.command()
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Also write the report as JSON.",
+)
+@click.option(
+    "--lane",
+    "lanes",
+    multiple=True,
+    metavar="NAME",
+    help="Only this implementation (repeatable). Default: all that this machine can run.",
+)
+@click.option("--quick", is_flag=True, help="Fewer and smaller inputs.")
+def verify(json_path: Path | None, lanes: tuple[str, ...], quick: bool) -> int:
+    """Hold every kernel that this machine can run to the float64 reference."""
+    from quest.conformance.verify import run
+
+    return int(run(json_path, lanes, quick))
+
+
+@quest.command()
+@click.option(
+    "--recipe",
+    "recipes",
+    multiple=True,
+    default=("w1a1",),
+    show_default=True,
+    metavar="NAME",
+    help="bf16, w1a1, w4a4, fp4, w4a4-2:4, ... (repeatable: each is trained on the same batches).",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/train"),
+    show_default=True,
+    metavar="FOLDER",
+    help="Where metrics.jsonl, loss.png and the checkpoints go.",
+)
+@click.option("--resume", is_flag=True, help="Go on from the checkpoints in --out.")
+@click.option("--overwrite", is_flag=True, help="Remove an earlier run's files from --out.")
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="PATH",
+    help="Text: a file, folder or quoted glob (repeatable). Default: the source of "
+    "Python's standard library.",
+)
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A Hugging Face tokenizer.json. Default: bytes.",
+)
+@click.option(
+    "--size",
+    default="demo",
+    show_default=True,
+    metavar="SIZE",
+    help="demo, or published: 30M, 50M, 100M, 200M, 430M, 800M.",
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Default: by the size.")
+@click.option("--batch", type=click.IntRange(min=1), help="Sequences a step. Default: by the size.")
+@click.option(
+    "--micro-batch",
+    type=click.IntRange(min=1),
+    help="Sequences computed at once; smaller takes less memory. Default: at most 64.",
+)
+@click.option("--seq", type=click.IntRange(min=1), help="Tokens a sequence. Default: by the size.")
+@click.option(
+    "--lr",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Peak learning rate. Default: by the size.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of the initial weights and the batches.",
+)
+@click.option("--eval-every", type=click.IntRange(min=1), help="Steps. Default: 15 times a run.")
+@click.option("--save-every", type=click.IntRange(min=1), help="Steps. Default: 5 times a run.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
+@click.option("--compile", "compile_", is_flag=True, help="Use torch.compile.")
+def train(
+    recipes: tuple[str, ...],
+    out: Path,
+    resume: bool,
+    overwrite: bool,
+    data: tuple[str, ...],
+    tokenizer: Path | None,
+    size: str,
+    device: str,
+    compile_: bool,
+    **settings: Any,
+) -> int:
+    """Train a Llama on real text and draw its loss.
+
+    With no options: a small one with 1-bit weights and activations, in minutes on two CPU cores.
+    """
+    from rich.console import Console
+
+    from quest.train import Request, TrainConfig, UserError, run
+    from quest.train.loop import DivergedError
+
+    try:
+        request = Request(
+            recipes=recipes,
+            out=out,
+            config=TrainConfig.for_size(size, **settings),
+            data=data,
+            tokenizer=tokenizer,
+            device=device,
+            compile=compile_,
+            resume=resume,
+            overwrite=overwrite,
+        )
+        run(request, Console())
+    except UserError as error:
+        raise FailedError(str(error), USAGE) from error
+    except (DivergedError, OSError) as error:
+        raise FailedError(str(error), 1) from error
+    except KeyboardInterrupt as error:
+        raise FailedError(
+            "interrupted: --resume goes on from the last checkpoint", INTERRUPTED
+        ) from error
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``quest`` with ``arguments`` (default: the process's) and return the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = next((name for name in given[:1] if name in quest.commands), None)
+    where = f"quest {command}" if command else "quest"
+    try:
+        status = quest.main(given or ["--help"], prog_name="quest", standalone_mode=False)
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else where
+        message = " ".join(error.format_message().split()).rstrip(".")
+        print(f"{where}: {message[:1].lower()}{message[1:]} (see {where} --help)", file=sys.stderr)
+        return USAGE
+    except FailedError as error:
+        print(f"{where}: {error}", file=sys.stderr)
+        return error.status
+    except (click.Abort, KeyboardInterrupt):
+        print(f"{where}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return status if isinstance(status, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""Every operator in plain PyTorch: the implementation on the CPU, and a check on any device.
+
+The arithmetic is that of the kernels (`quest.kernels.quantize` has the formulas): float32 whatever
+the input dtype, rows brought to [1, 2) by a power of two, the Hadamard transform as a butterfly.
+A matrix product would be shorter, but a dot product of 128 terms has a bound 13 times that of seven
+additions, too wide to judge 8-bit codes by.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import packing, transforms
+from .estimators import STE, Trust
+from .sparsity import NM, Pairwise
+
+if TYPE_CHECKING:
+    from .grids import Grid
+    from .quantizer import Quantizer
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+def _rotate(x: torch.Tensor, order: int, transpose: bool) -> torch.Tensor:
+    """x H or x H^T for float32 x; a new tensor."""
+    m, power = transforms.split(order)
+    y = x.reshape(-1, power)
+    half = 1
+    while half < power:
+        y = y.view(-1, power // (2 * half), 2, half)
+        out = torch.empty_like(y)
+        torch.add(y[:, :, 0], y[:, :, 1], out=out[:, :, 0])
+        torch.sub(y[:, :, 0], y[:, :, 1], out=out[:, :, 1])
+        y, half = out, 2 * half
+    base = transforms.base(m, x.device)
+    if base is not None:
+        # Row-vector convention: x kron(base, S) multiplies each block, (m, power), by base^T.
+        y = torch.matmul(base if transpose else base.t(), y.reshape(-1, m, power))
+    return (y * order**-0.5).reshape(x.shape)
+
+
+def hadamard(x: torch.Tensor, order: int, transpose: bool) -> torch.Tensor:
+    """x H, or x H^T, in float32; x (..., d) and the result have the same dtype."""
+    return _rotate(x.float(), order, transpose).to(x.dtype)
+
+
+def masked_transpose(grad: torch.Tensor, mask: torch.Tensor, order: int) -> torch.Tensor:
+    """(grad * mask) H^T for grad (..., d) and packed mask bits (..., ceil(d / 8)) uint8."""
+    bits = packing.unpack(mask, 1, grad.shape[-1]).bool()
+    zero = torch.zeros((), dtype=torch.float32, device=grad.device)
+    return _rotate(torch.where(bits, grad.float(), zero), order, True).to(grad.dtype)
+
+
+def _normalise(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x 2^-e, sigma 2^-e, sigma) for float32 x (..., d); zeros in rows without a finite scale."""
+    # Integer comparison of bit patterns sees NaN and infinity.
+    top = x.view(torch.int32).bitwise_and(0x7FFFFFFF).amax(-1, keepdim=True)
+    field = (top >> 23).clamp(1, 253)
+    down, up = ((254 - field) << 23).view(torch.float32), (field << 23).view(torch.float32)
+    x = x * down
+    sigma = (x.square().sum(-1, keepdim=True) / width).sqrt() * up
+    # Rounding must not push the scale of a row at the end of the range over it.
+    sigma = torch.where(top < 0x7F800000, sigma.clamp(max=FLOAT32_MAX), torch.nan)
+    # Codes are taken against the stored scale, also where storing rounded it (subnormals).
+    inner = sigma * down
+    return torch.where(inner > 0, x, 0.0), inner, sigma
+
+
+@functools.lru_cache(maxsize=64)
+def table(grid: Grid, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(points, midpoints) of a grid, float32 on `device`; midpoints padded to 2^k - 1 with inf."""
+    slots = 2 ** (grid.levels - 1).bit_length() - 1
+    mids = [*grid.midpoints, *[float("inf")] * (slots - len(grid.midpoints))]
+    return (
+        torch.tensor(grid.points, dtype=torch.float32, device=device),
+        torch.tensor(mids, dtype=torch.float32, device=device),
+    )
+
+
+def points(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The float32 points of integer codes, for a row of unit scale."""
+    if grid.step is None:
+        return table(grid, codes.device)[0][codes.int()]
+    shift = 0.5 if grid.levels % 2 == 0 else 0.0
+    return (codes.float() + shift) * grid.step
+
+
+def _encode(y: torch.Tensor, sigma: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Nearest codes, a midpoint going up, as int32; sigma (..., 1) is positive."""
+    if grid.step is None:
+        mids = table(grid, y.device)[1]
+        return torch.bucketize(y * sigma.reciprocal(), mids, out_int32=True, right=True)
+    t = y * (sigma * grid.step).reciprocal()
+    half = grid.levels // 2
+    if grid.levels % 2 == 0:
+        return t.floor().clamp(-half, half - 1).int()
+    return (t + 0.5).floor().clamp(-half, half).int()
+
+
+def select(y: torch.Tensor, sparsity: NM | Pairwise) -> torch.Tensor:
+    """The entries that the pattern keeps, bool (..., d); ties keep the lower index."""
+    unit = 2 if isinstance(sparsity, Pairwise) else 1
+    groups = y.unflatten(-1, (y.shape[-1] // sparsity.m, sparsity.m // unit, unit))
+    norm = groups.square().sum(-1) if unit == 2 else groups[..., 0].abs()
+    rank = norm.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    keep = rank < sparsity.n // unit
+    return keep.unsqueeze(-1).expand_as(groups).flatten(-3)
+
+
+def _mask(
+    y: torch.Tensor,
+    point: torch.Tensor,
+    keep: torch.Tensor | None,
+    sigma: torch.Tensor,
+    q: Quantizer,
+) -> torch.Tensor:
+    """Where the gradient passes; y and sigma in the same units, point in units of sigma."""
+    if isinstance(q.estimator, STE):
+        return torch.ones(y.shape, dtype=torch.bool, device=y.device)
+    inside, pruned, edge = q.thresholds()
+    if not edge:
+        distance = (point - y * torch.where(sigma > 0, sigma, 1.0).reciprocal()).abs()
+        return ((distance <= inside) | (sigma == 0)) & (sigma == sigma)
+    bound = inside * sigma
+    if keep is not None and isinstance(q.estimator, Trust):
+        bound = torch.where(keep, bound, pruned * sigma)
+    return y.abs() <= bound
+
+
+def quantize(
+    x: torch.Tensor, q: Quantizer, *, values: bool, codes: bool, packed: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Arguments and results of `quest.kernels.quantize.quantize`, with a `Quantizer` as program."""
+    grid = q.require_grid()
+    nothing = torch.empty(0, dtype=torch.bool, device=x.device)
+    d = x.shape[-1]
+    if x.numel() == 0:
+        return like(x, q, values=values, codes=codes, packed=packed)
+    scaled, inner, sigma = _normalise(x.float(), d)
+    y = _rotate(scaled, q.transform.order(d), False)
+    code = _encode(y, torch.where(inner > 0, inner, 1.0), grid)
+    point = points(code, grid)
+    keep = None
+    if q.sparsity is not None:
+        keep = select(y, q.sparsity)
+        code = torch.where(keep, code, grid.zero_code)
+        point = torch.where(keep, point, 0.0)
+    mask = _mask(y, point, keep, inner, q)
+    value = (point * sigma).to(x.dtype) if values else nothing.to(x.dtype)
+    kept = keep if keep is not None and codes else nothing
+    if packed:
+        mask = packing.pack(mask, 1)
+        kept = packing.pack(kept, 1) if kept is keep else kept.to(torch.uint8)
+        stored = packing.pack(code + grid.offset, grid.storage_bits)
+    else:
+        stored = code.to(q.code_dtype)
+    return value, stored if codes else stored.new_empty(0), sigma, mask, kept
+
+
+def like(
+    x: torch.Tensor, q: Quantizer, *, values: bool, codes: bool, packed: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Outputs of `quantize` by shape and dtype alone, uninitialised: fakes and empty inputs."""
+    lead, d, grid = x.shape[:-1], x.shape[-1], q.require_grid()
+    bits = -(-d // 8) if packed else d
+    flag = torch.uint8 if packed else torch.bool
+    code_width = -(-d * grid.storage_bits // 8) if packed else d
+    return (
+        x.new_empty((*lead, d) if values else (0,)),
+        x.new_empty(
+            (*lead, code_width) if codes else (0,), dtype=torch.uint8 if packed else q.code_dtype
+        ),
+        # A row of no columns is a row of zeros.
+        x.new_zeros((*lead, 1), dtype=torch.float32),
+        x.new_empty((*lead, bits), dtype=flag),
+        x.new_empty((*lead, bits) if codes and q.sparsity is not None else (0,), dtype=flag),
+    )

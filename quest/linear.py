@@ -1,0 +1,130 @@
+"""The linear layer with quantized operands, and its use in whole models.
+
+y = Q(x H) Q(w H)^T + b: both operands are rotated, so H cancels and the forward needs no inverse.
+The backward masks in the rotated domain and brings both gradients back with H^T; autograd composes
+it from the operators. Source: method, section 5; QuEST (arXiv 2502.05003), Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .recipes import Recipe, recipe
+
+HEADS = frozenset({"lm_head", "output", "head", "embed_out", "classifier", "score"})
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` with quantized weight and activation; drop-in, with the same state dict.
+
+    recipe: a name such as "w4a4", or a `Recipe`. Raises ValueError where the recipe's Hadamard
+    block or sparsity group does not divide in_features.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        recipe: str | Recipe = "w4a4",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.set_recipe(recipe)
+
+    def set_recipe(self, name: str | Recipe) -> None:
+        """Change the recipe; the weight stays."""
+        made = recipe(name)
+        made.weight.check(self.weight)
+        made.activation.transform.order(self.in_features)
+        self.recipe = made
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, name: str | Recipe) -> Self:
+        """A layer that shares the parameters of `linear`."""
+        made = cls(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            recipe=name,
+            device="meta",
+            dtype=linear.weight.dtype,
+        )
+        made.weight, made.bias = linear.weight, linear.bias
+        return made.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (..., out_features) for x (..., in_features) float32, bfloat16 or float16."""
+        self._check(x)
+        values = self.recipe.activation(x)
+        weights = self.recipe.weight(self.weight)
+        return nn.functional.linear(values, weights, self.bias)
+
+    def _check(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"x must have {self.in_features} columns (in_features), got shape {tuple(x.shape)}"
+            )
+        if x.device != self.weight.device:
+            raise ValueError(f"x is on {x.device}, the weight on {self.weight.device}")
+        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"x must have the weight's dtype {self.weight.dtype} outside autocast, "
+                f"got {x.dtype}"
+            )
+
+    def extra_repr(self) -> str:
+        """in_features, out_features, bias and the recipe."""
+        return f"{super().extra_repr()}, recipe={self.recipe}"
+
+
+def _is_body(model: nn.Module) -> Callable[[nn.Module, str], bool]:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+
+    def keep(module: nn.Module, name: str) -> bool:
+        return module is not head and name.rpartition(".")[2] not in HEADS
+
+    return keep
+
+
+def quantize_(
+    model: nn.Module,
+    name: str | Recipe,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+) -> nn.Module:
+    """Replace the `nn.Linear` modules of `model` in place; parameters keep their values and names.
+
+    filter_fn(module, qualified name) says which; by default all but the output head (what
+    `model.get_output_embeddings()` returns, and modules called lm_head, output, head, embed_out,
+    classifier or score), which the method leaves in the model's dtype. Subclasses of `nn.Linear`
+    other than `quest.Linear` are left alone. Returns `model`. Raises ValueError where no module
+    matches or a width does not fit the recipe; the model is then unchanged.
+    """
+    made = recipe(name)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    wanted = filter_fn or _is_body(model)
+    # A module that stands in several places is replaced by one module in all of them.
+    swaps: dict[nn.Module, Linear] = {}
+    places: list[tuple[nn.Module, str, nn.Module]] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path and type(module) in (nn.Linear, Linear) and wanted(module, path):
+            parent, _, leaf = path.rpartition(".")
+            if module not in swaps:
+                try:
+                    swaps[module] = Linear.from_linear(module, made)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"{path}: {error}") from None
+            places.append((model.get_submodule(parent), leaf, module))
+    if not places:
+        raise ValueError("model has no torch.nn.Linear that filter_fn selects")
+    for parent_module, leaf, module in places:
+        setattr(parent_module, leaf, swaps[module])
+    return model

@@ -1,0 +1,195 @@
+"""A Llama decoder in full precision (arXiv 2302.13971), in the sizes that QuEST published.
+
+Every linear layer is a plain ``nn.Linear``, so that ``quest.quantize_(model, recipe)`` can replace
+all of them but the output head. Submodules carry the names of Hugging Face's ``LlamaForCausalLM``
+(there with the prefix ``model.`` except for ``lm_head``), whose logits this model reproduces from
+the same weights.
+
+Shapes: ``B`` sequences, ``T`` tokens, width ``d``, ``h`` heads of width ``d / h``, vocabulary
+``V``. The file holds no cache for generation and no dropout: it is what training needs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The architecture of one model.
+
+    Raises ``ValueError`` where the width does not split into heads of an even width (rotary
+    embeddings turn pairs) or where a count is below 1.
+    """
+
+    vocab_size: int
+    layers: int
+    width: int
+    heads: int
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "layers", "width", "heads"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} is {value}: must be at least 1")
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"width is {self.width}: must be a multiple of 2 * heads = {2 * self.heads}"
+            )
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """The width inside the MLP: 8/3 of the model's, rounded up to a multiple of 256."""
+        return -(-8 * self.width // (3 * 256)) * 256
+
+
+@dataclass(frozen=True)
+class Size:
+    """An architecture without its vocabulary, and how it is trained unless one says otherwise.
+
+    ``batch`` is in sequences of ``seq`` tokens a step, ``tokens`` the whole of training.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    lr: float
+    tokens: int
+    batch: int = 512
+    seq: int = 512
+
+    def architecture(self, vocab_size: int) -> LlamaConfig:
+        return LlamaConfig(vocab_size, self.layers, self.width, self.heads)
+
+
+# The published models (arXiv 2502.05003, appendix), and one that two CPU cores train in minutes.
+SIZES: dict[str, Size] = {
+    "demo": Size(4, 256, 4, lr=3e-3, tokens=300 * 16 * 128, batch=16, seq=128),
+    "30M": Size(6, 640, 5, lr=1.2e-3, tokens=3_000_000_000),
+    "50M": Size(7, 768, 6, lr=1.2e-3, tokens=5_000_000_000),
+    "100M": Size(8, 1024, 8, lr=6e-4, tokens=10_000_000_000),
+    "200M": Size(10, 1280, 10, lr=3e-4, tokens=20_000_000_000),
+    "430M": Size(13, 1664, 13, lr=1.5e-4, tokens=43_000_000_000),
+    "800M": Size(16, 2048, 16, lr=7.5e-5, tokens=80_000_000_000),
+}
+
+
+def rope_angles(config: LlamaConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding (arXiv 2104.09864), float32, ``(T, d/h)`` each.
+
+    Pair ``i`` of a head turns by ``t * theta ** (-2i / (d/h))`` at position ``t``; the pair is made
+    of the components ``i`` and ``i + d/2h``, as in Hugging Face's Llama.
+    """
+    pairs = torch.arange(0, config.head_width, 2, device=device, dtype=torch.float32)
+    frequency = config.rope_theta ** (-pairs / config.head_width)
+    position = torch.arange(length, device=device, dtype=torch.float32)
+    angle = torch.outer(position, frequency).repeat(1, 2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs of ``x``, shape ``(..., T, d/h)``, by the angles of `rope_angles`."""
+    low, high = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-high, low), dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions: ``(B, T, d)`` to ``(B, T, d)``."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.q_proj = nn.Linear(config.width, config.width, bias=False)
+        self.k_proj = nn.Linear(config.width, config.width, bias=False)
+        self.v_proj = nn.Linear(config.width, config.width, bias=False)
+        self.o_proj = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (
+            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, h, T, d/h)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = F.scaled_dot_product_attention(
+            rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True
+        )
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(-2))
+        return out
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202): ``down(silu(gate(x)) * up(x))``, ``(B, T, d)`` to the same."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.width, config.hidden, bias=False)
+        self.up_proj = nn.Linear(config.width, config.hidden, bias=False)
+        self.down_proj = nn.Linear(config.hidden, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Block(nn.Module):
+    """One pre-norm layer: attention, then the MLP, each added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class Llama(nn.Module):
+    """Token ids to the logits of the next token.
+
+    All matrices start normal with standard deviation 0.02, the two that write into the residual
+    stream with ``0.02 / sqrt(2 * layers)``, so that its variance does not grow with the depth.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every matrix anew from the global generator, and set the norms to one."""
+        residual = INIT_STD / math.sqrt(2 * self.config.layers)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                nn.init.ones_(parameter)
+            else:
+                writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=residual if writes_residual else INIT_STD)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``tokens`` ``(B, T)``, integers below the vocabulary's size, to logits ``(B, T, V)``."""
+        cos, sin = rope_angles(self.config, tokens.shape[-1], tokens.device)
+        x = self.embed_tokens(tokens)
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        logits: Tensor = self.lm_head(self.norm(x))
+        return logits

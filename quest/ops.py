@@ -1,0 +1,188 @@
+"""The operators, through torch.library: the device of the tensor chooses the implementation.
+
+quest::hadamard(x, order, transpose) -> y            differentiable
+quest::fake_quantize(x, spec) -> (values, mask)      differentiable; mask packed, one bit an element
+quest::quantize(x, spec, packed) -> (codes, scale, mask, keep)
+quest::masked_transpose(grad, mask, order) -> dx     the backward of fake_quantize
+
+CPU: plain PyTorch (`eager`). CUDA: the kernels. `spec` is `Quantizer.spec`. Inputs are checked by
+the callers (`Quantizer.check`, `check_input`), once and before any kernel runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import eager, transforms
+from .estimators import STE
+from .sparsity import Pairwise
+
+if TYPE_CHECKING:
+    from .quantizer import Quantizer
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_input(x: Tensor) -> None:
+    """Raise TypeError or ValueError unless x is (..., d) float32, bfloat16 or float16."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
+    if x.ndim == 0:
+        raise ValueError("x must have at least one axis, got a scalar")
+
+
+def _quantizer(spec: str) -> Quantizer:
+    from .quantizer import parse
+
+    return parse(spec)
+
+
+@torch.library.custom_op("quest::hadamard", mutates_args=(), device_types="cpu")
+def hadamard(x: Tensor, order: int, transpose: bool) -> Tensor:
+    """x H (or x H^T) blockwise along the last axis; x (..., d), d divisible by order."""
+    return eager.hadamard(x, order, transpose)
+
+
+@torch.library.custom_op("quest::masked_transpose", mutates_args=(), device_types="cpu")
+def masked_transpose(grad: Tensor, mask: Tensor, order: int) -> Tensor:
+    """(grad * mask) H^T; grad (..., d), mask (..., ceil(d/8)) uint8."""
+    return eager.masked_transpose(grad, mask, order)
+
+
+@torch.library.custom_op("quest::fake_quantize", mutates_args=(), device_types="cpu")
+def fake_quantize(x: Tensor, spec: str) -> tuple[Tensor, Tensor]:
+    """(values of x's shape and dtype, mask (..., ceil(d/8)) uint8)."""
+    values, _, _, mask, _ = eager.quantize(
+        x, _quantizer(spec), values=True, codes=False, packed=True
+    )
+    return values, mask
+
+
+@torch.library.custom_op("quest::quantize", mutates_args=(), device_types="cpu")
+def quantize(x: Tensor, spec: str, packed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(codes, scale, mask, keep); keep has shape (0,) without sparsity."""
+    return eager.quantize(x, _quantizer(spec), values=False, codes=True, packed=packed)[1:]
+
+
+def _program(q: Quantizer, x: Tensor) -> Any:
+    from .kernels import quantize as kernel
+
+    grid, order = q.require_grid(), q.transform.order(x.shape[-1])
+    points, midpoints = (None, None) if grid.step is not None else eager.table(grid, x.device)
+    inside, pruned, edge = q.thresholds()
+    estimator = kernel.EDGE if edge else kernel.DISTANCE
+    if isinstance(q.estimator, STE):
+        estimator = kernel.STE
+    s = q.sparsity
+    return kernel.Program(
+        order=order,
+        base=transforms.base(transforms.split(order)[0], x.device),
+        levels=grid.levels,
+        step=1.0 if grid.step is None else grid.step,
+        points=points,
+        midpoints=midpoints,
+        zero_code=grid.zero_code,
+        offset=grid.offset,
+        bits=grid.storage_bits,
+        estimator=estimator,
+        threshold=inside,
+        pruned_threshold=pruned,
+        group=None if s is None else (s.n, s.m, isinstance(s, Pairwise)),
+    )
+
+
+def launch_hadamard(x: Tensor, order: int, transpose: bool) -> Tensor:
+    """`hadamard` by the kernel, on CUDA or in Triton's interpreter."""
+    from .kernels import hadamard as kernel
+
+    base = transforms.base(transforms.split(order)[0], x.device)
+    return kernel.hadamard(x, order, base, transpose)
+
+
+def launch_masked_transpose(grad: Tensor, mask: Tensor, order: int) -> Tensor:
+    """`masked_transpose` by the kernel."""
+    from .kernels import hadamard as kernel
+
+    base = transforms.base(transforms.split(order)[0], grad.device)
+    return kernel.hadamard(grad, order, base, transpose=True, mask=mask)
+
+
+def launch_quantize(
+    x: Tensor, q: Quantizer, *, values: bool, codes: bool, packed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`eager.quantize` by the kernel; sparsity groups that it lacks run in plain PyTorch."""
+    from .kernels import quantize as kernel
+
+    program = _program(q, x)
+    if not kernel.supports(program):
+        return eager.quantize(x, q, values=values, codes=codes, packed=packed)
+    return kernel.quantize(x, program, values=values, codes=codes, packed=packed)
+
+
+hadamard.register_kernel("cuda")(launch_hadamard)
+masked_transpose.register_kernel("cuda")(launch_masked_transpose)
+
+
+@fake_quantize.register_kernel("cuda")
+def _(x: Tensor, spec: str) -> tuple[Tensor, Tensor]:
+    values, _, _, mask, _ = launch_quantize(
+        x, _quantizer(spec), values=True, codes=False, packed=True
+    )
+    return values, mask
+
+
+@quantize.register_kernel("cuda")
+def _(x: Tensor, spec: str, packed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return launch_quantize(x, _quantizer(spec), values=False, codes=True, packed=packed)[1:]
+
+
+@hadamard.register_fake
+def _(x: Tensor, order: int, transpose: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@masked_transpose.register_fake
+def _(grad: Tensor, mask: Tensor, order: int) -> Tensor:
+    return grad.new_empty(grad.shape)
+
+
+@fake_quantize.register_fake
+def _(x: Tensor, spec: str) -> tuple[Tensor, Tensor]:
+    out = eager.like(x, _quantizer(spec), values=True, codes=False, packed=True)
+    return out[0], out[3]
+
+
+@quantize.register_fake
+def _(x: Tensor, spec: str, packed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return eager.like(x, _quantizer(spec), values=False, codes=True, packed=packed)[1:]
+
+
+def _hadamard_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.order, ctx.transpose = inputs
+
+
+def _hadamard_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return hadamard(grad, ctx.order, not ctx.transpose), None, None
+
+
+def _fake_quantize_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+) -> None:
+    x, spec = inputs
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.order = _quantizer(spec).transform.order(x.shape[-1])
+
+
+def _fake_quantize_backward(ctx: Any, grad: Tensor, _mask: Tensor) -> tuple[Tensor, None]:
+    (mask,) = ctx.saved_tensors
+    return masked_transpose(grad, mask, ctx.order), None
+
+
+hadamard.register_autograd(_hadamard_backward, setup_context=_hadamard_context)
+fake_quantize.register_autograd(_fake_quantize_backward, setup_context=_fake_quantize_context)

@@ -1,0 +1,190 @@
+"""Train one model with one recipe."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quest.models import SIZES, Llama, LlamaConfig
+from quest.train import checkpoint
+from quest.train.checkpoint import Checkpoint
+from quest.train.config import TrainConfig
+from quest.train.data import Dataset
+from quest.train.errors import UserError
+from quest.train.folder import RunFolder
+from quest.train.metrics import Metrics, Row
+from quest.train.optimizer import CLIP, adamw, learning_rate
+
+
+class DivergedError(RuntimeError):
+    """The loss is no number any more."""
+
+
+class Watcher(Protocol):
+    """Whoever wants to see each step; `quest.train.progress` has two."""
+
+    def start(self, recipe: str, step: int, steps: int, tokens_per_step: int) -> None: ...
+
+    def step(self, row: Row) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `train` needs besides the recipe: the same for all recipes of a run.
+
+    ``quantize`` turns a dense model into the recipe's, in place, by the recipe's name.
+    """
+
+    config: TrainConfig
+    data: Dataset
+    folder: RunFolder
+    metrics: Metrics
+    device: torch.device
+    compile: bool
+    quantize: Callable[[nn.Module, str], object]
+
+    @property
+    def architecture(self) -> LlamaConfig:
+        return SIZES[self.config.size].architecture(self.data.vocab_size)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a recipe ended; losses as in `Row`, ``seconds`` and ``tokens`` over all resumed parts."""
+
+    recipe: str
+    parameters: int
+    steps: int
+    tokens: int
+    seconds: float
+    val_loss: float
+    val_loss_per_byte: float
+
+
+def build(job: Job, recipe: str) -> Llama:
+    """The model before its first step: for one seed the same weights whatever the recipe.
+
+    Raises `UserError` where the recipe does not fit the architecture.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.config.seed)
+        model = Llama(job.architecture)
+    try:
+        job.quantize(model, recipe)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return model.to(job.device)
+
+
+def token_loss(model: nn.Module, windows: Tensor, device: torch.device) -> Tensor:
+    """Mean nats a token over ``windows`` ``(B, seq + 1)``; matrix products in bfloat16 on a GPU."""
+    windows = windows.to(device)
+    with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        logits = model(windows[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+
+
+@torch.no_grad()
+def validate(model: nn.Module, job: Job) -> float:
+    """Mean nats a token over the held-out windows, which are the same at every call."""
+    config = job.config
+    windows = job.data.held_out_windows(config.eval_windows, config.seq)
+    model.eval()
+    total = 0.0
+    for part in torch.split(windows, config.micro_batch):
+        total += token_loss(model, part, job.device).item() * len(part)
+    model.train()
+    return total / len(windows)
+
+
+def update(
+    model: nn.Module, optimizer: torch.optim.Optimizer, job: Job, step: int
+) -> tuple[float, float, float]:
+    """Do update ``step`` (from 0); returns loss, norm of the gradient before clipping, and rate."""
+    config = job.config
+    rate = learning_rate(step, config.steps, config.lr)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad()
+    batch = job.data.batch(config.seed, step, config.batch, config.seq)
+    total = torch.zeros((), device=job.device)
+    for part in torch.split(batch, config.micro_batch):
+        loss = token_loss(model, part, job.device) * (len(part) / len(batch))
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimizer.step()
+    return total.item(), norm.item(), rate
+
+
+def train(job: Job, recipe: str, watcher: Watcher, *, resume: bool) -> Outcome:
+    """Train ``recipe`` to the end, from its checkpoint where ``resume`` and there is one.
+
+    Raises `DivergedError` for a loss that is not finite; the last checkpoint is then of a step
+    before it.
+    """
+    config, data = job.config, job.data
+    identity = checkpoint.identity(recipe, job.architecture, config, data)
+    path = job.folder.checkpoint(recipe)
+    model = build(job, recipe)
+    optimizer = adamw(model)
+    done, before = 0, 0.0
+    if resume and path.exists():
+        last = checkpoint.load(path, identity)
+        model.load_state_dict(last.model)
+        optimizer.load_state_dict(last.optimizer)
+        done, before = last.step, last.seconds
+        del last
+    if job.compile:
+        model.compile()
+    tokens_per_step = config.batch * config.seq
+    val_loss = validate(model, job) if done == config.steps else math.nan
+    began = time.perf_counter() - before
+    watcher.start(recipe, done, config.steps, tokens_per_step)
+    try:
+        for step in range(done + 1, config.steps + 1):
+            loss, norm, rate = update(model, optimizer, job, step - 1)
+            if not math.isfinite(loss):
+                raise DivergedError(f"recipe {recipe}: the loss is {loss} at step {step}")
+            last_step = step == config.steps
+            measured = last_step or step % config.eval_every == 0
+            if measured:
+                val_loss = validate(model, job)
+            row = Row(
+                recipe=recipe,
+                step=step,
+                loss=loss,
+                val_loss=val_loss if measured else None,
+                val_loss_per_byte=val_loss / data.bytes_per_token if measured else None,
+                lr=rate,
+                tokens=step * tokens_per_step,
+                seconds=time.perf_counter() - began,
+                grad_norm=norm,
+            )
+            job.metrics.add(row)
+            if last_step or step % config.save_every == 0:
+                state = Checkpoint(
+                    identity, step, row.seconds, model.state_dict(), optimizer.state_dict()
+                )
+                checkpoint.save(path, state)
+            watcher.step(row)
+    finally:
+        watcher.stop()
+    return Outcome(
+        recipe=recipe,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        steps=config.steps,
+        tokens=config.steps * tokens_per_step,
+        seconds=time.perf_counter() - began if done < config.steps else before,
+        val_loss=val_loss,
+        val_loss_per_byte=val_loss / data.bytes_per_token,
+    )

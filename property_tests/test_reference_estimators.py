@@ -39,7 +39,8 @@ def test_mask_is_the_inequality_in_exact_arithmetic(
     sigma = 2.0**exponent
     width = 8 * int(grid.outer + 2 * grid.half_gap)
     t = np.concatenate([rng.integers(-width, width + 1, 32) / 8, grid.points, grid.midpoints])
-    keep = rng.random(len(t)) < 0.5
+    keep = np.repeat([True, False], len(t))
+    t = np.tile(t, 2)
     values = np.where(keep, quantize.decode(quantize.encode(t, grid), grid) * sigma, 0.0)
     mask = estimators.mask(t * sigma, values, [sigma], grid, estimator, parameter, keep)
     expected = {
@@ -74,6 +75,24 @@ def test_trust_ends_at_the_outer_half_gap(grid: grids.Grid, sigma: float) -> Non
     values = quantize.decode(quantize.encode(x / sigma, grid), grid) * sigma
     mask = estimators.mask(x, values, [sigma], grid, "trust", 1.0, np.full(4, True))
     assert mask.tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("points", "t", "expected"),
+    [
+        # T = 1/2 and a gap of 4 inside: its middle is not within T of a point.
+        ([-3.0, -2.0, 2.0, 3.0], [0.0, 1.0, 1.5, 3.5, 4.0], [0, 0, 1, 1, 0]),
+        # T = 1 from the upper end; the lower end is nearer to zero.
+        ([-1.0, 0.0, 2.0], [-2.5, -2.0, 1.0, 3.0, 3.5], [0, 1, 1, 1, 0]),
+    ],
+)
+def test_trust_of_tables_that_are_not_widest_outside(
+    points: list[float], t: list[float], expected: list[int]
+) -> None:
+    grid = grids.table(points)
+    values = quantize.decode(quantize.encode(t, grid), grid)
+    mask = estimators.mask(t, values, [1.0], grid, "trust", 1.0, np.full(5, True))
+    assert mask.tolist() == [bool(e) for e in expected]
 
 
 def test_pruned_entries_are_compared_with_zero() -> None:

@@ -173,7 +173,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = quest.main(given or ["--help"], prog_name="quest", standalone_mode=False)
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else where
-        message = " ".join(error.format_message().split()).rstrip(".")
+        # click's own sentence for this one differs between its versions.
+        unknown = isinstance(error, click.NoSuchOption)
+        sentence = f"no such option: {error.option_name}" if unknown else error.format_message()
+        message = " ".join(sentence.split()).rstrip(".")
         print(f"{where}: {message[:1].lower()}{message[1:]} (see {where} --help)", file=sys.stderr)
         return USAGE
     except FailedError as error:

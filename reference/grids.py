@@ -6,8 +6,7 @@ back, so a grid is fitted once, to Z ~ N(0, 1), by minimising MSE = E[(Z - Q(Z))
 
     P_i = Phi(b_i) - Phi(a_i)                       probability of the cell
     M_i = phi(a_i) - phi(b_i)                       first moment of the cell
-    V_i = P_i + a_i phi(a_i) - b_i phi(b_i)         second moment of the cell
-    MSE = sum_i V_i - 2 p_i M_i + p_i^2 P_i
+    MSE = 1 - sum_i 2 p_i M_i - p_i^2 P_i           1 = E[Z^2]
     dMSE/dp_i = -2 (M_i - p_i P_i)                  the cells' ends cancel: Q is continuous there
 
 The stationary points are solved for, not searched for: the minimum is flat, so a minimiser stops
@@ -74,18 +73,13 @@ def _pdf(z: Float64) -> Float64:
     return np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
 
 
-def _moments(points: Float64) -> tuple[Float64, Float64, Float64]:
-    """P_i, M_i and V_i of the module's docstring, each (L,)."""
+def _moments(points: Float64) -> tuple[Float64, Float64]:
+    """P_i and M_i of the module's docstring, each (L,)."""
     ends = np.concatenate([[-np.inf], (points[:-1] + points[1:]) / 2, [np.inf]])
     a, b = ends[:-1], ends[1:]
     # Phi(b) - Phi(a) = Phi(-a) - Phi(-b): the second form keeps its digits in the upper tail.
     probability = np.where(a > 0, ndtr(-a) - ndtr(-b), ndtr(b) - ndtr(a))
-    density = _pdf(ends)
-    weighted = np.zeros_like(ends)  # z phi(z) is 0 at both infinities
-    weighted[1:-1] = ends[1:-1] * density[1:-1]
-    first = density[:-1] - density[1:]
-    second = probability + weighted[:-1] - weighted[1:]
-    return probability, first, second
+    return probability, _pdf(a) - _pdf(b)
 
 
 def _checked(points: npt.ArrayLike) -> Float64:
@@ -104,13 +98,13 @@ def mse(points: npt.ArrayLike) -> float:
     Raises ValueError for points that are not finite and increasing, or fewer than two.
     """
     points = _checked(points)
-    probability, first, second = _moments(points)
-    return float(np.sum(second - 2 * points * first + points**2 * probability))
+    probability, first = _moments(points)
+    return 1 - math.fsum(points * (2 * first - points * probability))
 
 
 def _slope(alpha: float, unit: Float64) -> float:
     """dMSE/dalpha of the grid alpha * unit."""
-    probability, first, _ = _moments(alpha * unit)
+    probability, first = _moments(alpha * unit)
     return float(-2 * np.sum(unit * (first - alpha * unit * probability)))
 
 
@@ -208,7 +202,7 @@ def _lloyd_residual(points: Float64) -> float:
     The other Lloyd condition, that cells end at midpoints, holds by construction. A cell so far out
     that its probability underflows has no mean in float64 and is left out.
     """
-    probability, first, _ = _moments(points)
+    probability, first = _moments(points)
     some = probability > 0
     return float(np.max(np.abs(points[some] - first[some] / probability[some])))
 
@@ -249,7 +243,7 @@ def _lloyd_max(levels: int) -> Grid:
     for _ in range(20):
         if _lloyd_residual(points) <= 2e-13:  # rounding leaves up to 1e-13
             return _free("lloyd_max", _checked(points))
-        probability, first, _second = _moments(points)
+        probability, first = _moments(points)
         means = first / probability
         ends = (points[:-1] + points[1:]) / 2
         # dc_i/dp for the end above a cell and for the end below it; the end moves by dp / 2.

@@ -113,6 +113,6 @@ def quantize(
     codes = np.where(finite, encode(np.where(keep, t, 0.0), grid), 0)
     with np.errstate(over="ignore"):
         values = np.where(keep, decode(codes, grid) * sigma, 0.0)
-    values = np.where(finite, np.where(sigma == 0, 0.0, values), np.nan)
+    values = np.where(finite, values, np.nan)
     mask = estimators.mask(rotated, values, sigma, grid, estimator, parameter, keep)
     return Quantized(rotated, codes, sigma, keep, mask, values)

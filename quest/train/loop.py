@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quest.linear import quantize_
 from quest.models import SIZES, Llama, LlamaConfig
 from quest.train import checkpoint
 from quest.train.checkpoint import Checkpoint
@@ -39,10 +39,7 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """What `train` needs besides the recipe: the same for all recipes of a run.
-
-    ``quantize`` turns a dense model into the recipe's, in place, by the recipe's name.
-    """
+    """What `train` needs besides the recipe: the same for all recipes of a run."""
 
     config: TrainConfig
     data: Dataset
@@ -50,7 +47,6 @@ class Job:
     metrics: Metrics
     device: torch.device
     compile: bool
-    quantize: Callable[[nn.Module, str], object]
 
     @property
     def architecture(self) -> LlamaConfig:
@@ -79,7 +75,7 @@ def build(job: Job, recipe: str) -> Llama:
         torch.manual_seed(job.config.seed)
         model = Llama(job.architecture)
     try:
-        job.quantize(model, recipe)
+        quantize_(model, recipe)
     except ValueError as error:
         raise UserError(str(error)) from error
     return model.to(job.device)

@@ -61,8 +61,10 @@ def draw(path: Path, metrics: Metrics, recipes: Sequence[str], data: Dataset, ti
             fontsize=9,
         )
     if ends:
-        bottom = min(loss for _, loss, _, _ in ends)
-        margin = 0.12 * (top - bottom) + 0.05
+        # The first steps fall from ln(vocabulary): showing them would flatten all that follows.
+        bottom = min(row.loss for recipe in recipes for row in metrics.of(recipe))
+        bottom /= data.bytes_per_token
+        margin = 0.06 * (top - bottom) + 0.02
         axes.set_ylim(bottom - margin, top + 2 * margin)
         heights = spread([loss for _, loss, _, _ in ends], gap=0.06 * (top - bottom + 3 * margin))
         for (end, _, label, colour), height in zip(ends, heights, strict=True):
@@ -78,11 +80,16 @@ def draw(path: Path, metrics: Metrics, recipes: Sequence[str], data: Dataset, ti
     axes.set_xlim(left=0)
     axes.set_xlabel(f"training {data.encoder.unit}s seen")
     axes.set_ylabel("loss, nats a byte")
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axes.text(
-        1, 1.02, "strong: held-out text   light: training batches",
-        transform=axes.transAxes, ha="right", color=MUTED, fontsize=9,
-    )  # fmt: skip
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=24)
+    axes.annotate(
+        "strong lines: held-out text    light lines: training batches",
+        (0, 1),
+        xycoords="axes fraction",
+        xytext=(0, 9),
+        textcoords="offset points",
+        color=MUTED,
+        fontsize=9,
+    )
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)

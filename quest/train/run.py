@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
 
+from quest.linear import quantize_
 from quest.models import SIZES, Llama
+from quest.recipes import recipe
 from quest.train import checkpoint, loop, plot, progress
 from quest.train.config import TrainConfig
 from quest.train.data import ByteEncoder, Dataset, FileEncoder, encode
@@ -19,20 +20,6 @@ from quest.train.errors import UserError
 from quest.train.folder import RunFolder
 from quest.train.metrics import Metrics
 from quest.train.text import load_text
-
-
-def quest_quantize(model: nn.Module, recipe: str) -> None:
-    """Turn ``model`` into that of the named recipe, in place."""
-    import quest  # the package's own name, which imports this one where it is asked to
-
-    quest.quantize_(model, recipe)
-
-
-def quest_recipe(name: str) -> str:
-    """The recipe's own name for ``name``; raises ``ValueError`` where there is none."""
-    import quest
-
-    return quest.recipe(name).name
 
 
 @dataclass(frozen=True)
@@ -52,8 +39,6 @@ class Request:
     compile: bool = False
     resume: bool = False
     overwrite: bool = False
-    name_of: Callable[[str], str] = field(default=quest_recipe)
-    quantize: Callable[[nn.Module, str], object] = field(default=quest_quantize)
 
 
 def choose_device(name: str) -> torch.device:
@@ -76,7 +61,7 @@ def run(request: Request, console: Console) -> list[loop.Outcome]:
     """
     config = request.config
     try:
-        recipes = list(dict.fromkeys(map(request.name_of, request.recipes)))
+        recipes = list(dict.fromkeys(recipe(name).name for name in request.recipes))
     except ValueError as error:
         raise UserError(str(error)) from error
     device = choose_device(request.device)
@@ -99,11 +84,11 @@ def run(request: Request, console: Console) -> list[loop.Outcome]:
     folder.open(recipes, about, resume=request.resume)
     metrics = Metrics(folder.metrics, finished)
     _announce(console, request, data, device, text.files, len(text.skipped))
-    job = loop.Job(config, data, folder, metrics, device, request.compile, request.quantize)
+    job = loop.Job(config, data, folder, metrics, device, request.compile)
     watcher = progress.watcher(console)
     outcomes = []
-    for recipe in recipes:
-        outcomes.append(loop.train(job, recipe, watcher, resume=request.resume))
+    for name in recipes:
+        outcomes.append(loop.train(job, name, watcher, resume=request.resume))
         title = f"Llama {config.size}, the same batches for every recipe"
         plot.draw(folder.plot, metrics, [o.recipe for o in outcomes], data, title)
     console.print(progress.summary(outcomes, data))
@@ -117,14 +102,14 @@ def _finished(
     """Steps that each recipe's checkpoint has done, 0 where it had not begun."""
     architecture = SIZES[request.config.size].architecture(data.vocab_size)
     finished = dict.fromkeys(recipes, 0)
-    for recipe in recipes:
-        path = folder.checkpoint(recipe)
+    for name in recipes:
+        path = folder.checkpoint(name)
         if path.exists():
-            identity = checkpoint.identity(recipe, architecture, request.config, data)
-            finished[recipe] = checkpoint.load(path, identity).step
-            if finished[recipe] > request.config.steps:
+            identity = checkpoint.identity(name, architecture, request.config, data)
+            finished[name] = checkpoint.load(path, identity).step
+            if finished[name] > request.config.steps:
                 raise UserError(
-                    f"checkpoint {path} has done {finished[recipe]} steps: "
+                    f"checkpoint {path} has done {finished[name]} steps: "
                     f"--steps {request.config.steps} is fewer"
                 )
     if not any(finished.values()):
@@ -136,11 +121,11 @@ def _finished(
 
 def _check_models(request: Request, recipes: Sequence[str], data: Dataset) -> None:
     """Raise `UserError` where a recipe does not fit the architecture, without using memory."""
-    for recipe in recipes:
+    for name in recipes:
         try:
             with torch.device("meta"):
                 model = Llama(SIZES[request.config.size].architecture(data.vocab_size))
-            request.quantize(model, recipe)
+            quantize_(model, name)
         except ValueError as error:
             raise UserError(str(error)) from error
 

@@ -1,0 +1,200 @@
+"""The command line: one line on stderr and the right status for whatever goes wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from quest.cli import main
+from quest.models import SIZES, Size
+
+TEXT = "".join(f"{i} is followed by {i + 1}, as ever.\n" for i in range(400))
+LINE = ("train", "--size", "tiny", "--device", "cpu", "--data", "text.txt", "--out", "out")
+
+
+@pytest.fixture(autouse=True)
+def _work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SIZES, "tiny", Size(1, 128, 2, lr=3e-3, tokens=4 * 64, batch=2, seq=32))
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+
+
+def everything() -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+def refuses(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2) -> str:
+    """Run, and hold the command to one line, the status and no change to any file."""
+    before = everything()
+    capsys.readouterr()
+    assert main(arguments) == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith("\n")
+    assert len(err.splitlines()) == 1, err
+    assert "Traceback" not in err
+    assert everything() == before
+    return err.rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--foo"], "quest: no such option: --foo (see quest --help)"),
+        (["tarin"], "quest: no such command 'tarin'"),
+        (["train", "--foo"], "quest train: no such option: --foo"),
+        (["verify", "--foo"], "quest verify: no such option: --foo"),
+        (["train", "extra"], "quest train: got unexpected extra argument (extra)"),
+        (["train", "--steps"], "quest train: option '--steps' requires an argument"),
+        (["train", "--steps", "0"], "'--steps': 0 is not in the range x>=1"),
+        (["train", "--steps", "many"], "'--steps': 'many' is not a valid integer"),
+        (["train", "--lr", "0"], "'--lr': 0.0 is not in the range x>0"),
+        (["train", "--size", "huge"], "quest train: size is 'huge': must be one of demo, 30M"),
+    ],
+)
+def test_usage_errors(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    assert expected in refuses(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--data", "missing.txt"], "missing.txt: no such file or folder"),
+        (["--data", "*.md"], "*.md: no file matches"),
+        (["--data", "empty.txt"], "empty.txt is empty"),
+        (["--data", "binary.txt"], "binary.txt is binary (it holds NUL bytes)"),
+        (["--data", "latin.txt"], "latin.txt is binary (byte 3 is not UTF-8)"),
+        (["--recipe", "w9a9"], "w9a9"),
+        (["--recipe", ""], "recipe"),
+        (["--device", "abacus"], "device 'abacus' cannot be used here"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["--tokenizer", "missing.json"], "tokenizer missing.json: no such file"),
+        (["--tokenizer", "text.txt"], "text.txt is not a Hugging Face tokenizer"),
+        (["--seq", "9000"], "the text is too short"),
+        (["--out", "text.txt"], "text.txt is a file: --out needs a folder"),
+        (["--out", "text.txt/below"], "text.txt/below cannot be made"),
+        (["--resume"], "out holds no run of quest train: nothing to resume"),
+        (["--resume", "--overwrite"], "choose one"),
+    ],
+)
+def test_unusable_input(capsys: pytest.CaptureFixture[str], more: list[str], expected: str) -> None:
+    Path("empty.txt").touch()
+    Path("binary.txt").write_bytes(b"some\0thing" * 99)
+    Path("latin.txt").write_bytes(b"caf\xe9" * 99)
+    line = [*LINE, *more]
+    assert expected in refuses(capsys, *line)
+    assert not Path("out").exists()
+
+
+def test_too_short_a_text(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("text.txt").write_text("a few words")
+    assert "the text is too short" in refuses(capsys, *LINE)
+
+
+def test_a_folder_that_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(LINE) == 0
+    Path("out/notes.md").write_text("mine")
+    Path("out/checkpoint-mine.pt").write_text("mine")
+    assert "out exists" in refuses(capsys, *LINE)
+
+    # what turns out to be wrong leaves even what is to be overwritten
+    refuses(capsys, *LINE, "--overwrite", "--data", "missing.txt")
+    refuses(capsys, *LINE, "--overwrite", "--recipe", "w9a9")
+    refuses(capsys, *LINE, "--resume", "--recipe", "w4a4")
+
+    assert main([*LINE, "--overwrite", "--recipe", "bf16"]) == 0
+    assert Path("out/notes.md").read_text() == "mine"
+    assert Path("out/checkpoint-mine.pt").read_text() == "mine"
+    assert not Path("out/checkpoint-w1a1.pt").exists()
+    recipes = {
+        json.loads(row)["recipe"] for row in Path("out/metrics.jsonl").read_text().splitlines()
+    }
+    assert recipes == {"bf16"}
+
+
+def test_files_of_others_are_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    Path("out/metrics.jsonl").write_text("mine")
+    message = refuses(capsys, *LINE, "--overwrite")
+    assert "metrics.jsonl was not written by quest train" in message
+
+
+def test_damaged_and_foreign_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*LINE, "--recipe", "w1a1", "--recipe", "bf16"]) == 0
+    ours, other = Path("out/checkpoint-w1a1.pt"), Path("out/checkpoint-bf16.pt")
+    whole = ours.read_bytes()
+    ours.write_bytes(whole[: len(whole) // 2])
+    assert "checkpoint-w1a1.pt is damaged" in refuses(capsys, *LINE, "--resume")
+    ours.write_bytes(other.read_bytes())
+    assert "its recipe is bf16, not w1a1" in refuses(capsys, *LINE, "--resume")
+    ours.write_bytes(whole)
+    assert main([*LINE, "--resume"]) == 0
+
+
+def test_another_tokenizer_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    built = Tokenizer(models.BPE())
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=280, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    built.train_from_iterator([TEXT], trainer)
+    built.save("tokenizer.json")
+    assert main([*LINE, "--tokenizer", "tokenizer.json", "--seq", "16"]) == 0
+    out = capsys.readouterr().out
+    assert "nats/token" in out
+    assert "nats/byte" in out
+    last = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 < last["val_loss_per_byte"] < last["val_loss"]
+    assert "its tokenizer is" in refuses(capsys, *LINE, "--seq", "16", "--resume")
+
+
+def test_what_a_run_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*LINE, "--recipe", "bf16", "--recipe", "w1a1"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for expected in ("w1a1  step 4/4  loss", "tok/s", "nats/byte", "against bf16",
+                     "out/metrics.jsonl", "out/loss.png"):  # fmt: skip
+        assert expected in out
+
+
+def test_an_interrupted_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quest.train.run", interrupt)
+    assert "interrupted: --resume goes on" in refuses(capsys, *LINE, status=130)
+
+
+def test_verify_hands_on_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    verify = pytest.importorskip("quest.conformance.verify")
+    calls: list[object] = []
+    monkeypatch.setattr(verify, "run", lambda *given: calls.append(given) or 1)
+    assert main(["verify", "--json", "r.json", "--lane", "a", "--lane", "b", "--quick"]) == 1
+    assert calls == [(Path("r.json"), ("a", "b"), True)]
+
+
+def test_help_names_the_commands_and_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    for word in ("train", "verify", "--recipe", "--tokenizer", "--resume", "--overwrite"):
+        assert word in out
+
+
+def test_as_a_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "quest.cli", "train", "--foo"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "quest train: no such option: --foo (see quest train --help)\n"

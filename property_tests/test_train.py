@@ -1,0 +1,325 @@
+"""Training: schedule, optimizer, learning, checkpoints and resuming."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from torch import nn
+
+from quest.models import SIZES, Llama, Size
+from quest.train import Request, TrainConfig, UserError, checkpoint, files, loop, progress, run
+from quest.train.folder import RunFolder
+from quest.train.metrics import Metrics, Row
+from quest.train.optimizer import adamw, learning_rate
+from quest.train.plot import spread
+
+TEXT = "".join(f"{i} is followed by {i + 1}, as ever.\n" for i in range(400))
+
+
+@pytest.fixture
+def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
+    """A run of 20 steps that takes a second."""
+    monkeypatch.setitem(SIZES, "tiny", Size(1, 128, 2, lr=3e-3, tokens=20 * 64, batch=2, seq=32))
+    (tmp_path / "text.txt").write_text(TEXT)
+    config = TrainConfig.for_size("tiny", eval_every=5, save_every=10)
+    assert config.steps == 20
+    return Request(["w1a1"], tmp_path / "out", config, data=[str(tmp_path / "text.txt")],
+                   device="cpu")  # fmt: skip
+
+
+def quietly(request: Request) -> list[loop.Outcome]:
+    return run(request, Console(quiet=True))
+
+
+def rows(out: Path) -> list[dict[str, float]]:
+    """The metrics, without the one number that no two runs share."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+class Stop:
+    """A watcher that interrupts a run after ``step``, as Ctrl-C would."""
+
+    def __init__(self, step: int, recipe: str = "w1a1") -> None:
+        self.at = (recipe, step)
+
+    def start(self, recipe: str, step: int, steps: int, tokens_per_step: int) -> None: ...
+
+    def step(self, row: Row) -> None:
+        if (row.recipe, row.step) == self.at:
+            raise KeyboardInterrupt
+
+    def stop(self) -> None: ...
+
+
+def interrupt(request: Request, monkeypatch: pytest.MonkeyPatch, stop: Stop) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "watcher", lambda console: stop)
+        with pytest.raises(KeyboardInterrupt):
+            quietly(request)
+
+
+@given(steps=st.integers(1, 3000), peak=st.floats(1e-5, 1.0), data=st.data())
+def test_learning_rate_follows_its_formula(steps: int, peak: float, data: st.DataObject) -> None:
+    step = data.draw(st.integers(0, steps - 1))
+    warm_up = max(1, round(0.1 * steps))
+    if step < warm_up:
+        expected = peak * (step + 1) / warm_up
+    else:
+        cosine = math.cos(math.pi * (step - warm_up) / (steps - warm_up))
+        expected = peak * (0.55 + 0.45 * cosine)
+    assert learning_rate(step, steps, peak) == pytest.approx(expected, rel=1e-12)
+
+
+def test_learning_rate_by_hand() -> None:
+    rates = [learning_rate(step, 100, 2.0) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == rates[10] == pytest.approx(2.0)
+    assert rates[55] == pytest.approx(1.1)  # half of the cosine
+    assert 0.2 < rates[99] < 0.201
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_weight_decay_spares_norms_and_the_embedding(request_: Request) -> None:
+    model = Llama(SIZES["tiny"].architecture(256))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decay, keep = adamw(model).param_groups
+    assert decay["weight_decay"] == 0.1
+    assert keep["weight_decay"] == 0
+    assert decay["betas"] == keep["betas"] == (0.9, 0.95)
+    spared = {names[id(parameter)] for parameter in keep["params"]}
+    assert spared == {
+        "embed_tokens.weight",
+        "norm.weight",
+        "layers.0.input_layernorm.weight",
+        "layers.0.post_attention_layernorm.weight",
+    }
+    assert len(decay["params"]) + len(spared) == len(names)
+
+
+def test_both_recipes_learn_from_the_same_batches(request_: Request) -> None:
+    outcomes = quietly(replace(request_, recipes=["bf16", "w1a1"]))
+    assert [outcome.recipe for outcome in outcomes] == ["bf16", "w1a1"]
+    written = rows(request_.out)
+    assert [(row["recipe"], row["step"]) for row in written] == [
+        (recipe, step) for recipe in ("bf16", "w1a1") for step in range(1, 21)
+    ]
+    for outcome, part in zip(outcomes, (written[:20], written[20:]), strict=True):
+        assert part[0]["loss"] == pytest.approx(math.log(256), abs=0.5)
+        assert outcome.val_loss == part[-1]["val_loss"] < part[0]["loss"] - 1.5
+        assert [r["step"] for r in part if r["val_loss"] is not None] == [5, 10, 15, 20]
+        assert all(r["grad_norm"] > 0 for r in part)
+        assert [r["tokens"] for r in part] == [64 * step for step in range(1, 21)]
+        assert [r["lr"] for r in part] == [learning_rate(s, 20, 3e-3) for s in range(20)]
+    assert written[0]["loss"] != written[20]["loss"]
+    assert (request_.out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_recipes_start_from_the_same_weights(request_: Request) -> None:
+    quietly(request_)
+    data = loop.Dataset(torch.zeros(99), torch.zeros(99), run_encoder(), 1.0, "")
+    job = loop.Job(
+        request_.config, data, RunFolder(request_.out),
+        Metrics(request_.out / "other.jsonl", {}), torch.device("cpu"), False,
+    )  # fmt: skip
+    dense, quantized = loop.build(job, "bf16"), loop.build(job, "w1a1")
+    for (name, ours), (other, theirs) in zip(
+        dense.named_parameters(), quantized.named_parameters(), strict=True
+    ):
+        assert name == other
+        assert torch.equal(ours, theirs)
+    tokens = torch.arange(20)[None]
+    assert not torch.allclose(dense(tokens), quantized(tokens))
+
+
+def run_encoder() -> loop.Dataset:
+    from quest.train.data import ByteEncoder
+
+    return ByteEncoder()
+
+
+@pytest.mark.parametrize("stopped_at", [10, 13])
+def test_a_resumed_run_is_bit_exact(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int
+) -> None:
+    straight = replace(request_, out=tmp_path / "straight")
+    quietly(straight)
+    interrupt(request_, monkeypatch, Stop(stopped_at))
+    assert len(rows(request_.out)) == stopped_at
+    with (request_.out / "metrics.jsonl").open("a") as file:
+        file.write('{"recipe": "w1a1", "st')  # cut by the crash
+    (outcome,) = quietly(replace(request_, resume=True))
+
+    assert rows(request_.out) == rows(straight.out)
+    ours, theirs = (
+        torch.load(folder / "checkpoint-w1a1.pt", weights_only=True)
+        for folder in (request_.out, straight.out)
+    )
+    assert ours["step"] == theirs["step"] == 20
+    assert ours["model"].keys() == theirs["model"].keys()
+    assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in ours["model"])
+
+    (again,) = quietly(replace(request_, resume=True))  # nothing is left to do
+    assert again == outcome
+    assert rows(request_.out) == rows(straight.out)
+
+
+def test_a_run_that_stopped_between_recipes_goes_on(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = replace(request_, recipes=["bf16", "w1a1"])
+    straight = replace(both, out=tmp_path / "straight")
+    quietly(straight)
+    interrupt(both, monkeypatch, Stop(4))
+    quietly(replace(both, resume=True))
+    assert rows(both.out) == rows(straight.out)
+
+
+def test_a_longer_run_may_follow(request_: Request) -> None:
+    quietly(request_)
+    longer = replace(request_, resume=True, config=replace(request_.config, steps=25))
+    quietly(longer)
+    assert [row["step"] for row in rows(request_.out)] == list(range(1, 26))
+
+
+def test_micro_batches_add_up_to_the_batch(request_: Request, tmp_path: Path) -> None:
+    whole = replace(request_, recipes=["bf16"], config=replace(request_.config, steps=3))
+    parts = replace(whole, out=tmp_path / "parts", config=replace(whole.config, micro_batch=1))
+    quietly(whole)
+    quietly(parts)
+    for ours, theirs in zip(rows(whole.out), rows(parts.out), strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
+        assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": 1e-3}, "its lr is 0.003, not 0.001"),
+        ({"seed": 1}, "its seed is 0, not 1"),
+        ({"batch": 4}, "its batch is 2, not 4"),
+        ({"seq": 16}, "its seq is 32, not 16"),
+        ({"size": "wider"}, "its width is 128, not 256"),
+        ({"steps": 5}, "has done 20 steps: --steps 5 is fewer"),
+    ],
+)
+def test_another_run_is_refused(
+    finished: Request, change: dict[str, float], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SIZES, "wider", Size(1, 256, 2, lr=3e-3, tokens=1))
+    monkeypatch.setitem(SIZES, "tiny", Size(1, 128, 2, lr=3e-3, tokens=1))
+    before = snapshot(finished.out)
+    config = replace(finished.config, **change)
+    with pytest.raises(UserError, match=message):
+        quietly(replace(finished, resume=True, config=config))
+    assert snapshot(finished.out) == before
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Request:
+    """A finished run, which tests leave as it is."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "tiny", Size(1, 128, 2, lr=3e-3, tokens=20 * 64, batch=2, seq=32))
+        (folder / "text.txt").write_text(TEXT)
+        request = Request(
+            ["w1a1"], folder / "out", TrainConfig.for_size("tiny"),
+            data=[str(folder / "text.txt")], device="cpu",
+        )  # fmt: skip
+        quietly(request)
+    return request
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
+def test_a_checkpoint_cut_short_is_refused(request_: Request, share: float) -> None:
+    quietly(request_)
+    path = request_.out / "checkpoint-w1a1.pt"
+    contents = path.read_bytes()
+    path.write_bytes(contents[: int(share * len(contents))])
+    before = snapshot(request_.out)
+    with pytest.raises(UserError, match=r"checkpoint-w1a1.pt is damaged"):
+        quietly(replace(request_, resume=True))
+    assert snapshot(request_.out) == before
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(request_: Request) -> None:
+    quietly(replace(request_, recipes=["bf16", "w1a1"]))
+    (request_.out / "checkpoint-bf16.pt").replace(request_.out / "checkpoint-w1a1.pt")
+    with pytest.raises(UserError, match="its recipe is bf16, not w1a1"):
+        quietly(replace(request_, resume=True))
+
+
+def test_other_text_is_refused(request_: Request, tmp_path: Path) -> None:
+    quietly(request_)
+    (tmp_path / "text.txt").write_text(TEXT.replace("ever", "never"))
+    with pytest.raises(UserError, match=r"its data is [0-9a-f]{12}, not [0-9a-f]{12}$"):
+        quietly(replace(request_, resume=True))
+
+
+def test_a_crash_while_writing_keeps_the_last_checkpoint(
+    request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(request_, monkeypatch, Stop(12))
+    path = request_.out / "checkpoint-w1a1.pt"
+    before = path.read_bytes()
+
+    def half(content: object, new: Path) -> None:
+        new.write_bytes(before[:1000])
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half)
+        with pytest.raises(OSError, match="No space"):
+            quietly(replace(request_, resume=True))
+    assert path.read_bytes() == before
+    assert not files.temporary(path).exists()
+    quietly(replace(request_, resume=True))
+
+
+def test_a_diverged_run_stops(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loop.token_loss
+    calls = iter(range(100))
+
+    def broken(model: nn.Module, windows: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return real(model, windows, device) * (math.nan if next(calls) > 12 else 1)
+
+    monkeypatch.setattr(loop, "token_loss", broken)
+    with pytest.raises(loop.DivergedError, match=r"w1a1: the loss is nan at step \d+"):
+        quietly(request_)
+    written = rows(request_.out)
+    assert written
+    assert all(math.isfinite(row["loss"]) for row in written)
+
+
+def test_recipes_with_a_colon_get_a_file_of_their_own() -> None:
+    folder = RunFolder(Path("x"))
+    assert folder.checkpoint("w4a4-2:4").name == "checkpoint-w4a4-2_4.pt"
+    assert folder.checkpoint("../../etc").parent == Path("x")
+
+
+def test_loading_runs_no_code(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"format": 1, "model": Path}, path)
+    with pytest.raises(UserError, match="damaged or of another format"):
+        checkpoint.load(path, {})
+
+
+@given(st.lists(st.floats(-5, 5), max_size=6), st.floats(1e-3, 1))
+def test_labels_are_spread_in_order(heights: list[float], gap: float) -> None:
+    moved = spread(heights, gap)
+    assert all(new >= old for new, old in zip(moved, heights, strict=True))
+    ordered = sorted(moved)
+    assert all(b - a > gap * 0.999 for a, b in pairwise(ordered))

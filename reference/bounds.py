@@ -1,0 +1,138 @@
+"""Error bounds of floating-point implementations, derived from the number of roundings.
+
+Standard model: fl(a op b) = (a op b)(1 + d), |d| <= u, plus eta/2 where a result is subnormal
+(Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., sections 2 and 3). k roundings in
+a row multiply to at most 1 + gamma_k, gamma_k = k u / (1 - k u). Products with ±1 are exact, and
+so are sums of integers (times one power of two) below 2^24: there only the normalisation rounds.
+
+Every function takes float64 arrays (..., d) and returns bounds of the same shape, absolute errors.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from . import hadamard
+from .arrays import Bool, Float64
+
+UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+SMALLEST = {"float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
+LARGEST = {
+    "float32": (2 - 2.0**-23) * 2.0**127,
+    "float16": 65504.0,
+    "bfloat16": (2 - 2.0**-7) * 2.0**127,
+}
+U32, ETA32 = UNIT["float32"], SMALLEST["float32"]
+# The most that an implementation does as a butterfly; a larger power of two ends in a dot product.
+BUTTERFLY_LIMIT = 2**14
+# Between a rotated value and its place on the grid: the constant step (or midpoint) in float32,
+# its product with sigma, the reciprocal, and the product with y.
+CODE_ROUNDINGS = 4
+# A threshold in float32: the constant, and its product with sigma.
+THRESHOLD_ROUNDINGS = 2
+# A value: the constant, its product with the code's half integer, and with sigma; one to spare for
+# an implementation that multiplies by a stored reciprocal.
+VALUE_ROUNDINGS = 4
+
+
+def gamma(k: float, u: float) -> float:
+    """k u / (1 - k u), the most that k roundings of unit roundoff u add up to; k u < 1."""
+    if not k * u < 1:
+        raise ValueError(f"k u must be below 1, got k = {k}, u = {u}")
+    return k * u / (1 - k * u)
+
+
+def output(exact: Float64, error: Float64, dtype: str) -> Float64:
+    """Bound after rounding to `dtype` what is `exact` with an absolute error of at most `error`."""
+    return error + UNIT[dtype] * (np.abs(exact) + error) + SMALLEST[dtype] / 2
+
+
+def additions(order: int) -> int:
+    """Roundings of the sum in a Hadamard transform: log2 P of a butterfly, m of a base product."""
+    m, power = hadamard.split(order)
+    dots = (m if m > 1 else 0) + (power // BUTTERFLY_LIMIT if power > BUTTERFLY_LIMIT else 0)
+    return int(math.log2(min(power, BUTTERFLY_LIMIT))) + dots
+
+
+def normalisations(order: int) -> int:
+    """Roundings of the factor order**-0.5: none for a power of four, else constant and product.
+
+    Twice that where an implementation normalises the base and the power of two one by one.
+    """
+    m, power = hadamard.split(order)
+    if m == 1 and power <= BUTTERFLY_LIMIT:
+        return 0 if math.log2(power) % 2 == 0 else 2
+    return 4
+
+
+def _blocks(x: Float64, order: int) -> Float64:
+    return x.reshape(*x.shape[:-1], x.shape[-1] // order, order)
+
+
+def absolute_sum(x: Float64, order: int) -> Float64:
+    """|H| |x|: for each output, the sum of the magnitudes that it is made of; like x."""
+    sums = np.abs(_blocks(x, order)).sum(-1, keepdims=True) / math.sqrt(order)
+    return np.broadcast_to(sums, _blocks(x, order).shape).reshape(x.shape)
+
+
+def exact_sums(x: Float64, order: int) -> Bool:
+    """Where any order of summation is exact in float32: integers of 2^k with sums below 2^24."""
+    blocks = _blocks(x, order)
+    largest = np.abs(blocks).max(-1, keepdims=True, initial=0.0)
+    # 2^-23 of the largest sum is the last bit that float32 keeps of it.
+    total = np.abs(blocks).sum(-1, keepdims=True)
+    _, exponent = np.frexp(np.where(np.isfinite(total), total, 1.0))
+    # Not below the last bit of a scaled subnormal: those are exact, too.
+    unit = np.ldexp(1.0, np.maximum(exponent - 24, -149))
+    with np.errstate(invalid="ignore"):
+        whole = np.all(np.fmod(blocks, unit) == 0, axis=-1, keepdims=True)
+    good = whole & np.isfinite(largest)
+    return np.broadcast_to(good, blocks.shape).reshape(x.shape)
+
+
+def rotation(x: Float64, order: int) -> Float64:
+    """Bound of x H (and of x H^T) computed in float32 and not yet stored (T1)."""
+    y = np.abs(hadamard.apply(x, order))
+    k_norm, k_sum = normalisations(order), additions(order)
+    full = gamma(k_sum + k_norm, U32) * absolute_sum(x, order)
+    exact = np.where(exact_sums(x, order), (gamma(k_norm, U32) if k_norm else 0.0) * y, full)
+    if order == 1:
+        return np.zeros_like(x)
+    # A product with the normalisation may land among the subnormals, once for each of the parts.
+    return exact + (ETA32 * (1 + math.sqrt(hadamard.split(order)[0])) / 2 if k_norm else 0.0)
+
+
+def scale(x: Float64, order: int, sigma: Float64) -> Float64:
+    """Bound of sigma (..., 1) stored in float32, from x or from a rotated x (T2).
+
+    d squares and their sum: gamma_{d+2}, halved by the root; the root, the division by d and the
+    power of two that undoes a scaling round once each, and storing once more.
+    """
+    d = x.shape[-1]
+    propagated = np.sqrt(np.mean(rotation(x, order) ** 2, axis=-1, keepdims=True))
+    return sigma * (gamma(d + 2, U32) / 2 + 4 * U32) + propagated + ETA32
+
+
+def code_margin(x: Float64, order: int, sigma: Float64) -> Float64:
+    """delta of T3: how far t = y / sigma may be from its exact value; sigma (..., 1) as stored.
+
+    An implementation may scale a row by a power of two to keep squares in range. What is then below
+    2^-149 of the row's largest entry is lost: at most sqrt(order) + 1 halves of it in y, and sigma
+    is at least 2^-1 d^-0.5 of that entry's power of two.
+    """
+    d = x.shape[-1]
+    z = hadamard.apply(x, order) / sigma
+    lost = (math.sqrt(order) + 2) * 2 * math.sqrt(max(d, 1)) * ETA32
+    # An entry that is 0 in every sum stays 0 in any arithmetic.
+    lost_where = np.where(absolute_sum(x, order) == 0, 0.0, lost)
+    exact = exact_sums(x, order) & (hadamard.apply(x, order) == 0)
+    margin = rotation(x, order) / sigma + gamma(CODE_ROUNDINGS, U32) * np.abs(z) + lost_where
+    return np.where(exact, 0.0, margin)
+
+
+def product(a: Float64, b: Float64, dtype: str, u: float = U32) -> Float64:
+    """Bound of a @ b.T for a (m, n), b (p, n), summed in unit roundoff u, stored as dtype (T1)."""
+    y = a @ b.T
+    return output(y, gamma(a.shape[-1], u) * (np.abs(a) @ np.abs(b).T), dtype)

@@ -74,9 +74,7 @@ def _base_product(
         x = tl.load(x_ptr + start + j * columns + p, mask=p < columns, other=0.0).to(tl.float32)
         acc += tl.load(base_ptr + j * M + i, mask=i < M, other=0.0) * x
     inside = (i < M) & (p < columns)
-    tl.store(
-        y_ptr + start + i * columns + p, (acc * norm).to(y_ptr.dtype.element_ty), mask=inside
-    )
+    tl.store(y_ptr + start + i * columns + p, (acc * norm).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def stored(dtype: torch.dtype) -> torch.dtype:
@@ -103,7 +101,9 @@ def tile(rows: int, width: int, order: int) -> tuple[int, int]:
     return r, w
 
 
-def launch_base(x: torch.Tensor, base: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
+def launch_base(
+    x: torch.Tensor, base: torch.Tensor, columns: int, dtype: torch.dtype
+) -> torch.Tensor:
     """x (..., d) as blocks (m, columns): base^T x / sqrt(m) for each block, stored as `dtype`."""
     m = base.shape[0]
     y = outputs.empty(x.shape, dtype, x.device)

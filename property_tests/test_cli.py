@@ -12,14 +12,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from quest.cli import main
 from quest.models import SIZES, Size
+from quest.train import plot
 
 TEXT = "".join(f"{i} is followed by {i + 1}, as ever.\n" for i in range(400))
 LINE = ("train", "--size", "tiny", "--device", "cpu", "--data", "text.txt", "--out", "out")
+
+DRAW = plot.draw
 
 
 @pytest.fixture(autouse=True)
 def _work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SIZES, "tiny", Size(1, 128, 2, lr=3e-3, tokens=4 * 64, batch=2, seq=32))
+    monkeypatch.setattr(plot, "draw", lambda *_: None)  # it takes longer than such a run
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(TEXT)
 
@@ -155,13 +159,19 @@ def test_another_tokenizer_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
     assert "its tokenizer is" in refuses(capsys, *LINE, "--seq", "16", "--resume")
 
 
-def test_what_a_run_prints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_run_leaves(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plot, "draw", DRAW)
     assert main([*LINE, "--recipe", "bf16", "--recipe", "w1a1"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     for expected in ("w1a1  step 4/4  loss", "tok/s", "nats/byte", "against bf16",
                      "out/metrics.jsonl", "out/loss.png"):  # fmt: skip
         assert expected in out
+    assert {path.name for path in Path("out").iterdir()} == {
+        "run.json", "metrics.jsonl", "loss.png", "checkpoint-bf16.pt", "checkpoint-w1a1.pt"
+    }  # fmt: skip
 
 
 def test_an_interrupted_run(

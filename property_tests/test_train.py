@@ -16,7 +16,18 @@ from rich.console import Console
 from torch import nn
 
 from quest.models import SIZES, Llama, Size
-from quest.train import Request, TrainConfig, UserError, checkpoint, files, loop, progress, run
+from quest.train import (
+    Request,
+    TrainConfig,
+    UserError,
+    checkpoint,
+    files,
+    loop,
+    plot,
+    progress,
+    run,
+)
+from quest.train.data import ByteEncoder, Dataset
 from quest.train.folder import RunFolder
 from quest.train.metrics import Metrics, Row
 from quest.train.optimizer import adamw, learning_rate
@@ -27,7 +38,8 @@ TEXT = "".join(f"{i} is followed by {i + 1}, as ever.\n" for i in range(400))
 
 @pytest.fixture
 def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
-    """A run of 20 steps that takes a second."""
+    """A run of 20 steps that takes a second, without the half second of a picture."""
+    monkeypatch.setattr(plot, "draw", lambda *_: None)
     monkeypatch.setitem(SIZES, "tiny", Size(1, 128, 2, lr=3e-3, tokens=20 * 64, batch=2, seq=32))
     (tmp_path / "text.txt").write_text(TEXT)
     config = TrainConfig.for_size("tiny", eval_every=5, save_every=10)
@@ -121,12 +133,11 @@ def test_both_recipes_learn_from_the_same_batches(request_: Request) -> None:
         assert [r["tokens"] for r in part] == [64 * step for step in range(1, 21)]
         assert [r["lr"] for r in part] == [learning_rate(s, 20, 3e-3) for s in range(20)]
     assert written[0]["loss"] != written[20]["loss"]
-    assert (request_.out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_recipes_start_from_the_same_weights(request_: Request) -> None:
     quietly(request_)
-    data = loop.Dataset(torch.zeros(99), torch.zeros(99), run_encoder(), 1.0, "")
+    data = Dataset(torch.zeros(99), torch.zeros(99), ByteEncoder(), 1.0, "")
     job = loop.Job(
         request_.config, data, RunFolder(request_.out),
         Metrics(request_.out / "other.jsonl", {}), torch.device("cpu"), False,
@@ -139,12 +150,6 @@ def test_recipes_start_from_the_same_weights(request_: Request) -> None:
         assert torch.equal(ours, theirs)
     tokens = torch.arange(20)[None]
     assert not torch.allclose(dense(tokens), quantized(tokens))
-
-
-def run_encoder() -> loop.Dataset:
-    from quest.train.data import ByteEncoder
-
-    return ByteEncoder()
 
 
 @pytest.mark.parametrize("stopped_at", [10, 13])
@@ -229,6 +234,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Request:
     """A finished run, which tests leave as it is."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot, "draw", lambda *_: None)
         patch.setitem(SIZES, "tiny", Size(1, 128, 2, lr=3e-3, tokens=20 * 64, batch=2, seq=32))
         (folder / "text.txt").write_text(TEXT)
         request = Request(
@@ -323,3 +329,18 @@ def test_labels_are_spread_in_order(heights: list[float], gap: float) -> None:
     assert all(new >= old for new, old in zip(moved, heights, strict=True))
     ordered = sorted(moved)
     assert all(b - a > gap * 0.999 for a, b in pairwise(ordered))
+
+
+@pytest.mark.parametrize("loss", [0.5, 3.0, 5.5])  # below and above the entropy, and no learning
+def test_the_picture(tmp_path: Path, loss: float) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl", {})
+    for recipe in ("bf16", "w1a1"):
+        for step in range(1, 4):
+            val = loss if step == 3 else None
+            metrics.add(Row(recipe, step, 5.5, val, val, 0.1, step * 64, step * 0.1, 1.0))
+    data = Dataset(torch.zeros(9), torch.arange(24, dtype=torch.uint8), ByteEncoder(), 1.0, "")
+    path = tmp_path / "loss.png"
+    path.write_text("an earlier picture")
+    plot.draw(path, metrics, data, "title")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.iterdir())) == 2

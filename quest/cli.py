@@ -115,7 +115,7 @@ def verify(json_path: Path | None, lanes: tuple[str, ...], quick: bool) -> int:
     show_default=True,
     help="Of the initial weights and the batches.",
 )
-@click.option("--eval-every", type=click.IntRange(min=1), help="Steps. Default: 15 times a run.")
+@click.option("--eval-every", type=click.IntRange(min=1), help="Steps. Default: 12 times a run.")
 @click.option("--save-every", type=click.IntRange(min=1), help="Steps. Default: 5 times a run.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--compile", "compile_", is_flag=True, help="Use torch.compile.")
@@ -174,8 +174,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else where
         # click's own sentence for this one differs between its versions.
-        unknown = isinstance(error, click.NoSuchOption)
-        sentence = f"no such option: {error.option_name}" if unknown else error.format_message()
+        sentence = (
+            f"no such option: {error.option_name}"
+            if isinstance(error, click.NoSuchOption)
+            else error.format_message()
+        )
         message = " ".join(sentence.split()).rstrip(".")
         print(f"{where}: {message[:1].lower()}{message[1:]} (see {where} --help)", file=sys.stderr)
         return USAGE

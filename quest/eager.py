@@ -103,7 +103,8 @@ def _encode(y: torch.Tensor, sigma: torch.Tensor, grid: Grid) -> torch.Tensor:
 def select(y: torch.Tensor, sparsity: NM | Pairwise) -> torch.Tensor:
     """The entries that the pattern keeps, bool (..., d); ties keep the lower index."""
     unit = 2 if isinstance(sparsity, Pairwise) else 1
-    groups = y.unflatten(-1, (y.shape[-1] // sparsity.m, sparsity.m // unit, unit))
+    shape = (*y.shape[:-1], y.shape[-1] // sparsity.m, sparsity.m // unit, unit)
+    groups = y.reshape(shape)
     norm = groups.square().sum(-1) if unit == 2 else groups[..., 0].abs()
     rank = norm.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     keep = rank < sparsity.n // unit

@@ -21,7 +21,9 @@ NAMES = (
     "bf16, fp4, or w<bits>a<bits> with bits 1, 1.58 or 2 to 8 (w4a16: weights only); "
     "-2:4 or -4:8 makes the weights sparse"
 )
-_PATTERN = re.compile(r"(?:w(?P<w>1\.58|[1-8])a(?P<a>1\.58|16|[1-8])|(?P<fp4>fp4))(?P<s>-2:4|-4:8)?")
+_PATTERN = re.compile(
+    r"(?:w(?P<w>1\.58|[1-8])a(?P<a>1\.58|16|[1-8])|(?P<fp4>fp4))(?P<s>-2:4|-4:8)?"
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def recipe(
         made = Recipe(name, PASS_THROUGH, PASS_THROUGH)
     elif match := _PATTERN.fullmatch(name):
         rotation = Hadamard() if transform is None else transform
-        pattern: Sparsity | None = {"-2:4": NM(2, 4), "-4:8": Pairwise(4, 8)}.get(match["s"] or "")
+        patterns: dict[str | None, Sparsity] = {"-2:4": NM(2, 4), "-4:8": Pairwise(4, 8)}
+        pattern = patterns.get(match["s"])
         w, a = (grids.e2m1(),) * 2 if match["fp4"] else (_grid(match["w"]), _grid(match["a"]))
         made = Recipe(
             name,

@@ -100,8 +100,8 @@ def quantize(
     estimator and parameter: see `estimators.mask`. sparsity: None, ("nm", n, m) or
     ("pairwise", n, m), chosen on x_h; the scale stays that of the dense row.
     A pruned entry has the code of t = 0 and the value 0. A row of zeros has the codes of t = 0,
-    values 0, scale 0 and mask 1. A row that holds a NaN or an infinity has codes 0, values NaN and
-    scale NaN, and keeps what a row of zeros keeps.
+    values 0, scale 0 and mask 1. A row that holds a NaN or an infinity has values NaN and scale NaN,
+    and the codes and selection of a row of zeros.
     Raises ValueError or TypeError where `hadamard.apply`, `sparsity.keep` or `estimators.mask` do.
     """
     rotated = hadamard.apply(x, block)
@@ -110,7 +110,7 @@ def quantize(
     # Where sigma is 0 all of t is 0, without a division.
     t = np.divide(rotated, sigma, out=np.zeros_like(rotated), where=sigma != 0)
     finite = ~np.isnan(sigma)
-    codes = np.where(finite, encode(np.where(keep, t, 0.0), grid), 0)
+    codes = encode(np.where(keep & finite, t, 0.0), grid)
     with np.errstate(over="ignore"):
         values = np.where(keep, decode(codes, grid) * sigma, 0.0)
     values = np.where(finite, values, np.nan)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from quest.models import SIZES
 from quest.train.errors import UserError
 
-EVALUATIONS = 15  # in a run, unless one says how often
+EVALUATIONS = 12  # in a run, unless one says how often
 CHECKPOINTS = 5
 
 
@@ -29,7 +29,7 @@ class TrainConfig:
     seed: int
     eval_every: int
     save_every: int
-    eval_windows: int = 128
+    eval_windows: int = 64
 
     @classmethod
     def for_size(

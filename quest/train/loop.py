@@ -144,6 +144,7 @@ def train(job: Job, recipe: str, watcher: Watcher, *, resume: bool) -> Outcome:
         model.compile()
     tokens_per_step = config.batch * config.seq
     val_loss = validate(model, job) if done == config.steps else math.nan
+    seconds = before
     began = time.perf_counter() - before
     watcher.start(recipe, done, config.steps, tokens_per_step)
     try:
@@ -155,6 +156,7 @@ def train(job: Job, recipe: str, watcher: Watcher, *, resume: bool) -> Outcome:
             measured = last_step or step % config.eval_every == 0
             if measured:
                 val_loss = validate(model, job)
+            seconds = time.perf_counter() - began
             row = Row(
                 recipe=recipe,
                 step=step,
@@ -163,13 +165,13 @@ def train(job: Job, recipe: str, watcher: Watcher, *, resume: bool) -> Outcome:
                 val_loss_per_byte=val_loss / data.bytes_per_token if measured else None,
                 lr=rate,
                 tokens=step * tokens_per_step,
-                seconds=time.perf_counter() - began,
+                seconds=seconds,
                 grad_norm=norm,
             )
             job.metrics.add(row)
             if last_step or step % config.save_every == 0:
                 state = Checkpoint(
-                    identity, step, row.seconds, model.state_dict(), optimizer.state_dict()
+                    identity, step, seconds, model.state_dict(), optimizer.state_dict()
                 )
                 checkpoint.save(path, state)
             watcher.step(row)
@@ -180,7 +182,7 @@ def train(job: Job, recipe: str, watcher: Watcher, *, resume: bool) -> Outcome:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         steps=config.steps,
         tokens=config.steps * tokens_per_step,
-        seconds=time.perf_counter() - began if done < config.steps else before,
+        seconds=seconds,
         val_loss=val_loss,
         val_loss_per_byte=val_loss / data.bytes_per_token,
     )

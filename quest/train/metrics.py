@@ -50,6 +50,11 @@ class Metrics:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_line(row))
 
+    @property
+    def recipes(self) -> list[str]:
+        """In the order in which they were trained."""
+        return list(dict.fromkeys(row.recipe for row in self.rows))
+
     def of(self, recipe: str) -> list[Row]:
         return [row for row in self.rows if row.recipe == recipe]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -17,7 +18,7 @@ COLOURS = ("#3b4252", "#c8553d", "#2a7f9e", "#7a5c99", "#4f8a4b", "#b07d12")
 MUTED = "#6b7280"
 
 
-def draw(path: Path, metrics: Metrics, recipes: Sequence[str], data: Dataset, title: str) -> None:
+def draw(path: Path, metrics: Metrics, data: Dataset, title: str) -> None:
     """Write a PNG to ``path``: nats a byte against training tokens.
 
     Per recipe the training loss as a light line and the validation loss as a strong one that is
@@ -26,17 +27,13 @@ def draw(path: Path, metrics: Metrics, recipes: Sequence[str], data: Dataset, ti
     figure = Figure(figsize=(8, 4.8), dpi=160, layout="constrained")
     axes = figure.add_subplot()
     ends: list[tuple[float, float, str, str]] = []
-    top = 0.0
-    for index, recipe in enumerate(recipes):
-        colour = COLOURS[index % len(COLOURS)]
+    # What must be seen. The first steps fall from ln(vocabulary): showing all of them would
+    # flatten what follows.
+    in_view: list[float] = []
+    for recipe, colour in zip(metrics.recipes, cycle(COLOURS), strict=False):
         rows = metrics.of(recipe)
-        axes.plot(
-            [row.tokens for row in rows],
-            [row.loss / data.bytes_per_token for row in rows],
-            color=colour,
-            alpha=0.28,
-            linewidth=0.9,
-        )
+        losses = [row.loss / data.bytes_per_token for row in rows]
+        axes.plot([row.tokens for row in rows], losses, color=colour, alpha=0.28, linewidth=0.9)
         measured = [
             (row.tokens, row.val_loss_per_byte) for row in rows if row.val_loss_per_byte is not None
         ]
@@ -45,10 +42,10 @@ def draw(path: Path, metrics: Metrics, recipes: Sequence[str], data: Dataset, ti
         axes.plot(*zip(*measured, strict=True), color=colour, linewidth=2.2, marker="o", ms=3.5)
         tokens, loss = measured[-1]
         ends.append((tokens, loss, f"{recipe}  {loss:.2f}", colour))
-        top = max(top, measured[0][1])
+        in_view += [min(losses), *(value for _, value in measured)]
     if data.encoder.unit == "byte":
         entropy = data.entropy()
-        top = max(top, entropy)
+        in_view.append(entropy)
         axes.axhline(entropy, color=MUTED, linestyle=(0, (5, 4)), linewidth=1)
         axes.annotate(
             f"entropy of single bytes  {entropy:.2f}",
@@ -60,13 +57,11 @@ def draw(path: Path, metrics: Metrics, recipes: Sequence[str], data: Dataset, ti
             color=MUTED,
             fontsize=9,
         )
-    if ends:
-        # The first steps fall from ln(vocabulary): showing them would flatten all that follows.
-        bottom = min(row.loss for recipe in recipes for row in metrics.of(recipe))
-        bottom /= data.bytes_per_token
-        margin = 0.06 * (top - bottom) + 0.02
-        axes.set_ylim(bottom - margin, top + 2 * margin)
-        heights = spread([loss for _, loss, _, _ in ends], gap=0.06 * (top - bottom + 3 * margin))
+    if in_view:
+        low, high = min(in_view), max(in_view)
+        margin = 0.06 * (high - low) + 0.02
+        axes.set_ylim(low - margin, high + 2 * margin)
+        heights = spread([loss for _, loss, _, _ in ends], gap=margin)
         for (end, _, label, colour), height in zip(ends, heights, strict=True):
             axes.annotate(
                 label,

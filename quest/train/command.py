@@ -90,7 +90,7 @@ def run(request: Request, console: Console) -> list[loop.Outcome]:
     for name in recipes:
         outcomes.append(loop.train(job, name, watcher, resume=request.resume))
         title = f"Llama {config.size}, the same batches for every recipe"
-        plot.draw(folder.plot, metrics, [o.recipe for o in outcomes], data, title)
+        plot.draw(folder.plot, metrics, data, title)
     console.print(progress.summary(outcomes, data))
     console.print(f"{folder.metrics}\n{folder.plot}", soft_wrap=True, highlight=False)
     return outcomes
@@ -142,8 +142,8 @@ def _announce(
     left_out = f", {skipped} empty or binary ones skipped" if skipped else ""
     numbers = "bfloat16" if device.type == "cuda" else "float32"
     console.print(
-        f"text    {files} files{left_out}: {len(data.train):,} {data.encoder.unit}s to train on, "
-        f"{len(data.held_out):,} held out\n"
+        f"text    {files} {'file' if files == 1 else 'files'}{left_out}: "
+        f"{len(data.train):,} {data.encoder.unit}s to train on, {len(data.held_out):,} held out\n"
         f"model   Llama {config.size}, vocabulary {data.vocab_size}, on {device} "
         f"in {numbers} around the quantized layers\n"
         f"steps   {config.steps} of {config.batch} x {config.seq} {data.encoder.unit}s",

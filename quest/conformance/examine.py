@@ -1,0 +1,112 @@
+"""One call of a lane on one input, with every judge that applies to it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from quest.quantizer import Quantizer
+from quest.recipes import Recipe, recipe
+from quest.estimators import STE
+
+from . import judges
+from .lanes import Lane
+from .verdict import Verdict
+
+
+def transform(lane: Lane, x: Tensor, order: int, transpose: bool = False) -> list[Verdict]:
+    """T1 of the Hadamard transform."""
+    y = lane.call("hadamard", x, order=order, transpose=transpose)["y"]
+    return [
+        judges.form("transform", y, tuple(x.shape), x.dtype),
+        judges.rotated(x, y, order, transpose),
+    ]
+
+
+def quantizer(lane: Lane, x: Tensor, q: Quantizer, *, conclusive: bool = True) -> list[Verdict]:
+    """T2 to T6 of codes, scale, mask and selection; T0 of their packing; values against codes."""
+    d, order = x.shape[-1], q.transform.order(x.shape[-1])
+    lead = tuple(x.shape[:-1])
+    out = lane.call("quantize", x, q=q)
+    codes, scale, mask = out["codes"], out["scale"], out["mask"]
+    keep = out["keep"] if q.sparsity is not None else None
+    found = [
+        judges.form("codes", codes, (*lead, d), q.code_dtype),
+        judges.form("scale", scale, (*lead, 1), torch.float32),
+        judges.form("mask", mask, (*lead, d), torch.bool),
+        judges.form("keep", out["keep"], (0,) if keep is None else (*lead, d), torch.bool),
+    ]
+    if any(v.failure for v in found):
+        return found
+    found.append(judges.scaled(x, scale, order))
+    if keep is not None:
+        found += [judges.selected(x, q, keep), judges.pruned(q, codes, keep)]
+    found.append(judges.coded(x, q, codes, scale, keep, conclusive=conclusive))
+    found.append(judges.masked(x, q, codes, scale, mask, keep))
+    return found + _stored(lane, x, q, out)
+
+
+def _stored(lane: Lane, x: Tensor, q: Quantizer, out: dict[str, Tensor]) -> list[Verdict]:
+    """The packed and the dequantized form of the same quantization."""
+    keep = out["keep"] if q.sparsity is not None else None
+    packed, values = lane.call("pack", x, q=q), lane.call("fake_quantize", x, q=q)
+    form = judges.form("values", values["values"], tuple(x.shape), x.dtype)
+    found = [
+        judges.packed(q, out["codes"], packed["codes"]),
+        judges.exact("packed scale", judges.bits(packed["scale"]), judges.bits(out["scale"])),
+        judges.packed_bits("packed mask", out["mask"], packed["mask"]),
+        judges.packed_bits("values' mask", out["mask"], values["mask"]),
+        form,
+    ]
+    if keep is not None:
+        found.append(judges.packed_bits("packed keep", keep, packed["keep"]))
+    if form.failure is None:
+        found.append(judges.dequantized(q, out["codes"], out["scale"], keep, values["values"]))
+    return found
+
+
+def backward(lane: Lane, grad: Tensor, mask: Tensor, order: int) -> list[Verdict]:
+    """T7 of the fused backward; mask (..., ceil(d / 8)) uint8."""
+    dx = lane.call("masked_transpose", grad, mask, order=order)["dx"]
+    form = judges.form("backward", dx, tuple(grad.shape), grad.dtype)
+    return [form] if form.failure else [form, judges.transposed(grad, mask, dx, order)]
+
+
+def accumulation(lane: Lane) -> float:
+    """Unit roundoff of the lane's products: tensor cores truncate, which costs a bit."""
+    return 2.0**-23 if lane.device == "cuda" else 2.0**-24
+
+
+def layer(
+    lane: Lane, x: Tensor, w: Tensor, grad: Tensor, bias: Tensor | None, made: Recipe
+) -> list[Verdict]:
+    """T1 and T7 of the linear layer on rows x (n, in), w (out, in), grad (n, out)."""
+    extra = () if bias is None else (bias,)
+    out = lane.call("linear", x, w, grad, *extra, recipe=made)
+    pairs = ((x, made.activation), (w, made.weight))
+    masks = tuple(
+        None if q.grid is None else lane.call("quantize", t, q=q)["mask"] for t, q in pairs
+    )
+    found = judges.layer(x, w, grad, bias, made, out, (masks[0], masks[1]), accumulation(lane))
+    # The operands themselves: what the quantizer's own judge admits, or the plain rotation.
+    for (t, q), name in zip(pairs, ("x_hat", "w_hat"), strict=True):
+        if q.grid is None:
+            found.append(judges.rotated(t, out[name], q.transform.order(t.shape[-1]), False))
+        else:
+            values = lane.call("fake_quantize", t, q=q)["values"]
+            found.append(
+                judges.exact(f"layer {name}", judges.bits(out[name]), judges.bits(values))
+            )
+    return found
+
+
+def adjoint(lane: Lane, x: Tensor, w: Tensor, grad: Tensor, block: int) -> list[Verdict]:
+    """T7: <g, J v> = <J^T g, v> where nothing is rounded and nothing masked."""
+    from quest.transforms import Hadamard
+
+    free = Quantizer(None, Hadamard(block), STE())
+    made = dataclasses.replace(recipe("bf16"), name="rotated", weight=free, activation=free)
+    out = lane.call("linear", x, w, grad, recipe=made)
+    return [judges.adjoint(x, w, grad, out, block, accumulation(lane))]

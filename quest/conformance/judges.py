@@ -1,0 +1,418 @@
+"""The judges, T0 to T7: is what a lane wrote admissible, by a bound that was derived?
+
+Each takes what the lane really produced in the stage before, lifts it to float64, asks the oracle
+what the stage should be, and gives a `Verdict`. There is one place where right and wrong are
+decided, and this is it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quest.quantizer import Quantizer
+from quest.recipes import Recipe
+from quest.reference import bounds, hadamard, packing, quantize, sparsity
+from quest.reference import grids as reference_grids
+
+from . import oracle
+from .oracle import Array, lift
+from .verdict import Verdict, inconclusive, one_sided, worst
+
+
+def _at(shape: tuple[int, ...], index: int) -> str:
+    return str(tuple(int(i) for i in np.unravel_index(index, shape)))
+
+
+def form(stage: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Verdict:
+    """Shape and dtype of an output."""
+    if tuple(t.shape) != shape or t.dtype != dtype:
+        told = f"has shape {tuple(t.shape)} and dtype {t.dtype}, not {shape} and {dtype}"
+        return Verdict(stage, 0, math.inf, failure=told)
+    return Verdict(stage, 0)
+
+
+def exact(stage: str, actual: Array, expected: Array) -> Verdict:
+    """T0: bit for bit."""
+    if actual.shape != expected.shape:
+        told = f"shape {actual.shape}, not {expected.shape}"
+        return Verdict(stage, 0, math.inf, failure=told)
+    wrong = np.flatnonzero(np.ravel(actual != expected))
+    if wrong.size:
+        i = int(wrong[0])
+        told = (
+            f"{wrong.size} of {actual.size} differ; at {_at(actual.shape, i)} it is "
+            f"{actual.flat[i]}, not {expected.flat[i]}"
+        )
+        return Verdict(stage, actual.size, math.inf, failure=told)
+    return Verdict(stage, actual.size)
+
+
+def bits(t: Tensor) -> Array:
+    """The bit patterns of a float tensor, for comparisons that NaN must pass."""
+    kind = torch.int32 if t.dtype == torch.float32 else torch.int16
+    return lift(t.contiguous().view(kind))
+
+
+def close(stage: str, actual: Tensor, expected: Array, bound: Array) -> Verdict:
+    """T1: |actual - expected| <= bound for each element, with the dtype's own infinities and NaN.
+
+    NaN must stand exactly where it is expected. Where the expected value reaches the end of the
+    dtype's range within its bound, an infinity of its sign is admissible.
+    """
+    a = lift(actual)
+    if a.shape != expected.shape:
+        return Verdict(stage, 0, math.inf, failure=f"shape {a.shape}, expected {expected.shape}")
+    largest = bounds.LARGEST[oracle.dtype_name(actual.dtype)]
+    with np.errstate(invalid="ignore", over="ignore"):
+        over = (
+            np.isinf(a) & (np.abs(expected) + bound >= largest) & (np.sign(a) == np.sign(expected))
+        )
+        same = (np.isnan(a) & np.isnan(expected)) | (a == expected) | over
+        error = np.where(same, 0.0, np.abs(a - expected))
+    error = np.where(np.isnan(error), math.inf, error)
+    ratio, i = worst(error, bound)
+    failure = None
+    if ratio > 1:
+        failure = (
+            f"at {_at(a.shape, i)} it is {a.flat[i]!r}, expected {expected.flat[i]!r} within "
+            f"{bound.flat[i]:.3e}: {ratio:.3g} times the bound"
+        )
+    return Verdict(stage, a.size, ratio, failure=failure)
+
+
+def rotated(x: Tensor, y: Tensor, order: int, transpose: bool) -> Verdict:
+    """T1 for x H or x H^T, stored as y's dtype; infinities and NaN spread as sums spread them.
+
+    Blocks whose finite entries sum to more than float32 holds before the normalisation are outside
+    the transform's domain and not judged.
+    """
+    x64 = lift(x)
+    turn = hadamard.apply_transpose if transpose else hadamard.apply
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = turn(x64, order)
+        bound = bounds.output(expected, bounds.rotation(x64, order), oracle.dtype_name(y.dtype))
+    finite = np.where(np.isfinite(x64), x64, 0.0)
+    sums = bounds.absolute_sum(finite, order) * math.sqrt(order)
+    inside = sums < bounds.LARGEST["float32"]
+    settled = torch.where(torch.from_numpy(inside), y, torch.zeros((), dtype=y.dtype))
+    return close(
+        "transform", settled, np.where(inside, expected, 0.0), np.where(inside, bound, 0.0)
+    )
+
+
+def scaled(x: Tensor, scale: Tensor, order: int) -> Verdict:
+    """T2: sigma, with zero, non-finite and underflowing rows by their rule."""
+    x64 = oracle.rows(lift(x))
+    sigma = quantize.scale(x64)
+    with np.errstate(invalid="ignore"):
+        bound = bounds.scale(np.where(np.isnan(sigma), 0.0, x64), order, sigma)
+    bound = np.where(sigma == 0, 0.0, bound)
+    return close("scale", scale.reshape(-1, 1), sigma, bound)
+
+
+def _cell(codes: Array, grid: reference_grids.Grid) -> tuple[Array, Array]:
+    """[low, high): the values that have these codes."""
+    ends = np.concatenate([[-np.inf], grid.midpoints, [np.inf]])
+    index = codes - quantize.code_range(grid)[0]
+    return ends[index], ends[index + 1]
+
+
+def _regular(scale: Array) -> Array:
+    """Rows with a scale to divide by."""
+    return np.isfinite(scale) & (scale > 0)
+
+
+def coded(
+    x: Tensor,
+    q: Quantizer,
+    codes: Tensor,
+    scale: Tensor,
+    keep: Tensor | None = None,
+    *,
+    conclusive: bool = True,
+) -> Verdict:
+    """T3: every code is the code of some t within delta of the exact y / sigma.
+
+    keep: the selection that the lane made; pruned entries must carry the code of 0.
+    conclusive: apply the rules on ambiguous elements (off for corpora that are made of ties).
+    """
+    arguments = oracle.arguments(q, x.shape[-1])
+    grid, order = arguments["grid"], arguments["block"]
+    x64, c, s = oracle.rows(lift(x)), oracle.rows(lift(codes)), lift(scale).reshape(-1, 1)
+    low, high = quantize.code_range(grid)
+    if c.size and (c.min() < low or c.max() > high):
+        told = f"codes from {c.min()} to {c.max()}, outside {low} to {high}"
+        return Verdict("codes", c.size, math.inf, failure=told)
+    regular = _regular(s)
+    safe = np.where(regular, s, 1.0)
+    x64 = np.where(regular, x64, 0.0)
+    z = hadamard.apply(x64, order) / safe
+    delta = np.where(regular, bounds.code_margin(x64, order, safe), 0.0)
+    if keep is not None:
+        kept = oracle.rows(lift(keep))
+        z, delta = np.where(kept, z, 0.0), np.where(kept, delta, 0.0)
+    lowest, highest = quantize.encode(z - delta, grid), quantize.encode(z + delta, grid)
+    begin, end = _cell(c, grid)
+    admissible = (c >= lowest) & (c <= highest)
+    with np.errstate(invalid="ignore"):
+        distance = np.maximum(np.maximum(begin - z, z - end), 0.0)
+    # A value on the upper end of a cell is not in it: no distance, but wrong where delta is 0.
+    distance = np.where(admissible, np.minimum(distance, delta), np.maximum(distance, 5e-324))
+    ratio, _ = worst(distance, delta)
+    open_ = highest > lowest
+    nominal = quantize.encode(z, grid)
+    up, down = int((c > nominal).sum()), int((c < nominal).sum())
+    ambiguous = int(open_.sum())
+    failure = None
+    wrong = np.flatnonzero(~admissible)
+    if wrong.size:
+        i = int(wrong[0])
+        failure = (
+            f"{wrong.size} of {c.size} codes are wrong; at {_at(c.shape, i)} it is {c.flat[i]} for "
+            f"y / sigma = {z.flat[i]!r} within {delta.flat[i]:.3e}, admissible "
+            f"{lowest.flat[i]} to {highest.flat[i]}"
+        )
+        ratio = max(ratio, math.nextafter(1.0, 2.0))
+    elif conclusive and inconclusive(ambiguous, c.size):
+        failure = f"inconclusive: {ambiguous} of {c.size} codes are ambiguous"
+    elif conclusive and one_sided(up, down):
+        failure = f"one-sided: {up} ambiguous codes went up, {down} down"
+    return Verdict("codes", c.size, ratio, ambiguous, up, down, failure)
+
+
+def masked(
+    x: Tensor,
+    q: Quantizer,
+    codes: Tensor,
+    scale: Tensor,
+    mask: Tensor,
+    keep: Tensor | None = None,
+) -> Verdict:
+    """T4: (code, mask) is a pair that some t within delta, and some threshold within its own error,
+    produces. Rows without a scale follow their rule: 1 for zeros, 0 for non-finite (1 under STE).
+    """
+    arguments = oracle.arguments(q, x.shape[-1])
+    grid, order = arguments["grid"], arguments["block"]
+    kind, parameter = arguments["estimator"], arguments["parameter"]
+    x64, c, s = oracle.rows(lift(x)), oracle.rows(lift(codes)), lift(scale).reshape(-1, 1)
+    m = oracle.rows(lift(mask))
+    kept = np.ones(m.shape, bool) if keep is None else oracle.rows(lift(keep))
+    regular = _regular(s)
+    safe = np.where(regular, s, 1.0)
+    x64 = np.where(regular, x64, 0.0)
+    z = hadamard.apply(x64, order) / safe
+    delta = np.where(regular, bounds.code_margin(x64, order, safe), 0.0)
+    # The t within delta that also have this code; a pruned entry's code says nothing of t.
+    begin, end = _cell(c, grid)
+    low = np.where(kept, np.maximum(z - delta, begin), z - delta)
+    high = np.where(kept, np.minimum(z + delta, end), z + delta)
+    high = np.maximum(low, high)
+    point = np.where(kept, quantize.decode(c, grid), 0.0)
+    edge = kind == "clip" or (kind == "trust" and parameter >= 1)
+    if kind == "ste":
+        threshold = np.full(m.shape, np.inf)
+    elif kind == "clip":
+        threshold = np.full(m.shape, parameter * grid.outer)
+    elif edge:
+        threshold = np.where(kept, grid.outer, 0.0) + parameter * grid.half_gap
+    else:
+        threshold = np.full(m.shape, parameter * grid.half_gap)
+    centre = np.zeros(m.shape) if edge else point
+    nearest = np.where((low <= centre) & (centre <= high), 0.0,
+                       np.minimum(np.abs(low - centre), np.abs(high - centre)))  # fmt: skip
+    farthest = np.maximum(np.abs(low - centre), np.abs(high - centre))
+    slack = bounds.gamma(bounds.THRESHOLD_ROUNDINGS, bounds.U32) * np.where(
+        np.isfinite(threshold), threshold, 0.0
+    )
+    if not edge:
+        # The point in float32 (constant and product), and the difference.
+        slack = slack + bounds.gamma(3, bounds.U32) * (np.abs(point) + threshold)
+    may, must_not = nearest <= threshold + slack, farthest > threshold - slack
+    rule = np.where(s == 0, True, kind == "ste")
+    wrong = np.where(regular, np.where(m, ~may, ~must_not), m != rule)
+    ambiguous = int((regular & may & must_not).sum())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        beyond = np.where(m, np.abs(z - centre) - threshold, threshold - np.abs(z - centre))
+        ratio = np.where(beyond > 0, beyond / (delta + slack), 0.0)
+    settled = np.where(regular & np.isfinite(ratio), ratio, 0.0)
+    peak = float(settled.max(initial=0.0))
+    failure = None
+    bad = np.flatnonzero(wrong)
+    if bad.size:
+        i = int(bad[0])
+        failure = (
+            f"{bad.size} of {m.size} mask bits are wrong; at {_at(m.shape, i)} it is "
+            f"{bool(m.flat[i])} for y / sigma = {z.flat[i]!r}, code {c.flat[i]}, threshold "
+            f"{threshold.flat[i]!r}"
+        )
+        peak = max(peak, math.nextafter(1.0, 2.0))
+    else:
+        peak = min(peak, 1.0)
+    return Verdict("mask", m.size, peak, ambiguous, failure=failure)
+
+
+def selected(x: Tensor, q: Quantizer, keep: Tensor) -> Verdict:
+    """T5: exact counts, min(kept) >= max(dropped) within the bound, exact ties by the rule."""
+    name, n, m = oracle.pattern(q) or ("", 0, 0)
+    order = q.transform.order(x.shape[-1])
+    x64, k = oracle.rows(lift(x)), oracle.rows(lift(keep)).astype(bool)
+    finite = np.isfinite(x64).all(-1, keepdims=True)
+    x64 = np.where(finite, x64, 0.0)
+    y, b = hadamard.apply(x64, order), bounds.rotation(x64, order)
+    sums_exact = bounds.exact_sums(x64, order)
+    unit = 2 if name == "pairwise" else 1
+    groups = (len(k), k.shape[1] // m, m // unit, unit)
+    count = k.reshape(groups)
+    if (count.any(-1) != count.all(-1)).any():
+        return Verdict("selection", k.size, math.inf, failure="half a pair is kept")
+    chosen = count.all(-1)
+    if (chosen.sum(-1) != n // unit).any():
+        told = f"a group of {m} does not keep {n}"
+        return Verdict("selection", k.size, math.inf, failure=told)
+    # Row-wise scaling by a power of two, as in `bounds.code_margin`, may lose what is this small.
+    top = np.abs(x64).max(-1, keepdims=True, initial=0.0)[:, :, None]
+    lost = top * 2.0 ** (-149 if unit == 1 else -74)
+    norm = np.sqrt((y.reshape(groups) ** 2).sum(-1))
+    slack = np.sqrt((b.reshape(groups) ** 2).sum(-1)) + 2 * bounds.U32 * norm * (unit == 2)
+    slack = slack + np.where(norm == 0, 0.0, lost)
+    least = np.where(chosen, norm + slack, np.inf).min(-1)
+    most = np.where(chosen, -np.inf, norm - slack).max(-1)
+    bad = np.flatnonzero(least < most)
+    if bad.size:
+        told = f"{bad.size} groups drop a larger {'pair' if unit == 2 else 'entry'} than they keep"
+        return Verdict("selection", k.size, math.inf, failure=told)
+    # Ties that any summation order sees as ties.
+    size = np.abs(y.reshape(groups))
+    tied = np.asarray((size[:, :, :, None] == size[:, :, None, :]).all(-1))
+    tied &= np.asarray(sums_exact.reshape(groups).all((-1, -2)))[:, :, None, None]
+    later = np.tril(np.ones((m // unit, m // unit), bool), -1)  # row index after column index
+    broken = tied & later & chosen[:, :, :, None] & ~chosen[:, :, None, :]
+    if broken.any():
+        told = f"{int(broken.sum())} exact ties keep the higher index"
+        return Verdict("selection", k.size, math.inf, failure=told)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        over = np.where(chosen, np.inf, norm).max(-1, where=~chosen, initial=0.0)
+        under = np.where(chosen, norm, np.inf).min(-1)
+        ratio = np.where(over > under, (over - under) / (2 * slack.max(-1)), 0.0)
+    return Verdict("selection", k.size, float(np.nan_to_num(ratio).max(initial=0.0)))
+
+
+def pruned(q: Quantizer, codes: Tensor, keep: Tensor) -> Verdict:
+    """T0: pruned entries carry the code of 0."""
+    zero = int(quantize.encode([0.0], oracle.grid(q.require_grid()))[0])
+    c, k = lift(codes), lift(keep)
+    return exact("pruned codes", np.where(k, zero, c), np.full(c.shape, zero))
+
+
+def dequantized(
+    q: Quantizer, codes: Tensor, scale: Tensor, keep: Tensor | None, values: Tensor
+) -> Verdict:
+    """T6: point(code) * sigma as the values' dtype; pruned entries and zero rows exactly 0."""
+    grid = oracle.grid(q.require_grid())
+    s = lift(scale)
+    kept = np.ones(codes.shape, bool) if keep is None else lift(keep)
+    points = np.where(kept, quantize.decode(lift(codes), grid), 0.0)
+    with np.errstate(invalid="ignore"):
+        expected = points * s
+    error = bounds.gamma(bounds.VALUE_ROUNDINGS, bounds.U32) * np.abs(expected) + bounds.ETA32
+    bound = bounds.output(expected, error, oracle.dtype_name(values.dtype))
+    bound = np.where(expected == 0, 0.0, bound)
+    return close("values", values, expected, bound)
+
+
+def packed(q: Quantizer, codes: Tensor, data: Tensor) -> Verdict:
+    """T0: the bytes of packed codes."""
+    grid = oracle.grid(q.require_grid())
+    unsigned = packing.to_unsigned(lift(codes), grid)
+    bits = packing.storage_bits(grid.levels)
+    return exact("packed codes", lift(data), packing.pack(unsigned, bits).astype(np.int64))
+
+
+def packed_bits(stage: str, flags: Tensor, data: Tensor) -> Verdict:
+    """T0: the bytes of a packed mask."""
+    return exact(stage, lift(data), packing.pack_mask(lift(flags)).astype(np.int64))
+
+
+def transposed(grad: Tensor, mask: Tensor, dx: Tensor, order: int) -> Verdict:
+    """T7 for the fused backward, given the packed mask: (grad * mask) H^T."""
+    bits = packing.unpack_mask(mask.numpy(), grad.shape[-1]).astype(bool)
+    taken = torch.where(torch.from_numpy(bits), grad.double(), 0.0)
+    verdict = rotated(taken, dx, order, True)
+    return Verdict("backward", verdict.elements, verdict.ratio, failure=verdict.failure)
+
+
+def layer(
+    x: Tensor,
+    w: Tensor,
+    grad: Tensor,
+    bias: Tensor | None,
+    recipe: Recipe,
+    out: dict[str, Tensor],
+    masks: tuple[Tensor | None, Tensor | None],
+    unit: float,
+) -> list[Verdict]:
+    """T1 and T7 for the layer, given the operands that it multiplied and their masks.
+
+    masks: bool, of x and of w; None where an operand is not quantized. unit: the unit roundoff of
+    the product's accumulation, 2^-24, or 2^-23 where tensor cores truncate.
+    """
+    dtype = oracle.dtype_name(x.dtype)
+    g, xh, wh = lift(grad), lift(out["x_hat"]), lift(out["w_hat"])
+    y = xh @ wh.T
+    error = bounds.gamma(xh.shape[-1], unit) * (np.abs(xh) @ np.abs(wh).T)
+    if bias is not None:
+        b = lift(bias)
+        # The product may be rounded to the dtype before the bias is added.
+        error = error + bounds.UNIT[dtype] * (np.abs(y) + error) + bounds.U32 * np.abs(b)
+        y = y + b
+    found = [close("layer y", out["y"], y, bounds.output(y, error, dtype))]
+    order = recipe.weight.transform.order(x.shape[-1])
+    for name, a, m, mask in (("dx", g, wh, masks[0]), ("dw", g.T, xh, masks[1])):
+        chosen = np.ones(out[name].shape, bool) if mask is None else lift(mask)
+        inner = np.where(chosen, a @ m, 0.0)
+        first = bounds.gamma(a.shape[-1], unit) * (np.abs(a) @ np.abs(m))
+        # The product is stored in the dtype before it is rotated back.
+        first = np.where(chosen, bounds.output(a @ m, first, dtype), 0.0)
+        spread = bounds.absolute_sum(first, order)
+        largest = np.abs(inner) + first
+        k = bounds.additions(order) + bounds.normalisations(order)
+        turn = bounds.gamma(k, bounds.U32) * bounds.absolute_sum(largest, order) if k else 0.0
+        expected = hadamard.apply_transpose(inner, order)
+        bound = bounds.output(expected, spread + turn, dtype)
+        found.append(close(f"layer {name}", out[name], expected, bound))
+    if bias is not None:
+        total = g.sum(0)
+        error = bounds.gamma(len(g), unit) * np.abs(g).sum(0)
+        found.append(close("layer db", out["db"], total, bounds.output(total, error, dtype)))
+    return found
+
+
+def adjoint(
+    x: Tensor, w: Tensor, grad: Tensor, out: dict[str, Tensor], order: int, unit: float
+) -> Verdict:
+    """T7: <g, J v> = <J^T g, v>, for a layer that rotates and neither rounds nor masks.
+
+    There y = (x H)(w H)^T = x w^T is bilinear, so <g, y>, <dx, x> and <dw, w> are one number. Each
+    is a sum over the same products |g| |x H| |w H|, rounded once an addition on its way (the
+    product, two rotations) and once for each time that a result is stored.
+    """
+    u_out = bounds.UNIT[oracle.dtype_name(x.dtype)]
+    k = 2 * (bounds.additions(order) + bounds.normalisations(order))
+    n = max(x.shape[-1], *grad.shape)
+    share = bounds.gamma(k, bounds.U32) + bounds.gamma(n, unit) + bounds.gamma(4, u_out)
+    x64, w64, g64 = np.abs(lift(x)), np.abs(lift(w)), np.abs(lift(grad))
+    sums = bounds.absolute_sum(x64, order) @ bounds.absolute_sum(w64, order).T
+    bound = np.asarray([2 * share * float((g64 * sums).sum())])
+    left = float((lift(grad) * lift(out["y"])).sum())
+    ratio, failure = 0.0, None
+    for name, t in (("dx", x), ("dw", w)):
+        right = float((lift(out[name]) * lift(t)).sum())
+        r, _ = worst(np.asarray([abs(left - right)]), bound)
+        if r > 1 and failure is None:
+            failure = f"<g, y> = {left!r} but <{name}, v> = {right!r}, {r:.3g} times the bound"
+        ratio = max(ratio, r)
+    return Verdict("adjoint", 2, ratio, failure=failure)

@@ -1,0 +1,281 @@
+"""Lanes: one implementation of the operators on one device each.
+
+A lane runs a stage on tensors and gives back what it wrote, on the CPU. Every call is guarded: it
+runs twice, with outputs poisoned by two different bytes, and fails unless both runs agree bit for
+bit (nothing unwritten, deterministic) and the inputs' storage is untouched, gaps included.
+
+Triton's interpreter has to be chosen before Triton is imported, so its lane lives in a process of
+its own (`worker`); everything else about it is the same.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+Outputs = dict[str, Tensor]
+POISON = (0xFF, 0x55)
+STAGES = ("hadamard", "quantize", "pack", "fake_quantize", "masked_transpose", "linear")
+
+
+class GuardError(AssertionError):
+    """A lane broke a rule that holds for every operator, whatever it computes."""
+
+
+@dataclass(frozen=True)
+class Lane:
+    """An implementation on a device.
+
+    backend: "dispatch" (the registered operators), "eager" (plain PyTorch) or "launch" (the
+    kernels' launchers). remote: runs in a process with Triton's interpreter.
+    """
+
+    name: str
+    device: str
+    backend: str
+    remote: bool = False
+
+    def call(self, stage: str, *tensors: Tensor, **static: Any) -> Outputs:
+        """The outputs of a stage, guarded; raises GuardError, or what the stage raises."""
+        if self.remote:
+            return _interpreter().call(self, stage, tensors, static)
+        return run(self, stage, tensors, static)
+
+    def supports(self, stage: str, static: dict[str, Any]) -> bool:
+        """Whether the lane has an implementation of its own for this call."""
+        q = static.get("q")
+        if self.backend == "launch" and q is not None and q.sparsity is not None:
+            m = q.sparsity.m
+            return bool(m <= 8 and m & (m - 1) == 0)
+        return True
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def all_lanes() -> tuple[Lane, ...]:
+    """Every lane there is, available here or not."""
+    return (
+        Lane("torch-cpu", "cpu", "dispatch"),
+        Lane("triton-interpreter", "cpu", "launch", remote=True),
+        Lane("torch-cuda", "cuda", "eager"),
+        Lane("triton-cuda", "cuda", "dispatch"),
+    )
+
+
+def missing(lane: Lane) -> str | None:
+    """Why a lane can't run on this machine; None where it can."""
+    if lane.device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device"
+    if lane.remote or lane.name == "triton-cuda":
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "Triton is not installed"
+    return None
+
+
+def transfer(t: Tensor, device: str) -> Tensor:
+    """t on `device` with its strides, offset and gaps; a copy of the whole storage."""
+    flat = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+    return flat.to(device, copy=True).as_strided(t.size(), t.stride(), t.storage_offset())
+
+
+def _bytes(t: Tensor) -> bytes:
+    flat = torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())
+    return flat.cpu().numpy().tobytes()
+
+
+def run(lane: Lane, stage: str, tensors: tuple[Tensor, ...], static: dict[str, Any]) -> Outputs:
+    """`Lane.call` in this process."""
+    from quest.kernels import outputs
+
+    first: Outputs = {}
+    for byte in POISON:
+        inputs = tuple(transfer(t, lane.device) for t in tensors)
+        before = [_bytes(t) for t in inputs]
+        with outputs.poisoned(byte):
+            made = _STAGES[stage](lane, *inputs, **static)
+        for i, (t, b) in enumerate(zip(inputs, before, strict=True)):
+            if _bytes(t) != b:
+                raise GuardError(f"{lane} {stage}: input {i} was changed")
+        for name, t in made.items():
+            if t.device.type != lane.device:
+                raise GuardError(f"{lane} {stage}: {name} is on {t.device}, not {lane.device}")
+        made = {k: v.detach().cpu().contiguous() for k, v in made.items()}
+        for name, t in first.items():
+            if _bytes(t) != _bytes(made[name]):
+                raise GuardError(
+                    f"{lane} {stage}: {name} differs between two runs on the same inputs: "
+                    "part of it was never written, or the result is not deterministic"
+                )
+        first = made
+    return first
+
+
+@functools.cache
+def operators(backend: str) -> Any:
+    """The functions of a backend by operator name."""
+    from types import SimpleNamespace
+
+    from quest import eager, ops
+
+    if backend == "dispatch":
+        return SimpleNamespace(
+            hadamard=ops.hadamard,
+            masked_transpose=ops.masked_transpose,
+            fake_quantize=lambda x, q: ops.fake_quantize(x, q.spec),
+            quantize=lambda x, q, packed: ops.quantize(x, q.spec, packed),
+        )
+    functions = (
+        (eager.hadamard, eager.masked_transpose, eager.quantize)
+        if backend == "eager"
+        else (ops.launch_hadamard, ops.launch_masked_transpose, ops.launch_quantize)
+    )
+    return SimpleNamespace(
+        hadamard=functions[0],
+        masked_transpose=functions[1],
+        fake_quantize=lambda x, q: functions[2](x, q, values=True, codes=False, packed=True)[::3],
+        quantize=lambda x, q, packed: functions[2](x, q, values=False, codes=True, packed=packed)[
+            1:
+        ],
+    )
+
+
+def _hadamard(lane: Lane, x: Tensor, *, order: int, transpose: bool) -> Outputs:
+    return {"y": operators(lane.backend).hadamard(x, order, transpose)}
+
+
+def _quantize(lane: Lane, x: Tensor, *, q: Any, packed: bool = False) -> Outputs:
+    codes, scale, mask, keep = operators(lane.backend).quantize(x, q, packed)
+    return {"codes": codes, "scale": scale, "mask": mask, "keep": keep}
+
+
+def _fake_quantize(lane: Lane, x: Tensor, *, q: Any) -> Outputs:
+    values, mask = operators(lane.backend).fake_quantize(x, q)
+    return {"values": values, "mask": mask}
+
+
+def _masked_transpose(lane: Lane, grad: Tensor, mask: Tensor, *, order: int) -> Outputs:
+    return {"dx": operators(lane.backend).masked_transpose(grad, mask, order)}
+
+
+def _linear(lane: Lane, x: Tensor, w: Tensor, grad: Tensor, *bias: Tensor, recipe: Any) -> Outputs:
+    """Forward and backward of the layer, and the operands that it multiplied."""
+    if lane.backend == "dispatch":
+        return _linear_module(x, w, grad, bias, recipe)
+    # The same composition, out of the lane's operators.
+    f = operators(lane.backend)
+    hats: list[Tensor] = []
+    masks: list[Tensor | None] = []
+    for t, q in ((x, recipe.activation), (w, recipe.weight)):
+        order = q.transform.order(t.shape[-1])
+        if q.grid is None:
+            hats.append(f.hadamard(t, order, False))
+            masks.append(None)
+        else:
+            values, mask = f.fake_quantize(t, q)
+            hats.append(values)
+            masks.append(mask)
+    y = torch.nn.functional.linear(hats[0], hats[1], *bias)
+    rotated = (grad @ hats[1], grad.t() @ hats[0])
+    order = recipe.weight.transform.order(x.shape[-1])
+    dx, dw = (
+        f.hadamard(r, order, True) if m is None else f.masked_transpose(r, m, order)
+        for r, m in zip(rotated, masks, strict=True)
+    )
+    out = {"y": y, "dx": dx, "dw": dw, "x_hat": hats[0], "w_hat": hats[1]}
+    return out | ({"db": grad.sum(0)} if bias else {})
+
+
+def _linear_module(
+    x: Tensor, w: Tensor, grad: Tensor, bias: tuple[Tensor, ...], recipe: Any
+) -> Outputs:
+    from quest.linear import Linear
+
+    layer = Linear(
+        w.shape[1], w.shape[0], bool(bias), recipe=recipe, device=w.device, dtype=w.dtype
+    )
+    layer.weight = torch.nn.Parameter(w.detach())
+    if bias:
+        layer.bias = torch.nn.Parameter(bias[0].detach())
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    y.backward(grad)
+    with torch.no_grad():
+        hats = recipe.activation(x), recipe.weight(layer.weight)
+    assert x.grad is not None and layer.weight.grad is not None
+    out = {"y": y, "dx": x.grad, "dw": layer.weight.grad, "x_hat": hats[0], "w_hat": hats[1]}
+    return out | ({"db": layer.bias.grad} if bias else {})
+
+
+_STAGES: dict[str, Callable[..., Outputs]] = {
+    "hadamard": _hadamard,
+    "quantize": _quantize,
+    "pack": functools.partial(_quantize, packed=True),
+    "fake_quantize": _fake_quantize,
+    "masked_transpose": _masked_transpose,
+    "linear": _linear,
+}
+
+
+class _Interpreter:
+    """The process with Triton's interpreter, and the pipe to it."""
+
+    def __init__(self) -> None:
+        env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "quest.conformance.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=env,
+        )
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End the process; without it the worker would wait for its next call."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.process.wait(timeout=30)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+    def call(
+        self, lane: Lane, stage: str, tensors: tuple[Tensor, ...], static: dict[str, Any]
+    ) -> Outputs:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        send(self.process.stdin, (lane, stage, tensors, static))
+        error, result = receive(self.process.stdout)
+        if error is not None:
+            raise error
+        return dict(result)
+
+
+@functools.cache
+def _interpreter() -> _Interpreter:
+    return _Interpreter()
+
+
+def send(stream: BinaryIO | Any, message: Any) -> None:
+    """Write a message: its length in 8 bytes, then its pickle."""
+    data = pickle.dumps(message)
+    stream.write(len(data).to_bytes(8, "little") + data)
+    stream.flush()
+
+
+def receive(stream: BinaryIO | Any) -> Any:
+    """Read what `send` wrote; EOFError at the end of the stream."""
+    size = stream.read(8)
+    if len(size) < 8:
+        raise EOFError("the other process closed the pipe")
+    return pickle.loads(stream.read(int.from_bytes(size, "little")))

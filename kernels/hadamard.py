@@ -82,10 +82,9 @@ def stored(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRETED else dtype
 
 
-def factor(order: int, base: torch.Tensor | None) -> tuple[int, int]:
-    """(m, P): the base's order and the power of two that one tile transforms; m * P = order."""
-    m = 1 if base is None else base.shape[0]
-    return m, order // m
+def factor(order: int, base: torch.Tensor | None) -> int:
+    """The power of two that a tile transforms: what the base leaves of the order."""
+    return order if base is None else order // base.shape[0]
 
 
 def warps(elements: int) -> int:
@@ -153,7 +152,7 @@ def hadamard(
     x = x.contiguous()
     if x.numel() == 0:
         return outputs.empty(x.shape, x.dtype, x.device)
-    m, power = factor(order, base)
+    power = factor(order, base)
     final = stored(x.dtype)
     if base is None:
         return launch_tile(x, order, final, mask).to(x.dtype)

@@ -16,7 +16,7 @@ _poison: int | None = None
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised contiguous tensor of `shape` and `dtype`; filled with the poison byte, if any."""
+    """Uninitialised contiguous tensor; filled with the poison byte inside `poisoned`."""
     out = torch.empty(tuple(shape), dtype=dtype, device=device)
     if _poison is not None and out.numel():
         out.view(torch.uint8).fill_(_poison)

@@ -1,4 +1,4 @@
-"""One pass from a row of floats to its low-bit form: transform, RMS, codes, mask, sparsity, packing.
+"""From a row of floats to its low-bit form in one pass: transform, RMS, codes, mask, packing.
 
 For each row x of width d, in float32 whatever the input dtype:
 
@@ -80,22 +80,21 @@ def _select(y, N: tl.constexpr, M: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.c
     # True for the N units of each group of M entries with the largest norm; a unit is an entry, or
     # a pair of adjacent entries. A unit's rank is the number of units that come before it.
     UNITS: tl.constexpr = M // 2 if PAIRS else M
+    WANTED: tl.constexpr = N // 2 if PAIRS else N
     GROUPS: tl.constexpr = ROWS * WIDTH // M
     if PAIRS:
         # Each norm is computed twice, in two layouts, and both must agree to the last bit: an
         # explicit fma leaves the compiler nothing to contract differently.
         a, b = tl.split(tl.reshape(y, (GROUPS, UNITS, 2)))
         norm = tl.fma(a, a, b * b)
-        want: tl.constexpr = N // 2
     else:
         norm = tl.reshape(tl.abs(y), (GROUPS, UNITS))
-        want: tl.constexpr = N
     mine = norm[:, :, None]
     other = norm[:, None, :]
     i = tl.arange(0, UNITS)[None, :, None]
     j = tl.arange(0, UNITS)[None, None, :]
     before = (other > mine) | ((other == mine) & (j < i))
-    kept = (tl.sum(before.to(tl.int32), axis=2) < want).to(tl.int32)  # (GROUPS, UNITS)
+    kept = (tl.sum(before.to(tl.int32), axis=2) < WANTED).to(tl.int32)  # (GROUPS, UNITS)
     if PAIRS:
         kept = tl.broadcast_to(kept[:, :, None], (GROUPS, UNITS, 2))
     return tl.reshape(kept, (ROWS, WIDTH)) != 0
@@ -129,10 +128,7 @@ def _emit(
     inside = (r < rows) & (c < width)
     y = butterfly(x, LOG, ROWS, WIDTH) * norm
     safe = tl.where(sigma > 0, sigma, 1.0)  # zero and non-finite rows divide 0 by 1
-    if TABLE:
-        t = y * tl.div_rn(1.0, safe)
-    else:
-        t = y * tl.div_rn(1.0, safe * step)
+    t = y * tl.div_rn(1.0, safe if TABLE else safe * step)
     code, point = _encode(t, points_ptr, mids_ptr, LEVELS, TABLE, LOG_LEVELS)
     value = point if TABLE else point * step
     if M > 0:
@@ -327,7 +323,7 @@ def quantize(
     keep = out(codes and sparse, mask_bytes if packed else d, torch.uint8)
     if x.numel():
         power = None
-        m, order = factor(p.order, p.base)
+        order = factor(p.order, p.base)
         if p.base is not None:
             x, power = _prescale(x)
             x = launch_base(x, p.base, order, torch.float32)

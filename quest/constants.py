@@ -3,8 +3,6 @@
 Do not edit. A property test holds this file to the oracle.
 """
 
-# ruff: noqa: E501
-
 # alpha by the number of levels
 UNIFORM_ALPHA = {
     2: 0.7978845608028654,

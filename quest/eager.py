@@ -39,7 +39,8 @@ def _rotate(x: torch.Tensor, order: int, transpose: bool) -> torch.Tensor:
     if base is not None:
         # Row-vector convention: x kron(base, S) multiplies each block, (m, power), by base^T.
         y = torch.matmul(base if transpose else base.t(), y.reshape(-1, m, power))
-    return (y * order**-0.5).reshape(x.shape)
+    normalised: torch.Tensor = y * order**-0.5
+    return normalised.reshape(x.shape)
 
 
 def hadamard(x: torch.Tensor, order: int, transpose: bool) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Grids: the points that a unit-variance Gaussian is rounded to.
 
-The constants are literals in `constants.py`, written by the float64 oracle (`quest.reference.grids`)
-and held to it by a property test. Source: method, section 2; QuEST (arXiv 2502.05003), section 3.
+The constants are literals in `constants.py`, written by the float64 oracle
+(`quest.reference.grids`) and held to it by a property test. Source: method, section 2; QuEST (arXiv 2502.05003), section 3.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _positive(alpha: float) -> float:
 
 
 def uniform(bits: int, alpha: float | None = None) -> Grid:
-    """2**bits equidistant points from -alpha to alpha, bits 1 to 8; alpha MSE-optimal by default."""
+    """2**bits equidistant points from -alpha to alpha, bits 1 to 8; by default MSE-optimal."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
         raise ValueError(f"bits must be an integer from 1 to 8, got {bits!r}")
     if alpha is None:

@@ -20,8 +20,8 @@ def pack(unsigned: torch.Tensor, bits: int) -> torch.Tensor:
         raise TypeError(f"unsigned must hold integers, got {unsigned.dtype}")
     per = 8 // bits
     u = torch.nn.functional.pad(unsigned.to(torch.uint8), (0, -unsigned.shape[-1] % per))
-    u = u.unflatten(-1, (u.shape[-1] // per, per))
-    out = u[..., 0].clone()
+    u = u.reshape(*u.shape[:-1], u.shape[-1] // per, per)
+    out: torch.Tensor = u[..., 0].clone()
     for i in range(1, per):
         out |= u[..., i] << (i * bits)
     return out
@@ -38,5 +38,5 @@ def unpack(packed: torch.Tensor, bits: int, width: int) -> torch.Tensor:
             f"{-(-width * bits // 8)}"
         )
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    u = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    u: torch.Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
     return u.flatten(-2)[..., :width]

@@ -23,7 +23,7 @@ class Quantizer:
 
     grid: `quest.grids.uniform(bits=4)` and the like; None rotates without rounding.
     transform: `quest.Hadamard(block)` or `quest.Identity()`. estimator: `quest.Trust(scale)`,
-    `quest.Clip(scale)` or `quest.STE()`. sparsity: `quest.NM(2, 4)`, `quest.Pairwise(4, 8)` or None.
+    `quest.Clip(scale)` or `quest.STE()`. sparsity: `quest.NM(2, 4)`, `quest.Pairwise(4, 8)`, None.
 
     Calling it gives the values, differentiable; `quantize` the codes; `pack` the codes in bytes.
     """
@@ -103,7 +103,8 @@ class Quantizer:
         self.check(x)
         if self.grid is None:
             return self.transform.apply(x)
-        return ops.fake_quantize(x, self.spec)[0]
+        values: torch.Tensor = ops.fake_quantize(x, self.spec)[0]
+        return values
 
     def quantize(self, x: torch.Tensor) -> Quantized:
         """The codes, scale and mask of x (..., d); `dequantize` gives what calling gives."""

@@ -20,7 +20,7 @@ def _check(n: int, m: int, unit: int) -> None:
 
 @dataclass(frozen=True)
 class NM:
-    """In each group of `m` adjacent entries keep the `n` of largest magnitude; ties: lower index."""
+    """In each group of `m` entries keep the `n` of largest magnitude; ties keep the lower index."""
 
     n: int
     m: int

@@ -111,7 +111,8 @@ class Hadamard:
         from . import ops
 
         ops.check_input(x)
-        return ops.hadamard(x, self.order(x.shape[-1]), transpose)
+        y: torch.Tensor = ops.hadamard(x, self.order(x.shape[-1]), transpose)
+        return y
 
     def __str__(self) -> str:
         return "hadamard" if self.block is None else f"hadamard{self.block}"

@@ -74,7 +74,8 @@ def _blocks(x: Float64, order: int) -> Float64:
 def absolute_sum(x: Float64, order: int) -> Float64:
     """|H| |x|: for each output, the sum of the magnitudes that it is made of; like x."""
     sums = np.abs(_blocks(x, order)).sum(-1, keepdims=True) / math.sqrt(order)
-    return np.broadcast_to(sums, _blocks(x, order).shape).reshape(x.shape)
+    spread = np.broadcast_to(sums, _blocks(x, order).shape)
+    return np.asarray(spread.reshape(x.shape), dtype=np.float64)
 
 
 def exact_sums(x: Float64, order: int) -> Bool:
@@ -92,16 +93,21 @@ def exact_sums(x: Float64, order: int) -> Bool:
     return np.broadcast_to(good, blocks.shape).reshape(x.shape)
 
 
-def rotation(x: Float64, order: int) -> Float64:
-    """Bound of x H (and of x H^T) computed in float32 and not yet stored (T1)."""
-    y = np.abs(hadamard.apply(x, order))
-    k_norm, k_sum = normalisations(order), additions(order)
-    full = gamma(k_sum + k_norm, U32) * absolute_sum(x, order)
-    exact = np.where(exact_sums(x, order), (gamma(k_norm, U32) if k_norm else 0.0) * y, full)
+def _rotation_in_range(x: Float64, order: int) -> Float64:
+    """Bound of x H in float32 where nothing underflows."""
     if order == 1:
         return np.zeros_like(x)
+    k_norm, k_sum = normalisations(order), additions(order)
+    full = gamma(k_sum + k_norm, U32) * absolute_sum(x, order)
+    normalised = gamma(k_norm, U32) * np.abs(hadamard.apply(x, order))
+    return np.where(exact_sums(x, order), normalised, full)
+
+
+def rotation(x: Float64, order: int) -> Float64:
+    """Bound of x H (and of x H^T) computed in float32 and not yet stored (T1)."""
     # A product with the normalisation may land among the subnormals, once for each of the parts.
-    return exact + (ETA32 * (1 + math.sqrt(hadamard.split(order)[0])) / 2 if k_norm else 0.0)
+    parts = (1 + math.sqrt(hadamard.split(order)[0])) / 2 if normalisations(order) else 0.0
+    return _rotation_in_range(x, order) + ETA32 * parts
 
 
 def scale(x: Float64, order: int, sigma: Float64) -> Float64:
@@ -118,21 +124,14 @@ def scale(x: Float64, order: int, sigma: Float64) -> Float64:
 def code_margin(x: Float64, order: int, sigma: Float64) -> Float64:
     """delta of T3: how far t = y / sigma may be from its exact value; sigma (..., 1) as stored.
 
-    An implementation may scale a row by a power of two to keep squares in range. What is then below
-    2^-149 of the row's largest entry is lost: at most sqrt(order) + 1 halves of it in y, and sigma
-    is at least 2^-1 d^-0.5 of that entry's power of two.
+    The scale is part of the result, so y is held to its row's magnitude: an implementation brings
+    each row near 1 by a power of two first, or loses subnormal rows. What is then below 2^-149 of
+    the row's largest entry is lost: at most sqrt(order) + 1 halves of it in y, and sigma is at
+    least d^-0.5 / 2 in those units.
     """
-    d = x.shape[-1]
     z = hadamard.apply(x, order) / sigma
-    lost = (math.sqrt(order) + 2) * 2 * math.sqrt(max(d, 1)) * ETA32
-    # An entry that is 0 in every sum stays 0 in any arithmetic.
-    lost_where = np.where(absolute_sum(x, order) == 0, 0.0, lost)
-    exact = exact_sums(x, order) & (hadamard.apply(x, order) == 0)
-    margin = rotation(x, order) / sigma + gamma(CODE_ROUNDINGS, U32) * np.abs(z) + lost_where
-    return np.where(exact, 0.0, margin)
-
-
-def product(a: Float64, b: Float64, dtype: str, u: float = U32) -> Float64:
-    """Bound of a @ b.T for a (m, n), b (p, n), summed in unit roundoff u, stored as dtype (T1)."""
-    y = a @ b.T
-    return output(y, gamma(a.shape[-1], u) * (np.abs(a) @ np.abs(b).T), dtype)
+    lost = (math.sqrt(order) + 2) * 2 * math.sqrt(max(x.shape[-1], 1)) * ETA32
+    # Sums that are exactly 0 are 0 in any order.
+    zero = exact_sums(x, order) & (z == 0)
+    margin = _rotation_in_range(x, order) / sigma + gamma(CODE_ROUNDINGS, U32) * np.abs(z) + lost
+    return np.asarray(np.where(zero, 0.0, margin), dtype=np.float64)

@@ -100,8 +100,8 @@ def quantize(
     estimator and parameter: see `estimators.mask`. sparsity: None, ("nm", n, m) or
     ("pairwise", n, m), chosen on x_h; the scale stays that of the dense row.
     A pruned entry has the code of t = 0 and the value 0. A row of zeros has the codes of t = 0,
-    values 0, scale 0 and mask 1. A row that holds a NaN or an infinity has values NaN and scale NaN,
-    and the codes and selection of a row of zeros.
+    values 0, scale 0 and mask 1. A row with a NaN or an infinity has values NaN and scale NaN, and
+    the codes and selection of a row of zeros.
     Raises ValueError or TypeError where `hadamard.apply`, `sparsity.keep` or `estimators.mask` do.
     """
     rotated = hadamard.apply(x, block)

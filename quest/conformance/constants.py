@@ -15,8 +15,6 @@ HEADER = '''"""Constants that the float64 oracle wrote: `python -m quest.conform
 
 Do not edit. A property test holds this file to the oracle.
 """
-
-# ruff: noqa: E501
 '''
 
 

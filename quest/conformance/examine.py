@@ -7,9 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from quest.estimators import STE
 from quest.quantizer import Quantizer
 from quest.recipes import Recipe, recipe
-from quest.estimators import STE
 
 from . import judges
 from .lanes import Lane
@@ -96,9 +96,7 @@ def layer(
             found.append(judges.rotated(t, out[name], q.transform.order(t.shape[-1]), False))
         else:
             values = lane.call("fake_quantize", t, q=q)["values"]
-            found.append(
-                judges.exact(f"layer {name}", judges.bits(out[name]), judges.bits(values))
-            )
+            found.append(judges.exact(f"layer {name}", judges.bits(out[name]), judges.bits(values)))
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quest.quantizer import Quantizer
 from quest.recipes import Recipe
-from quest.reference import bounds, hadamard, packing, quantize, sparsity
+from quest.reference import bounds, hadamard, packing, quantize
 from quest.reference import grids as reference_grids
 
 from . import oracle
@@ -288,9 +288,11 @@ def selected(x: Tensor, q: Quantizer, keep: Tensor) -> Verdict:
     # Ties that any summation order sees as ties.
     size = np.abs(y.reshape(groups))
     tied = np.asarray((size[:, :, :, None] == size[:, :, None, :]).all(-1))
-    tied &= np.asarray(sums_exact.reshape(groups).all((-1, -2)))[:, :, None, None]
+    settled = np.asarray(sums_exact.reshape(groups).all((-1, -2)))
+    tied &= settled[:, :, None, None]
     later = np.tril(np.ones((m // unit, m // unit), bool), -1)  # row index after column index
-    broken = tied & later & chosen[:, :, :, None] & ~chosen[:, :, None, :]
+    taken = np.asarray(chosen)
+    broken = tied & later & taken[:, :, :, None] & ~taken[:, :, None, :]
     if broken.any():
         told = f"{int(broken.sum())} exact ties keep the higher index"
         return Verdict("selection", k.size, math.inf, failure=told)

@@ -173,7 +173,7 @@ def _masked_transpose(lane: Lane, grad: Tensor, mask: Tensor, *, order: int) -> 
 def _linear(lane: Lane, x: Tensor, w: Tensor, grad: Tensor, *bias: Tensor, recipe: Any) -> Outputs:
     """Forward and backward of the layer, and the operands that it multiplied."""
     if lane.backend == "dispatch":
-        return _linear_module(x, w, grad, bias, recipe)
+        return _linear_module(lane, x, w, grad, bias, recipe)
     # The same composition, out of the lane's operators.
     f = operators(lane.backend)
     hats: list[Tensor] = []
@@ -199,7 +199,7 @@ def _linear(lane: Lane, x: Tensor, w: Tensor, grad: Tensor, *bias: Tensor, recip
 
 
 def _linear_module(
-    x: Tensor, w: Tensor, grad: Tensor, bias: tuple[Tensor, ...], recipe: Any
+    lane: Lane, x: Tensor, w: Tensor, grad: Tensor, bias: tuple[Tensor, ...], recipe: Any
 ) -> Outputs:
     from quest.linear import Linear
 
@@ -214,8 +214,10 @@ def _linear_module(
     y.backward(grad)
     with torch.no_grad():
         hats = recipe.activation(x), recipe.weight(layer.weight)
-    assert x.grad is not None and layer.weight.grad is not None
-    out = {"y": y, "dx": x.grad, "dw": layer.weight.grad, "x_hat": hats[0], "w_hat": hats[1]}
+    dx, dw = x.grad, layer.weight.grad
+    if dx is None or dw is None:
+        raise GuardError(f"{lane} linear: a gradient is missing")
+    out = {"y": y, "dx": dx, "dw": dw, "x_hat": hats[0], "w_hat": hats[1]}
     return out | ({"db": layer.bias.grad} if bias else {})
 
 
@@ -253,7 +255,6 @@ class _Interpreter:
     def call(
         self, lane: Lane, stage: str, tensors: tuple[Tensor, ...], static: dict[str, Any]
     ) -> Outputs:
-        assert self.process.stdin is not None and self.process.stdout is not None
         send(self.process.stdin, (lane, stage, tensors, static))
         error, result = receive(self.process.stdout)
         if error is not None:

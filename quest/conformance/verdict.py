@@ -93,7 +93,7 @@ class Tally:
 
 
 def worst(error: np.ndarray, bound: np.ndarray) -> tuple[float, int]:
-    """(largest error / bound, its flat index); 0/0 counts as 0, anything else over 0 as infinite."""
+    """(largest error / bound, its flat index); 0 / 0 counts as 0, more than 0 / 0 as infinite."""
     if error.size == 0:
         return 0.0, -1
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -62,19 +62,26 @@ def _transform(
 
 @triton.jit
 def _base_product(
-    x_ptr, y_ptr, base_ptr, columns, norm,
+    x_ptr, y_ptr, base_ptr, vectors, columns, norm,
     M: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    # One program: y[i, p] = norm * sum_j base[j, i] x[j, p] for one block and WIDTH columns p.
-    start = tl.program_id(0).to(tl.int64) * M * columns
-    p = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    # One program: WIDTH of the vectors that the base multiplies, y[i] = norm * sum_j base[j, i]
+    # x[j]. Vector v lies in block v // columns, at column v % columns; its entries are `columns`
+    # apart.
+    v = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    start = (v // columns) * M * columns + v % columns
     i = tl.arange(0, PADDED)[:, None]
     acc = tl.zeros((PADDED, WIDTH), dtype=tl.float32)
     for j in range(M):
-        x = tl.load(x_ptr + start + j * columns + p, mask=p < columns, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + start + j * columns, mask=v < vectors, other=0.0).to(tl.float32)
         acc += tl.load(base_ptr + j * M + i, mask=i < M, other=0.0) * x
-    inside = (i < M) & (p < columns)
-    tl.store(y_ptr + start + i * columns + p, (acc * norm).to(y_ptr.dtype.element_ty), mask=inside)
+    inside = (i < M) & (v < vectors)
+    tl.store(y_ptr + start + i * columns, (acc * norm).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """x contiguous, in a dtype that kernels load: the interpreter misreads bfloat16 subnormals."""
+    return (x.float() if INTERPRETED else x).contiguous()
 
 
 def stored(dtype: torch.dtype) -> torch.dtype:
@@ -101,29 +108,31 @@ def tile(rows: int, width: int, order: int) -> tuple[int, int]:
 
 
 def launch_base(
-    x: torch.Tensor, base: torch.Tensor, columns: int, dtype: torch.dtype
+    x: torch.Tensor, base: torch.Tensor, columns: int, norm: float, dtype: torch.dtype
 ) -> torch.Tensor:
-    """x (..., d) as blocks (m, columns): base^T x / sqrt(m) for each block, stored as `dtype`."""
+    """x (..., d) as blocks (m, columns): norm * base^T x for each block, stored as `dtype`."""
     m = base.shape[0]
     y = outputs.empty(x.shape, dtype, x.device)
-    blocks = x.numel() // (m * columns)
-    width = min(64, triton.next_power_of_2(columns))
-    _base_product[(blocks, triton.cdiv(columns, width))](
-        x, y, base, columns, m**-0.5, m, max(16, triton.next_power_of_2(m)), width, num_warps=4
+    vectors = x.numel() // m
+    # The interpreter takes as long for a large tile as for a small one.
+    width = 4096 if INTERPRETED else 64
+    _base_product[(triton.cdiv(vectors, width),)](
+        x, y, base, vectors, columns, norm, m, triton.next_power_of_2(m), width, num_warps=4
     )
     return y
 
 
 def launch_tile(
-    x: torch.Tensor, order: int, dtype: torch.dtype, mask: torch.Tensor | None = None
+    x: torch.Tensor, order: int, norm: float, dtype: torch.dtype, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Sylvester part of order `order` <= TILE_LIMIT; `mask` (rows, ceil(d/8)) bits select inputs."""
+    """norm times the Sylvester transform; the bits of `mask` (rows, ceil(d/8)) select inputs."""
     width = x.shape[-1]
     rows = x.numel() // width
     r, w = tile(rows, width, order)
+    mask = None if mask is None else mask.contiguous()
     y = outputs.empty(x.shape, dtype, x.device)
     _transform[(triton.cdiv(rows, r), triton.cdiv(width, w))](
-        x, y, x if mask is None else mask, rows, width, -(-width // 8), order**-0.5,
+        x, y, x if mask is None else mask, rows, width, -(-width // 8), norm,
         int(math.log2(order)), mask is not None, r, w, num_warps=warps(r * w),
     )  # fmt: skip
     return y
@@ -149,12 +158,14 @@ def hadamard(
     mask: (..., ceil(d / 8)) uint8, little-endian bits; inputs whose bit is 0 count as 0.
     Returns y of x's shape and dtype. Sums before normalisation must stay in float32's range.
     """
-    x = x.contiguous()
     if x.numel() == 0:
         return outputs.empty(x.shape, x.dtype, x.device)
+    x, dtype = readable(x), x.dtype
     power = factor(order, base)
-    final = stored(x.dtype)
+    final = stored(dtype)
     if base is None:
-        return launch_tile(x, order, final, mask).to(x.dtype)
-    y = launch_tile(x, power, torch.float32, mask)
-    return launch_base(y, transposed(base) if transpose else base, power, final).to(x.dtype)
+        return launch_tile(x, order, order**-0.5, final, mask).to(dtype)
+    # One normalisation, at the end: sums of integers stay exact.
+    y = launch_tile(x, power, 1.0, torch.float32, mask)
+    turned = transposed(base) if transpose else base
+    return launch_base(y, turned, power, order**-0.5, final).to(dtype)

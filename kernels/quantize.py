@@ -28,7 +28,16 @@ import triton
 import triton.language as tl
 
 from . import outputs
-from .hadamard import BASE_LIMIT, TILE_LIMIT, butterfly, factor, launch_base, stored, warps
+from .hadamard import (
+    BASE_LIMIT,
+    TILE_LIMIT,
+    butterfly,
+    factor,
+    launch_base,
+    readable,
+    stored,
+    warps,
+)
 
 STE, EDGE, DISTANCE = 0, 1, 2  # how the mask is decided
 CHUNK = 8192  # columns a program holds at a time when a row does not fit a tile
@@ -172,7 +181,7 @@ def _emit(
 def _quantize(
     x_ptr, power_ptr, scale_ptr, values_ptr, codes_ptr, mask_ptr, keep_ptr, points_ptr, mids_ptr,
     rows, width, code_bytes, mask_bytes,
-    norm, step, threshold, pruned_threshold, zero_code,
+    norm, count, step, threshold, pruned_threshold, zero_code,
     LOG: tl.constexpr, LEVELS: tl.constexpr, TABLE: tl.constexpr, LOG_LEVELS: tl.constexpr,
     OFFSET: tl.constexpr, ESTIMATOR: tl.constexpr,
     N: tl.constexpr, M: tl.constexpr, PAIRS: tl.constexpr,
@@ -210,14 +219,17 @@ def _quantize(
     else:
         power = tl.full((ROWS, 1), 1.0, tl.float32)
     # Rounding must not push the scale of a row at the end of the range over it.
-    sigma = tl.minimum(tl.sqrt_rn(squares / width) * up * power, 3.4028234663852886e38)
+    sigma = tl.minimum(
+        tl.sqrt_rn(tl.div_rn(squares, count.to(tl.float32))) * up * power, 3.4028234663852886e38
+    )
     sigma = tl.where(finite, sigma, float("nan"))
     tl.store(scale_ptr + r, sigma, mask=r < rows)
-    # Codes are taken against the stored scale, also where storing rounded it (subnormals).
+    # Codes are taken against the stored scale, also where storing rounded it (subnormals). Rows
+    # whose scale is 0 or NaN are computed as zeros.
     inner = tl.div_rn(sigma, power) * down
     if CHUNKS == 1:
         _emit(
-            tl.where(inner > 0, x, 0.0), 0, r, inner, sigma, rows, width,  # 0 too where inner is NaN
+            tl.where(inner > 0, x, 0.0), 0, r, inner, sigma, rows, width,
             values_ptr, codes_ptr, mask_ptr, keep_ptr, points_ptr, mids_ptr,
             code_bytes, mask_bytes, norm, step, threshold, pruned_threshold, zero_code,
             LOG, LEVELS, TABLE, LOG_LEVELS, OFFSET, ESTIMATOR, N, M, PAIRS,
@@ -229,7 +241,7 @@ def _quantize(
             inside = (r < rows) & (c < width)
             x = tl.load(x_ptr + r * width + c, mask=inside, other=0.0).to(tl.float32) * down
             _emit(
-                tl.where(inner > 0, x, 0.0), chunk, r, inner, sigma, rows, width,  # 0 too where inner is NaN
+                tl.where(inner > 0, x, 0.0), chunk, r, inner, sigma, rows, width,
                 values_ptr, codes_ptr, mask_ptr, keep_ptr, points_ptr, mids_ptr,
                 code_bytes, mask_bytes, norm, step, threshold, pruned_threshold, zero_code,
                 LOG, LEVELS, TABLE, LOG_LEVELS, OFFSET, ESTIMATOR, N, M, PAIRS,
@@ -306,27 +318,28 @@ def quantize(
     p = program
     if not supports(p):
         raise ValueError(f"group {p.group} is not one of m = 2, 4, 8")
-    x = x.contiguous()
+    x, dtype = readable(x), x.dtype
     lead, d = x.shape[:-1], x.shape[-1]
     rows = math.prod(lead)
-    device, dtype, sparse = x.device, x.dtype, p.group is not None
+    device, sparse = x.device, p.group is not None
     wide = torch.int8 if p.points is None or p.levels <= 128 else torch.uint8
     mask_bytes, code_bytes = -(-d // 8), -(-d * p.bits // 8)
 
     def out(wanted: bool, last: int, dtype: torch.dtype) -> torch.Tensor:
         return outputs.empty((*lead, last) if wanted else (0,), dtype, device)
 
-    value_out = out(values, d, stored(x.dtype))
+    value_out = out(values, d, stored(dtype))
     code_out = out(codes, code_bytes if packed else d, torch.uint8 if packed else wide)
     scale = out(True, 1, torch.float32)
     mask = out(True, mask_bytes if packed else d, torch.uint8)
     keep = out(codes and sparse, mask_bytes if packed else d, torch.uint8)
     if x.numel():
-        power = None
+        power, squares = None, d
         order = factor(p.order, p.base)
         if p.base is not None:
             x, power = _prescale(x)
-            x = launch_base(x, p.base, order, torch.float32)
+            squares = d * p.base.shape[0]  # the base product leaves its sqrt(m) in
+            x = launch_base(x, p.base, order, 1.0, torch.float32)
         n, group, pairs = p.group or (0, 0, False)
         r, w, chunks = _shape(rows, d, order, group)
         nothing = scale  # a pointer that is never followed
@@ -335,7 +348,7 @@ def quantize(
             nothing if p.points is None else p.points,
             nothing if p.midpoints is None else p.midpoints,
             rows, d, code_bytes, mask_bytes,
-            order**-0.5, p.step, p.threshold, p.pruned_threshold, p.zero_code,
+            p.order**-0.5, squares, p.step, p.threshold, p.pruned_threshold, p.zero_code,
             int(math.log2(order)), p.levels, p.points is not None,
             math.ceil(math.log2(p.levels)), p.offset, p.estimator, n, group, pairs,
             values, codes, p.bits if packed else 0, packed, power is not None, chunks, r, w,

@@ -1,7 +1,8 @@
 """Grids: the points that a unit-variance Gaussian is rounded to.
 
 The constants are literals in `constants.py`, written by the float64 oracle
-(`quest.reference.grids`) and held to it by a property test. Source: method, section 2; QuEST (arXiv 2502.05003), section 3.
+(`quest.reference.grids`) and held to it by a property test. Source: method, section 2; QuEST (arXiv
+2502.05003), section 3.
 """
 
 from __future__ import annotations

@@ -57,14 +57,9 @@ def additions(order: int) -> int:
 
 
 def normalisations(order: int) -> int:
-    """Roundings of the factor order**-0.5: none for a power of four, else constant and product.
-
-    Twice that where an implementation normalises the base and the power of two one by one.
-    """
-    m, power = hadamard.split(order)
-    if m == 1 and power <= BUTTERFLY_LIMIT:
-        return 0 if math.log2(power) % 2 == 0 else 2
-    return 4
+    """Roundings of the factor order**-0.5: none for a power of four, else constant and product."""
+    root = math.isqrt(order)
+    return 0 if root * root == order and root & (root - 1) == 0 else 2
 
 
 def _blocks(x: Float64, order: int) -> Float64:
@@ -100,14 +95,13 @@ def _rotation_in_range(x: Float64, order: int) -> Float64:
     k_norm, k_sum = normalisations(order), additions(order)
     full = gamma(k_sum + k_norm, U32) * absolute_sum(x, order)
     normalised = gamma(k_norm, U32) * np.abs(hadamard.apply(x, order))
-    return np.where(exact_sums(x, order), normalised, full)
+    return np.asarray(np.where(exact_sums(x, order), normalised, full), dtype=np.float64)
 
 
 def rotation(x: Float64, order: int) -> Float64:
     """Bound of x H (and of x H^T) computed in float32 and not yet stored (T1)."""
-    # A product with the normalisation may land among the subnormals, once for each of the parts.
-    parts = (1 + math.sqrt(hadamard.split(order)[0])) / 2 if normalisations(order) else 0.0
-    return _rotation_in_range(x, order) + ETA32 * parts
+    # The product with the normalisation may land among the subnormals.
+    return _rotation_in_range(x, order) + (ETA32 / 2 if order > 1 else 0.0)
 
 
 def scale(x: Float64, order: int, sigma: Float64) -> Float64:

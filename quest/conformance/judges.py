@@ -231,12 +231,15 @@ def masked(
     if not edge:
         # The point in float32 (constant and product), and the difference.
         slack = slack + bounds.gamma(3, bounds.U32) * (np.abs(point) + threshold)
+    # A threshold of infinity (STE) has no distance to it.
+    with np.errstate(invalid="ignore"):
+        past = np.where(np.isfinite(threshold), np.abs(z - centre) - threshold, -np.inf)
     may, must_not = nearest <= threshold + slack, farthest > threshold - slack
     rule = np.where(s == 0, True, kind == "ste")
     wrong = np.where(regular, np.where(m, ~may, ~must_not), m != rule)
     ambiguous = int((regular & may & must_not).sum())
     with np.errstate(divide="ignore", invalid="ignore"):
-        beyond = np.where(m, np.abs(z - centre) - threshold, threshold - np.abs(z - centre))
+        beyond = np.where(m, past, -past)
         ratio = np.where(beyond > 0, beyond / (delta + slack), 0.0)
     settled = np.where(regular & np.isfinite(ratio), ratio, 0.0)
     peak = float(settled.max(initial=0.0))

@@ -77,7 +77,7 @@ class Size:
 
 # The published models (arXiv 2502.05003, appendix), and one that two CPU cores train in minutes.
 SIZES: dict[str, Size] = {
-    "demo": Size(4, 256, 4, lr=2e-3, tokens=450 * 8 * 128, batch=8, seq=128),
+    "demo": Size(4, 256, 4, lr=2e-3, tokens=400 * 8 * 128, batch=8, seq=128),
     "30M": Size(6, 640, 5, lr=1.2e-3, tokens=3_000_000_000),
     "50M": Size(7, 768, 6, lr=1.2e-3, tokens=5_000_000_000),
     "100M": Size(8, 1024, 8, lr=6e-4, tokens=10_000_000_000),

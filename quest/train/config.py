@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from quest.models import SIZES
@@ -64,6 +65,6 @@ class TrainConfig:
             seq=seq,
             lr=lr or preset.lr,
             seed=seed,
-            eval_every=eval_every or max(1, steps // EVALUATIONS),
-            save_every=save_every or max(1, steps // CHECKPOINTS),
+            eval_every=eval_every or math.ceil(steps / EVALUATIONS),
+            save_every=save_every or math.ceil(steps / CHECKPOINTS),
         )

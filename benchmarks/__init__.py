@@ -1,0 +1,1 @@
+"""Benchmarks: `pytest benchmarks/ --benchmark-compare`. NOTES.md says how times are taken."""

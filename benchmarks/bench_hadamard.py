@@ -1,0 +1,31 @@
+"""The block Hadamard transform, against a dense product with the block's matrix."""
+
+from __future__ import annotations
+
+import pytest
+
+from quest import ops
+from quest.conformance import examine
+from quest.conformance.lanes import Lane
+from quest.conformance.verdict import Verdict
+
+from . import baselines, cases, gate
+from .timed import Timed
+
+
+@pytest.mark.parametrize(("width", "order"), cases.transforms())
+def test_hadamard(timed: Timed, width: int, order: int) -> None:
+    """y = x H."""
+
+    def judge(lane: Lane, name: str) -> list[Verdict]:
+        return examine.transform(lane, gate.normal(gate.ROWS, width, name), order)
+
+    h = baselines.matrix(order, cases.DEVICE, cases.DTYPE)
+    timed(
+        spec=f"hadamard{order}",
+        shape=(cases.ROWS, width),
+        key=("hadamard", order, width),
+        judge=judge,
+        run=lambda x: ops.hadamard(x, order, False),
+        baseline=lambda x: baselines.rotate(x, h),
+    )

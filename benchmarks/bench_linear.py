@@ -1,0 +1,82 @@
+"""The linear layer in eager mode, against `torch.nn.Linear` with the same weight and dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import quest
+from quest import Recipe
+from quest.conformance import examine
+from quest.conformance.lanes import Lane
+from quest.conformance.verdict import Verdict
+
+from . import cases, gate
+from .timed import Timed
+
+GATE_FEATURES = 48  # rectangular, and a multiple of 16 like every size that is timed
+
+
+def _layers(inside: int, outside: int, made: Recipe) -> tuple[quest.Linear, nn.Linear]:
+    torch.manual_seed(0)
+    dense = nn.Linear(inside, outside, bias=False, device=cases.DEVICE, dtype=cases.DTYPE)
+    return quest.Linear.from_linear(dense, made), dense
+
+
+def _judge(inside: int, made: Recipe) -> gate.Judge:
+    def judge(lane: Lane, name: str) -> list[Verdict]:
+        x = gate.normal(gate.ROWS, inside, name)
+        w = gate.normal(GATE_FEATURES, inside, "gaussian", seed=1)
+        grad = gate.normal(gate.ROWS, GATE_FEATURES, "gaussian", seed=2)
+        return examine.layer(lane, x, w, grad, None, made)
+
+    return judge
+
+
+@pytest.mark.parametrize(("tokens", "inside", "outside", "recipe"), cases.layers())
+def test_forward(timed: Timed, tokens: int, inside: int, outside: int, recipe: str) -> None:
+    """y = Q(x H) Q(w H)^T, no gradient kept; the weight is quantized each time, as in training."""
+    made = quest.recipe(recipe)
+    ours, dense = _layers(inside, outside, made)
+
+    def forward(layer: nn.Linear, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y: Tensor = layer(x)
+        return y
+
+    timed(
+        spec=made.spec,
+        shape=(tokens, inside, outside),
+        draw=((tokens, inside),),
+        key=("layer", made.spec, inside),
+        judge=_judge(inside, made),
+        run=lambda x: forward(ours, x),
+        baseline=lambda x: forward(dense, x),
+        constant=(dense.weight.detach(),),
+    )
+
+
+@pytest.mark.parametrize(("tokens", "inside", "outside", "recipe"), cases.layers())
+def test_forward_backward(
+    timed: Timed, tokens: int, inside: int, outside: int, recipe: str
+) -> None:
+    """Forward, and the gradients of input and weight."""
+    made = quest.recipe(recipe)
+    ours, dense = _layers(inside, outside, made)
+
+    def step(layer: nn.Linear, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        x = x.detach().requires_grad_()
+        y = layer(x)
+        return y.detach(), *torch.autograd.grad(y, (x, layer.weight), grad)
+
+    timed(
+        spec=made.spec,
+        shape=(tokens, inside, outside),
+        draw=((tokens, inside), (tokens, outside)),
+        key=("layer", made.spec, inside),
+        judge=_judge(inside, made),
+        run=lambda x, grad: step(ours, x, grad),
+        baseline=lambda x, grad: step(dense, x, grad),
+        constant=(dense.weight.detach(),),
+    )

@@ -1,0 +1,72 @@
+"""What is timed: the one list of shapes, grids, sparsity patterns and recipes, for each device.
+
+The CPU runs the same kinds of cases on smaller shapes. Every grid and pattern is timed at one
+width, the other widths with one grid: each combination is a Triton kernel to compile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import quest
+from quest import Quantizer, grids, sparsity
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+BLOCK = 128
+
+ROWS = 16384 if CUDA else 256
+WIDTH = 4096 if CUDA else 1024
+# Llama widths, and 13696 = 107 * 128, which no power of two divides into equal tiles.
+OTHER_WIDTHS = (2048, 14336, 13696) if CUDA else (4096, 1664)
+# Orders other than 128: smaller, larger, and 28 * 64, whose matrix is not symmetric.
+ORDERS = ((WIDTH, 32), (WIDTH, 1024), (14336 if CUDA else 3584, 1792))
+GRIDS = ("uniform1", "uniform2", "uniform4", "uniform8", "ternary", "e2m1", "lloyd_max4")
+PATTERNS = ("2:4", "pairs4:8")
+WEIGHTS = ((4096, 4096), (14336, 4096)) if CUDA else ((512, 1024),)
+
+RECIPES = ("w1a1", "w2a2", "w4a4", "w8a8", "fp4", "w4a4-2:4", "w4a4-4:8", "w4a16")
+# (tokens, in_features, out_features): the first with every recipe.
+LAYER = (16384, 4096, 4096) if CUDA else (256, 1024, 1024)
+LARGE_LAYER = (16384, 4096, 14336) if CUDA else (256, 1024, 2816)
+FEW_TOKENS = (4096, 4096, 4096) if CUDA else (64, 1024, 1024)
+OTHER_RECIPES = ("w1a1", "w4a4", "w8a8")
+
+
+def _size(*shape: int) -> str:
+    return "x".join(map(str, shape))
+
+
+def transforms() -> list[Any]:
+    """(width, order) of the Hadamard transform, on ROWS rows."""
+    pairs = [(w, BLOCK) for w in (WIDTH, *OTHER_WIDTHS)] + list(ORDERS)
+    return [pytest.param(w, order, id=f"{_size(ROWS, w)}-order{order}") for w, order in pairs]
+
+
+def quantizers() -> list[Any]:
+    """(rows, width, grid, pattern): grids at one width, one grid at others, sparse weights."""
+    made = [(ROWS, WIDTH, grid, "dense") for grid in GRIDS]
+    made += [(ROWS, width, "uniform4", "dense") for width in OTHER_WIDTHS]
+    made += [(*shape, "uniform4", pattern) for shape in WEIGHTS for pattern in PATTERNS]
+    return [
+        pytest.param(*case, id="-".join((_size(*case[:2]), *(p for p in case[2:] if p != "dense"))))
+        for case in made
+    ]
+
+
+def layers() -> list[Any]:
+    """(tokens, in_features, out_features, recipe)."""
+    made = [(*LAYER, recipe) for recipe in RECIPES]
+    made += [(*layer, recipe) for layer in (LARGE_LAYER, FEW_TOKENS) for recipe in OTHER_RECIPES]
+    return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made]
+
+
+def quantizer(grid: str, pattern: str) -> Quantizer:
+    """The quantizer of a case; 1 bit clips at 1.30, all others trust (method, section 4)."""
+    estimator = quest.Clip(1.30) if grid == "uniform1" else quest.Trust()
+    rotation = quest.Hadamard(BLOCK)
+    return Quantizer(grids.parse(grid), rotation, estimator, sparsity.parse(pattern))

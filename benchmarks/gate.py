@@ -1,0 +1,75 @@
+"""The gate: no time without every judge's consent.
+
+The lane that is timed runs on a few rows of the very width and dtype that is timed, so that it is
+the same compiled kernel, and `quest.conformance.examine` judges what it wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from quest.conformance import lanes
+from quest.conformance.inputs import draw
+from quest.conformance.lanes import Lane
+from quest.conformance.verdict import Rejected, Verdict
+
+from .cases import CUDA, DTYPE
+
+# A multiple of 16, like the rows that are timed: Triton compiles another kernel for others.
+ROWS = 16
+DISTRIBUTIONS = ("gaussian", "heavy", "mixed_rows")
+
+
+class RedGateError(AssertionError):
+    """A judge refused what the lane wrote: its time means nothing."""
+
+
+@dataclass(frozen=True)
+class Passed:
+    """An open gate. worst_ratio: the worst error over its bound, at most 1. elements: judged."""
+
+    lane: str
+    worst_ratio: float
+    elements: int
+
+
+Judge = Callable[[Lane, str], list[Verdict]]
+
+_passed: dict[tuple[object, ...], Passed] = {}
+_refused: dict[tuple[object, ...], str] = {}
+
+
+def lane() -> Lane:
+    """The lane that is timed on this machine."""
+    name = "triton-cuda" if CUDA else "torch-cpu"
+    return next(each for each in lanes.all_lanes() if each.name == name)
+
+
+def normal(rows: int, width: int, distribution: str, seed: int = 0) -> torch.Tensor:
+    """A CPU tensor for a judge, in the dtype that is timed."""
+    return draw(distribution, (rows, width), DTYPE, seed)
+
+
+def open_for(key: tuple[object, ...], judge: Judge) -> Passed:
+    """Run judge(lane, distribution) for every distribution, once for each key.
+
+    Raises RedGateError where a verdict is a failure or the lane breaks a rule.
+    """
+    __tracebackhide__ = True
+    if key in _refused:
+        raise RedGateError(_refused[key])
+    if key not in _passed:
+        try:
+            verdicts = [v.require() for name in DISTRIBUTIONS for v in judge(lane(), name)]
+        except (Rejected, lanes.GuardError) as error:
+            _refused[key] = (
+                f"no time is reported, {lane()} is wrong for {' '.join(map(str, key))}: {error}"
+            )
+            raise RedGateError(_refused[key]) from None
+        _passed[key] = Passed(
+            lane().name, max(v.ratio for v in verdicts), sum(v.elements for v in verdicts)
+        )
+    return _passed[key]

@@ -1,0 +1,54 @@
+"""The table at the end of a run: 100 columns, one line a benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_NAME = 46
+_WIDTHS = (9, 9, 14, 7, 8, 7)
+
+
+def duration(microseconds: float) -> str:
+    """Three significant digits with a unit."""
+    for unit, scale in (("us", 1.0), ("ms", 1e3), ("s", 1e6)):
+        value = microseconds / scale
+        if value < 999.5 or unit == "s":
+            break
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f} {unit}"
+
+
+def short(fullname: str) -> str:
+    """`hadamard[...]` of `benchmarks/bench_hadamard.py::test_hadamard[...]`."""
+    return fullname.rpartition("::")[2].removeprefix("test_")
+
+
+def _line(*cells: str) -> str:
+    name, *rest = cells
+    return name.ljust(_NAME) + "".join(c.rjust(w) for c, w in zip(rest, _WIDTHS, strict=True))
+
+
+def lines(
+    results: Mapping[str, Mapping[str, Any]], before: Mapping[str, float] | None
+) -> Iterator[str]:
+    """The table's lines for extra_info by full name; before: a record's ratios by full name."""
+    yield _line("", "time", "vs torch", "95%", "was", "of copy", "gate")
+    for fullname, info in results.items():
+        was = None if before is None else before.get(fullname)
+        yield _line(
+            short(fullname) + (" (host)" if info["host_bound"] else ""),
+            duration(info["median_us"]),
+            f"{info['ratio_to_baseline']:.2f}x",
+            f"{info['ratio_low']:.2f}-{info['ratio_high']:.2f}",
+            "" if before is None else "new" if was is None else f"{was:.2f}x",
+            f"{info['fraction_of_copy']:.3f}",
+            f"{info['worst_ratio']:.2f}",
+        )
+
+
+LEGEND = (
+    "vs torch: torch's time over ours, in turn (above 1 ours is faster); 95%: its interval;",
+    "was: in the record; of copy: time to copy the bytes that must move, over ours;",
+    "gate: worst error over its bound, 1 is the limit. benchmarks/NOTES.md has the rest.",
+)

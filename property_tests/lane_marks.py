@@ -1,0 +1,38 @@
+"""Parametrisation over lanes: one that this machine lacks is skipped, with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from property_tests.strategies import DTYPES, LANES
+from quest.conformance import lanes
+
+
+def every_lane(function: Any) -> Any:
+    """Run a test in each lane; the terminal summary names those that this machine can't run."""
+    params = [
+        pytest.param(
+            lane,
+            id=lane.name,
+            marks=[pytest.mark.skip(reason=reason)] if (reason := lanes.missing(lane)) else [],
+        )
+        for lane in LANES
+    ]
+    return pytest.mark.parametrize("lane", params)(function)
+
+
+def every_dtype(function: Any) -> Any:
+    """Run a test in float32, bfloat16 and float16."""
+    names = [str(d).removeprefix("torch.") for d in DTYPES]
+    return pytest.mark.parametrize("dtype", DTYPES, ids=names)(function)
+
+
+def is_slow(lane: lanes.Lane) -> bool:
+    """Whether each new shape costs: interpreted, or compiled anew."""
+    return lane.remote or lane.device == "cuda"
+
+
+__all__ = ["every_dtype", "every_lane", "is_slow", "torch"]

@@ -1,0 +1,348 @@
+"""The bounds against brute force: never exceeded, exact where they say so, and not vacuous."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quest.reference import bounds, hadamard, quantize
+
+Array = np.ndarray
+F32 = np.float32
+SEEDS = st.integers(0, 2**32 - 1)
+U32 = bounds.U32
+
+
+@pytest.mark.parametrize("u", bounds.UNIT.values())
+@given(k=st.integers(0, 100))
+def test_gamma_is_what_k_roundings_add_up_to(u: float, k: int) -> None:
+    exact, unit = Fraction(bounds.gamma(k, u)), Fraction(u)
+    slack = Fraction(1, 2**50) * exact  # the bound itself is computed in float64
+    assert (1 + unit) ** k - 1 <= exact + slack
+    assert 1 / (1 - unit) ** k - 1 <= exact + slack
+    assert abs(exact - k * unit / (1 - k * unit)) <= slack
+
+
+def test_gamma_ends_where_it_has_no_meaning() -> None:
+    assert bounds.gamma(0, 0.5) == 0
+    for k, u in ((2, 0.5), (256, 2.0**-8), (2**24, 2.0**-24), (3, 1.0)):
+        with pytest.raises(ValueError, match="k u must be below 1"):
+            bounds.gamma(k, u)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_constants_are_the_dtypes_own(dtype: torch.dtype) -> None:
+    name, info = str(dtype).removeprefix("torch."), torch.finfo(dtype)
+    assert bounds.UNIT[name] == info.eps / 2
+    assert bounds.LARGEST[name] == info.max
+    assert bounds.SMALLEST[name] == info.smallest_normal * info.eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(seed=SEEDS)
+def test_output_bounds_rounding_to_a_dtype(dtype: torch.dtype, seed: int) -> None:
+    name, rng = str(dtype).removeprefix("torch."), np.random.default_rng(seed)
+    low = math.log2(bounds.SMALLEST[name]) - 2
+    exact = rng.standard_normal(2000) * 2.0 ** rng.uniform(low, 12, 2000)
+    error = np.abs(exact) * 2.0 ** rng.uniform(-30, -6, 2000)
+    off = exact + error * rng.choice([-1.0, 0.0, 1.0], 2000)
+    rounded = torch.from_numpy(off).to(dtype).double().numpy()
+    bound = bounds.output(exact, error, name)
+    assert (np.abs(rounded - exact) <= bound * (1 + 2.0**-50)).all()
+    plain = bounds.output(exact, np.zeros_like(exact), name)
+    stored = torch.from_numpy(exact).to(dtype).double().numpy()
+    # Half a unit in the last place is reached to within its width of 2.
+    assert 0.45 < (np.abs(stored - exact) / plain).max() <= 1
+
+
+# --- rotations ----------------------------------------------------------------------------------
+
+
+def adversarial_sums(terms: Array, signs: tuple[int, ...]) -> float:
+    """A butterfly's sum of 2^k terms in which addition i errs by (1 + signs[i] u)."""
+    values, i = list(terms), 0
+    while len(values) > 1:
+        out = []
+        for a, b in itertools.batched(values, 2) if hasattr(itertools, "batched") else zip(
+            values[::2], values[1::2], strict=True
+        ):  # fmt: skip
+            out.append((a + b) * (1 + signs[i] * U32))
+            i += 1
+        values = out
+    return float(values[0])
+
+
+@pytest.mark.parametrize("order", [2, 4, 8])
+def test_rotation_holds_for_every_direction_of_every_rounding(order: int) -> None:
+    """All 2^(n+1) ways in which n - 1 additions, a constant and a product can round away."""
+    rng = np.random.default_rng(order)
+    h = hadamard.matrix(order)
+    worst = 0.0
+    for _ in range(4):
+        x = rng.standard_normal(order) * 10.0 ** rng.integers(-2, 3, order)
+        bound = bounds.rotation(x[np.newaxis], order)[0]
+        for column in range(order):
+            exact = float(x @ h[:, column]) * order**-0.5
+            for signs in itertools.product((-1, 1), repeat=order + 1):
+                got = adversarial_sums(x * h[:, column], signs)
+                for s in signs[order - 1 :]:
+                    got *= 1 + s * U32 * bool(bounds.normalisations(order))
+                got *= order**-0.5
+                worst = max(worst, abs(got - exact) / bound[column])
+    assert 0.3 < worst <= 1
+
+
+def butterfly(x: Array, order: int, stages: list[int]) -> Array:
+    y = x.reshape(-1, order).astype(F32)
+    for s in stages:
+        pairs = y.reshape(-1, order // (2 << s), 2, 1 << s)
+        y = np.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], axis=2)
+    return y.reshape(x.shape)
+
+
+def float32_rotations(x: Array, order: int, rng: np.random.Generator) -> Iterator[Array]:
+    """x H in float32: stages and base terms in random orders, either factor first."""
+    m, power = hadamard.split(order)
+    base, norm = hadamard.base(m).astype(F32), F32(order**-0.5)
+
+    def product(y: Array) -> Array:
+        y = y.reshape(-1, m, power).astype(F32)
+        out = np.zeros_like(y)
+        for j in rng.permutation(m):
+            out += base[j][:, np.newaxis] * y[:, j : j + 1]
+        return out.reshape(x.shape)
+
+    stages = [int(s) for s in rng.permutation(int(math.log2(power)))]
+    yield butterfly(product(x) if m > 1 else x, power, stages) * norm
+    turned = butterfly(x, power, stages)
+    yield (product(turned) if m > 1 else turned) * norm
+
+
+@pytest.mark.parametrize("order", [2, 8, 16, 128, 1024, 12, 24, 20, 28, 40, 112])
+@given(seed=SEEDS)
+def test_rotation_is_never_exceeded_by_float32(order: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((4, 2 * order)) * 2.0 ** rng.integers(-6, 7, (4, 1))).astype(F32)
+    if seed % 3 == 0:
+        x[:, 0] *= 1e4
+    if seed % 3 == 1:
+        x = np.abs(x)
+    x64 = x.astype(np.float64)
+    exact, bound = hadamard.apply(x64, order), bounds.rotation(x64, order)
+    for y in float32_rotations(x, order, rng):
+        assert (np.abs(y - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("order", [8, 16, 128, 1024, 12, 40, 112])
+def test_rotation_is_not_vacuous(order: int) -> None:
+    rng = np.random.default_rng(order)
+    x = rng.standard_normal((512, order)).astype(F32)
+    x64 = x.astype(np.float64)
+    exact, bound = hadamard.apply(x64, order), bounds.rotation(x64, order)
+    assert not bounds.exact_sums(x64, order).any()
+    reached = max(
+        float((np.abs(y - exact) / bound).max()) for y in float32_rotations(x, order, rng)
+    )
+    assert reached > 0.02
+    # Not far above one unit of the row: a 4-bit step is 5 million of them.
+    rms = np.sqrt(np.mean(x64**2, -1, keepdims=True))
+    assert (bound / rms).max() < 64 * 2 * math.sqrt(order) * U32
+
+
+def test_rotation_of_order_1_is_exact() -> None:
+    x = np.random.default_rng(0).standard_normal((3, 5))
+    assert (bounds.rotation(x, 1) == 0).all()
+
+
+def test_counts_of_roundings() -> None:
+    assert [bounds.additions(n) for n in (1, 2, 128, 2**14)] == [0, 1, 7, 14]
+    # A power of two beyond the butterfly's limit ends in a dot product of what is left.
+    assert bounds.additions(2**15) == 14 + 2
+    assert [bounds.additions(n) for n in (12, 24, 20, 28, 112)] == [12, 13, 20, 28, 30]
+    assert [bounds.normalisations(4**k) for k in range(8)] == [0] * 8
+    assert all(bounds.normalisations(n) >= 2 for n in (2, 8, 128, 12, 20, 28, 24))
+
+
+@given(seed=SEEDS, order=st.sampled_from([2, 8, 64, 12, 28]))
+def test_absolute_sum(seed: int, order: int) -> None:
+    x = np.random.default_rng(seed).standard_normal((2, 3, 2 * order))
+    h = np.abs(hadamard.matrix(order)) / math.sqrt(order)
+    expected = (np.abs(x).reshape(2, 3, 2, order) @ h).reshape(x.shape)
+    np.testing.assert_allclose(bounds.absolute_sum(x, order), expected, rtol=order * 2.0**-52)
+
+
+def any_order(terms: Array, rng: np.random.Generator) -> float:
+    """A float32 sum along a random binary tree."""
+    values = [F32(t) for t in terms]
+    while len(values) > 1:
+        i, j = rng.choice(len(values), 2, replace=False)
+        total = values[i] + values[j]
+        values = [v for k, v in enumerate(values) if k not in (i, j)] + [total]
+    return float(values[0])
+
+
+@given(
+    seed=SEEDS,
+    order=st.sampled_from([2, 8, 16, 12]),
+    size=st.sampled_from([3, 100, 2**16, 2**21, 2**23]),
+    power=st.integers(-140, 100),
+)
+def test_exact_sums_are_exact_in_any_order(seed: int, order: int, size: int, power: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.integers(-size, size + 1, (2, order)) * 2.0**power
+    good = bounds.exact_sums(x, order)
+    h = hadamard.matrix(order)
+    if size * order < 2**24:
+        assert good.all(), "integers below 2^24 in sum"
+    for row in range(2):
+        if good[row].all():
+            for column in rng.choice(order, 2):
+                terms = x[row] * h[:, column]
+                assert any_order(terms, rng) == math.fsum(terms)
+
+
+@pytest.mark.parametrize("order", [2, 8, 12])
+def test_exact_sums_says_no(order: int) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4, 3 * order)).astype(F32).astype(np.float64)
+    assert not bounds.exact_sums(x, order).any()
+    row = np.ones((1, 2 * order))
+    row[0, 0] = 2.0**24
+    # Blocks are judged one by one: 2^24 + 1 needs 25 bits.
+    assert bounds.exact_sums(row, order)[0].tolist() == [False] * order + [True] * order
+    row[0, 0] = math.inf
+    assert not bounds.exact_sums(row, order)[0, :order].any()
+    assert bounds.exact_sums(np.zeros((1, order)), order).all()
+
+
+# --- scale and codes ----------------------------------------------------------------------------
+
+
+def float32_scales(x: Array, rng: np.random.Generator) -> Iterator[Array]:
+    """RMS in float32, squares summed in several orders; each divides and roots once."""
+    squares = (x.astype(F32)) ** 2
+    shuffled = squares[:, rng.permutation(x.shape[1])]
+    for total in (
+        np.cumsum(squares, -1, dtype=F32)[:, -1:],
+        np.cumsum(shuffled, -1, dtype=F32)[:, -1:],
+        np.cumsum(np.sort(squares, -1)[:, ::-1], -1, dtype=F32)[:, -1:],
+        squares.sum(-1, keepdims=True, dtype=F32),
+    ):
+        yield np.sqrt(total / F32(x.shape[1]))
+        yield np.sqrt(total * F32(1 / x.shape[1]))
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 64, 300])
+@given(seed=SEEDS)
+def test_scale_is_never_exceeded_by_float32(width: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((4, width)) * 2.0 ** rng.integers(-30, 31, (4, 1))
+    x = x.astype(F32).astype(np.float64)
+    sigma = quantize.scale(x)
+    bound = bounds.scale(x, 1, sigma)
+    for got in float32_scales(x, rng):
+        assert (np.abs(got - sigma) <= bound).all()
+
+
+@pytest.mark.parametrize("order", [16, 64, 12])
+@given(seed=SEEDS)
+def test_scale_of_a_rotated_row(order: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((4, 2 * order)).astype(F32)
+    x64 = x.astype(np.float64)
+    sigma = quantize.scale(x64)
+    bound = bounds.scale(x64, order, sigma)
+    for y in float32_rotations(x, order, rng):
+        for got in float32_scales(y, rng):
+            assert (np.abs(got - sigma) <= bound).all()
+
+
+@pytest.mark.parametrize("width", [2, 16, 256])
+def test_scale_is_not_vacuous(width: int) -> None:
+    rng = np.random.default_rng(width)
+    x = rng.standard_normal((2000, width)).astype(F32).astype(np.float64)
+    sigma = quantize.scale(x)
+    bound = bounds.scale(x, 1, sigma)
+    reached = max(float((np.abs(s - sigma) / bound).max()) for s in float32_scales(x, rng))
+    assert reached > 0.01
+    # The unbiased scale of any width that is used is far outside.
+    assert (bound / sigma).max() < 1 / (20 * width)
+
+
+@pytest.mark.parametrize("order", [1, 16, 128, 12])
+@given(seed=SEEDS, power=st.integers(-126, 100))
+def test_code_margin_is_the_same_at_every_magnitude(order: int, seed: int, power: int) -> None:
+    """A power of two on a row and on its scale changes nothing."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((3, 2 * order)).astype(F32).astype(np.float64)
+    sigma = quantize.scale(x).astype(F32).astype(np.float64)
+    margin = bounds.code_margin(x, order, sigma)
+    scaled = bounds.code_margin(x * 2.0**power, order, sigma * 2.0**power)
+    np.testing.assert_array_equal(scaled, margin)
+
+
+def reciprocal_of_product(y: Array, s: Array, step: Array) -> Array:
+    return y * (F32(1) / (s * step))
+
+
+def quotient_of_quotient(y: Array, s: Array, step: Array) -> Array:
+    return (y / s) / step
+
+
+def by_both_reciprocals(y: Array, s: Array, step: Array) -> Array:
+    return (y * (F32(1) / s)) / step
+
+
+@pytest.mark.parametrize(
+    "divide", [reciprocal_of_product, quotient_of_quotient, by_both_reciprocals]
+)
+@pytest.mark.parametrize("order", [1, 16, 128, 12])
+@given(seed=SEEDS)
+def test_code_margin_is_never_exceeded_by_float32(
+    order: int, divide: Callable[[Array, Array, Array], Array], seed: int
+) -> None:
+    """t = y / (sigma step) in float32, in units of the exact step."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((3, 2 * order)).astype(F32)
+    if seed % 2:
+        x[:, 0] *= 1e3
+    step = float(rng.uniform(0.01, 2.0))
+    x64 = x.astype(np.float64)
+    sigma = quantize.scale(x64).astype(F32)
+    z = hadamard.apply(x64, order) / sigma
+    margin = bounds.code_margin(x64, order, sigma.astype(np.float64))
+    reached = 0.0
+    for y in float32_rotations(x, order, rng):
+        t = divide(y, sigma, F32(step)).astype(np.float64)
+        error = np.abs(t * step - z)
+        assert (error <= margin).all()
+        reached = max(reached, float((error / margin).max()))
+    assert reached > 0.01
+
+
+def test_code_margin_is_zero_where_the_sum_is() -> None:
+    x = np.array([[3.0, 3.0, -1.0, -1.0], [3.0, 2.0, 0.1, 0.1], [0.0, 0.0, 0.0, 1.0]])
+    sigma = quantize.scale(x)
+    margin = bounds.code_margin(x, 2, sigma)
+    zero = hadamard.apply(x, 2) == 0
+    assert zero[0, 1]
+    assert (margin[zero & bounds.exact_sums(x, 2)] == 0).all()
+    assert (margin[~zero] > 0).all()
+
+
+def test_code_margin_leaves_codes_decided() -> None:
+    """Fewer than 1 in 1000 codes are ambiguous at 8 bits and the usual block."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((400, 256)).astype(F32).astype(np.float64)
+    sigma = quantize.scale(x)
+    margin = bounds.code_margin(x, 128, sigma)
+    step = 2 * 3.9222 / 255
+    assert 2 * margin.mean() / step < 5e-4

@@ -1,0 +1,55 @@
+"""The linear layer in every lane: forward, backward and the adjoint identity (T1, T7)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import quest
+from property_tests.lane_marks import every_dtype, every_lane
+from property_tests.ledger import LEDGER
+from property_tests.strategies import SEEDS
+from quest.conformance import examine, inputs
+from quest.conformance.lanes import Lane
+
+RECIPES = (
+    "w1a1", "w2a2", "w4a4", "w8a8", "w1.58a1.58", "w1a8", "w4a16", "fp4", "w4a4-2:4", "w4a4-4:8",
+    "bf16",
+)  # fmt: skip
+
+
+@every_lane
+@every_dtype
+@pytest.mark.parametrize("name", RECIPES)
+@given(data=st.data())
+def test_layer(lane: Lane, dtype: torch.dtype, name: str, data: st.DataObject) -> None:
+    # Rectangular on purpose: square shapes hide swapped scales.
+    rows = data.draw(st.sampled_from((5, 1, 13)), label="rows")
+    width = data.draw(st.sampled_from((128, 24, 40, 320)), label="in_features")
+    outs = data.draw(st.sampled_from((7, 48, 1)), label="out_features")
+    block = data.draw(st.sampled_from((None, 8, *([40] if width % 40 == 0 else []))), label="block")
+    seed = data.draw(SEEDS, label="seed")
+    made = quest.recipe(name, transform=None if name == "bf16" else quest.Hadamard(block))
+    kind = data.draw(st.sampled_from(("gaussian", "heavy", "outlier")), label="distribution")
+    x = inputs.draw(kind, (rows, width), dtype, seed)
+    w = inputs.draw("gaussian", (outs, width), dtype, seed + 1) / width**0.5
+    grad = inputs.draw("gaussian", (rows, outs), dtype, seed + 2)
+    bias = inputs.draw("gaussian", (outs,), dtype, seed + 3) if seed % 2 else None
+    LEDGER.judge(
+        lane,
+        examine.layer(lane, x, w, grad, bias, made),
+        f"{kind}, x {tuple(x.shape)}, w {tuple(w.shape)}, {dtype}, seed {seed}, {made.spec}",
+    )
+
+
+@every_lane
+@pytest.mark.parametrize("order", [1, 4, 128, 12, 20, 28, 40])
+@given(seed=SEEDS)
+def test_adjoint(lane: Lane, order: int, seed: int) -> None:
+    x = inputs.draw("gaussian", (9, 2 * order), torch.float32, seed)
+    w = inputs.draw("gaussian", (5, 2 * order), torch.float32, seed + 1)
+    grad = inputs.draw("gaussian", (9, 5), torch.float32, seed + 2)
+    told = f"order {order}, seed {seed}"
+    LEDGER.judge(lane, examine.adjoint(lane, x, w, grad, order), told)

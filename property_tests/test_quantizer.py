@@ -1,0 +1,158 @@
+"""The quantizer in every lane: scale, codes, mask, selection, packing and values (T0, T2 to T6)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, currently_in_test_context, given, target
+from hypothesis import strategies as st
+
+import quest
+from property_tests import exact_rows
+from property_tests.lane_marks import every_dtype, every_lane
+from property_tests.ledger import LEDGER
+from property_tests.strategies import (
+    ESTIMATORS,
+    FORMATS,
+    HEADER,
+    ORDERS,
+    SEEDS,
+    SPARSITIES,
+    Case,
+    cases,
+    lane_code,
+    widths,
+)
+from quest.conformance import examine, inputs, judges, oracle
+from quest.conformance.lanes import Lane
+from quest.reference import hadamard, quantize
+
+
+def check(lane: Lane, case: Case, q: quest.Quantizer, conclusive: bool = True) -> None:
+    found = examine.quantizer(lane, case.make(), q, conclusive=conclusive)
+    code = f"q = quest.quantizer.parse({q.spec!r})\nprint(examine.quantizer(lane, x, q))"
+    LEDGER.judge(lane, found, f"{HEADER}{lane_code(lane)}{case.code()}\n{code}", conclusive)
+    if currently_in_test_context():
+        target(max((v.ratio for v in found), default=0.0), label=f"worst ratio, {lane}")
+
+
+@every_lane
+@every_dtype
+@pytest.mark.parametrize("format_", FORMATS)
+@given(data=st.data())
+def test_quantizer(lane: Lane, dtype: torch.dtype, format_: str, data: st.DataObject) -> None:
+    order = data.draw(st.sampled_from(ORDERS), label="order")
+    sparsity = data.draw(st.sampled_from(SPARSITIES), label="sparsity")
+    estimator = data.draw(st.sampled_from(ESTIMATORS), label="estimator")
+    group = 1 if sparsity is None else sparsity.m
+    case = data.draw(cases(dtype, widths(order, group)))
+    q = quest.Quantizer(FORMATS[format_], quest.Hadamard(order), estimator, sparsity)
+    assume(lane.supports("quantize", {"q": q}))
+    check(lane, case, q)
+
+
+@every_lane
+@pytest.mark.parametrize("format_", ["uniform1", "uniform4", "ternary", "e2m1", "lloyd_max3"])
+@pytest.mark.parametrize("width", [20480, 14336])
+def test_wide_rows(lane: Lane, format_: str, width: int) -> None:
+    # 20480 columns do not fit one tile: two passes over the row.
+    for sparsity in (None, quest.Pairwise(4, 8)):
+        q = quest.Quantizer(FORMATS[format_], quest.Hadamard(128), quest.Trust(), sparsity)
+        check(lane, Case("gaussian", (2, width), torch.bfloat16, "contiguous", width), q)
+        check(lane, Case("mixed_rows", (3, width), torch.float32, "padded", width), q)
+        check(lane, Case("non_finite", (3, width), torch.float16, "offset", width), q)
+
+
+@every_lane
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("format_", ["uniform1", "uniform4", "uniform8", "e2m1"])
+def test_all_bit_patterns(lane: Lane, dtype: torch.dtype, format_: str) -> None:
+    # Rows of neighbours: every value of the dtype is quantized, in a row of its own magnitude.
+    x = inputs.all_patterns(dtype, 64)
+    q = quest.Quantizer(FORMATS[format_], quest.Identity(), quest.Trust())
+    found = examine.quantizer(lane, x, q, conclusive=False)
+    LEDGER.judge(lane, found, f"inputs.all_patterns({dtype}, 64), {q.spec}", conclusive=False)
+
+
+@every_lane
+@every_dtype
+@pytest.mark.parametrize("levels", ["uniform1", "uniform2", "uniform4", "ternary"])
+@given(seed=SEEDS)
+def test_exact_lane(lane: Lane, dtype: torch.dtype, levels: str, seed: int) -> None:
+    """Dyadic scales and steps, values on midpoints, zero and the edges: ties bit for bit."""
+    step, n = 0.25, FORMATS[levels].levels
+    alpha = step * (n - 1) / 2
+    grid = (
+        quest.grids.ternary(alpha) if levels == "ternary" else quest.grids.uniform(
+            int(levels.removeprefix("uniform")), alpha
+        )
+    )  # fmt: skip
+    # In half steps; rms is a power of two in these units, so sigma and t are exact.
+    z = exact_rows.rows(3, 32, half_steps_per_sigma=8, seed=seed) / 8
+    # Hadamard of a power of four and float32: the rotation is exact, too.
+    order = 16 if dtype == torch.float32 else 1
+    x = torch.from_numpy(hadamard.apply_transpose(z, order) * 2.0 ** (seed % 21 - 10)).to(dtype)
+    assert np.array_equal(
+        hadamard.apply(oracle.lift(x), order), z * 2.0 ** (seed % 21 - 10)
+    ), "the construction is not exact"
+    for estimator in (quest.Trust(), quest.Trust(0.5), quest.Clip(1.0), quest.Clip(2.0)):
+        q = quest.Quantizer(grid, quest.Hadamard(order), estimator)
+        out = lane.call("quantize", x, q=q)
+        expected = quantize.quantize(oracle.lift(x), **oracle.arguments(q, 32))
+        told = f"exact rows of seed {seed}, {q.spec}"
+        LEDGER.judge(
+            lane,
+            [
+                judges.exact("exact scale", oracle.lift(out["scale"]), expected.scale),
+                judges.exact("exact codes", oracle.lift(out["codes"]), expected.codes),
+                judges.exact("exact mask", oracle.lift(out["mask"]), expected.mask),
+            ],
+            told,
+        )
+
+
+@every_lane
+@pytest.mark.parametrize("format_", ["uniform1", "uniform3", "uniform8", "ternary", "e2m1"])
+@given(seed=SEEDS)
+def test_near_ties(lane: Lane, format_: str, seed: int) -> None:
+    """Rows made of midpoints and their float32 neighbours: most codes are open, none is wrong."""
+    grid = FORMATS[format_]
+    rng = np.random.default_rng(seed)
+    mids = np.array(grid.midpoints)
+    z = rng.choice(mids, (4, 128)) * (1 + rng.integers(-4, 5, (4, 128)) * 2.0**-23)
+    # Entries that bring the row's RMS to 1 leave the others where they are.
+    rest = np.sqrt(np.maximum(128 - (z[:, :120] ** 2).sum(-1, keepdims=True), 0.0) / 8)
+    z[:, 120:] = rest
+    x = torch.from_numpy(hadamard.apply_transpose(z, 128)).float()
+    q = quest.Quantizer(grid, quest.Hadamard(128), quest.Trust())
+    found = examine.quantizer(lane, x, q, conclusive=False)
+    LEDGER.judge(lane, found, f"near ties of seed {seed}, {q.spec}", conclusive=False)
+
+
+@every_lane
+@pytest.mark.parametrize("format_", FORMATS)
+def test_interior_gradient_survives(lane: Lane, format_: str) -> None:
+    """At the default trust no entry inside the grid is masked, whatever the dtype."""
+    q = quest.Quantizer(FORMATS[format_], quest.Hadamard(128), quest.Trust())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = inputs.draw("gaussian", (64, 256), dtype, 7)
+        out = lane.call("quantize", x, q=q)
+        y = hadamard.apply(oracle.lift(x), 128) / oracle.lift(out["scale"])
+        inside = np.abs(y) <= FORMATS[format_].outer
+        assert oracle.lift(out["mask"])[inside].all()
+        assert inside.mean() > 0.5
+
+
+@every_lane
+def test_mean_squared_error_is_the_grid_s(lane: Lane) -> None:
+    """On Gaussian rows the error is the closed form's, within five standard errors."""
+    x = inputs.draw("gaussian", (256, 1024), torch.float32, 3)
+    y = hadamard.apply(oracle.lift(x), 128)
+    for format_ in ("uniform1", "uniform2", "uniform4", "ternary", "e2m1", "lloyd_max4"):
+        q = quest.Quantizer(FORMATS[format_], quest.Hadamard(128), quest.Trust())
+        values = oracle.lift(lane.call("fake_quantize", x, q=q)["values"])
+        squares = (values - y) ** 2
+        expected = oracle.grid(FORMATS[format_]).mse
+        # Five standard errors: a false alarm in 2 million.
+        assert abs(squares.mean() - expected) < 5 * squares.std() / squares.size**0.5

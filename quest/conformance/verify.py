@@ -1,0 +1,234 @@
+"""`quest verify`: every lane of this machine against the oracle, as a table.
+
+A row is a kernel, a format and a dtype in one lane. Inputs come from fixed seeds, so a row's worst
+ratio is a property of the implementation, and a second gate holds it to 1.5 times what is recorded
+in `ratios.json`: a loss of accuracy inside the bound is seen, too.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import quest
+
+from . import examine, inputs, oracle
+from .lanes import Lane, all_lanes, missing
+from .verdict import Tally, Verdict
+
+RECORDED = Path(__file__).with_name("ratios.json")
+# Below this share of the bound a change of the ratio says nothing.
+FLOOR = 0.02
+GROWTH = 1.5
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = ("gaussian", "heavy", "outlier", "integers", "mixed_rows", "non_finite", "huge", "tiny")
+FORMATS = {
+    **{f"uniform{b}": quest.grids.uniform(b) for b in range(1, 9)},
+    "ternary": quest.grids.ternary(),
+    "e2m1": quest.grids.e2m1(),
+    **{f"lloyd_max{b}": quest.grids.lloyd_max(b) for b in (2, 3, 4, 8)},
+}
+SPARSE = {"2:4": quest.NM(2, 4), "4:8 pairs": quest.Pairwise(4, 8)}
+RECIPES = ("w1a1", "w4a4", "w8a8", "fp4", "w4a4-2:4", "w4a4-4:8", "w4a16")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what is judged, and how."""
+
+    lane: Lane
+    kernel: str
+    format: str
+    dtype: torch.dtype
+    judge: Callable[[], list[list[Verdict]]]
+
+    @property
+    def key(self) -> str:
+        """The row's name in `ratios.json`."""
+        return f"{self.lane}/{self.kernel}/{self.format}/{oracle.dtype_name(self.dtype)}"
+
+
+def _transforms(lane: Lane, order: int, dtype: torch.dtype) -> list[list[Verdict]]:
+    width = order * (3 if order >= 128 else 7)
+    return [
+        examine.transform(lane, inputs.draw(kind, (17, width), dtype, i), order, bool(i % 2))
+        for i, kind in enumerate(KINDS)
+    ]
+
+
+def _quantizers(lane: Lane, q: quest.Quantizer, dtype: torch.dtype) -> list[list[Verdict]]:
+    return [
+        examine.quantizer(lane, inputs.draw(kind, (17, 384), dtype, i), q)
+        for i, kind in enumerate(KINDS)
+    ]
+
+
+def _backwards(lane: Lane, order: int, dtype: torch.dtype) -> list[list[Verdict]]:
+    found = []
+    for i, kind in enumerate(KINDS):
+        grad = inputs.draw(kind, (17, order * 3), dtype, i)
+        g = torch.Generator().manual_seed(i)
+        mask = torch.randint(256, (17, -(-grad.shape[-1] // 8)), generator=g).to(torch.uint8)
+        found.append(examine.backward(lane, grad, mask, order))
+    return found
+
+
+def _layers(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
+    found = []
+    for i, kind in enumerate(("gaussian", "heavy", "outlier")):
+        x = inputs.draw(kind, (19, 384), dtype, i)
+        w = inputs.draw("gaussian", (56, 384), dtype, i + 1) / 16
+        grad = inputs.draw("gaussian", (19, 56), dtype, i + 2)
+        bias = inputs.draw("gaussian", (56,), dtype, i + 3)
+        found.append(examine.layer(lane, x, w, grad, bias, quest.recipe(name)))
+    return found
+
+
+def rows(lane: Lane, quick: bool) -> Iterator[Row]:
+    """What is judged in a lane; `quick` takes a tenth of it."""
+    dtypes = DTYPES[:2] if quick else DTYPES
+    for dtype in dtypes:
+        for order in (128,) if quick else (16, 128, 256, 12, 20, 28, 40):
+            yield Row(lane, "hadamard", f"order {order}", dtype, partial(_transforms, lane, order, dtype))
+        formats = ("uniform1", "uniform4") if quick else FORMATS
+        for name in formats:
+            clip = quest.Clip(1.3) if FORMATS[name].levels == 2 else quest.Trust()
+            q = quest.Quantizer(FORMATS[name], quest.Hadamard(128), clip)
+            yield Row(lane, "quantize", name, dtype, partial(_quantizers, lane, q, dtype))
+        for name, sparsity in {} if quick else SPARSE.items():
+            q = quest.Quantizer(FORMATS["uniform4"], quest.Hadamard(128), quest.Trust(), sparsity)
+            label = f"uniform4 {name}"
+            yield Row(lane, "quantize", label, dtype, partial(_quantizers, lane, q, dtype))
+        for order in (128,) if quick else (128, 20):
+            yield Row(lane, "backward", f"order {order}", dtype, partial(_backwards, lane, order, dtype))
+        for name in ("w1a1", "w4a4") if quick else RECIPES:
+            yield Row(lane, "linear", name, dtype, partial(_layers, lane, name, dtype))
+
+
+def _examine(row: Row, recorded: dict[str, float]) -> tuple[Tally, list[str]]:
+    tally = Tally()
+    try:
+        for verdicts in row.judge():
+            for verdict in verdicts:
+                tally.add(verdict)
+    except Exception as error:
+        # A lane that raises is as wrong as one that computes nonsense; the others go on.
+        return tally, [f"{type(error).__name__}: {error}"]
+    problems = tally.problems()
+    limit = GROWTH * max(recorded.get(row.key, float("inf")), FLOOR)
+    if tally.ratio > limit:
+        problems.append(
+            f"worst ratio {tally.ratio:.3f} is over {GROWTH} times the recorded "
+            f"{recorded[row.key]:.3f}"
+        )
+    return tally, problems
+
+
+def _machine() -> dict[str, Any]:
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "quest": quest.__version__,
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "python": platform.python_version(),
+        "gpu": gpu,
+    }
+
+
+def choose(names: tuple[str, ...]) -> list[Lane]:
+    """The lanes of these names, or all that this machine can run; ValueError for others."""
+    known = {lane.name: lane for lane in all_lanes()}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"lane must be one of {', '.join(known)}, got {name!r}")
+        reason = missing(known[name])
+        if reason is not None:
+            raise ValueError(f"lane {name} can't run here: {reason}")
+    return [known[n] for n in names] if names else [x for x in known.values() if not missing(x)]
+
+
+def run(
+    json_path: Path | None, lanes: tuple[str, ...] = (), quick: bool = False, record: bool = False
+) -> int:
+    """Judge, print the table, write the JSON; 0 where everything passes, else 1.
+
+    record: write the ratios of rows that pass to `ratios.json`. Raises ValueError for a lane that
+    is unknown or can't run here.
+    """
+    chosen = choose(lanes)
+    torch.set_num_threads(1)  # small tensors
+    recorded: dict[str, float] = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
+    todo = [row for lane in chosen for row in rows(lane, quick)]
+    console = Console()
+    table = Table(title="quest verify", title_justify="left")
+    for name, justify in (
+        ("lane", "left"), ("kernel", "left"), ("format", "left"), ("dtype", "left"),
+        ("elements", "right"), ("worst r", "right"), ("ambiguous", "right"), ("verdict", "left"),
+    ):  # fmt: skip
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    started, results, failures = time.perf_counter(), [], []
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=console, transient=True,
+    ) as progress:  # fmt: skip
+        task = progress.add_task("verify", total=len(todo))
+        for row in todo:
+            progress.update(task, description=f"{row.lane} {row.kernel} {row.format}")
+            tally, problems = _examine(row, {} if record else recorded)
+            verdict = "pass" if not problems else "FAIL"
+            name = oracle.dtype_name(row.dtype)
+            table.add_row(
+                row.lane.name, row.kernel, row.format, name, f"{tally.elements:,}",
+                f"{tally.ratio:.3f}", str(tally.ambiguous),
+                f"[green]{verdict}[/]" if not problems else f"[bold red]{verdict}[/]",
+            )  # fmt: skip
+            results.append({
+                "lane": row.lane.name, "kernel": row.kernel, "format": row.format, "dtype": name,
+                "elements": tally.elements, "ratio": tally.ratio, "ambiguous": tally.ambiguous,
+                "verdict": verdict, "problems": problems,
+            })  # fmt: skip
+            failures += [f"{row.key}: {p}" for p in problems[:1]]
+            progress.advance(task)
+    console.print(table)
+    for failure in failures:
+        console.print(f"FAIL {failure}", style="red", highlight=False, markup=False)
+    for lane in all_lanes():
+        reason = missing(lane)
+        if reason is not None:
+            console.print(f"not run: {lane} ({reason})", style="yellow")
+    elements = sum(r["elements"] for r in results)
+    seconds = time.perf_counter() - started
+    console.print(
+        f"{len(results) - len(failures)} of {len(results)} rows pass, {elements:,} elements judged "
+        f"in {seconds:.0f} s",
+        highlight=False,
+    )
+    if json_path is not None:
+        document = {"machine": _machine(), "seconds": round(seconds, 1), "rows": results}
+        json_path.write_text(json.dumps(document, indent=1) + "\n")
+    if record:
+        known = {f"{r['lane']}/{r['kernel']}/{r['format']}/{r['dtype']}": r for r in results}
+        fresh = {k: round(r["ratio"], 4) for k, r in known.items() if r["verdict"] == "pass"}
+        RECORDED.write_text(json.dumps(dict(sorted((recorded | fresh).items())), indent=1) + "\n")
+    return 1 if failures else 0

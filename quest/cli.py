@@ -47,12 +47,16 @@ def quest() -> None:
     metavar="NAME",
     help="Only this implementation (repeatable). Default: all that this machine can run.",
 )
-@click.option("--quick", is_flag=True, help="Fewer and smaller inputs.")
-def verify(json_path: Path | None, lanes: tuple[str, ...], quick: bool) -> int:
+@click.option("--quick", is_flag=True, help="A tenth of the rows.")
+@click.option("--record", is_flag=True, help="Keep the ratios of rows that pass as the new record.")
+def verify(json_path: Path | None, lanes: tuple[str, ...], quick: bool, record: bool) -> int:
     """Hold every kernel that this machine can run to the float64 reference."""
     from quest.conformance.verify import run
 
-    return int(run(json_path, lanes, quick))
+    try:
+        return run(json_path, lanes, quick, record)
+    except ValueError as error:
+        raise FailedError(str(error), USAGE) from None
 
 
 @quest.command()

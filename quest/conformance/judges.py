@@ -225,15 +225,12 @@ def masked(
     nearest = np.where((low <= centre) & (centre <= high), 0.0,
                        np.minimum(np.abs(low - centre), np.abs(high - centre)))  # fmt: skip
     farthest = np.maximum(np.abs(low - centre), np.abs(high - centre))
-    slack = bounds.gamma(bounds.THRESHOLD_ROUNDINGS, bounds.U32) * np.where(
-        np.isfinite(threshold), threshold, 0.0
-    )
+    finite = np.where(np.isfinite(threshold), threshold, 0.0)  # STE has an infinite one
+    slack = bounds.gamma(bounds.THRESHOLD_ROUNDINGS, bounds.U32) * finite
     if not edge:
         # The point in float32 (constant and product), and the difference.
-        slack = slack + bounds.gamma(3, bounds.U32) * (np.abs(point) + threshold)
-    # A threshold of infinity (STE) has no distance to it.
-    with np.errstate(invalid="ignore"):
-        past = np.where(np.isfinite(threshold), np.abs(z - centre) - threshold, -np.inf)
+        slack = slack + bounds.gamma(3, bounds.U32) * (np.abs(point) + finite)
+    past = np.abs(z - centre) - threshold
     may, must_not = nearest <= threshold + slack, farthest > threshold - slack
     rule = np.where(s == 0, True, kind == "ste")
     wrong = np.where(regular, np.where(m, ~may, ~must_not), m != rule)

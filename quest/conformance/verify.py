@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import scipy
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -102,18 +103,22 @@ def rows(lane: Lane, quick: bool) -> Iterator[Row]:
     dtypes = DTYPES[:2] if quick else DTYPES
     for dtype in dtypes:
         for order in (128,) if quick else (16, 128, 256, 12, 20, 28, 40):
-            yield Row(lane, "hadamard", f"order {order}", dtype, partial(_transforms, lane, order, dtype))
+            yield Row(
+                lane, "hadamard", f"order {order}", dtype, partial(_transforms, lane, order, dtype)
+            )
         formats = ("uniform1", "uniform4") if quick else FORMATS
         for name in formats:
             clip = quest.Clip(1.3) if FORMATS[name].levels == 2 else quest.Trust()
             q = quest.Quantizer(FORMATS[name], quest.Hadamard(128), clip)
             yield Row(lane, "quantize", name, dtype, partial(_quantizers, lane, q, dtype))
-        for name, sparsity in {} if quick else SPARSE.items():
+        for name, sparsity in [] if quick else list(SPARSE.items()):
             q = quest.Quantizer(FORMATS["uniform4"], quest.Hadamard(128), quest.Trust(), sparsity)
             label = f"uniform4 {name}"
             yield Row(lane, "quantize", label, dtype, partial(_quantizers, lane, q, dtype))
         for order in (128,) if quick else (128, 20):
-            yield Row(lane, "backward", f"order {order}", dtype, partial(_backwards, lane, order, dtype))
+            yield Row(
+                lane, "backward", f"order {order}", dtype, partial(_backwards, lane, order, dtype)
+            )
         for name in ("w1a1", "w4a4") if quick else RECIPES:
             yield Row(lane, "linear", name, dtype, partial(_layers, lane, name, dtype))
 
@@ -168,6 +173,28 @@ def choose(names: tuple[str, ...]) -> list[Lane]:
     return [known[n] for n in names] if names else [x for x in known.values() if not missing(x)]
 
 
+def _table(title: str, results: list[dict[str, Any]]) -> Table:
+    """One lane's rows, 80 columns wide."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("kernel", "format", "dtype"):
+        table.add_column(name, no_wrap=True)
+    for name in ("elements", "worst r", "ambiguous"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict")
+    for r in results:
+        colour = "green" if r["verdict"] == "pass" else "bold red"
+        table.add_row(
+            r["kernel"],
+            r["format"],
+            r["dtype"],
+            f"{r['elements']:,}",
+            f"{r['ratio']:.3f}",
+            str(r["ambiguous"]),
+            f"[{colour}]{r['verdict']}[/]",
+        )
+    return table
+
+
 def run(
     json_path: Path | None, lanes: tuple[str, ...] = (), quick: bool = False, record: bool = False
 ) -> int:
@@ -181,13 +208,9 @@ def run(
     recorded: dict[str, float] = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
     todo = [row for lane in chosen for row in rows(lane, quick)]
     console = Console()
-    table = Table(title="quest verify", title_justify="left")
-    for name, justify in (
-        ("lane", "left"), ("kernel", "left"), ("format", "left"), ("dtype", "left"),
-        ("elements", "right"), ("worst r", "right"), ("ambiguous", "right"), ("verdict", "left"),
-    ):  # fmt: skip
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    started, results, failures = time.perf_counter(), [], []
+    started = time.perf_counter()
+    results: list[dict[str, Any]] = []
+    failures: list[str] = []
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         console=console, transient=True,
@@ -198,11 +221,6 @@ def run(
             tally, problems = _examine(row, {} if record else recorded)
             verdict = "pass" if not problems else "FAIL"
             name = oracle.dtype_name(row.dtype)
-            table.add_row(
-                row.lane.name, row.kernel, row.format, name, f"{tally.elements:,}",
-                f"{tally.ratio:.3f}", str(tally.ambiguous),
-                f"[green]{verdict}[/]" if not problems else f"[bold red]{verdict}[/]",
-            )  # fmt: skip
             results.append({
                 "lane": row.lane.name, "kernel": row.kernel, "format": row.format, "dtype": name,
                 "elements": tally.elements, "ratio": tally.ratio, "ambiguous": tally.ambiguous,
@@ -210,7 +228,8 @@ def run(
             })  # fmt: skip
             failures += [f"{row.key}: {p}" for p in problems[:1]]
             progress.advance(task)
-    console.print(table)
+    for lane in chosen:
+        console.print(_table(lane.name, [r for r in results if r["lane"] == lane.name]))
     for failure in failures:
         console.print(f"FAIL {failure}", style="red", highlight=False, markup=False)
     for lane in all_lanes():

@@ -1,0 +1,172 @@
+"""The inputs that find bugs are what their names say."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quest.conformance import inputs
+from quest.conformance.lanes import _bytes
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SEEDS = st.integers(0, 2**32 - 1)
+SHAPE = (7, 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", inputs.DISTRIBUTIONS)
+@given(seed=SEEDS, shape=st.sampled_from([(7, 64), (5,), (2, 3, 8), (1, 1), (0, 4), (3, 0)]))
+def test_draw_is_reproducible(
+    name: str, dtype: torch.dtype, seed: int, shape: tuple[int, ...]
+) -> None:
+    x, again = (inputs.draw(name, shape, dtype, seed) for _ in range(2))
+    assert x.shape == shape
+    assert x.dtype == dtype
+    assert x.device.type == "cpu"
+    assert x.is_contiguous()
+    assert _bytes(x) == _bytes(again)
+    if name != "non_finite":
+        assert x.isfinite().all(), "clamped to the dtype's range"
+
+
+@pytest.mark.parametrize("name", sorted(set(inputs.DISTRIBUTIONS) - {"zeros"}))
+def test_seeds_differ(name: str) -> None:
+    # float32 holds all of them apart from zero.
+    assert len({_bytes(inputs.draw(name, SHAPE, torch.float32, s)) for s in range(10)}) == 10
+
+
+def drawn(name: str, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return inputs.draw(name, SHAPE, dtype, seed).double()
+
+
+@given(seed=SEEDS)
+def test_gaussian(seed: int) -> None:
+    x = inputs.draw("gaussian", (200, 500), torch.float32, seed).double()
+    # Six standard errors of the mean and of the variance of 10^5 values.
+    assert abs(x.mean()) < 6 / math.sqrt(1e5)
+    assert abs(x.var() - 1) < 6 * math.sqrt(2 / 1e5)
+    assert x.unique().numel() > 9e4
+
+
+@given(seed=SEEDS)
+def test_heavy_has_tails(seed: int) -> None:
+    x = inputs.draw("heavy", (200, 500), torch.float32, seed).double()
+    # P(|t_2| > 20) = 1 - 20 / sqrt(402) = 0.00249; a Gaussian has 1e-88.
+    share = float((x.abs() > 20).double().mean())
+    assert abs(share - 0.00249) < 6 * math.sqrt(0.0025 / 1e5)
+    assert abs(x.median()) < 0.05
+
+
+@given(seed=SEEDS)
+def test_outlier(seed: int) -> None:
+    x = drawn("outlier", seed)
+    ordered = x.abs().sort(-1).values
+    assert (ordered[:, -2] < 6).all()
+    plain = drawn("gaussian", seed)
+    changed = x != plain
+    assert (changed.sum(-1) <= 1).all()
+    assert torch.allclose(x[changed], plain[changed] * 1e4, rtol=2**-22)
+
+
+@given(seed=SEEDS)
+def test_equal_and_alternating(seed: int) -> None:
+    x, y = drawn("equal", seed), drawn("alternating", seed)
+    assert (x == x[:, :1]).all()
+    assert ((x >= 1) & (x < 2) & (x * 64 == (x * 64).round())).all()
+    assert (y.abs() == y.abs()[:, :1]).all()
+    assert (y[:, ::2] > 0).all()
+    assert (y[:, 1::2] < 0).all()
+
+
+@given(seed=SEEDS)
+def test_one_hot_and_integers(seed: int) -> None:
+    x, n = drawn("one_hot", seed), drawn("integers", seed)
+    assert ((x != 0).sum(-1) == 1).all()
+    assert x.max() == 1.5
+    assert set(n.unique().tolist()) <= {-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0}
+    assert n.unique().numel() == 7
+
+
+@given(seed=SEEDS)
+def test_magnitudes(seed: int) -> None:
+    tiny, small, huge = drawn("tiny", seed), drawn("subnormal", seed), drawn("huge", seed)
+    least, most = torch.finfo(torch.float32).smallest_normal, torch.finfo(torch.float32).max
+    assert tiny.abs().max() < 2**-116
+    # Squares of these underflow, squares of those overflow float32.
+    assert (tiny.square() < 2.0**-149).all()
+    assert (small.abs() < least).all()
+    assert (small != 0).any()
+    assert huge.abs().max() > 2**120
+    assert (huge.square().amax(-1) > most).all()
+    mixed = drawn("mixed_rows", seed)
+    rms = mixed.square().mean(-1).sqrt()
+    regular = rms[rms > 0]
+    assert regular.numel() == 0 or (0.3 * 2.0**-60 < regular).all()
+    assert (regular < 3 * 2.0**60).all()
+    assert (drawn("zeros", seed) == 0).all()
+
+
+def test_mixed_rows_are_sometimes_zero_and_far_apart() -> None:
+    x = inputs.draw("mixed_rows", (1000, 8), torch.float32, 0).double()
+    zero = (x == 0).all(-1)
+    # 0.3 of 1000, six standard errors.
+    assert abs(int(zero.sum()) - 300) < 6 * math.sqrt(210)
+    rms = x[~zero].square().mean(-1).sqrt()
+    assert rms.max() / rms.min() > 2.0**90
+
+
+def test_non_finite_rows() -> None:
+    x = inputs.draw("non_finite", (1000, 8), torch.float32, 0)
+    bad = ~x.isfinite()
+    assert (bad.sum(-1) <= 1).all()
+    assert abs(int(bad.any(-1).sum()) - 500) < 6 * math.sqrt(250)
+    for kind in (x.isnan(), x == math.inf, x == -math.inf):
+        assert kind.sum() > 100
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_beyond_the_range_are_clamped(dtype: torch.dtype) -> None:
+    x = inputs.draw("huge", (20, 64), dtype, 0)
+    assert x.isfinite().all()
+    if dtype == torch.float16:
+        assert x.abs().min() == torch.finfo(dtype).max
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [64, 256])
+def test_all_patterns(dtype: torch.dtype, width: int) -> None:
+    x = inputs.all_patterns(dtype, width)
+    assert x.shape == (2**16 // width, width)
+    assert x.dtype == dtype
+    assert x.view(torch.int16).unique().numel() == 2**16
+    assert x.isnan().any()
+    assert x.isinf().sum() == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", inputs.LAYOUTS)
+@given(seed=SEEDS, shape=st.sampled_from([(3, 5), (7,), (2, 3, 4), (1, 8), (0, 5)]))
+def test_layouts_hold_the_values_and_nan_elsewhere(
+    layout: str, dtype: torch.dtype, seed: int, shape: tuple[int, ...]
+) -> None:
+    x = inputs.draw("gaussian", shape, dtype, seed)
+    y = inputs.lay_out(x, layout)
+    assert torch.equal(x, y)
+    assert (y.shape, y.dtype) == (x.shape, x.dtype)
+    flat = torch.empty(0, dtype=dtype).set_(y.untyped_storage())
+    assert int(flat.isnan().sum()) == flat.numel() - x.numel()
+
+
+def test_layouts_differ() -> None:
+    x = inputs.draw("gaussian", (3, 4), torch.float32, 0)
+    laid = {name: inputs.lay_out(x, name) for name in inputs.LAYOUTS}
+    assert laid["contiguous"] is x
+    assert laid["transposed"].stride() == (1, 3)
+    assert laid["offset"].storage_offset() == 3
+    assert laid["offset"].is_contiguous()
+    assert laid["padded"].stride() == (9, 1)
+    assert laid["strided"].stride() == (8, 2)

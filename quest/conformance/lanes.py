@@ -235,7 +235,12 @@ class _Interpreter:
     """The process with Triton's interpreter, and the pipe to it."""
 
     def __init__(self) -> None:
-        env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        # The interpreter computes with NumPy, which warns of what floats may do.
+        env = os.environ | {
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore::RuntimeWarning",
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "quest.conformance.worker"],
             stdin=subprocess.PIPE,

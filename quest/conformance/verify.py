@@ -8,9 +8,12 @@ in `ratios.json`: a loss of accuracy inside the bound is seen, too.
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -124,6 +127,7 @@ def rows(lane: Lane, quick: bool) -> Iterator[Row]:
 
 
 def _examine(row: Row, recorded: dict[str, float]) -> tuple[Tally, list[str]]:
+    torch.set_num_threads(1)  # small tensors
     tally = Tally()
     try:
         for verdicts in row.judge():
@@ -204,7 +208,6 @@ def run(
     is unknown or can't run here.
     """
     chosen = choose(lanes)
-    torch.set_num_threads(1)  # small tensors
     recorded: dict[str, float] = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
     todo = [row for lane in chosen for row in rows(lane, quick)]
     console = Console()
@@ -216,18 +219,27 @@ def run(
         console=console, transient=True,
     ) as progress:  # fmt: skip
         task = progress.add_task("verify", total=len(todo))
-        for row in todo:
-            progress.update(task, description=f"{row.lane} {row.kernel} {row.format}")
-            tally, problems = _examine(row, {} if record else recorded)
-            verdict = "pass" if not problems else "FAIL"
-            name = oracle.dtype_name(row.dtype)
-            results.append({
-                "lane": row.lane.name, "kernel": row.kernel, "format": row.format, "dtype": name,
-                "elements": tally.elements, "ratio": tally.ratio, "ambiguous": tally.ambiguous,
-                "verdict": verdict, "problems": problems,
-            })  # fmt: skip
-            failures += [f"{row.key}: {p}" for p in problems[:1]]
-            progress.advance(task)
+        # Rows are independent, and most of a row's time is compiling or interpreting kernels.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(8, os.cpu_count() or 1), context) as pool:
+            judged = pool.map(_examine, todo, [{} if record else recorded] * len(todo))
+            for row, (tally, problems) in zip(todo, judged, strict=True):
+                progress.update(task, description=f"{row.lane} {row.kernel} {row.format}")
+                progress.advance(task)
+                results.append(
+                    {
+                        "lane": row.lane.name,
+                        "kernel": row.kernel,
+                        "format": row.format,
+                        "dtype": oracle.dtype_name(row.dtype),
+                        "elements": tally.elements,
+                        "ratio": tally.ratio,
+                        "ambiguous": tally.ambiguous,
+                        "verdict": "FAIL" if problems else "pass",
+                        "problems": problems,
+                    }
+                )
+                failures += [f"{row.key}: {p}" for p in problems[:1]]
     for lane in chosen:
         console.print(_table(lane.name, [r for r in results if r["lane"] == lane.name]))
     for failure in failures:

@@ -1,0 +1,221 @@
+"""The registered operators: schema, fake tensors, autograd registration, tracing, compilation."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import quest
+from quest import eager, ops, packing
+from quest.conformance import inputs
+from quest.quantizer import parse
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    ),
+]
+SPECS = [
+    "uniform4/hadamard/trust1.0/dense",
+    "uniform1/hadamard16/clip1.3/dense",
+    "ternary/identity/ste/dense",
+    "e2m1/hadamard12/trust0.5/dense",
+    "lloyd_max8/hadamard/trust1.0/pairs4:8",
+    "uniform3/hadamard8/trust1.0/2:4",
+]
+
+
+def sample(kind: str, device: str, width: int = 48) -> torch.Tensor:
+    """Sample inputs of all kinds, by name."""
+    made = {
+        "float32": lambda: inputs.draw("gaussian", (3, width), torch.float32, 0),
+        "bfloat16": lambda: inputs.draw("gaussian", (2, 2, width), torch.bfloat16, 1),
+        "float16": lambda: inputs.draw("heavy", (5, width), torch.float16, 2),
+        "one axis": lambda: inputs.draw("gaussian", (width,), torch.float32, 3),
+        "transposed": lambda: inputs.draw("gaussian", (width, 4), torch.float32, 4).t(),
+        "expanded": lambda: inputs.draw("gaussian", (1, width), torch.float32, 5).expand(3, -1),
+        "no rows": lambda: torch.zeros(0, width),
+        "zeros": lambda: torch.zeros(2, width),
+    }[kind]()
+    return made.to(device)
+
+
+KINDS = ["float32", "bfloat16", "float16", "one axis", "transposed", "expanded", "no rows", "zeros"]
+
+
+def check(operator: Any, args: tuple[Any, ...]) -> None:
+    with warnings.catch_warnings():
+        # What opcheck itself uses is deprecated in some versions of torch.
+        warnings.simplefilter("ignore")
+        torch.library.opcheck(operator, args)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck_differentiable(device: str, kind: str) -> None:
+    x = sample(kind, device).detach().requires_grad_()
+    i = KINDS.index(kind)
+    check(torch.ops.quest.hadamard, (x, (1, 16, 12)[i % 3], bool(i % 2)))
+    check(torch.ops.quest.fake_quantize, (x, SPECS[i % len(SPECS)]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "transposed", "no rows"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck_codes(device: str, kind: str, packed: bool) -> None:
+    for i in range(KINDS.index(kind) % 3, len(SPECS), 3):
+        check(torch.ops.quest.quantize, (sample(kind, device), SPECS[i], packed))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["float32", "float16", "no rows"])
+def test_opcheck_backward(device: str, kind: str) -> None:
+    grad = sample(kind, device, 44)
+    bits = packing.pack(torch.ones_like(grad, dtype=torch.bool), 1)
+    check(torch.ops.quest.masked_transpose, (grad, bits, 4))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(
+    spec=st.sampled_from(SPECS),
+    dtype=st.sampled_from(ops.DTYPES),
+    lead=st.sampled_from([(), (3,), (2, 0), (2, 3)]),
+    packed=st.booleans(),
+)
+def test_fakes_tell_shapes_and_dtypes(
+    device: str, spec: str, dtype: torch.dtype, lead: tuple[int, ...], packed: bool
+) -> None:
+    x = inputs.draw("gaussian", (*lead, 48), dtype, 0).to(device)
+    real = [*ops.quantize(x, spec, packed), *ops.fake_quantize(x, spec), ops.hadamard(x, 12, True)]
+    meta = x.to("meta")
+    fake = [
+        *ops.quantize(meta, spec, packed), *ops.fake_quantize(meta, spec),
+        ops.hadamard(meta, 12, True),
+    ]  # fmt: skip
+    for a, b in zip(real, fake, strict=True):
+        assert (a.shape, a.dtype, a.is_contiguous()) == (b.shape, b.dtype, b.is_contiguous())
+        assert a.device == x.device
+
+
+def test_the_device_chooses_and_the_cpu_is_plain_torch() -> None:
+    x = sample("float32", "cpu")
+    for spec in SPECS:
+        q = parse(spec)
+        expected = eager.quantize(x, q, values=True, codes=True, packed=True)
+        values, mask = ops.fake_quantize(x, spec)
+        assert torch.equal(values, expected[0])
+        assert torch.equal(mask, expected[3])
+        for a, b in zip(ops.quantize(x, spec, True), expected[1:], strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_outputs_never_alias_and_inputs_stay(device: str) -> None:
+    """Even where nothing is to be done: order 1."""
+    x = sample("float32", device)
+    before = x.clone()
+    y = ops.hadamard(x, 1, False)
+    assert torch.equal(y, x)
+    assert y.data_ptr() != x.data_ptr()
+    y.mul_(2)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_hadamard_differentiates_twice(device: str) -> None:
+    """The transform is linear: its gradient is the transpose, whose gradient is the transform."""
+    x = sample("float32", device, 24).requires_grad_()
+    g = inputs.draw("gaussian", (3, 24), torch.float32, 9).to(device).requires_grad_()
+    (dx,) = torch.autograd.grad(ops.hadamard(x, 12, False), x, g, create_graph=True)
+    assert torch.equal(dx, ops.hadamard(g, 12, True))
+    v = inputs.draw("gaussian", (3, 24), torch.float32, 10).to(device)
+    (dg,) = torch.autograd.grad(dx, g, v)
+    assert torch.equal(dg, ops.hadamard(v, 12, False))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_fake_quantize_s_gradient_is_masked_and_rotated_back(device: str, spec: str) -> None:
+    x = sample("float32", device).requires_grad_()
+    g = inputs.draw("gaussian", x.shape, torch.float32, 9).to(device)
+    values, mask = ops.fake_quantize(x, spec)
+    assert not mask.requires_grad
+    (dx,) = torch.autograd.grad(values, x, g)
+    assert torch.equal(dx, ops.masked_transpose(g, mask, parse(spec).transform.order(48)))
+    # Not differentiable: codes.
+    assert not any(t.requires_grad for t in ops.quantize(x, spec, False))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_gradient_in_another_layout(device: str) -> None:
+    x = sample("float32", device).requires_grad_()
+    for g in (torch.ones(48, 3, device=device).t(), torch.ones((), device=device).expand(3, 48)):
+        values, _ = ops.fake_quantize(x, SPECS[0])
+        (dx,) = torch.autograd.grad(values, x, g)
+        (expected,) = torch.autograd.grad(ops.fake_quantize(x, SPECS[0])[0], x, g.contiguous())
+        assert torch.equal(dx, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recipe", ["w4a4", "w1a1", "fp4", "w4a4-2:4", "w4a16", "bf16"])
+def test_compiled_equals_eager(device: str, recipe: str) -> None:
+    """Bit for bit, forward and backward, in one graph."""
+    torch.manual_seed(0)
+    layer = quest.Linear(48, 24, bias=True, recipe=recipe, device=device)
+    x = sample("float32", device)
+
+    def step(t: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(layer(t)).square()
+
+    torch.compiler.reset()
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        layer.zero_grad()
+        t = x.clone().requires_grad_()
+        y = function(t)
+        y.sum().backward()
+        results.append((y, t.grad, layer.weight.grad, layer.bias.grad))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_with_other_shapes_and_no_graph_breaks(device: str) -> None:
+    torch.compiler.reset()
+    layer = quest.Linear(48, 24, recipe="w4a4", device=device)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((3, 48), (5, 48), (2, 3, 48)):
+        x = torch.randn(shape, device=device)
+        assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_inductor(device: str) -> None:
+    """The operators are opaque to it: what it generates around them may not change them."""
+    torch.compiler.reset()
+    q = quest.recipe("w4a4").activation
+    x = sample("float32", device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # inductor's own imports and hints
+        values = torch.compile(lambda t: q(t) * 2, fullgraph=True)(x)
+    assert torch.equal(values, q(x) * 2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_parts_outlive_a_call(device: str) -> None:
+    """Caches hold constants, never a tensor of the caller's, and differ by device and grid."""
+    a, b = (parse(s).require_grid() for s in (SPECS[3], SPECS[4]))
+    table = eager.table(a, torch.device(device))
+    assert eager.table(a, torch.device(device))[0] is table[0]
+    assert eager.table(b, torch.device(device))[0] is not table[0]
+    assert table[0].device.type == device
+    x = sample("float32", device)
+    before = ops.fake_quantize(x, SPECS[3])[0]
+    ops.fake_quantize(x * 3, SPECS[4])
+    assert torch.equal(ops.fake_quantize(x, SPECS[3])[0], before)

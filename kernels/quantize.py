@@ -63,6 +63,18 @@ def _power(field):
 
 
 @triton.jit
+def _sum_of_squares(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, LOG: tl.constexpr):
+    # A tree of neighbours, (ROWS, 1). `tl.sum` adds in an order that depends on the layout, which
+    # depends on what else the kernel does: packed and unpacked codes would have other scales.
+    a, b = tl.split(tl.reshape(x, (ROWS * WIDTH // 2, 2)))
+    s = tl.fma(a, a, b * b)
+    for level in tl.static_range(1, LOG):
+        a, b = tl.split(tl.reshape(s, ((ROWS * WIDTH) >> (level + 1), 2)))
+        s = a + b
+    return tl.reshape(s, (ROWS, 1))
+
+
+@triton.jit
 def _encode(t, points_ptr, mids_ptr, LEVELS: tl.constexpr, TABLE: tl.constexpr, LOG: tl.constexpr):
     # Code (int32) and point (float32) nearest to t; `t` counts steps for uniform grids.
     if TABLE:
@@ -187,6 +199,7 @@ def _quantize(
     N: tl.constexpr, M: tl.constexpr, PAIRS: tl.constexpr,
     VALUES: tl.constexpr, CODES: tl.constexpr, BITS: tl.constexpr, PACK_MASK: tl.constexpr,
     PRESCALED: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    LOG_WIDTH: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     if CHUNKS == 1:
@@ -194,7 +207,7 @@ def _quantize(
         x = tl.load(x_ptr + r * width + c, mask=(r < rows) & (c < width), other=0.0).to(tl.float32)
         field, top = _exponent(x)
         x = x * _power(254 - field)
-        squares = tl.sum(x * x, axis=1, keep_dims=True)
+        squares = _sum_of_squares(x, ROWS, WIDTH, LOG_WIDTH)
     else:
         field = tl.full((ROWS, 1), 1, tl.int32)
         top = tl.zeros((ROWS, 1), tl.int32)
@@ -209,7 +222,7 @@ def _quantize(
             # A power of two rescales the running sum without rounding; 2^-252 and less is 0.
             shrink = _power(tl.maximum(127 + field - new, 1))
             x = x * _power(254 - new)
-            squares = squares * shrink * shrink + tl.sum(x * x, axis=1, keep_dims=True)
+            squares = squares * shrink * shrink + _sum_of_squares(x, ROWS, WIDTH, LOG_WIDTH)
             field = new
     finite = top < 0x7F800000
     down = _power(254 - field)
@@ -219,9 +232,7 @@ def _quantize(
     else:
         power = tl.full((ROWS, 1), 1.0, tl.float32)
     # Rounding must not push the scale of a row at the end of the range over it.
-    sigma = tl.minimum(
-        tl.sqrt_rn(tl.div_rn(squares, count.to(tl.float32))) * up * power, 3.4028234663852886e38
-    )
+    sigma = tl.minimum(tl.sqrt_rn(tl.div_rn(squares, count)) * up * power, 3.4028234663852886e38)
     sigma = tl.where(finite, sigma, float("nan"))
     tl.store(scale_ptr + r, sigma, mask=r < rows)
     # Codes are taken against the stored scale, also where storing rounded it (subnormals). Rows
@@ -348,10 +359,11 @@ def quantize(
             nothing if p.points is None else p.points,
             nothing if p.midpoints is None else p.midpoints,
             rows, d, code_bytes, mask_bytes,
-            p.order**-0.5, squares, p.step, p.threshold, p.pruned_threshold, p.zero_code,
+            p.order**-0.5, float(squares), p.step, p.threshold, p.pruned_threshold, p.zero_code,
             int(math.log2(order)), p.levels, p.points is not None,
             math.ceil(math.log2(p.levels)), p.offset, p.estimator, n, group, pairs,
             values, codes, p.bits if packed else 0, packed, power is not None, chunks, r, w,
+            int(math.log2(w)),
             num_warps=warps(r * w),
         )  # fmt: skip
     if not packed:

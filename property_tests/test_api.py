@@ -17,12 +17,7 @@ from quest.conformance import inputs, oracle
 from quest.quantizer import parse
 from quest.reference import grids as reference_grids
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-    ),
-]
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GRIDS = [
     *(quest.grids.uniform(b) for b in range(1, 9)),

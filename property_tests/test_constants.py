@@ -14,7 +14,6 @@ from quest import transforms
 from quest.conformance import constants
 from quest.reference import grids, hadamard
 
-
 NUMBER = re.compile(r"\d+\.\d+(?:e-?\d+)?")
 
 

@@ -19,12 +19,7 @@ from quest.conformance import inputs, judges, lanes, oracle
 from quest.conformance.examine import accumulation
 from quest.reference import bounds, hadamard
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-    ),
-]
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RECIPES = ["w4a4", "w1a1", "w8a8", "w1.58a1.58", "fp4", "w4a4-2:4", "w4a4-4:8", "w4a16", "bf16"]
 SEEDS = st.integers(0, 2**16)
@@ -276,7 +271,21 @@ def test_no_gradient_flows_through_the_scale(recipe: str, device: str) -> None:
     x64, sigma = oracle.lift(x), oracle.lift(q.quantize(x).scale)
     term = (oracle.lift(g) * oracle.lift(values) / sigma).sum(-1, keepdims=True) * x64 / sigma / 48
     assert (np.abs(term) > 100 * bound).any()
-    assert not q.quantize(x).scale.requires_grad
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_codes_and_scales_hold_no_graph(device: str) -> None:
+    """What `quantize` and `pack` give is constant: a loss made of it must not fail later."""
+    q = quest.recipe("w4a4-2:4").weight
+    x = inputs.draw("gaussian", (3, 48), torch.float32, 0).to(device).requires_grad_()
+    for t in (q.quantize(x), q.pack(x), q.pack(x).unpack()):
+        for part in (t.codes, t.scale, t.mask, t.keep):
+            assert part is not None
+            assert part.grad_fn is None
+    assert not q.quantize(x).dequantize().requires_grad
+    # The input is still a leaf that trains.
+    q(x).sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -15,12 +15,7 @@ from quest import eager, ops, packing
 from quest.conformance import inputs
 from quest.quantizer import parse
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-    ),
-]
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 SPECS = [
     "uniform4/hadamard/trust1.0/dense",
     "uniform1/hadamard16/clip1.3/dense",
@@ -148,8 +143,6 @@ def test_fake_quantize_s_gradient_is_masked_and_rotated_back(device: str, spec: 
     assert not mask.requires_grad
     (dx,) = torch.autograd.grad(values, x, g)
     assert torch.equal(dx, ops.masked_transpose(g, mask, parse(spec).transform.order(48)))
-    # Not differentiable: codes.
-    assert not any(t.requires_grad for t in ops.quantize(x, spec, False))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -201,9 +194,12 @@ def test_inductor(device: str) -> None:
     torch.compiler.reset()
     q = quest.recipe("w4a4").activation
     x = sample("float32", device)
+    # Scalar code without a precompiled header: a third of the time that g++ takes otherwise.
+    quick = {"cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # inductor's own imports and hints
-        values = torch.compile(lambda t: q(t) * 2, fullgraph=True)(x)
+        compiled = torch.compile(lambda t: q(t) * 2, fullgraph=True, options=quick)
+        values = compiled(x)
     assert torch.equal(values, q(x) * 2)
 
 

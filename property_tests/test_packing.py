@@ -11,12 +11,7 @@ from hypothesis import strategies as st
 from quest import packing
 from quest.reference import packing as reference
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-    ),
-]
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 BITS = (1, 2, 4, 8)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 

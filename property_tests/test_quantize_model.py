@@ -13,12 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import quest
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-    ),
-]
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 RECIPES = ["w4a4", "w1a1", "w1.58a1.58", "fp4", "w4a4-2:4", "w4a16", "bf16"]
 
 

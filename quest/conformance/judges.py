@@ -94,7 +94,9 @@ def rotated(x: Tensor, y: Tensor, order: int, transpose: bool) -> Verdict:
     turn = hadamard.apply_transpose if transpose else hadamard.apply
     with np.errstate(invalid="ignore", over="ignore"):
         expected = turn(x64, order)
-        bound = bounds.output(expected, bounds.rotation(x64, order), oracle.dtype_name(y.dtype))
+        bound = bounds.output(
+            expected, bounds.rotation(x64, order, transpose), oracle.dtype_name(y.dtype)
+        )
     finite = np.where(np.isfinite(x64), x64, 0.0)
     sums = bounds.absolute_sum(finite, order) * math.sqrt(order)
     inside = sums < bounds.LARGEST["float32"]

@@ -45,7 +45,10 @@ FORMATS = {
     "e2m1": quest.grids.e2m1(),
     **{f"lloyd_max{b}": quest.grids.lloyd_max(b) for b in (2, 3, 4, 8)},
 }
-SPARSE = {"2:4": quest.NM(2, 4), "4:8 pairs": quest.Pairwise(4, 8)}
+SPARSE: dict[str, quest.NM | quest.Pairwise] = {
+    "2:4": quest.NM(2, 4),
+    "4:8 pairs": quest.Pairwise(4, 8),
+}
 RECIPES = ("w1a1", "w4a4", "w8a8", "fp4", "w4a4-2:4", "w4a4-4:8", "w4a16")
 
 

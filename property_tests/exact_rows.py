@@ -20,9 +20,7 @@ def four_squares(n: int) -> tuple[int, int, int, int]:
     raise ValueError(f"n must not be negative, got {n}")
 
 
-def rows(
-    count: int, width: int, half_steps_per_sigma: int, seed: int
-) -> npt.NDArray[np.float64]:
+def rows(count: int, width: int, half_steps_per_sigma: int, seed: int) -> npt.NDArray[np.float64]:
     """(count, width) integers, many of them small, with RMS exactly `half_steps_per_sigma`."""
     rng = np.random.default_rng(seed)
     total = width * half_steps_per_sigma**2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
+from hypothesis import settings
 
 from property_tests.strategies import DTYPES, LANES
 from quest.conformance import lanes
@@ -30,9 +30,6 @@ def every_dtype(function: Any) -> Any:
     return pytest.mark.parametrize("dtype", DTYPES, ids=names)(function)
 
 
-def is_slow(lane: lanes.Lane) -> bool:
-    """Whether each new shape costs: interpreted, or compiled anew."""
-    return lane.remote or lane.device == "cuda"
-
-
-__all__ = ["every_dtype", "every_lane", "is_slow", "torch"]
+def fewer(function: Any) -> Any:
+    """A third of the profile's examples: each is judged in four lanes, interpreted or compiled."""
+    return settings(max_examples=max(2, settings.default.max_examples // 3))(function)

@@ -56,7 +56,9 @@ class Ledger:
         """Lines: lane, stage, calls, elements, worst ratio, ambiguous."""
         if not self.tallies:
             return []
-        head = f"{'lane':<20}{'stage':<18}{'calls':>8}{'elements':>14}{'worst r':>10}{'ambiguous':>11}"
+        head = (
+            f"{'lane':<20}{'stage':<18}{'calls':>8}{'elements':>14}{'worst r':>10}{'ambiguous':>11}"
+        )
         return [head] + [
             f"{lane:<20}{stage:<18}{t.calls:>8}{t.elements:>14,}{t.ratio:>10.3f}{t.ambiguous:>11}"
             for (lane, stage), t in sorted(self.tallies.items())

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from property_tests.lane_marks import every_dtype, every_lane
+from property_tests.lane_marks import every_dtype, every_lane, fewer
 from property_tests.ledger import LEDGER
 from property_tests.strategies import HEADER, ORDERS, Case, cases, lane_code, widths
 from quest.conformance import examine, inputs, judges, oracle
@@ -25,6 +25,7 @@ def check(lane: Lane, case: Case, order: int, transpose: bool) -> None:
 @every_lane
 @every_dtype
 @pytest.mark.parametrize("order", ORDERS)
+@fewer
 @given(data=st.data())
 def test_transform(lane: Lane, dtype: torch.dtype, order: int, data: st.DataObject) -> None:
     case = data.draw(cases(dtype, widths(order)))

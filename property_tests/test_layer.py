@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import quest
-from property_tests.lane_marks import every_dtype, every_lane
+from property_tests.lane_marks import every_dtype, every_lane, fewer
 from property_tests.ledger import LEDGER
 from property_tests.strategies import SEEDS
 from quest.conformance import examine, inputs
@@ -23,6 +23,7 @@ RECIPES = (
 @every_lane
 @every_dtype
 @pytest.mark.parametrize("name", RECIPES)
+@fewer
 @given(data=st.data())
 def test_layer(lane: Lane, dtype: torch.dtype, name: str, data: st.DataObject) -> None:
     # Rectangular on purpose: square shapes hide swapped scales.
@@ -46,6 +47,7 @@ def test_layer(lane: Lane, dtype: torch.dtype, name: str, data: st.DataObject) -
 
 @every_lane
 @pytest.mark.parametrize("order", [1, 4, 128, 12, 20, 28, 40])
+@fewer
 @given(seed=SEEDS)
 def test_adjoint(lane: Lane, order: int, seed: int) -> None:
     x = inputs.draw("gaussian", (9, 2 * order), torch.float32, seed)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import quest
 from property_tests import exact_rows
-from property_tests.lane_marks import every_dtype, every_lane
+from property_tests.lane_marks import every_dtype, every_lane, fewer
 from property_tests.ledger import LEDGER
 from property_tests.strategies import (
     ESTIMATORS,
@@ -40,6 +40,7 @@ def check(lane: Lane, case: Case, q: quest.Quantizer, conclusive: bool = True) -
 @every_lane
 @every_dtype
 @pytest.mark.parametrize("format_", FORMATS)
+@fewer
 @given(data=st.data())
 def test_quantizer(lane: Lane, dtype: torch.dtype, format_: str, data: st.DataObject) -> None:
     order = data.draw(st.sampled_from(ORDERS), label="order")
@@ -78,6 +79,7 @@ def test_all_bit_patterns(lane: Lane, dtype: torch.dtype, format_: str) -> None:
 @every_lane
 @every_dtype
 @pytest.mark.parametrize("levels", ["uniform1", "uniform2", "uniform4", "ternary"])
+@fewer
 @given(seed=SEEDS)
 def test_exact_lane(lane: Lane, dtype: torch.dtype, levels: str, seed: int) -> None:
     """Dyadic scales and steps, values on midpoints, zero and the edges: ties bit for bit."""
@@ -93,9 +95,9 @@ def test_exact_lane(lane: Lane, dtype: torch.dtype, levels: str, seed: int) -> N
     # Hadamard of a power of four and float32: the rotation is exact, too.
     order = 16 if dtype == torch.float32 else 1
     x = torch.from_numpy(hadamard.apply_transpose(z, order) * 2.0 ** (seed % 21 - 10)).to(dtype)
-    assert np.array_equal(
-        hadamard.apply(oracle.lift(x), order), z * 2.0 ** (seed % 21 - 10)
-    ), "the construction is not exact"
+    assert np.array_equal(hadamard.apply(oracle.lift(x), order), z * 2.0 ** (seed % 21 - 10)), (
+        "the construction is not exact"
+    )
     for estimator in (quest.Trust(), quest.Trust(0.5), quest.Clip(1.0), quest.Clip(2.0)):
         q = quest.Quantizer(grid, quest.Hadamard(order), estimator)
         out = lane.call("quantize", x, q=q)
@@ -114,6 +116,7 @@ def test_exact_lane(lane: Lane, dtype: torch.dtype, levels: str, seed: int) -> N
 
 @every_lane
 @pytest.mark.parametrize("format_", ["uniform1", "uniform3", "uniform8", "ternary", "e2m1"])
+@fewer
 @given(seed=SEEDS)
 def test_near_ties(lane: Lane, format_: str, seed: int) -> None:
     """Rows made of midpoints and their float32 neighbours: most codes are open, none is wrong."""

@@ -93,7 +93,8 @@ def _encode(y: torch.Tensor, sigma: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Nearest codes, a midpoint going up, as int32; sigma (..., 1) is positive."""
     if grid.step is None:
         mids = table(grid, y.device)[1]
-        return torch.bucketize(y * sigma.reciprocal(), mids, out_int32=True, right=True)
+        t = (y * sigma.reciprocal()).contiguous()
+        return torch.bucketize(t, mids, out_int32=True, right=True)
     t = y * (sigma * grid.step).reciprocal()
     half = grid.levels // 2
     if grid.levels % 2 == 0:

@@ -4,14 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test quick bench lint clean
+.PHONY: demo test quick bench verify lint format clean
 
 $(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) must be Python 3.11 or later: make PYTHON=/path/to/python"; exit 1; }
+	@echo "installing what constraints.txt pins into $(VENV) (torch is large)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $@
+	@touch $@
 
 # Verifies every kernel that this machine can run, then trains a 1-bit and a bf16 Llama side by side.
+# PASSIVE: threads that wait for work sleep. Spinning ones take the cores from the threads that
+# have work wherever a machine is shared, and make a step 5 times slower.
+demo: export OMP_WAIT_POLICY = PASSIVE
 demo: $(READY)
 	$(BIN)/quest verify
 	$(BIN)/quest train --recipe bf16 --recipe w1a1 --out runs/demo --overwrite
@@ -25,8 +31,16 @@ quick: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-compare
 
+verify: $(READY)
+	$(BIN)/quest verify
+
+# Only looks; `format` changes files.
 lint: $(READY)
-	$(BIN)/pre-commit run --all-files
+	$(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) build dist *.egg-info runs .mypy_cache .pytest_cache .ruff_cache

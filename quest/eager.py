@@ -142,7 +142,8 @@ def quantize(
     d = x.shape[-1]
     if x.numel() == 0:
         return like(x, q, values=values, codes=codes, packed=packed)
-    scaled, inner, sigma = _normalise(x.float(), d)
+    # Sums follow the memory order: the same values in another layout must give the same bits.
+    scaled, inner, sigma = _normalise(x.float().contiguous(), d)
     y = _rotate(scaled, q.transform.order(d), False)
     code = _encode(y, torch.where(inner > 0, inner, 1.0), grid)
     point = points(code, grid)

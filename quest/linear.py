@@ -127,4 +127,8 @@ def quantize_(
         raise ValueError("model has no torch.nn.Linear that filter_fn selects")
     for parent_module, leaf, module in places:
         setattr(parent_module, leaf, swaps[module])
+        if isinstance(parent_module, nn.TransformerEncoderLayer):
+            # In evaluation its fused path reads the weights and never calls the layers; without a
+            # known activation torch takes the plain path.
+            parent_module.activation_relu_or_gelu = 0
     return model

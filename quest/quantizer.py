@@ -110,14 +110,15 @@ class Quantizer:
         """The codes, scale and mask of x (..., d); `dequantize` gives what calling gives."""
         self.check(x)
         self.require_grid()
-        codes, scale, mask, keep = ops.quantize(x, self.spec, False)
+        # Codes are constants: nothing made of them may ask for a gradient later.
+        codes, scale, mask, keep = ops.quantize(x.detach(), self.spec, False)
         return Quantized(self, x.dtype, codes, scale, mask, keep if self.sparsity else None)
 
     def pack(self, x: torch.Tensor) -> Packed:
         """Like `quantize`, with codes, mask and keep packed into bytes, in one pass."""
         self.check(x)
         self.require_grid()
-        codes, scale, mask, keep = ops.quantize(x, self.spec, True)
+        codes, scale, mask, keep = ops.quantize(x.detach(), self.spec, True)
         keep_or_none = keep if self.sparsity else None
         return Packed(self, x.dtype, x.shape[-1], codes, scale, mask, keep_or_none)
 

@@ -114,7 +114,8 @@ def scale(x: Float64, order: int, sigma: Float64) -> Float64:
     """
     d = x.shape[-1]
     propagated = np.sqrt(np.mean(rotation(x, order) ** 2, axis=-1, keepdims=True))
-    return sigma * (gamma(d + 2, U32) / 2 + 4 * U32) + propagated + ETA32
+    bound: Float64 = sigma * (gamma(d + 2, U32) / 2 + 4 * U32) + propagated + ETA32
+    return bound
 
 
 def code_margin(x: Float64, order: int, sigma: Float64) -> Float64:

@@ -101,7 +101,8 @@ def launch_hadamard(x: Tensor, order: int, transpose: bool) -> Tensor:
     from .kernels import hadamard as kernel
 
     base = transforms.base(transforms.split(order)[0], x.device)
-    return kernel.hadamard(x, order, base, transpose)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        return kernel.hadamard(x, order, base, transpose)
 
 
 def launch_masked_transpose(grad: Tensor, mask: Tensor, order: int) -> Tensor:
@@ -109,7 +110,8 @@ def launch_masked_transpose(grad: Tensor, mask: Tensor, order: int) -> Tensor:
     from .kernels import hadamard as kernel
 
     base = transforms.base(transforms.split(order)[0], grad.device)
-    return kernel.hadamard(grad, order, base, transpose=True, mask=mask)
+    with torch.cuda.device_of(grad):
+        return kernel.hadamard(grad, order, base, transpose=True, mask=mask)
 
 
 def launch_quantize(
@@ -121,7 +123,8 @@ def launch_quantize(
     program = _program(q, x)
     if not kernel.supports(program):
         return eager.quantize(x, q, values=values, codes=codes, packed=packed)
-    return kernel.quantize(x, program, values=values, codes=codes, packed=packed)
+    with torch.cuda.device_of(x):
+        return kernel.quantize(x, program, values=values, codes=codes, packed=packed)
 
 
 hadamard.register_kernel("cuda")(launch_hadamard)

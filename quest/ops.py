@@ -96,12 +96,17 @@ def _program(q: Quantizer, x: Tensor) -> Any:
     )
 
 
+def _device_of(t: Tensor) -> torch.cuda.device:
+    """Make t's device the current one, which is where Triton launches; nothing for the CPU."""
+    return torch.cuda.device(t.device.index if t.is_cuda else -1)
+
+
 def launch_hadamard(x: Tensor, order: int, transpose: bool) -> Tensor:
     """`hadamard` by the kernel, on CUDA or in Triton's interpreter."""
     from .kernels import hadamard as kernel
 
     base = transforms.base(transforms.split(order)[0], x.device)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
+    with _device_of(x):
         return kernel.hadamard(x, order, base, transpose)
 
 
@@ -110,7 +115,7 @@ def launch_masked_transpose(grad: Tensor, mask: Tensor, order: int) -> Tensor:
     from .kernels import hadamard as kernel
 
     base = transforms.base(transforms.split(order)[0], grad.device)
-    with torch.cuda.device_of(grad):
+    with _device_of(grad):
         return kernel.hadamard(grad, order, base, transpose=True, mask=mask)
 
 
@@ -123,7 +128,7 @@ def launch_quantize(
     program = _program(q, x)
     if not kernel.supports(program):
         return eager.quantize(x, q, values=values, codes=codes, packed=packed)
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         return kernel.quantize(x, program, values=values, codes=codes, packed=packed)
 
 

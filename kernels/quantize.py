@@ -106,8 +106,10 @@ def _select(y, N: tl.constexpr, M: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.c
     if PAIRS:
         # Each norm is computed twice, in two layouts, and both must agree to the last bit: an
         # explicit fma leaves the compiler nothing to contract differently.
-        a, b = tl.split(tl.reshape(y, (GROUPS, UNITS, 2)))
-        norm = tl.fma(a, a, b * b)
+        a, b = tl.split(tl.reshape(tl.abs(y), (GROUPS, UNITS, 2)))
+        # The larger first: (a, b) and (b, a) are a tie, and the lower index must see it.
+        larger, smaller = tl.maximum(a, b), tl.minimum(a, b)
+        norm = tl.fma(larger, larger, smaller * smaller)
     else:
         norm = tl.reshape(tl.abs(y), (GROUPS, UNITS))
     mine = norm[:, :, None]
@@ -344,7 +346,9 @@ def quantize(
     scale = out(True, 1, torch.float32)
     mask = out(True, mask_bytes if packed else d, torch.uint8)
     keep = out(codes and sparse, mask_bytes if packed else d, torch.uint8)
-    if x.numel():
+    if not x.numel():
+        scale.zero_()  # a row without columns is a row of zeros
+    else:
         power, squares = None, d
         order = factor(p.order, p.base)
         if p.base is not None:

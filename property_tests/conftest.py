@@ -41,8 +41,25 @@ settings.register_profile(
 )
 settings.load_profile("ci")
 
+QUICK_SHARE = 6
+
 _started = time.perf_counter()
 _gathered = Ledger()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In the quick profile, one in QUICK_SHARE parameters of a test, and each test in each lane."""
+    if settings.get_current_profile_name() != "quick":
+        return
+    seen: dict[tuple[str, str], int] = {}
+    kept, dropped = [], []
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        group = (item.nodeid.partition("[")[0], str(params.get("lane", "")))
+        count = seen[group] = seen.get(group, -1) + 1
+        (dropped if count % QUICK_SHARE else kept).append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -25,6 +25,7 @@ GRIDS = [
     quest.grids.e2m1(),
     *(quest.grids.lloyd_max(b) for b in range(1, 9)),
     quest.grids.uniform(4, alpha=7.5),
+    quest.grids.uniform(3, alpha=2.0 + 2.0**-52),
     quest.grids.e2m1(0.5),
 ]
 SPARSITIES = [None, quest.NM(2, 4), quest.Pairwise(4, 8), quest.NM(1, 3), quest.NM(8, 16)]
@@ -166,7 +167,7 @@ def test_quantizer_s_four_faces_agree(
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 7, 9, 33])
-@pytest.mark.parametrize("grid", GRIDS[:4] + GRIDS[8:10], ids=str)
+@pytest.mark.parametrize("grid", [*GRIDS[:4], quest.grids.ternary(), quest.grids.e2m1()], ids=str)
 def test_odd_widths_pack_whole(grid: Any, width: int) -> None:
     q = quest.Quantizer(grid, quest.Identity())
     x = inputs.draw("gaussian", (3, width), torch.float32, width)
@@ -207,6 +208,47 @@ def test_codes_of_tables_count_from_zero(grid: Any) -> None:
     x[0, n:] = rest
     t = quest.Quantizer(grid, quest.Identity()).quantize(x)
     assert t.codes[0, :n].tolist() == list(range(n))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_codes_by_hand(device: str) -> None:
+    """Step 1 and RMS 1: a code is the floor of its entry, a midpoint goes up, ends are clamped."""
+    row = [0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 0.25, -0.25, 9.0, -9.0, 3.75, -3.75]
+    rest = 256 - sum(v * v for v in row)
+    fill = [1.0] * int(rest) + [0.5] * int(4 * (rest % 1))
+    x = torch.tensor([row + fill + [0.0] * (256 - len(row) - len(fill))], device=device)
+    assert float(x.square().mean()) == 1
+    q = quest.Quantizer(quest.grids.uniform(4, alpha=7.5), quest.Identity())
+    t = q.quantize(x)
+    assert t.scale.item() == 1
+    assert t.codes[0, :12].tolist() == [0, 0, 0, -1, 1, -1, 0, -1, 7, -8, 3, -4]
+    assert q(x)[0, :12].tolist() == [
+        0.5, 0.5, 0.5, -0.5, 1.5, -0.5, 0.5, -0.5, 7.5, -7.5, 3.5, -3.5,
+    ]  # fmt: skip
+    # Trust: 1 inside 7.5 + 0.5.
+    assert t.mask[0, :12].tolist() == [True] * 8 + [False] * 2 + [True] * 2
+    three = quest.Quantizer(quest.grids.ternary(1.0), quest.Identity()).quantize(x)
+    assert three.codes[0, :12].tolist() == [0, 0, 1, 0, 1, -1, 0, 0, 1, -1, 1, -1]
+    fp4 = quest.Quantizer(quest.grids.e2m1(1.0), quest.Identity()).quantize(x)
+    # Sorted points; 0.25 and -0.25 are midpoints.
+    assert fp4.codes[0, :12].tolist() == [7, 7, 8, 6, 9, 5, 8, 7, 14, 0, 13, 1]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_zero_and_pruned_entries_have_the_code_of_zero(grid: Any) -> None:
+    """The upper of two neighbours of 0; a pruned entry carries it, and its value is 0."""
+    expected = int(np.searchsorted(np.array(grid.midpoints), 0.0, side="right"))
+    code = expected - (0 if grid.step is None else grid.levels // 2)
+    x = inputs.draw("gaussian", (4, 64), torch.float32, 0)
+    x[:, 0] = 0.0
+    t = quest.Quantizer(grid, quest.Identity()).quantize(x)
+    assert t.codes[:, 0].tolist() == [code] * 4
+    q = quest.Quantizer(grid, quest.Hadamard(16), quest.Trust(), quest.NM(1, 4))
+    sparse = q.quantize(x)
+    assert sparse.keep is not None
+    assert (sparse.keep.sum(-1) == 16).all()
+    assert (sparse.codes[~sparse.keep] == code).all()
+    assert (q(x)[~sparse.keep] == 0).all()
 
 
 def test_index_to_255_is_unsigned() -> None:

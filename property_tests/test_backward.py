@@ -39,6 +39,15 @@ def test_masked_transpose(lane: Lane, dtype: torch.dtype, order: int, data: st.D
 
 
 @every_lane
+@pytest.mark.parametrize(("order", "shape"), [(128, (3, 1280)), (16, (2, 2064)), (20, (70, 1200))])
+def test_the_last_tile_is_partial(lane: Lane, order: int, shape: tuple[int, int]) -> None:
+    grad = inputs.draw("gaussian", shape, torch.float32, 1)
+    mask = torch.randint(256, (shape[0], shape[1] // 8), generator=torch.Generator().manual_seed(1))
+    found = examine.backward(lane, grad, mask.to(torch.uint8), order)
+    LEDGER.judge(lane, found, f"partial tiles, {shape}, order {order}")
+
+
+@every_lane
 def test_masked_infinities_do_not_spread(lane: Lane) -> None:
     grad = inputs.draw("gaussian", (4, 256), torch.float32, 1)
     grad[:, 3], grad[:, 9] = float("inf"), float("nan")

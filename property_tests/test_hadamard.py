@@ -41,6 +41,12 @@ def test_large_orders(lane: Lane, order: int, transpose: bool) -> None:
 
 
 @every_lane
+@pytest.mark.parametrize(("order", "shape"), [(128, (3, 1280)), (16, (2, 2064)), (20, (70, 1200))])
+def test_the_last_tile_is_partial(lane: Lane, order: int, shape: tuple[int, int]) -> None:
+    check(lane, Case("gaussian", shape, torch.float32, "padded", 1), order, order == 20)
+
+
+@every_lane
 @pytest.mark.parametrize("order", [8192, 14336, 32768])
 def test_orders_that_the_oracle_s_matrix_does_not_fit(lane: Lane, order: int) -> None:
     # kron(base, S) in two steps, in float64. 32768 = 2 * 16384 is more than one tile.

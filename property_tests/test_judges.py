@@ -1029,7 +1029,7 @@ def test_special_rows_hold() -> None:
 @pytest.mark.parametrize(
     ("name", "row", "value", "stage"),
     [
-        ("scale", 0, 1e-30, "scale"),
+        ("scale", 0, 1e-45, "scale"),
         ("scale", 0, math.nan, "scale"),
         ("scale", 1, 1.0, "scale"),
         ("scale", 2, math.inf, "scale"),

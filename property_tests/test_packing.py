@@ -74,4 +74,6 @@ def test_inputs_stay_and_need_not_be_contiguous() -> None:
         assert np.array_equal(packing.pack(view, 4).numpy(), reference.pack(view.numpy(), 4))
         again = packing.unpack(packing.pack(view, 8).t().contiguous().t(), 8, view.shape[1])
         assert torch.equal(again, view)
+    for bits in BITS:
+        packing.pack(base, bits).fill_(255)
     assert torch.equal(base, before)

@@ -66,6 +66,36 @@ def test_wide_rows(lane: Lane, format_: str, width: int) -> None:
 
 
 @every_lane
+@pytest.mark.parametrize("loud", [0, 1, 2])
+def test_chunks_of_other_magnitudes(lane: Lane, loud: int) -> None:
+    # A row that takes three turns, one of them 2^60 times as large as the others.
+    x = inputs.draw("gaussian", (2, 20480), torch.float32, loud)
+    x[:, 8192 * loud : 8192 * (loud + 1)] *= 2.0**60
+    q = quest.Quantizer(FORMATS["uniform4"], quest.Hadamard(128), quest.Trust())
+    # The quiet chunks are so near zero that their sign is all that is left of them.
+    LEDGER.judge(lane, examine.quantizer(lane, x, q), f"chunk {loud} is loud")
+    x[0, -1] = float("nan")
+    LEDGER.judge(lane, examine.quantizer(lane, x, q), f"chunk {loud} is loud, NaN at the end")
+
+
+@every_lane
+@pytest.mark.parametrize("format_", ["uniform4", "uniform8"])
+def test_subnormal_scales(lane: Lane, format_: str) -> None:
+    # The stored scale is rounded to few bits, and codes are taken against it.
+    q = quest.Quantizer(FORMATS[format_], quest.Hadamard(128), quest.Trust())
+    case = Case("subnormal", (64, 384), torch.float32, "contiguous", 0)
+    check(lane, case, q, conclusive=False)
+
+
+@every_lane
+def test_rows_without_columns(lane: Lane) -> None:
+    q = quest.Quantizer(FORMATS["uniform4"], quest.Identity(), quest.Trust())
+    out = lane.call("quantize", torch.zeros(3, 0), q=q)
+    assert out["codes"].shape == (3, 0)
+    assert torch.equal(out["scale"], torch.zeros(3, 1))
+
+
+@every_lane
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("format_", ["uniform1", "uniform4", "uniform8", "e2m1"])
 def test_all_bit_patterns(lane: Lane, dtype: torch.dtype, format_: str) -> None:
@@ -123,10 +153,13 @@ def test_near_ties(lane: Lane, format_: str, seed: int) -> None:
     grid = FORMATS[format_]
     rng = np.random.default_rng(seed)
     mids = np.array(grid.midpoints)
-    z = rng.choice(mids, (4, 128)) * (1 + rng.integers(-4, 5, (4, 128)) * 2.0**-23)
+    # Outer midpoints seldom: the row's RMS has to stay below 1.
+    p = np.exp(-(mids**2))
+    z = rng.choice(mids, (4, 128), p=p / p.sum()) * (1 + rng.integers(-4, 5, (4, 128)) * 2.0**-23)
     # Entries that bring the row's RMS to 1 leave the others where they are.
-    rest = np.sqrt(np.maximum(128 - (z[:, :120] ** 2).sum(-1, keepdims=True), 0.0) / 8)
-    z[:, 120:] = rest
+    squares = (z[:, :120] ** 2).sum(-1, keepdims=True)
+    assert squares.max() < 128, "the construction is not near ties"
+    z[:, 120:] = np.sqrt((128 - squares) / 8)
     x = torch.from_numpy(hadamard.apply_transpose(z, 128)).float()
     q = quest.Quantizer(grid, quest.Hadamard(128), quest.Trust())
     found = examine.quantizer(lane, x, q, conclusive=False)

@@ -1,8 +1,7 @@
 """The command ``quest``.
 
 Exit status: 0 done, 1 something failed, 2 the input cannot be used, 130 interrupted. Whatever goes
-wrong that a user can mend is one line on stderr. Commands import what they need when they run, so
-that help and usage errors do not wait for torch.
+wrong that a user can mend is one line on stderr.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def quest() -> None:
 @click.option("--quick", is_flag=True, help="A tenth of the rows.")
 @click.option("--record", is_flag=True, help="Keep the ratios of rows that pass as the new record.")
 def verify(json_path: Path | None, lanes: tuple[str, ...], quick: bool, record: bool) -> int:
-    """Hold every kernel that this machine can run to the float64 reference."""
+    """Judge every kernel of this machine by the oracle."""
     from quest.conformance.verify import run
 
     try:

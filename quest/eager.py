@@ -37,8 +37,12 @@ def _rotate(x: torch.Tensor, order: int, transpose: bool) -> torch.Tensor:
         y, half = out, 2 * half
     base = transforms.base(m, x.device)
     if base is not None:
-        # Row-vector convention: x kron(base, S) multiplies each block, (m, power), by base^T.
-        y = torch.matmul(base if transpose else base.t(), y.reshape(-1, m, power))
+        # Row-vector convention: x kron(base, S) multiplies each block, (m, power), by base^T. Term
+        # by term: a matrix product would follow autocast and the precision set for products.
+        blocks, signs = y.reshape(-1, m, power), base if transpose else base.t()
+        y = torch.zeros_like(blocks)
+        for j in range(m):
+            y += signs[:, j, None] * blocks[:, j, None, :]
     normalised: torch.Tensor = y * order**-0.5
     return normalised.reshape(x.shape)
 

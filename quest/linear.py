@@ -7,6 +7,7 @@ it from the operators. Source: method, section 5; QuEST (arXiv 2502.05003), Algo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -46,17 +47,14 @@ class Linear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, name: str | Recipe) -> Self:
-        """A layer that shares the parameters of `linear`."""
-        made = cls(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            recipe=name,
-            device="meta",
-            dtype=linear.weight.dtype,
+        """A layer with the parameters and hooks of `linear`."""
+        made = cls.__new__(cls)
+        # Everything that it holds, its hooks too; the registries themselves are not shared.
+        made.__dict__.update(
+            {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(linear).items()}
         )
-        made.weight, made.bias = linear.weight, linear.bias
-        return made.train(linear.training)
+        made.set_recipe(name)
+        return made
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., out_features) for x (..., in_features) float32, bfloat16 or float16."""
@@ -111,6 +109,10 @@ def quantize_(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     wanted = filter_fn or _is_body(model)
+    if isinstance(model, nn.Linear):
+        raise TypeError(
+            "model is itself a torch.nn.Linear: use quest.Linear.from_linear(model, ...)"
+        )
     # A module that stands in several places is replaced by one module in all of them.
     swaps: dict[nn.Module, Linear] = {}
     places: list[tuple[nn.Module, str, nn.Module]] = []
@@ -125,6 +127,9 @@ def quantize_(
             places.append((model.get_submodule(parent), leaf, module))
     if not places:
         raise ValueError("model has no torch.nn.Linear that filter_fn selects")
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder):
+            encoder.use_nested_tensor = False  # made for the fused path, see below
     for parent_module, leaf, module in places:
         setattr(parent_module, leaf, swaps[module])
         if isinstance(parent_module, nn.TransformerEncoderLayer):

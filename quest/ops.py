@@ -5,8 +5,8 @@ quest::fake_quantize(x, spec) -> (values, mask)      differentiable; mask packed
 quest::quantize(x, spec, packed) -> (codes, scale, mask, keep)
 quest::masked_transpose(grad, mask, order) -> dx     the backward of fake_quantize
 
-CPU: plain PyTorch (`eager`). CUDA: the kernels. `spec` is `Quantizer.spec`. Inputs are checked by
-the callers (`Quantizer.check`, `check_input`), once and before any kernel runs.
+CPU: plain PyTorch (`eager`). CUDA: the kernels. `spec` is `Quantizer.spec`. Every operator checks
+its input before anything runs.
 """
 
 from __future__ import annotations
@@ -36,6 +36,22 @@ def check_input(x: Tensor) -> None:
         raise ValueError("x must have at least one axis, got a scalar")
 
 
+def _check_order(x: Tensor, order: int, mask: Tensor | None = None) -> None:
+    # Operators are reachable without the classes in front of them.
+    check_input(x)
+    d = x.shape[-1]
+    transforms.split(order)
+    if d % order:
+        raise ValueError(f"width {d} is not divisible by the Hadamard order {order}")
+    if mask is not None and (
+        mask.dtype != torch.uint8 or mask.shape != (*x.shape[:-1], -(-d // 8))
+    ):
+        raise ValueError(
+            f"mask must be uint8 of shape {(*x.shape[:-1], -(-d // 8))}, got {mask.dtype} of "
+            f"shape {tuple(mask.shape)}"
+        )
+
+
 def _quantizer(spec: str) -> Quantizer:
     from .quantizer import parse
 
@@ -45,28 +61,32 @@ def _quantizer(spec: str) -> Quantizer:
 @torch.library.custom_op("quest::hadamard", mutates_args=(), device_types="cpu")
 def hadamard(x: Tensor, order: int, transpose: bool) -> Tensor:
     """x H (or x H^T) blockwise along the last axis; x (..., d), d divisible by order."""
+    _check_order(x, order)
     return eager.hadamard(x, order, transpose)
 
 
 @torch.library.custom_op("quest::masked_transpose", mutates_args=(), device_types="cpu")
 def masked_transpose(grad: Tensor, mask: Tensor, order: int) -> Tensor:
     """(grad * mask) H^T; grad (..., d), mask (..., ceil(d/8)) uint8."""
+    _check_order(grad, order, mask)
     return eager.masked_transpose(grad, mask, order)
 
 
 @torch.library.custom_op("quest::fake_quantize", mutates_args=(), device_types="cpu")
 def fake_quantize(x: Tensor, spec: str) -> tuple[Tensor, Tensor]:
     """(values of x's shape and dtype, mask (..., ceil(d/8)) uint8)."""
-    values, _, _, mask, _ = eager.quantize(
-        x, _quantizer(spec), values=True, codes=False, packed=True
-    )
+    q = _quantizer(spec)
+    q.check(x)
+    values, _, _, mask, _ = eager.quantize(x, q, values=True, codes=False, packed=True)
     return values, mask
 
 
 @torch.library.custom_op("quest::quantize", mutates_args=(), device_types="cpu")
 def quantize(x: Tensor, spec: str, packed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(codes, scale, mask, keep); keep has shape (0,) without sparsity."""
-    return eager.quantize(x, _quantizer(spec), values=False, codes=True, packed=packed)[1:]
+    q = _quantizer(spec)
+    q.check(x)
+    return eager.quantize(x, q, values=False, codes=True, packed=packed)[1:]
 
 
 def _program(q: Quantizer, x: Tensor) -> Any:
@@ -105,6 +125,7 @@ def launch_hadamard(x: Tensor, order: int, transpose: bool) -> Tensor:
     """`hadamard` by the kernel, on CUDA or in Triton's interpreter."""
     from .kernels import hadamard as kernel
 
+    _check_order(x, order)
     base = transforms.base(transforms.split(order)[0], x.device)
     with _device_of(x):
         return kernel.hadamard(x, order, base, transpose)
@@ -114,6 +135,7 @@ def launch_masked_transpose(grad: Tensor, mask: Tensor, order: int) -> Tensor:
     """`masked_transpose` by the kernel."""
     from .kernels import hadamard as kernel
 
+    _check_order(grad, order, mask)
     base = transforms.base(transforms.split(order)[0], grad.device)
     with _device_of(grad):
         return kernel.hadamard(grad, order, base, transpose=True, mask=mask)
@@ -125,6 +147,7 @@ def launch_quantize(
     """`eager.quantize` by the kernel; sparsity groups that it lacks run in plain PyTorch."""
     from .kernels import quantize as kernel
 
+    q.check(x)
     program = _program(q, x)
     if not kernel.supports(program):
         return eager.quantize(x, q, values=values, codes=codes, packed=packed)

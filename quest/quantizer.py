@@ -47,7 +47,12 @@ class Quantizer:
                 raise TypeError(f"{name} must be one of {allowed}, got {value!r}")
         if self.grid is None and self.sparsity is not None:
             raise ValueError("sparsity needs a grid, got grid=None")
-        # One string says it all: operators carry it, checkpoints record it, `parse` reads it.
+        if self.grid is not None and grids.parse(self.grid.name) != self.grid:
+            raise ValueError(
+                f"grid {self.grid.name!r} does not have the points of that name: make grids with "
+                "quest.grids.uniform, ternary, e2m1 and lloyd_max"
+            )
+        # One string says it all: operators carry it, `parse` reads it.
         parts = (
             "none" if self.grid is None else str(self.grid),
             str(self.transform),

@@ -87,8 +87,11 @@ def recipe(
     name: bf16 (no quantization), w1a1 ... w8a8 and mixtures, w1.58a1.58, w4a16 (weights only),
     fp4 (E2M1), each but bf16 with -2:4 or -4:8 for sparse weights; or a `Recipe`, returned as is.
     transform and estimator apply to both operands, sparsity to the weight; weight and activation
-    replace a quantizer as a whole. Raises ValueError for an unknown name.
+    replace a quantizer as a whole, and go with no other keyword but each other. Raises ValueError
+    for an unknown name.
     """
+    if (weight or activation) and (transform or estimator or sparsity):
+        raise ValueError("weight and activation replace whole quantizers: set the parts in them")
     if isinstance(name, Recipe):
         made = name
     elif not isinstance(name, str):

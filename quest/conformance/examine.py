@@ -44,6 +44,8 @@ def quantizer(lane: Lane, x: Tensor, q: Quantizer, *, conclusive: bool = True) -
     if keep is not None:
         found += [judges.selected(x, q, keep), judges.pruned(q, codes, keep)]
     found.append(judges.coded(x, q, codes, scale, keep, conclusive=conclusive))
+    if found[-1].failure is not None:
+        return found  # what follows reads the codes
     found.append(judges.masked(x, q, codes, scale, mask, keep))
     return found + _stored(lane, x, q, out)
 

@@ -7,6 +7,7 @@ decided, and this is it.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -101,9 +102,11 @@ def rotated(x: Tensor, y: Tensor, order: int, transpose: bool) -> Verdict:
     sums = bounds.absolute_sum(finite, order) * math.sqrt(order)
     inside = sums < bounds.LARGEST["float32"]
     settled = torch.where(torch.from_numpy(inside), y, torch.zeros((), dtype=y.dtype))
-    return close(
+    verdict = close(
         "transform", settled, np.where(inside, expected, 0.0), np.where(inside, bound, 0.0)
     )
+    # What is not judged does not count.
+    return dataclasses.replace(verdict, elements=int(inside.sum()))
 
 
 def scaled(x: Tensor, scale: Tensor, order: int) -> Verdict:
@@ -288,7 +291,7 @@ def selected(x: Tensor, q: Quantizer, keep: Tensor) -> Verdict:
         told = f"{bad.size} groups drop a larger {'pair' if unit == 2 else 'entry'} than they keep"
         return Verdict("selection", k.size, math.inf, failure=told)
     # Ties that any summation order sees as ties.
-    size = np.abs(y.reshape(groups))
+    size = np.sort(np.abs(y.reshape(groups)), axis=-1)
     tied = np.asarray((size[:, :, :, None] == size[:, :, None, :]).all(-1))
     settled = np.asarray(sums_exact.reshape(groups).all((-1, -2)))
     tied &= settled[:, :, None, None]

@@ -25,7 +25,6 @@ from torch import Tensor
 
 Outputs = dict[str, Tensor]
 POISON = (0xFF, 0x55)
-STAGES = ("hadamard", "quantize", "pack", "fake_quantize", "masked_transpose", "linear")
 
 
 class GuardError(AssertionError):

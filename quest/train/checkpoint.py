@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from quest.models import LlamaConfig
+from quest.recipes import recipe as recipe_of
 from quest.train import files
 from quest.train.config import TrainConfig
 from quest.train.data import Dataset
@@ -44,6 +45,8 @@ def identity(recipe: str, model: LlamaConfig, config: TrainConfig, data: Dataset
     """
     return {
         "recipe": recipe,
+        # The name's meaning, too: a default that changes between versions is another recipe.
+        "quantizers": recipe_of(recipe).spec,
         "tokenizer": data.encoder.name,
         **asdict(model),
         "data": data.fingerprint,

@@ -47,6 +47,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise NotImplementedError
         torch.empty(0, device=device)
     # torch raises RuntimeError, AssertionError or NotImplementedError, by device and build.
     except Exception as error:

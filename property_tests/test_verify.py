@@ -1,0 +1,95 @@
+"""`quest verify`: what it judges, what it writes, and that it fails where it must."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from quest.conformance import lanes, verify
+from quest.conformance.verdict import Verdict
+
+CPU = lanes.all_lanes()[0]
+
+
+def row(judge: object) -> verify.Row:
+    return verify.Row(CPU, "kernel", "format", torch.float32, judge)  # type: ignore[arg-type]
+
+
+def test_quick_run_passes_and_writes_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "report.json"
+    assert verify.run(path, ("torch-cpu",), quick=True) == 0
+    report = json.loads(path.read_text())
+    assert len(report["rows"]) == len(list(verify.rows(CPU, quick=True)))
+    assert all(r["verdict"] == "pass" and r["elements"] > 10_000 for r in report["rows"])
+    assert report["machine"]["torch"] == torch.__version__
+    assert "12 of 12 rows pass" in capsys.readouterr().out
+
+
+def test_a_worse_ratio_than_recorded_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded = tmp_path / "ratios.json"
+    recorded.write_text(json.dumps({"torch-cpu/hadamard/order 128/float32/transform": 0.1}))
+    monkeypatch.setattr(verify, "RECORDED", recorded)
+    assert verify.run(None, ("torch-cpu",), quick=True) == 1
+    out = capsys.readouterr().out
+    assert "over 1.5 times the recorded 0.100" in " ".join(out.split())
+    assert "11 of 12 rows pass" in out
+
+
+def test_record_keeps_what_other_lanes_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = tmp_path / "ratios.json"
+    recorded.write_text(json.dumps({"other/lane": 0.5}))
+    monkeypatch.setattr(verify, "RECORDED", recorded)
+    assert verify.run(None, ("torch-cpu",), quick=True, record=True) == 0
+    ratios = json.loads(recorded.read_text())
+    assert ratios["other/lane"] == 0.5
+    assert 0 < ratios["torch-cpu/quantize/uniform4/float32/values"] <= 1
+
+
+def test_a_lane_that_raises_fails_its_row() -> None:
+    def broken() -> list[list[Verdict]]:
+        raise RuntimeError("no such kernel")
+
+    assert verify._examine(row(broken), {})[1] == ["RuntimeError: no such kernel"]
+
+
+def test_each_stage_has_its_own_record() -> None:
+    judged = [[Verdict("scale", 10, 0.3), Verdict("values", 10, 0.9)]]
+    known = {"torch-cpu/kernel/format/float32/scale": 0.1}
+    tallies, problems = verify._examine(row(lambda: judged), known)
+    assert {k: t.ratio for k, t in tallies.items()} == {"scale": 0.3, "values": 0.9}
+    assert problems == ["scale: worst ratio 0.300 is over 1.5 times the recorded 0.100"]
+
+
+def test_ambiguous_codes_are_counted_against_codes_alone() -> None:
+    # 60 of 10000 codes are too many; exact stages beside them must not dilute that.
+    judged = [[Verdict("codes", 10_000, 0.5, ambiguous=60), Verdict("packed codes", 10**6)]]
+    assert "inconclusive: 60 of 10000" in verify._examine(row(lambda: judged), {})[1][0]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(("nonsense",), "lane must be one of torch-cpu, .* got 'nonsense'")],
+)
+def test_unknown_lane(names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        verify.run(None, names)
+
+
+def test_json_into_a_missing_folder_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        verify.run(tmp_path / "none" / "x.json")
+
+
+def test_the_record_in_the_repository_names_rows_that_exist() -> None:
+    names = {r.key for lane in lanes.all_lanes() for r in verify.rows(lane, quick=False)}
+    for key in json.loads(verify.RECORDED.read_text()):
+        assert key.rpartition("/")[0] in names

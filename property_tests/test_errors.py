@@ -379,7 +379,7 @@ def test_quantize_of_nothing() -> None:
         quest.quantize_(torch.nn.Sequential(torch.nn.ReLU()), "w4a4")
     with pytest.raises(ValueError, match=told):
         quest.quantize_(nested(128), "w4a4", filter_fn=lambda module, name: False)
-    with pytest.raises(TypeError, match="model is itself a torch.nn.Linear"):
+    with pytest.raises(TypeError, match="model is itself a torch"):
         # A module can't replace itself.
         quest.quantize_(torch.nn.Linear(8, 8), "w4a4")
     for model in (None, "model", torch.zeros(3)):

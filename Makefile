@@ -26,7 +26,7 @@ test: $(READY)
 	$(BIN)/python -m pytest property_tests/
 
 quick: $(READY)
-	$(BIN)/python -m pytest property_tests/ --hypothesis-profile=quick
+	$(BIN)/python -m pytest property_tests/ --hypothesis-profile=quick -n 2
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-compare

@@ -41,7 +41,7 @@ settings.register_profile(
 )
 settings.load_profile("ci")
 
-QUICK_SHARE = 6
+QUICK_SHARE = 16
 
 _started = time.perf_counter()
 _gathered = Ledger()

@@ -372,6 +372,12 @@ def test_specs_tell_recipes_apart() -> None:
     assert quest.recipe("w4a4").spec != quest.recipe("w4a4", transform=quest.Hadamard(64)).spec
 
 
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_grid_names_round_trip(grid: Any) -> None:
+    """To the last bit of alpha."""
+    assert quest.grids.parse(str(grid)) == grid
+
+
 @given(
     grid=st.sampled_from([None, *GRIDS]),
     transform=st.sampled_from([quest.Identity(), quest.Hadamard(), quest.Hadamard(40)]),

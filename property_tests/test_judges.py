@@ -893,6 +893,27 @@ def test_every_quantizer_stage_has_a_fault() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("pattern", "kept", "told"),
+    [
+        (NM24, [1, 1, 0, 0, 1, 1, 0, 0], None),
+        (NM24, [1, 0, 1, 0, 1, 1, 0, 0], "1 groups drop a larger entry than they keep"),
+        (NM24, [1, 1, 1, 0, 1, 0, 0, 0], "a group of 4 does not keep 2"),
+        (NM24, [1, 1, 0, 0, 0, 0, 1, 1], "4 exact ties keep the higher index"),
+        (PAIRS, [1, 1, 0, 0, 0, 0, 1, 1], "1 groups drop a larger pair than they keep"),
+        (PAIRS, [1, 1, 1, 1, 0, 0, 0, 0], None),
+        (PAIRS, [1, 1, 1, 0, 1, 0, 0, 0], "half a pair is kept"),
+        (PAIRS, [1, 1, 1, 1, 1, 1, 0, 0], "a group of 8 does not keep 4"),
+    ],
+)
+def test_selected_says_why(pattern: Any, kept: list[int], told: str | None) -> None:
+    # As entries: 8 6 | 5 4 and four times 3; as pairs: 10, 6.4, 4.2, 4.2.
+    x = torch.tensor([[8.0, 6.0, 5.0, 4.0, 3.0, 3.0, 3.0, 3.0]])
+    q = Q(UNIFORM[4], quest.Identity(), quest.Trust(), pattern)
+    verdict = judges.selected(x, q, torch.tensor([kept], dtype=torch.bool))
+    assert verdict.failure == told
+
+
 # --- the exact lane ---------------------------------------------------------------------------
 
 

@@ -43,6 +43,23 @@ def butterfly(x, LOG: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _read(
+    x_ptr, mask_ptr, r, c, inside, width, mask_width, MASKED: tl.constexpr
+):  # fmt: skip
+    x = tl.load(x_ptr + r * width + c, mask=inside, other=0.0).to(tl.float32)
+    if MASKED:
+        bits = tl.load(mask_ptr + r * mask_width + c // 8, mask=inside, other=0).to(tl.int32)
+        # A select and not a product: a masked infinity must not become NaN.
+        x = tl.where(((bits >> (c % 8)) & 1) != 0, x, 0.0)
+    return x
+
+
+@triton.jit
+def _non_finite(x):
+    return (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >= 0x7F800000
+
+
+@triton.jit
 def _transform(
     x_ptr, y_ptr, mask_ptr, rows, width, mask_width, norm,
     LOG: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -51,23 +68,27 @@ def _transform(
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = (r < rows) & (c < width)
-    x = tl.load(x_ptr + r * width + c, mask=inside, other=0.0).to(tl.float32)
-    if MASKED:
-        bits = tl.load(mask_ptr + r * mask_width + c // 8, mask=inside, other=0).to(tl.int32)
-        # A select and not a product: a masked infinity must not become NaN.
-        x = tl.where(((bits >> (c % 8)) & 1) != 0, x, 0.0)
-    y = butterfly(x, LOG, ROWS, WIDTH) * norm
-    tl.store(y_ptr + r * width + c, y.to(y_ptr.dtype.element_ty), mask=inside)
+    x = _read(x_ptr, mask_ptr, r, c, inside, width, mask_width, MASKED)
+    y = butterfly(x, LOG, ROWS, WIDTH)
+    tl.store(y_ptr + r * width + c, (y * norm).to(y_ptr.dtype.element_ty), mask=inside)
+    if LOG > 0 and x_ptr.dtype.element_ty != tl.float16:  # noqa: SIM102 (known to the compiler)
+        # Sums that left float32 where the normalised result need not: again, scaled. Such blocks
+        # hold nothing that 2^-LOG could lose beside their sums. Sums of float16 don't get there.
+        if tl.max(_non_finite(y).to(tl.int32)) != 0:  # known when the kernel runs
+            x = _read(x_ptr, mask_ptr, r, c, inside, width, mask_width, MASKED)
+            lost = _non_finite(butterfly(x, LOG, ROWS, WIDTH))
+            y = butterfly(x * (0.5**LOG), LOG, ROWS, WIDTH) * (norm * 2.0**LOG)
+            tl.store(y_ptr + r * width + c, y.to(y_ptr.dtype.element_ty), mask=inside & lost)
 
 
 @triton.jit
 def _base_product(
-    x_ptr, y_ptr, base_ptr, vectors, columns, norm,
-    M: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr,
+    x_ptr, y_ptr, base_ptr, power_ptr, vectors, columns, norm,
+    M: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     # One program: WIDTH of the vectors that the base multiplies, y[i] = norm * sum_j base[j, i]
     # x[j]. Vector v lies in block v // columns, at column v % columns; its entries are `columns`
-    # apart.
+    # apart. SCALED: times the power of two of the block.
     v = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
     start = (v // columns) * M * columns + v % columns
     i = tl.arange(0, PADDED)[:, None]
@@ -76,7 +97,10 @@ def _base_product(
         x = tl.load(x_ptr + start + j * columns, mask=v < vectors, other=0.0).to(tl.float32)
         acc += tl.load(base_ptr + j * M + i, mask=i < M, other=0.0) * x
     inside = (i < M) & (v < vectors)
-    tl.store(y_ptr + start + i * columns, (acc * norm).to(y_ptr.dtype.element_ty), mask=inside)
+    acc *= norm
+    if SCALED:
+        acc *= tl.load(power_ptr + v // columns, mask=v < vectors, other=1.0)
+    tl.store(y_ptr + start + i * columns, acc.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def readable(x: torch.Tensor) -> torch.Tensor:
@@ -107,18 +131,35 @@ def tile(rows: int, width: int, order: int) -> tuple[int, int]:
     return r, w
 
 
+def prescale(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (..., d) times powers of two that bring the largest of d to [1, 2), and their inverses."""
+    x = x.float()
+    field = x.view(torch.int32).bitwise_and(0x7FFFFFFF).amax(-1, keepdim=True) >> 23
+    field = field.clamp(1, 253)
+    return x * ((254 - field) << 23).view(torch.float32), (field << 23).view(torch.float32)
+
+
 def launch_base(
-    x: torch.Tensor, base: torch.Tensor, columns: int, norm: float, dtype: torch.dtype
+    x: torch.Tensor,
+    base: torch.Tensor,
+    columns: int,
+    norm: float,
+    dtype: torch.dtype,
+    power: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x (..., d) as blocks (m, columns): norm * base^T x for each block, stored as `dtype`."""
+    """x (..., d) as blocks (m, columns): norm * base^T x for each block, stored as `dtype`.
+
+    power: a factor for each block, float32, or None.
+    """
     m = base.shape[0]
     y = outputs.empty(x.shape, dtype, x.device)
     vectors = x.numel() // m
     # The interpreter takes as long for a large tile as for a small one.
     width = 4096 if INTERPRETED else 64
     _base_product[(triton.cdiv(vectors, width),)](
-        x, y, base, vectors, columns, norm, m, triton.next_power_of_2(m), width, num_warps=4
-    )
+        x, y, base, x if power is None else power, vectors, columns, norm,
+        m, triton.next_power_of_2(m), power is not None, width, num_warps=4,
+    )  # fmt: skip
     return y
 
 
@@ -156,7 +197,7 @@ def hadamard(
     x: (..., d) float32, bfloat16 or float16, d divisible by `order`. base: (m, m) float32 of ±1 on
     x's device, m <= BASE_LIMIT, or None for m = 1; order / m is a power of two <= TILE_LIMIT.
     mask: (..., ceil(d / 8)) uint8, little-endian bits; inputs whose bit is 0 count as 0.
-    Returns y of x's shape and dtype. Sums before normalisation must stay in float32's range.
+    Returns y of x's shape and dtype.
     """
     if x.numel() == 0:
         return outputs.empty(x.shape, x.dtype, x.device)
@@ -165,7 +206,11 @@ def hadamard(
     final = stored(dtype)
     if base is None:
         return launch_tile(x, order, order**-0.5, final, mask).to(dtype)
-    # One normalisation, at the end: sums of integers stay exact.
-    y = launch_tile(x, power, 1.0, torch.float32, mask)
+    if mask is not None:
+        x = launch_tile(x, 1, 1.0, torch.float32, mask)  # what is masked must not set the power
+    # Blocks near 1, so that their sums stay in range. One normalisation, at the end: sums of
+    # integers stay exact.
+    blocks, up = prescale(x.view(-1, order))
+    y = launch_tile(blocks, power, 1.0, torch.float32)
     turned = transposed(base) if transpose else base
-    return launch_base(y, turned, power, order**-0.5, final).to(dtype)
+    return launch_base(y, turned, power, order**-0.5, final, up).view(x.shape).to(dtype)

@@ -34,6 +34,7 @@ from .hadamard import (
     butterfly,
     factor,
     launch_base,
+    prescale,
     readable,
     stored,
     warps,
@@ -41,7 +42,7 @@ from .hadamard import (
 
 STE, EDGE, DISTANCE = 0, 1, 2  # how the mask is decided
 CHUNK = 8192  # columns a program holds at a time when a row does not fit a tile
-GROUP_LIMIT = 8  # largest N:M group that the kernel compares in registers
+GROUP_UNITS = (2, 4)  # entries, or pairs of entries, of the N:M groups that the kernel compares
 
 __all__ = ["BASE_LIMIT", "DISTANCE", "EDGE", "STE", "TILE_LIMIT", "Program", "quantize", "supports"]
 
@@ -96,30 +97,45 @@ def _encode(t, points_ptr, mids_ptr, LEVELS: tl.constexpr, TABLE: tl.constexpr, 
 
 
 @triton.jit
+def _best_of_4(x, WANTED: tl.constexpr, GROUPS: tl.constexpr):
+    # (GROUPS, 4): int32, 1 for the WANTED largest of each group.
+    even, odd = tl.split(tl.reshape(x, (GROUPS, 2, 2)))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    ba, ca, da = (b > a).to(tl.int32), (c > a).to(tl.int32), (d > a).to(tl.int32)
+    cb, db, dc = (c > b).to(tl.int32), (d > b).to(tl.int32), (d > c).to(tl.int32)
+    a = (ba + ca + da < WANTED).to(tl.int32)
+    b = (1 - ba + cb + db < WANTED).to(tl.int32)
+    c = (2 - ca - cb + dc < WANTED).to(tl.int32)
+    d = (3 - da - db - dc < WANTED).to(tl.int32)
+    return tl.join(tl.join(a, c), tl.join(b, d))
+
+
+@triton.jit
 def _select(y, N: tl.constexpr, M: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
             WIDTH: tl.constexpr):  # fmt: skip
     # True for the N units of each group of M entries with the largest norm; a unit is an entry, or
-    # a pair of adjacent entries. A unit's rank is the number of units that come before it.
+    # a pair of adjacent entries. A unit's rank is the number of units that come before it: larger
+    # ones, or equal ones of lower index. Every two units are compared once, so the ranks are a
+    # permutation, and the count exact, whatever the compiler makes of a norm.
     UNITS: tl.constexpr = M // 2 if PAIRS else M
     WANTED: tl.constexpr = N // 2 if PAIRS else N
     GROUPS: tl.constexpr = ROWS * WIDTH // M
+    norm = tl.abs(y)
     if PAIRS:
-        # Each norm is computed twice, in two layouts, and both must agree to the last bit: an
-        # explicit fma leaves the compiler nothing to contract differently.
-        a, b = tl.split(tl.reshape(tl.abs(y), (GROUPS, UNITS, 2)))
+        a, b = tl.split(tl.reshape(norm, (GROUPS * UNITS, 2)))
         # The larger first: (a, b) and (b, a) are a tie, and the lower index must see it.
         larger, smaller = tl.maximum(a, b), tl.minimum(a, b)
         norm = tl.fma(larger, larger, smaller * smaller)
+    if UNITS == 2:
+        a, b = tl.split(tl.reshape(norm, (GROUPS, 2)))
+        second = (b > a).to(tl.int32)
+        kept = tl.join(1 - second, second)
     else:
-        norm = tl.reshape(tl.abs(y), (GROUPS, UNITS))
-    mine = norm[:, :, None]
-    other = norm[:, None, :]
-    i = tl.arange(0, UNITS)[None, :, None]
-    j = tl.arange(0, UNITS)[None, None, :]
-    before = (other > mine) | ((other == mine) & (j < i))
-    kept = (tl.sum(before.to(tl.int32), axis=2) < WANTED).to(tl.int32)  # (GROUPS, UNITS)
+        kept = _best_of_4(norm, WANTED, GROUPS)
     if PAIRS:
-        kept = tl.broadcast_to(kept[:, :, None], (GROUPS, UNITS, 2))
+        kept = tl.reshape(kept, (GROUPS * UNITS,))
+        kept = tl.join(kept, kept)
     return tl.reshape(kept, (ROWS, WIDTH)) != 0
 
 
@@ -292,11 +308,11 @@ class Program:
 
 
 def supports(program: Program) -> bool:
-    """Whether the kernel has this sparsity group: m a power of two up to GROUP_LIMIT."""
+    """Whether the kernel has this sparsity group: one of 2 or 4 entries, or pairs of entries."""
     if program.group is None:
         return True
-    m = program.group[1]
-    return m <= GROUP_LIMIT and m & (m - 1) == 0
+    _, m, pairs = program.group
+    return m // (2 if pairs else 1) in GROUP_UNITS
 
 
 def _shape(rows: int, width: int, order: int, group: int) -> tuple[int, int, int]:
@@ -307,14 +323,6 @@ def _shape(rows: int, width: int, order: int, group: int) -> tuple[int, int, int
         w = max(least, CHUNK)
     r = min(max(1, 2048 // w), triton.next_power_of_2(rows))
     return r, w, triton.cdiv(width, w)
-
-
-def _prescale(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows times a power of two that brings their largest magnitude to [1, 2), and its inverse."""
-    x = x.float()
-    field = x.view(torch.int32).bitwise_and(0x7FFFFFFF).amax(-1, keepdim=True) >> 23
-    field = field.clamp(1, 253)
-    return x * ((254 - field) << 23).view(torch.float32), (field << 23).view(torch.float32)
 
 
 def quantize(
@@ -330,7 +338,7 @@ def quantize(
     """
     p = program
     if not supports(p):
-        raise ValueError(f"group {p.group} is not one of m = 2, 4, 8")
+        raise ValueError(f"group {p.group} is not one of {GROUP_UNITS} entries or pairs")
     x, dtype = readable(x), x.dtype
     lead, d = x.shape[:-1], x.shape[-1]
     rows = math.prod(lead)
@@ -352,7 +360,7 @@ def quantize(
         power, squares = None, d
         order = factor(p.order, p.base)
         if p.base is not None:
-            x, power = _prescale(x)
+            x, power = prescale(x)
             squares = d * p.base.shape[0]  # the base product leaves its sqrt(m) in
             x = launch_base(x, p.base, order, 1.0, torch.float32)
         n, group, pairs = p.group or (0, 0, False)

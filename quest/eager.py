@@ -47,24 +47,40 @@ def _rotate(x: torch.Tensor, order: int, transpose: bool) -> torch.Tensor:
     return normalised.reshape(x.shape)
 
 
+def _powers(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(2^-e, 2^e, |largest| as bits) of each row of float32 x (..., d); x 2^-e is below 2."""
+    # Integer comparison of bit patterns sees NaN and infinity.
+    top = x.view(torch.int32).bitwise_and(0x7FFFFFFF).amax(-1, keepdim=True)
+    field = (top >> 23).clamp(1, 253)
+    return ((254 - field) << 23).view(torch.float32), (field << 23).view(torch.float32), top
+
+
+def _transform(x: torch.Tensor, order: int, transpose: bool) -> torch.Tensor:
+    """x H or x H^T for float32 x of any magnitude: each block's sums are taken near 1."""
+    blocks = x.reshape(-1, order)
+    down, up, _ = _powers(blocks)
+    return (_rotate(blocks * down, order, transpose) * up).reshape(x.shape)
+
+
 def hadamard(x: torch.Tensor, order: int, transpose: bool) -> torch.Tensor:
     """x H, or x H^T, in float32; x (..., d) and the result have the same dtype."""
-    return _rotate(x.float(), order, transpose).to(x.dtype)
+    if x.numel() == 0:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return _transform(x.float(), order, transpose).to(x.dtype)
 
 
 def masked_transpose(grad: torch.Tensor, mask: torch.Tensor, order: int) -> torch.Tensor:
     """(grad * mask) H^T for grad (..., d) and packed mask bits (..., ceil(d / 8)) uint8."""
     bits = packing.unpack(mask, 1, grad.shape[-1]).bool()
     zero = torch.zeros((), dtype=torch.float32, device=grad.device)
-    return _rotate(torch.where(bits, grad.float(), zero), order, True).to(grad.dtype)
+    if grad.numel() == 0:
+        return torch.empty_like(grad, memory_format=torch.contiguous_format)
+    return _transform(torch.where(bits, grad.float(), zero), order, True).to(grad.dtype)
 
 
 def _normalise(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x 2^-e, sigma 2^-e, sigma) for float32 x (..., d); zeros in rows without a finite scale."""
-    # Integer comparison of bit patterns sees NaN and infinity.
-    top = x.view(torch.int32).bitwise_and(0x7FFFFFFF).amax(-1, keepdim=True)
-    field = (top >> 23).clamp(1, 253)
-    down, up = ((254 - field) << 23).view(torch.float32), (field << 23).view(torch.float32)
+    down, up, top = _powers(x)
     x = x * down
     sigma = (x.square().sum(-1, keepdim=True) / width).sqrt() * up
     # Rounding must not push the scale of a row at the end of the range over it.

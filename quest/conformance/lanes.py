@@ -54,8 +54,10 @@ class Lane:
         """Whether the lane has an implementation of its own for this call."""
         q = static.get("q")
         if self.backend == "launch" and q is not None and q.sparsity is not None:
-            m = q.sparsity.m
-            return bool(m <= 8 and m & (m - 1) == 0)
+            from quest.kernels.quantize import GROUP_UNITS
+            from quest.sparsity import Pairwise
+
+            return q.sparsity.m // (2 if isinstance(q.sparsity, Pairwise) else 1) in GROUP_UNITS
         return True
 
     def __str__(self) -> str:

@@ -43,14 +43,14 @@ class Case:
 
     def make(self) -> torch.Tensor:
         x = inputs.draw(self.distribution, self.shape, self.dtype, self.seed)
-        return inputs.lay_out(x, self.layout)
+        return inputs.lay_out(inputs.equal_rows(x) if self.layout == "expanded" else x, self.layout)
 
     def code(self, name: str = "x") -> str:
         """Python that makes the tensor."""
-        return (
-            f"{name} = inputs.lay_out(inputs.draw({self.distribution!r}, {self.shape}, "
-            f"{self.dtype}, {self.seed}), {self.layout!r})"
-        )
+        drawn = f"inputs.draw({self.distribution!r}, {self.shape}, {self.dtype}, {self.seed})"
+        if self.layout == "expanded":
+            drawn = f"inputs.equal_rows({drawn})"
+        return f"{name} = inputs.lay_out({drawn}, {self.layout!r})"
 
 
 HEADER = "import torch, quest\nfrom quest.conformance import examine, inputs, lanes\n"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,23 @@ def test_names() -> None:
     }  # fmt: skip
     for name in quest.__all__:
         assert hasattr(quest, name), name
+
+
+@pytest.mark.parametrize("order", ["import quest, torch", "import torch, quest"])
+def test_names_and_operators_in_a_fresh_process(order: str) -> None:
+    """Names are imported lazily where PyTorch is not there yet; `quest.ops` brings operators."""
+    code = f"""{order}
+for name in ("Linaer", "__wrapped__", "cli"):
+    assert not hasattr(quest, name), name
+assert set(quest.__all__) <= set(dir(quest))
+import quest.ops
+torch.ops.quest.hadamard(torch.ones(2), 2, False)
+from quest import *
+assert all(globals()[name] is getattr(quest, name) for name in quest.__all__)
+assert NM is quest.sparsity.NM and grids is quest.linear.recipe.__globals__["grids"]
+Linear(2, 2)(torch.ones(1, 2))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_signatures() -> None:
@@ -364,6 +383,34 @@ def test_recipe_overrides() -> None:
     assert "changed" in quest.recipe("w4a4", estimator=quest.STE()).name
     base = quest.recipe("w2a2")
     assert quest.recipe(base, estimator=quest.STE()).weight.estimator == quest.STE()
+
+
+@pytest.mark.parametrize("name", ["w1a1", "w1a4", "w4a1", "w1a16", "w4a4", "fp4", "w1a1-2:4"])
+@pytest.mark.parametrize("transform", [quest.Identity(), quest.Hadamard(), quest.Hadamard(12)])
+def test_a_default_estimator_follows_the_transform(name: str, transform: Any) -> None:
+    by_name = quest.recipe(name, transform=transform)
+    assert quest.recipe(quest.recipe(name), transform=transform) == by_name
+    # And back: the default of the transform that it had.
+    assert quest.recipe(by_name, transform=quest.Hadamard()).spec == quest.recipe(name).spec
+
+
+def test_a_chosen_estimator_stays_with_another_transform() -> None:
+    plain = quest.Identity()
+    for chosen in (quest.Clip(1.2), quest.STE(), quest.Trust(0.5)):
+        made = quest.recipe("w1a1", estimator=chosen)
+        moved = quest.recipe(made, transform=plain)
+        assert moved.weight.estimator == moved.activation.estimator == chosen
+        assert quest.recipe("w1a1", transform=plain, estimator=chosen).spec == moved.spec
+        base = quest.recipe("w1a1")
+        assert quest.recipe(base, transform=plain, estimator=chosen).spec == moved.spec
+    # The two operands are told apart.
+    grid = quest.grids.uniform(1)
+    made = quest.Recipe("mine", quest.Quantizer(grid, quest.Hadamard(), quest.Clip(1.2)),
+                        quest.Quantizer(grid, quest.Hadamard(), quest.Clip(1.3)))  # fmt: skip
+    moved = quest.recipe(made, transform=plain)
+    assert (moved.weight.estimator, moved.activation.estimator) == (
+        quest.Clip(1.2), quest.Clip(1.25)
+    )  # fmt: skip
 
 
 def test_specs_tell_recipes_apart() -> None:

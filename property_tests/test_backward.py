@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from property_tests.lane_marks import every_dtype, every_lane, fewer
 from property_tests.ledger import LEDGER
-from property_tests.strategies import HEADER, ORDERS, SEEDS, cases, lane_code, widths
+from property_tests.strategies import HEADER, ORDERS, SEEDS, Case, cases, lane_code, widths
 from quest.conformance import examine, inputs
 from quest.conformance.lanes import Lane
 
@@ -36,6 +36,17 @@ def test_masked_transpose(lane: Lane, dtype: torch.dtype, order: int, data: st.D
         f"print(examine.backward(lane, x, mask, {order}))"
     )
     LEDGER.judge(lane, found, f"{HEADER}{lane_code(lane)}{case.code()}\n{code}")
+
+
+@every_lane
+@pytest.mark.parametrize("layout", inputs.LAYOUTS)
+@pytest.mark.parametrize("distribution", ["gaussian", "equal"])
+def test_layouts(lane: Lane, layout: str, distribution: str) -> None:
+    case = Case(distribution, (2, 3, 96), torch.float32, layout, 0)
+    mask = torch.randint(256, (2, 3, 12), generator=torch.Generator().manual_seed(0))
+    for order in (32, 12):
+        found = examine.backward(lane, case.make(), mask.to(torch.uint8), order)
+        LEDGER.judge(lane, found, f"{case}, order {order}")
 
 
 @every_lane

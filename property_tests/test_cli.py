@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from quest.cli import main
+from quest.cli import main, quest
 from quest.models import SIZES, Size
 from quest.train import plot
 
@@ -58,6 +59,10 @@ def refuses(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2
         (["train", "--steps", "0"], "'--steps': 0 is not in the range x>=1"),
         (["train", "--steps", "many"], "'--steps': 'many' is not a valid integer"),
         (["train", "--lr", "0"], "'--lr': 0.0 is not in the range x>0"),
+        (["train", "--lr", "nan"], "quest train: invalid value for '--lr': nan is not a finite"),
+        (["train", "--lr", "inf"], "'--lr': inf is not a finite number"),
+        (["train", "--lr", "1e999"], "'--lr': inf is not a finite number"),
+        (["train", "--lr", "-inf"], "'--lr': -inf is not in the range x>0"),
         (["train", "--size", "huge"], "quest train: size is 'huge': must be one of demo, 30M"),
     ],
 )
@@ -200,6 +205,20 @@ def test_help_names_the_commands_and_every_option(capsys: pytest.CaptureFixture[
         assert word in out
 
 
+def test_every_float_is_finite() -> None:
+    floats = [
+        (command, option)
+        for command in quest.commands.values()
+        for option in command.params
+        if isinstance(option.type, click.types.FloatParamType)
+    ]
+    assert floats
+    for command, option in floats:
+        for value in ("nan", "inf", "-inf"):
+            with pytest.raises(click.BadParameter, match=r"finite|range"):
+                command.make_context("quest", [option.opts[0], value])
+
+
 def test_as_a_process() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "quest.cli", "train", "--foo"],
@@ -208,3 +227,18 @@ def test_as_a_process() -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "quest train: no such option: --foo (see quest train --help)\n"
+
+
+SLOW = "{'numpy', 'torch', 'rich', 'matplotlib'}"  # to import
+
+
+@pytest.mark.parametrize(
+    "line", ["--help", "--version", "train --help", "--foo", "train --foo", "train --lr nan"]
+)
+def test_what_needs_no_pytorch_does_not_wait_for_it(line: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys\nfrom quest.cli import main\n"
+         f"main({line.split()!r})\nsys.exit(str({SLOW} & set(sys.modules)))"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.stderr.splitlines()[-1] == "set()"

@@ -71,3 +71,10 @@ def test_orders_beyond_a_tile_keep_natural_order() -> None:
     base = transforms.base(24, torch.device("cpu"))
     assert base is not None
     assert torch.equal(base.double(), torch.from_numpy(hadamard.matrix(24)))
+
+
+def test_a_transform_s_limits_are_its_kernel_s() -> None:
+    """`quest.transforms` splits an order without importing Triton, so it holds its own copy."""
+    kernel = pytest.importorskip("quest.kernels.hadamard")
+    assert transforms.MAX_POWER == kernel.TILE_LIMIT
+    assert transforms.MAX_BASE == kernel.BASE_LIMIT

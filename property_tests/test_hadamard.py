@@ -33,6 +33,15 @@ def test_transform(lane: Lane, dtype: torch.dtype, order: int, data: st.DataObje
 
 
 @every_lane
+@pytest.mark.parametrize("layout", inputs.LAYOUTS)
+@pytest.mark.parametrize("distribution", ["gaussian", "equal"])
+def test_layouts(lane: Lane, layout: str, distribution: str) -> None:
+    case = Case(distribution, (2, 3, 96), torch.float32, layout, 0)
+    check(lane, case, 32, False)
+    check(lane, case, 12, True)
+
+
+@every_lane
 @pytest.mark.parametrize("order", [1024, 640, 896])
 @pytest.mark.parametrize("transpose", [False, True])
 def test_large_orders(lane: Lane, order: int, transpose: bool) -> None:

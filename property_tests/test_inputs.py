@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from property_tests.strategies import cases
 from quest.conformance import inputs
 from quest.conformance.lanes import _bytes
 
@@ -147,22 +149,36 @@ def test_all_patterns(dtype: torch.dtype, width: int) -> None:
     assert x.isinf().sum() == 2
 
 
+def elements(t: torch.Tensor) -> int:
+    """How many elements of its storage a tensor has."""
+    return math.prod(n for n, step in zip(t.shape, t.stride(), strict=True) if step)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", inputs.LAYOUTS)
-@given(seed=SEEDS, shape=st.sampled_from([(3, 5), (7,), (2, 3, 4), (1, 8), (0, 5)]))
+@given(
+    seed=SEEDS,
+    shape=st.sampled_from([(3, 5), (7,), (2, 3, 4), (1, 8), (0, 5), (3, 0)]),
+    name=st.sampled_from(["gaussian", "equal"]),
+)
 def test_layouts_hold_the_values_and_nan_elsewhere(
-    layout: str, dtype: torch.dtype, seed: int, shape: tuple[int, ...]
+    layout: str, dtype: torch.dtype, seed: int, shape: tuple[int, ...], name: str
 ) -> None:
-    x = inputs.draw("gaussian", shape, dtype, seed)
+    x = inputs.draw(name, shape, dtype, seed)
+    if layout == "expanded":
+        x = inputs.equal_rows(x)
     y = inputs.lay_out(x, layout)
     assert torch.equal(x, y)
     assert (y.shape, y.dtype) == (x.shape, x.dtype)
     flat = torch.empty(0, dtype=dtype).set_(y.untyped_storage())
-    assert int(flat.isnan().sum()) == flat.numel() - x.numel()
+    assert int(flat.isnan().sum()) == flat.numel() - elements(y)
+    if layout in ("offset", "expanded"):
+        for margin in (flat[: inputs.MARGIN], flat[-inputs.MARGIN :]):
+            assert margin.isnan().all()
 
 
 def test_layouts_differ() -> None:
-    x = inputs.draw("gaussian", (3, 4), torch.float32, 0)
+    x = inputs.equal_rows(inputs.draw("gaussian", (3, 4), torch.float32, 0))
     laid = {name: inputs.lay_out(x, name) for name in inputs.LAYOUTS}
     assert laid["contiguous"] is x
     assert laid["transposed"].stride() == (1, 3)
@@ -170,3 +186,35 @@ def test_layouts_differ() -> None:
     assert laid["offset"].is_contiguous()
     assert laid["padded"].stride() == (9, 1)
     assert laid["strided"].stride() == (8, 2)
+    assert laid["expanded"].stride() == (0, 1)
+    ones = torch.ones(2, 3, 4)
+    # The gradient that a sum hands back.
+    assert inputs.lay_out(ones, "expanded").stride() == ones.sum().expand(2, 3, 4).stride()
+
+
+@given(seed=SEEDS, name=st.sampled_from(sorted(inputs.DISTRIBUTIONS)))
+def test_equal_rows_are_the_first(seed: int, name: str) -> None:
+    x = inputs.draw(name, (2, 3, 4), torch.float32, seed)
+    y = inputs.equal_rows(x)
+    assert y.shape == x.shape
+    assert y.is_contiguous()
+    assert all(_bytes(row.clone()) == _bytes(x[0, 0].clone()) for row in y.reshape(6, 4))
+    assert _bytes(inputs.lay_out(y, "expanded").contiguous()) == _bytes(y)
+
+
+def test_rows_that_differ_are_not_expanded() -> None:
+    x = torch.zeros(2, 3, 4)
+    x[1, 2, 3] = -0.0
+    with pytest.raises(ValueError, match="x must have equal rows to be expanded"):
+        inputs.lay_out(x, "expanded")
+
+
+@given(data=st.data())
+def test_a_case_s_code_makes_its_tensor(data: st.DataObject) -> None:
+    case = data.draw(cases(torch.bfloat16, st.sampled_from([1, 6])))
+    made: dict[str, Any] = {"torch": torch, "inputs": inputs}
+    exec(case.code("again"), made)
+    x, again = case.make(), made["again"]
+    assert (again.shape, again.stride(), again.dtype) == (x.shape, x.stride(), x.dtype)
+    assert again.storage_offset() == x.storage_offset()
+    assert _bytes(again) == _bytes(x)

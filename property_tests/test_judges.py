@@ -8,6 +8,7 @@ some that are allowed to; every other judge has to hold, so a fault is laid at t
 from __future__ import annotations
 
 import functools
+import io
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from torch import Tensor
 
 import quest
 from property_tests import exact_rows
-from quest.conformance import inputs, judges, lanes, oracle
+from quest.conformance import examine, inputs, judges, lanes, oracle
 from quest.conformance.verdict import Rejected, Verdict
 from quest.kernels import outputs
 from quest.reference import bounds, hadamard, quantize
@@ -1521,9 +1522,124 @@ def test_adjoint_bites(order: int, name: str) -> None:
                 adjoint(case, out | {name: wrong}, order).require()
 
 
+# --- outputs that do not follow their input ---------------------------------------------------
+
+
+class Scripted(lanes.Lane):
+    """A lane that writes what it is told to: write(stage, first tensor)."""
+
+    def __init__(self, write: Callable[[str, Tensor], dict[str, Tensor]]) -> None:
+        super().__init__("scripted", "cpu", "eager")
+        object.__setattr__(self, "write", write)
+
+    def call(self, stage: str, *tensors: Tensor, **static: Any) -> dict[str, Tensor]:
+        return self.write(stage, tensors[0])
+
+
+def deaf(honest: Tensor, other: Tensor) -> Iterator[Tensor]:
+    """Constants of many values, and what was right for another input."""
+    assert honest.unique().numel() > 1
+    # Every code, byte and truth value that occurs; of floats an entry, their mean, 0, 1 and NaN.
+    values = honest.unique().tolist()
+    if honest.is_floating_point():
+        values = [values[0], float(honest.double().mean()), 0.0, 1.0, math.nan]
+    yield from (torch.full_like(honest, v) for v in values)
+    assert not torch.equal(honest, other)
+    yield other
+
+
+def written(x: Tensor, q: quest.Quantizer) -> dict[str, dict[str, Tensor]]:
+    """What an honest lane writes in the three stages of a sparse quantizer, and more."""
+    out = run(x, q, HONEST)
+    keep = torch.from_numpy(pack_bits(out["keep"].numpy(), 1))
+    return {
+        "quantize": out | {"codes": out["codes"].to(q.code_dtype)},
+        "pack": out | {"codes": out["packed"], "mask": out["bits"], "keep": keep},
+        "fake_quantize": out | {"mask": out["bits"]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "judge_"),
+    [
+        ("quantize", "codes", "codes"),
+        ("quantize", "scale", "scale"),
+        ("quantize", "mask", "mask"),
+        ("quantize", "keep", "selection"),
+        ("pack", "codes", "packed codes"),
+        ("pack", "scale", "packed scale"),
+        ("pack", "mask", "packed mask"),
+        ("pack", "keep", "packed keep"),
+        ("fake_quantize", "values", "values"),
+        ("fake_quantize", "mask", "values' mask"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("grid", "sparsity"), [(UNIFORM[1], NM24), (UNIFORM[4], PAIRS), (quest.grids.e2m1(), NM24)]
+)
+def test_quantizer_that_does_not_hear_its_input(
+    grid: Any, sparsity: Any, stage: str, name: str, judge_: str
+) -> None:
+    """Every element has a bound on both sides, so "not constant" needs no judge of its own."""
+    q = Q(grid, quest.Hadamard(16), quest.Clip(0.6), sparsity)
+    x, another = (inputs.draw("heavy", (8, 48), torch.float32, seed) for seed in (0, 1))
+    honest, other = written(x, q), written(another, q)
+    assert not failing(examine.quantizer(Scripted(lambda at, _: honest[at]), x, q))
+    for wrong in deaf(honest[stage][name], other[stage][name]):
+        out = honest | {stage: honest[stage] | {name: wrong}}
+        found = examine.quantizer(Scripted(lambda at, _, out=out: out[at]), x, q)
+        assert judge_ in failing(found), wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rotation_that_does_not_hear_its_input(dtype: torch.dtype) -> None:
+    x, another = (inputs.draw("gaussian", (8, 48), dtype, seed) for seed in (0, 1))
+    honest, other = (tensor(hadamard.apply(oracle.lift(t), 16), dtype) for t in (x, another))
+    assert not failing(examine.transform(Scripted(lambda *_: {"y": honest}), x, 16))
+    for wrong in deaf(honest, other):
+        found = examine.transform(Scripted(lambda *_, y=wrong: {"y": y}), x, 16)
+        assert failing(found) == {"transform"}, wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_backward_that_does_not_hear_its_input(dtype: torch.dtype) -> None:
+    (grad, flags, mask), (grad2, flags2, _) = (transposed_case(16, seed, dtype) for seed in (0, 1))
+    honest, other = (
+        tensor(hadamard.apply_transpose(oracle.lift(g) * m, 16), dtype)
+        for g, m in ((grad, flags), (grad2, flags2))
+    )
+    assert not failing(examine.backward(Scripted(lambda *_: {"dx": honest}), grad, mask, 16))
+    for wrong in deaf(honest, other):
+        found = examine.backward(Scripted(lambda *_, dx=wrong: {"dx": dx}), grad, mask, 16)
+        assert failing(found) == {"backward"}, wrong
+
+
+@pytest.mark.parametrize("name", ["y", "dx", "dw", "db", "x_hat", "w_hat"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("recipe", ["w4a4", "w1a1"])
+def test_layer_that_does_not_hear_its_input(recipe: str, dtype: torch.dtype, name: str) -> None:
+    c, c2 = (layer_case(recipe, 12, dtype, True, seed) for seed in (0, 1))
+    honest, other = (
+        {k: tensor(v, dtype) for k, v in gradients(each).items()}
+        | {"x_hat": each.x_out["values"], "w_hat": each.w_out["values"]}
+        for each in (c, c2)
+    )
+
+    def failing_with(out: dict[str, Tensor]) -> set[str]:
+        def write(stage: str, t: Tensor) -> dict[str, Tensor]:
+            return out if stage == "linear" else c.x_out if t is c.x else c.w_out
+
+        return failing(examine.layer(Scripted(write), c.x, c.w, c.grad, c.bias, c.recipe))
+
+    assert not failing_with(honest)
+    for wrong in deaf(honest[name], other[name]):
+        assert f"layer {name}" in failing_with(honest | {name: wrong}), wrong
+
+
 # --- what guards every call of a lane ---------------------------------------------------------
 
 FAKE = lanes.Lane("fake", "cpu", "eager")
+LAID = inputs.equal_rows(inputs.draw("gaussian", (3, 4), torch.float32, 0))
 
 
 @pytest.fixture
@@ -1563,24 +1679,30 @@ def test_guard_sees_an_unwritten_tail(
         stage(lambda t: filled(t, 15 - missing), x)
 
 
+def whole(t: Tensor) -> Tensor:
+    """All of a tensor's storage, gaps and margins included."""
+    return torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+
+
 @pytest.mark.parametrize("layout", inputs.LAYOUTS)
 def test_guard_sees_a_changed_input(stage: Callable[..., Any], layout: str) -> None:
-    x = inputs.lay_out(inputs.draw("gaussian", (3, 4), torch.float32, 0), layout)
+    x = inputs.lay_out(LAID, layout)
     with pytest.raises(lanes.GuardError, match="input 0 was changed"):
-        stage(lambda t: t.mul_(2), x)
+        stage(lambda t: whole(t).mul_(2), x)
     before = x.clone()
     with pytest.raises(lanes.GuardError, match="input 0 was changed"):
-        stage(lambda t: t.view(t.shape).neg_().neg_().add_(1) * 1, x)
+        stage(lambda t: whole(t).neg_().neg_().add_(1) * 1, x)
     assert torch.equal(x, before), "a lane works on copies"
 
 
-@pytest.mark.parametrize("layout", ["offset", "padded", "strided"])
-def test_guard_sees_a_write_into_a_gap(stage: Callable[..., Any], layout: str) -> None:
-    x = inputs.lay_out(inputs.draw("gaussian", (3, 4), torch.float32, 0), layout)
+@pytest.mark.parametrize("layout", ["offset", "padded", "strided", "expanded"])
+@pytest.mark.parametrize("gap", [0, -1])
+def test_guard_sees_a_write_into_a_gap(stage: Callable[..., Any], layout: str, gap: int) -> None:
+    x = inputs.lay_out(LAID, layout)
 
     def spill(t: Tensor) -> Tensor:
-        flat = torch.empty(0).set_(t.untyped_storage())
-        flat[flat.isnan().nonzero()[0]] = 1.0
+        flat = whole(t)
+        flat[flat.isnan().nonzero()[gap]] = 1.0
         return t * 1
 
     with pytest.raises(lanes.GuardError, match="input 0 was changed"):
@@ -1628,10 +1750,13 @@ def test_poison_fills_every_byte() -> None:
         pass
 
 
-def test_transfer_keeps_strides_offset_and_gaps() -> None:
-    for layout in inputs.LAYOUTS:
-        x = inputs.lay_out(inputs.draw("gaussian", (3, 4), torch.float32, 0), layout)
-        y = lanes.transfer(x, "cpu")
+@pytest.mark.parametrize("layout", inputs.LAYOUTS)
+def test_transfer_and_pipe_keep_strides_offset_and_gaps(layout: str) -> None:
+    x = inputs.lay_out(LAID, layout)
+    pipe = io.BytesIO()
+    lanes.send(pipe, x)
+    pipe.seek(0)
+    for y in (lanes.transfer(x, "cpu"), lanes.receive(pipe)):
         assert (y.stride(), y.storage_offset()) == (x.stride(), x.storage_offset())
         assert lanes._bytes(y) == lanes._bytes(x)
         assert y.data_ptr() != x.data_ptr()

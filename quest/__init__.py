@@ -4,15 +4,46 @@
     quest.quantize_(model, "w1a1")
 
 Method: arXiv 2502.05003.
+
+PyTorch takes seconds to import, and `quest --help` does not wait for it: where nobody has imported
+it, a name is imported when it is asked for. Programs that know the operators only by
+``torch.ops.quest`` say ``import quest.ops``.
 """
 
-from . import grids
-from .estimators import STE, Clip, Trust
-from .linear import Linear, quantize_
-from .quantizer import Packed, Quantized, Quantizer
-from .recipes import Recipe, recipe
-from .sparsity import NM, Pairwise
-from .transforms import Hadamard, Identity
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING or "torch" in sys.modules:
+    from . import grids
+    from .estimators import STE, Clip, Trust
+    from .linear import Linear, quantize_
+    from .quantizer import Packed, Quantized, Quantizer
+    from .recipes import Recipe, recipe
+    from .sparsity import NM, Pairwise
+    from .transforms import Hadamard, Identity
+else:
+    _HOMES = {
+        **dict.fromkeys(("STE", "Clip", "Trust"), "estimators"),
+        **dict.fromkeys(("Linear", "quantize_"), "linear"),
+        **dict.fromkeys(("Packed", "Quantized", "Quantizer"), "quantizer"),
+        **dict.fromkeys(("Recipe", "recipe"), "recipes"),
+        **dict.fromkeys(("NM", "Pairwise"), "sparsity"),
+        **dict.fromkeys(("Hadamard", "Identity"), "transforms"),
+    }
+
+    def __getattr__(name: str) -> Any:
+        if name == "grids":
+            return import_module("quest.grids")
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"quest.{_HOMES[name]}"), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "NM",

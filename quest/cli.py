@@ -6,6 +6,7 @@ wrong that a user can mend is one line on stderr.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,13 @@ class FailedError(Exception):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(" ".join(message.split()))
         self.status = status
+
+
+def _finite(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    # A range lets infinity pass, and NaN, which compares with nothing.
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number")
+    return value
 
 
 @click.group()
@@ -109,6 +117,7 @@ def verify(json_path: Path | None, lanes: tuple[str, ...], quick: bool, record: 
 @click.option(
     "--lr",
     type=click.FloatRange(min=0, min_open=True),
+    callback=_finite,
     help="Peak learning rate. Default: by the size.",
 )
 @click.option(

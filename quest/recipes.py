@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
 
 from . import grids
 from .estimators import STE, Clip, Estimator, Trust
@@ -73,6 +72,19 @@ def _default_estimator(grid: Grid | None, transform: Transform) -> Estimator:
     return Trust()
 
 
+def _changed(
+    q: Quantizer,
+    transform: Transform | None,
+    estimator: Estimator | None,
+    sparsity: Sparsity | None = None,
+) -> Quantizer:
+    turn = q.transform if transform is None else transform
+    if estimator is None:
+        chosen = q.estimator != _default_estimator(q.grid, q.transform)
+        estimator = q.estimator if chosen else _default_estimator(q.grid, turn)
+    return replace(q, transform=turn, estimator=estimator, sparsity=sparsity or q.sparsity)
+
+
 def recipe(
     name: str | Recipe,
     *,
@@ -87,8 +99,10 @@ def recipe(
     name: bf16 (no quantization), w1a1 ... w8a8 and mixtures, w1.58a1.58, w4a16 (weights only),
     fp4 (E2M1), each but bf16 with -2:4 or -4:8 for sparse weights; or a `Recipe`, returned as is.
     transform and estimator apply to both operands, sparsity to the weight; weight and activation
-    replace a quantizer as a whole, and go with no other keyword but each other. Raises ValueError
-    for an unknown name.
+    replace a quantizer as a whole, and go with no other keyword but each other. An estimator that
+    is the default of its grid and transform (Clip(1.30) at 1 bit, Clip(1.25) without a rotation)
+    becomes the default of the new transform; any other stays. Raises ValueError for an unknown
+    name.
     """
     if (weight or activation) and (transform or estimator or sparsity):
         raise ValueError("weight and activation replace whole quantizers: set the parts in them")
@@ -99,7 +113,7 @@ def recipe(
     elif name == "bf16":
         made = Recipe(name, PASS_THROUGH, PASS_THROUGH)
     elif match := _PATTERN.fullmatch(name):
-        rotation = Hadamard() if transform is None else transform
+        rotation = Hadamard()
         patterns: dict[str | None, Sparsity] = {"-2:4": NM(2, 4), "-4:8": Pairwise(4, 8)}
         pattern = patterns.get(match["s"])
         w, a = (grids.e2m1(),) * 2 if match["fp4"] else (_grid(match["w"]), _grid(match["a"]))
@@ -110,14 +124,9 @@ def recipe(
         )
     else:
         raise ValueError(f"recipe must be {NAMES}; got {name!r}")
-    both: dict[str, Any] = {}
-    if transform is not None:
-        both["transform"] = transform
-    if estimator is not None:
-        both["estimator"] = estimator
     changed = {
-        "weight": weight or replace(made.weight, **both, sparsity=sparsity or made.weight.sparsity),
-        "activation": activation or replace(made.activation, **both),
+        "weight": weight or _changed(made.weight, transform, estimator, sparsity),
+        "activation": activation or _changed(made.activation, transform, estimator),
     }
     if all(getattr(made, part) == value for part, value in changed.items()):
         return made

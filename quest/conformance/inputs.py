@@ -96,7 +96,8 @@ DISTRIBUTIONS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] =
     "zeros": _zeros,
     "non_finite": _non_finite,
 }
-LAYOUTS = ("contiguous", "transposed", "offset", "padded", "strided")
+LAYOUTS = ("contiguous", "transposed", "offset", "padded", "strided", "expanded")
+MARGIN = 3  # elements; odd, so that what comes behind is aligned for one element and no more
 
 
 def draw(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
@@ -116,14 +117,30 @@ def all_patterns(dtype: torch.dtype, width: int) -> Tensor:
     return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(-1, width)
 
 
+def equal_rows(x: Tensor) -> Tensor:
+    """x with its first row in the place of every row: what the layout "expanded" can hold."""
+    return x[(slice(1),) * (x.ndim - 1)].expand_as(x).contiguous()
+
+
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """The values of x (contiguous) in another memory layout; gaps and margins hold NaN."""
+    """The values of x (contiguous) in another memory layout; gaps and margins hold NaN.
+
+    "expanded" has stride 0 along the leading axes, and along the last where a row is one value (the
+    gradient of a sum has both); ValueError where rows differ, see `equal_rows`.
+    """
     nan = float("nan")
     if layout == "contiguous":
         return x
+    if layout == "expanded":
+        row = x[(slice(1),) * (x.ndim - 1)]
+        if not _same_bits(row.expand_as(x), x):
+            raise ValueError("x must have equal rows to be expanded, got rows that differ")
+        one = row[..., :1]
+        one = one if x.numel() and _same_bits(one.expand_as(row), row) else row
+        return lay_out(one, "offset").expand_as(x)
     if layout == "offset":
-        storage = x.new_full((x.numel() + 3,), nan)
-        out = storage[3:].view(x.shape)
+        storage = x.new_full((MARGIN + x.numel() + MARGIN,), nan)
+        out = storage[MARGIN:-MARGIN].view(x.shape)
     elif layout == "padded":
         out = x.new_full((*x.shape[:-1], x.shape[-1] + 5), nan)[..., : x.shape[-1]]
     elif layout == "strided":
@@ -133,3 +150,8 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     else:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
     return out.copy_(x)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    # NaN is itself here, and 0 is not -0.
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

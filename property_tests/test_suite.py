@@ -1,0 +1,56 @@
+"""How pytest is set up for this project: warnings, and records of benchmarks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q",
+         *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("where", "option"),
+    [
+        (".", "--benchmark-compare"),
+        (".", "--benchmark-save=x"),
+        ("property_tests/test_suite.py", "--benchmark-compare"),
+    ],
+)
+def test_records_without_their_folder_are_refused(where: str, option: str) -> None:
+    done = run_pytest(where, option)
+    name = option.partition("=")[0]
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    told = f"ERROR: {name} needs the folder: pytest benchmarks/ {name}"
+    assert told in done.stderr.splitlines()
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_records_with_their_folder_are_not() -> None:
+    assert run_pytest("benchmarks/bench_hadamard.py", "--benchmark-compare").returncode == 0
+
+
+def warn(message: str, module: str) -> None:
+    """A DeprecationWarning that `module` raises."""
+    warnings.warn_explicit(message, DeprecationWarning, "file.py", 1, module=module)
+
+
+@pytest.mark.parametrize("tail", ["deprecated", "not supported in Python 3.14+ and may break"])
+def test_torch_s_own_use_of_torchscript_is_let_through(tail: str) -> None:
+    told = f"`torch.jit.script_method` is {tail}. Please switch to `torch.compile`."
+    warn(told, "torch.jit._script")
+    with pytest.raises(DeprecationWarning, match="script_method"):
+        warn(told, "quest.ops")
+    with pytest.raises(DeprecationWarning, match="something else"):
+        warn("something else is deprecated", "torch.jit._script")

@@ -46,10 +46,14 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def compile_(binary: bool, epilogue: int, out: torch.dtype, cached: bool = True) -> ObjectCode:
-    """The binary of a variant for sm_90a; needs NVRTC but no GPU. RuntimeError with NVRTC's log."""
+def compile_(binary: bool, epilogue: int, out: torch.dtype, *, cached: bool = True) -> ObjectCode:
+    """The binary of a variant for sm_90a; needs NVRTC but no GPU.
+
+    Raises RuntimeError where NVRTC is missing or refuses the source, with what it said.
+    """
     from cuda.core import Program, ProgramOptions
     from cuda.core.utils import FileStreamProgramCache
+    from cuda.pathfinder import DynamicLibNotFoundError
 
     macros = {"BINARY": int(binary), "EPILOGUE": epilogue, "OUT": OUT[out]}
     options = ProgramOptions(
@@ -58,8 +62,13 @@ def compile_(binary: bool, epilogue: int, out: torch.dtype, cached: bool = True)
         define_macro=[(name, str(value)) for name, value in macros.items()],
     )
     source = Path(__file__).with_name("product.cu").read_text(encoding="utf-8")
-    program = Program(source, "c++", options)
-    return program.compile("cubin", cache=FileStreamProgramCache() if cached else None)
+    try:
+        program = Program(source, "c++", options)
+        return program.compile("cubin", cache=FileStreamProgramCache() if cached else None)
+    except DynamicLibNotFoundError as error:
+        raise RuntimeError(
+            "NVRTC, the compiler of CUDA C++, is not installed: pip install 'quest-lowbit[hopper]'"
+        ) from error
 
 
 @functools.cache

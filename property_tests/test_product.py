@@ -11,9 +11,10 @@ import quest
 from property_tests.lane_marks import every_dtype, every_lane, fewer
 from property_tests.ledger import LEDGER
 from property_tests.strategies import SEEDS
-from quest import operands
+from quest import lowbit, operands
 from quest.conformance import examine, inputs, judges
 from quest.conformance.lanes import Lane, no_product
+from quest.kernels import product
 
 RECIPES = (
     "w1a1", "w2a2", "w3a3", "w4a4", "w5a5", "w6a6", "w7a7", "w8a8", "w1.58a1.58", "fp4", "w1a4",
@@ -123,8 +124,6 @@ def test_the_widest_accumulators(lane: Lane) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layer_of_the_integer_path(name: str, dtype: torch.dtype) -> None:
     """Its gradients are those of the float path, which the layer's judge holds; bit for bit."""
-    from quest import lowbit
-
     made = quest.recipe(name)
     layer = quest.Linear(128, 24, bias=True, recipe=made, dtype=dtype)
     x = inputs.draw("gaussian", (2, 5, 128), dtype, 0).requires_grad_()
@@ -143,3 +142,90 @@ def test_layer_of_the_integer_path(name: str, dtype: torch.dtype) -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
         else:
             assert torch.equal(a, b)
+
+
+# RAW writes int32, and nothing else does.
+VARIANTS = [(product.RAW, torch.int32)] + [
+    (epilogue, out)
+    for epilogue in (product.PLAIN, product.CORRECTED)
+    for out in (torch.float32, torch.bfloat16, torch.float16)
+]
+
+
+@pytest.mark.parametrize(("epilogue", "out"), VARIANTS)
+@pytest.mark.parametrize("binary", [True, False], ids=["bits", "int8"])
+def test_every_variant_compiles_without_a_gpu(
+    binary: bool, epilogue: int, out: torch.dtype
+) -> None:
+    made = product.compile_(binary, epilogue, out, cached=False)
+    assert made.code[:4] == b"\x7fELF"
+    assert b"product" in made.code
+
+
+def test_a_source_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "ARCHITECTURE", "sm_80")  # has no clusters
+    with pytest.raises(Exception, match="not supported for this GPU architecture"):
+        product.compile_(True, product.RAW, torch.int32, cached=False)
+
+
+def test_a_device_without_the_product() -> None:
+    assert "is not a CUDA device" in str(product.unavailable(torch.device("cpu")))
+
+
+def _operands(kind: str = "int8", rows: int = 3, width: int = 16) -> torch.Tensor:
+    return torch.zeros(rows, width, dtype=getattr(torch, kind))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "told"),
+    [
+        (_operands("int16"), _operands(), "a must be int8, or uint8 for bits, of two axes"),
+        (_operands(), _operands()[0], "b must be int8, or uint8 for bits, of two axes"),
+        (_operands(), _operands("uint8"), "must have the same dtype, columns and device"),
+        (_operands(), _operands(width=17), "must have the same dtype, columns and device"),
+        (_operands(width=2**16 + 1), _operands(width=2**16 + 1), "65536 fit an int32 accumulator"),
+        (_operands("uint8", width=2**13 + 1), _operands("uint8", width=2**13 + 1), "65536 fit"),
+    ],
+)
+def test_accumulate_s_errors(a: torch.Tensor, b: torch.Tensor, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        lowbit.accumulate(a, b)
+
+
+def _arguments(**changed: object) -> dict[str, object]:
+    x = torch.ones(3, 16)
+    spec = quest.recipe("w4a4").weight.spec
+    a, scale, _, sums = lowbit.encode(x, spec, "integers")
+    return {
+        "a": a, "b": a, "a_scale": scale, "b_scale": scale, "a_sums": sums, "b_sums": sums,
+        "bias": None, "grid_names": "uniform4,uniform4", "kinds": "integers,integers", "width": 16,
+        "dtype": torch.float32,
+    } | changed  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "told"),
+    [
+        ({"kinds": "bits,integers"}, ValueError, "grid 'uniform4' has no operand of kind 'bits'"),
+        ({"kinds": "integers,floats"}, ValueError, "kind must be one of bits, integers, codes"),
+        ({"grid_names": "uniform4,lloyd_max4"}, ValueError, "has no operand of kind"),
+        ({"width": 15}, ValueError, "operand must be torch.int8 with 15 columns"),
+        ({"a_scale": torch.ones(2, 1)}, ValueError, "scale must be float32 of shape"),
+        ({"b_scale": torch.ones(3, 1).double()}, ValueError, "scale must be float32 of shape"),
+        ({"b_sums": torch.ones(3, 1)}, ValueError, "b_sums must be int32 of shape"),
+        ({"bias": torch.ones(4)}, ValueError, r"bias must have shape \(3,\)"),
+        ({"dtype": torch.int32}, TypeError, "dtype must be float32, bfloat16 or float16"),
+    ],
+)
+def test_product_s_errors(changed: dict[str, object], error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=told):
+        lowbit.product(**_arguments(**changed))  # type: ignore[arg-type]
+
+
+def test_quantizers_without_an_integer_product() -> None:
+    free = quest.recipe("w4a16")
+    assert operands.kinds(free.activation, free.weight) is None
+    assert operands.kinds(*[quest.Quantizer(quest.grids.lloyd_max(4))] * 2) is None
+    x = torch.ones(3, 128)
+    with pytest.raises(ValueError, match="there is no integer product for"):
+        lowbit.low_bit_linear(x, x, None, free.activation.spec, free.weight.spec, torch.float32)

@@ -44,7 +44,10 @@ STE, EDGE, DISTANCE = 0, 1, 2  # how the mask is decided
 CHUNK = 8192  # columns a program holds at a time when a row does not fit a tile
 GROUP_UNITS = (2, 4)  # entries, or pairs of entries, of the N:M groups that the kernel compares
 
-__all__ = ["BASE_LIMIT", "DISTANCE", "EDGE", "STE", "TILE_LIMIT", "Program", "quantize", "supports"]
+__all__ = [
+    "BASE_LIMIT", "DISTANCE", "EDGE", "GROUP_UNITS", "STE", "TILE_LIMIT", "Program", "encode",
+    "quantize", "supports",
+]  # fmt: skip
 
 
 @triton.jit
@@ -155,14 +158,15 @@ def _store_bits(ptr, code, r, chunk, rows, bytes_, BITS: tl.constexpr, ROWS: tl.
 def _emit(
     x, chunk, r, sigma, stored_sigma, rows, width,
     values_ptr, codes_ptr, mask_ptr, keep_ptr, points_ptr, mids_ptr,
-    code_bytes, mask_bytes, norm, step, threshold, pruned_threshold, zero_code,
+    code_bytes, mask_bytes, norm, step, threshold, pruned_threshold, zero_code, integer,
     LOG: tl.constexpr, LEVELS: tl.constexpr, TABLE: tl.constexpr, LOG_LEVELS: tl.constexpr,
     OFFSET: tl.constexpr, ESTIMATOR: tl.constexpr,
     N: tl.constexpr, M: tl.constexpr, PAIRS: tl.constexpr,
-    VALUES: tl.constexpr, CODES: tl.constexpr, BITS: tl.constexpr, PACK_MASK: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    VALUES: tl.constexpr, CODES: tl.constexpr, BITS: tl.constexpr, INTEGERS: tl.constexpr,
+    PACK_MASK: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    # Everything after the scale, for one tile x (already scaled by 2^-e).
+    # Everything after the scale, for one tile x (already scaled by 2^-e). Returns the rows' sums of
+    # integers (ROWS, 1), if SUMS.
     c = chunk * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = (r < rows) & (c < width)
     y = butterfly(x, LOG, ROWS, WIDTH) * norm
@@ -189,12 +193,21 @@ def _emit(
     if VALUES:
         out = (value * stored_sigma).to(values_ptr.dtype.element_ty)
         tl.store(values_ptr + r * width + c, out, mask=inside)
-    if CODES:
-        if BITS > 0:
-            unsigned = tl.where(inside, code + OFFSET, 0)
-            _store_bits(codes_ptr, unsigned, r, chunk, rows, code_bytes, BITS, ROWS, WIDTH)
-        else:
-            tl.store(codes_ptr + r * width + c, code.to(codes_ptr.dtype.element_ty), mask=inside)
+    if BITS > 0:
+        unsigned = tl.where(inside, code + OFFSET, 0)
+        _store_bits(codes_ptr, unsigned, r, chunk, rows, code_bytes, BITS, ROWS, WIDTH)
+    elif CODES:
+        tl.store(codes_ptr + r * width + c, code.to(codes_ptr.dtype.element_ty), mask=inside)
+    sums = tl.zeros((ROWS, 1), tl.int32)
+    if SUMS or INTEGERS:
+        # Points of these grids are integers times a unit; rounding removes that of the constants.
+        integers = tl.floor(point * integer + 0.5).to(tl.int32)
+        if M > 0:
+            integers = tl.where(keep, integers, 0)
+        if INTEGERS:
+            tl.store(codes_ptr + r * width + c, integers.to(tl.int8), mask=inside)
+        if SUMS:
+            sums = tl.sum(tl.where(inside, integers, 0), axis=1, keep_dims=True)
     if PACK_MASK:
         _store_bits(mask_ptr, mask.to(tl.int32), r, chunk, rows, mask_bytes, 1, ROWS, WIDTH)
     else:
@@ -205,19 +218,20 @@ def _emit(
                         ROWS, WIDTH)  # fmt: skip
         else:
             tl.store(keep_ptr + r * width + c, keep.to(tl.uint8), mask=inside)
+    return sums
 
 
 @triton.jit
 def _quantize(
-    x_ptr, power_ptr, scale_ptr, values_ptr, codes_ptr, mask_ptr, keep_ptr, points_ptr, mids_ptr,
-    rows, width, code_bytes, mask_bytes,
-    norm, count, step, threshold, pruned_threshold, zero_code,
+    x_ptr, power_ptr, scale_ptr, values_ptr, codes_ptr, mask_ptr, keep_ptr, sums_ptr, points_ptr,
+    mids_ptr, rows, width, code_bytes, mask_bytes,
+    norm, count, step, threshold, pruned_threshold, zero_code, integer,
     LOG: tl.constexpr, LEVELS: tl.constexpr, TABLE: tl.constexpr, LOG_LEVELS: tl.constexpr,
     OFFSET: tl.constexpr, ESTIMATOR: tl.constexpr,
     N: tl.constexpr, M: tl.constexpr, PAIRS: tl.constexpr,
-    VALUES: tl.constexpr, CODES: tl.constexpr, BITS: tl.constexpr, PACK_MASK: tl.constexpr,
-    PRESCALED: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    LOG_WIDTH: tl.constexpr,
+    VALUES: tl.constexpr, CODES: tl.constexpr, BITS: tl.constexpr, INTEGERS: tl.constexpr,
+    PACK_MASK: tl.constexpr, SUMS: tl.constexpr, PRESCALED: tl.constexpr, CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, LOG_WIDTH: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     if CHUNKS == 1:
@@ -257,25 +271,28 @@ def _quantize(
     # whose scale is 0 or NaN are computed as zeros.
     inner = tl.div_rn(sigma, power) * down
     if CHUNKS == 1:
-        _emit(
+        sums = _emit(
             tl.where(inner > 0, x, 0.0), 0, r, inner, sigma, rows, width,
             values_ptr, codes_ptr, mask_ptr, keep_ptr, points_ptr, mids_ptr,
             code_bytes, mask_bytes, norm, step, threshold, pruned_threshold, zero_code,
-            LOG, LEVELS, TABLE, LOG_LEVELS, OFFSET, ESTIMATOR, N, M, PAIRS,
-            VALUES, CODES, BITS, PACK_MASK, ROWS, WIDTH,
+            integer, LOG, LEVELS, TABLE, LOG_LEVELS, OFFSET, ESTIMATOR, N, M, PAIRS,
+            VALUES, CODES, BITS, INTEGERS, PACK_MASK, SUMS, ROWS, WIDTH,
         )  # fmt: skip
     else:
+        sums = tl.zeros((ROWS, 1), tl.int32)
         for chunk in range(CHUNKS):
             c = chunk * WIDTH + tl.arange(0, WIDTH)[None, :]
             inside = (r < rows) & (c < width)
             x = tl.load(x_ptr + r * width + c, mask=inside, other=0.0).to(tl.float32) * down
-            _emit(
+            sums += _emit(
                 tl.where(inner > 0, x, 0.0), chunk, r, inner, sigma, rows, width,
                 values_ptr, codes_ptr, mask_ptr, keep_ptr, points_ptr, mids_ptr,
                 code_bytes, mask_bytes, norm, step, threshold, pruned_threshold, zero_code,
-                LOG, LEVELS, TABLE, LOG_LEVELS, OFFSET, ESTIMATOR, N, M, PAIRS,
-                VALUES, CODES, BITS, PACK_MASK, ROWS, WIDTH,
+                integer, LOG, LEVELS, TABLE, LOG_LEVELS, OFFSET, ESTIMATOR, N, M, PAIRS,
+                VALUES, CODES, BITS, INTEGERS, PACK_MASK, SUMS, ROWS, WIDTH,
             )  # fmt: skip
+    if SUMS:
+        tl.store(sums_ptr + r, sums, mask=r < rows)
 
 
 @dataclass(frozen=True)
@@ -325,37 +342,44 @@ def _shape(rows: int, width: int, order: int, group: int) -> tuple[int, int, int
     return r, w, triton.cdiv(width, w)
 
 
-def quantize(
-    x: torch.Tensor, program: Program, *, values: bool, codes: bool, packed: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Quantize x (..., d) float32, bfloat16 or float16, d divisible by the order and the group.
+def _run(
+    x: torch.Tensor,
+    p: Program,
+    *,
+    values: bool,
+    codes: bool,
+    bits: int,
+    pack_mask: bool,
+    integers: bool = False,
+    integer: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(values, codes, scale, mask, keep, sums); what is not asked for has shape (0,).
 
-    Returns (values, codes, scale, mask, keep); what is not asked for has shape (0,).
-    values: (..., d) of x's dtype. scale: (..., 1) float32, sigma.
-    codes: (..., d) int8 (uint8 for tables of more than 128 levels), or packed (..., ceil(d bits/8))
-    uint8. mask: (..., d) bool, or packed bits (..., ceil(d/8)) uint8. keep: like mask, for groups.
-    `packed` packs codes, mask and keep. Without codes the mask is packed too if `packed`.
+    bits: of a packed code, 0 for a byte each. pack_mask: mask and keep as bits.
+    integer: what makes a point an integer (of a uniform grid, in steps): asks for sums. integers:
+    store these in place of codes.
     """
-    p = program
     if not supports(p):
         raise ValueError(f"group {p.group} is not one of {GROUP_UNITS} entries or pairs")
     x, dtype = readable(x), x.dtype
     lead, d = x.shape[:-1], x.shape[-1]
     rows = math.prod(lead)
     device, sparse = x.device, p.group is not None
-    wide = torch.int8 if p.points is None or p.levels <= 128 else torch.uint8
-    mask_bytes, code_bytes = -(-d // 8), -(-d * p.bits // 8)
+    mask_bytes, code_bytes = -(-d // 8), -(-d * bits // 8)
+    wide = torch.int8 if p.points is None or p.levels <= 128 or integers else torch.uint8
 
     def out(wanted: bool, last: int, dtype: torch.dtype) -> torch.Tensor:
         return outputs.empty((*lead, last) if wanted else (0,), dtype, device)
 
     value_out = out(values, d, stored(dtype))
-    code_out = out(codes, code_bytes if packed else d, torch.uint8 if packed else wide)
+    code_out = out(codes, code_bytes if bits else d, torch.uint8 if bits else wide)
     scale = out(True, 1, torch.float32)
-    mask = out(True, mask_bytes if packed else d, torch.uint8)
-    keep = out(codes and sparse, mask_bytes if packed else d, torch.uint8)
+    mask = out(True, mask_bytes if pack_mask else d, torch.uint8)
+    keep = out(codes and sparse and not integers, mask_bytes if pack_mask else d, torch.uint8)
+    sums = out(integer is not None, 1, torch.int32)
     if not x.numel():
         scale.zero_()  # a row without columns is a row of zeros
+        sums.zero_()
     else:
         power, squares = None, d
         order = factor(p.order, p.base)
@@ -367,18 +391,52 @@ def quantize(
         r, w, chunks = _shape(rows, d, order, group)
         nothing = scale  # a pointer that is never followed
         _quantize[(triton.cdiv(rows, r),)](
-            x, nothing if power is None else power, scale, value_out, code_out, mask, keep,
+            x, nothing if power is None else power, scale, value_out, code_out, mask, keep, sums,
             nothing if p.points is None else p.points,
             nothing if p.midpoints is None else p.midpoints,
             rows, d, code_bytes, mask_bytes,
             p.order**-0.5, float(squares), p.step, p.threshold, p.pruned_threshold, p.zero_code,
+            0.0 if integer is None else float(integer),
             int(math.log2(order)), p.levels, p.points is not None,
             math.ceil(math.log2(p.levels)), p.offset, p.estimator, n, group, pairs,
-            values, codes, p.bits if packed else 0, packed, power is not None, chunks, r, w,
-            int(math.log2(w)),
+            values, codes and not integers, bits, integers, pack_mask, integer is not None,
+            power is not None, chunks, r, w, int(math.log2(w)),
             num_warps=warps(r * w),
         )  # fmt: skip
-    if not packed:
-        mask = mask.view(torch.bool)
-    keep = keep if packed else keep.view(torch.bool)
-    return value_out.to(dtype), code_out, scale, mask, keep
+    return value_out.to(dtype), code_out, scale, mask, keep, sums
+
+
+def quantize(
+    x: torch.Tensor, program: Program, *, values: bool, codes: bool, packed: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantize x (..., d) float32, bfloat16 or float16, d divisible by the order and the group.
+
+    Returns (values, codes, scale, mask, keep); what is not asked for has shape (0,).
+    values: (..., d) of x's dtype. scale: (..., 1) float32, sigma.
+    codes: (..., d) int8 (uint8 for tables of more than 128 levels), or packed (..., ceil(d bits/8))
+    uint8. mask: (..., d) bool, or packed bits (..., ceil(d/8)) uint8. keep: like mask, for groups.
+    `packed` packs codes, mask and keep. Without codes the mask is packed too if `packed`.
+    """
+    bits = program.bits if codes and packed else 0
+    value, code, scale, mask, keep, _ = _run(
+        x, program, values=values, codes=codes, bits=bits, pack_mask=packed
+    )
+    if packed:
+        return value, code, scale, mask, keep
+    return value, code, scale, mask.view(torch.bool), keep.view(torch.bool)
+
+
+def encode(
+    x: torch.Tensor, program: Program, *, kind: str, integer: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantize x (..., d) to an operand of an integer product: (operand, scale, mask, sums).
+
+    operand: (..., ceil(d/8)) uint8 for kind "bits"; (..., d) int8 for "integers", point * integer
+    (uniform grids: in steps), 0 where pruned; and for "codes", the codes. scale: (..., 1) float32.
+    mask: (..., ceil(d/8)) uint8. sums: (..., 1) int32 of point * integer, whatever the kind.
+    """
+    _, code, scale, mask, _, sums = _run(
+        x, program, values=False, codes=True, bits=1 if kind == "bits" else 0, pack_mask=True,
+        integers=kind == "integers", integer=integer,
+    )  # fmt: skip
+    return code, scale, mask, sums

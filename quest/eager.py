@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import packing, transforms
+from . import operands, packing, transforms
 from .estimators import STE, Trust
 from .sparsity import NM, Pairwise
 
@@ -153,15 +153,11 @@ def _mask(
     return y.abs() <= bound
 
 
-def quantize(
-    x: torch.Tensor, q: Quantizer, *, values: bool, codes: bool, packed: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Arguments and results of `quest.kernels.quantize.quantize`, with a `Quantizer` as program."""
-    grid = q.require_grid()
-    nothing = torch.empty(0, dtype=torch.bool, device=x.device)
-    d = x.shape[-1]
-    if x.numel() == 0:
-        return like(x, q, values=values, codes=codes, packed=packed)
+def _round(
+    x: torch.Tensor, q: Quantizer
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(codes int32, points, sigma, mask, keep) of x (..., d), which has elements."""
+    grid, d = q.require_grid(), x.shape[-1]
     # Sums follow the memory order: the same values in another layout must give the same bits.
     scaled, inner, sigma = _normalise(x.float().contiguous(), d)
     y = _rotate(scaled, q.transform.order(d), False)
@@ -172,7 +168,18 @@ def quantize(
         keep = select(y, q.sparsity)
         code = torch.where(keep, code, grid.zero_code)
         point = torch.where(keep, point, 0.0)
-    mask = _mask(y, point, keep, inner, q)
+    return code, point, sigma, _mask(y, point, keep, inner, q), keep
+
+
+def quantize(
+    x: torch.Tensor, q: Quantizer, *, values: bool, codes: bool, packed: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Arguments and results of `quest.kernels.quantize.quantize`, with a `Quantizer` as program."""
+    grid = q.require_grid()
+    nothing = torch.empty(0, dtype=torch.bool, device=x.device)
+    if x.numel() == 0:
+        return like(x, q, values=values, codes=codes, packed=packed)
+    code, point, sigma, mask, keep = _round(x, q)
     value = (point * sigma).to(x.dtype) if values else nothing.to(x.dtype)
     kept = keep if keep is not None and codes else nothing
     if packed:
@@ -182,6 +189,80 @@ def quantize(
     else:
         stored = code.to(q.code_dtype)
     return value, stored if codes else stored.new_empty(0), sigma, mask, kept
+
+
+def encode(
+    x: torch.Tensor, q: Quantizer, kind: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(operand, scale, mask, sums) of `quest.kernels.quantize.encode`."""
+    grid = q.require_grid()
+    form = operands.form(grid, kind)
+    if x.numel() == 0:
+        return encoded_like(x, kind)
+    code, point, sigma, mask, _ = _round(x, q)
+    integers = (point / form.unit).round().int()
+    stored = {"integers": integers, "codes": code}.get(kind, integers > 0)
+    operand = packing.pack(stored, 1) if kind == "bits" else stored.to(torch.int8)
+    sums = integers.sum(-1, keepdim=True, dtype=torch.int32)
+    return operand, sigma, packing.pack(mask, 1), sums
+
+
+def encoded_like(
+    x: torch.Tensor, kind: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Outputs of `encode` by shape and dtype alone: fakes and empty inputs."""
+    lead, d = x.shape[:-1], x.shape[-1]
+    bits = -(-d // 8)
+    return (
+        x.new_empty((*lead, bits), dtype=torch.uint8)
+        if kind == "bits"
+        else x.new_empty((*lead, d), dtype=torch.int8),
+        x.new_zeros((*lead, 1), dtype=torch.float32),
+        x.new_empty((*lead, bits), dtype=torch.uint8),
+        x.new_zeros((*lead, 1), dtype=torch.int32),
+    )
+
+
+def integers(operand: torch.Tensor, kind: str, width: int) -> torch.Tensor:
+    """The integers (..., width) int32 that an operand stands for."""
+    if kind == "bits":
+        return 2 * packing.unpack(operand, 1, width).int() - 1
+    return 2 * operand.int() + 1 if kind == "codes" else operand.int()
+
+
+def decode(
+    operand: torch.Tensor, scale: torch.Tensor, q: Quantizer, kind: str, width: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """The values (..., width) of an operand, as `dtype`."""
+    unit = operands.form(q.require_grid(), kind).unit
+    return (integers(operand, kind, width) * unit * scale).to(dtype)
+
+
+def accumulate(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """(M, N) int32: a b^T of int8, or the number of bits that rows of uint8 share."""
+    if a.dtype == torch.uint8:
+        a, b = (packing.unpack(t, 1, 8 * t.shape[-1]) for t in (a, b))
+    # float64 holds every sum exactly, in any order.
+    return (a.double() @ b.double().t()).int()
+
+
+def product(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scales: tuple[torch.Tensor, torch.Tensor],
+    sums: tuple[torch.Tensor, torch.Tensor],
+    bias: torch.Tensor | None,
+    terms: operands.Terms,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """(M, N) of `dtype` from operands a (M, bytes), b (N, bytes); scales, sums (M,) and (N,)."""
+    p = accumulate(a, b).double()
+    if terms.corrected:
+        rest = terms.rows * sums[0][:, None].double() + terms.columns * sums[1].double()
+        p = 4 * p - rest - terms.length if a.dtype == torch.uint8 else p + (rest - terms.length) / 4
+    y = p.float() * (terms.factor * scales[0][:, None]) * scales[1]
+    return (y if bias is None else y + bias.float()).to(dtype)
 
 
 def like(

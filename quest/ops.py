@@ -52,7 +52,7 @@ def _check_order(x: Tensor, order: int, mask: Tensor | None = None) -> None:
         )
 
 
-def _quantizer(spec: str) -> Quantizer:
+def quantizer(spec: str) -> Quantizer:
     from .quantizer import parse
 
     return parse(spec)
@@ -75,7 +75,7 @@ def masked_transpose(grad: Tensor, mask: Tensor, order: int) -> Tensor:
 @torch.library.custom_op("quest::fake_quantize", mutates_args=(), device_types="cpu")
 def fake_quantize(x: Tensor, spec: str) -> tuple[Tensor, Tensor]:
     """(values of x's shape and dtype, mask (..., ceil(d/8)) uint8)."""
-    q = _quantizer(spec)
+    q = quantizer(spec)
     q.check(x)
     values, _, _, mask, _ = eager.quantize(x, q, values=True, codes=False, packed=True)
     return values, mask
@@ -84,12 +84,12 @@ def fake_quantize(x: Tensor, spec: str) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("quest::quantize", mutates_args=(), device_types="cpu")
 def quantize(x: Tensor, spec: str, packed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(codes, scale, mask, keep); keep has shape (0,) without sparsity."""
-    q = _quantizer(spec)
+    q = quantizer(spec)
     q.check(x)
     return eager.quantize(x, q, values=False, codes=True, packed=packed)[1:]
 
 
-def _program(q: Quantizer, x: Tensor) -> Any:
+def program(q: Quantizer, x: Tensor) -> Any:
     from .kernels import quantize as kernel
 
     grid, order = q.require_grid(), q.transform.order(x.shape[-1])
@@ -116,7 +116,7 @@ def _program(q: Quantizer, x: Tensor) -> Any:
     )
 
 
-def _device_of(t: Tensor) -> torch.cuda.device:
+def device_of(t: Tensor) -> torch.cuda.device:
     """Make t's device the current one, which is where Triton launches; nothing for the CPU."""
     return torch.cuda.device(t.device.index if t.is_cuda else -1)
 
@@ -127,7 +127,7 @@ def launch_hadamard(x: Tensor, order: int, transpose: bool) -> Tensor:
 
     _check_order(x, order)
     base = transforms.base(transforms.split(order)[0], x.device)
-    with _device_of(x):
+    with device_of(x):
         return kernel.hadamard(x, order, base, transpose)
 
 
@@ -137,7 +137,7 @@ def launch_masked_transpose(grad: Tensor, mask: Tensor, order: int) -> Tensor:
 
     _check_order(grad, order, mask)
     base = transforms.base(transforms.split(order)[0], grad.device)
-    with _device_of(grad):
+    with device_of(grad):
         return kernel.hadamard(grad, order, base, transpose=True, mask=mask)
 
 
@@ -148,11 +148,11 @@ def launch_quantize(
     from .kernels import quantize as kernel
 
     q.check(x)
-    program = _program(q, x)
-    if not kernel.supports(program):
+    made = program(q, x)
+    if not kernel.supports(made):
         return eager.quantize(x, q, values=values, codes=codes, packed=packed)
-    with _device_of(x):
-        return kernel.quantize(x, program, values=values, codes=codes, packed=packed)
+    with device_of(x):
+        return kernel.quantize(x, made, values=values, codes=codes, packed=packed)
 
 
 hadamard.register_kernel("cuda")(launch_hadamard)
@@ -162,14 +162,14 @@ masked_transpose.register_kernel("cuda")(launch_masked_transpose)
 @fake_quantize.register_kernel("cuda")
 def _(x: Tensor, spec: str) -> tuple[Tensor, Tensor]:
     values, _, _, mask, _ = launch_quantize(
-        x, _quantizer(spec), values=True, codes=False, packed=True
+        x, quantizer(spec), values=True, codes=False, packed=True
     )
     return values, mask
 
 
 @quantize.register_kernel("cuda")
 def _(x: Tensor, spec: str, packed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return launch_quantize(x, _quantizer(spec), values=False, codes=True, packed=packed)[1:]
+    return launch_quantize(x, quantizer(spec), values=False, codes=True, packed=packed)[1:]
 
 
 @hadamard.register_fake
@@ -184,13 +184,13 @@ def _(grad: Tensor, mask: Tensor, order: int) -> Tensor:
 
 @fake_quantize.register_fake
 def _(x: Tensor, spec: str) -> tuple[Tensor, Tensor]:
-    out = eager.like(x, _quantizer(spec), values=True, codes=False, packed=True)
+    out = eager.like(x, quantizer(spec), values=True, codes=False, packed=True)
     return out[0], out[3]
 
 
 @quantize.register_fake
 def _(x: Tensor, spec: str, packed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return eager.like(x, _quantizer(spec), values=False, codes=True, packed=packed)[1:]
+    return eager.like(x, quantizer(spec), values=False, codes=True, packed=packed)[1:]
 
 
 def _hadamard_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -207,7 +207,7 @@ def _fake_quantize_context(
     x, spec = inputs
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
-    ctx.order = _quantizer(spec).transform.order(x.shape[-1])
+    ctx.order = quantizer(spec).transform.order(x.shape[-1])
 
 
 def _fake_quantize_backward(ctx: Any, grad: Tensor, _mask: Tensor) -> tuple[Tensor, None]:

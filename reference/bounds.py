@@ -35,6 +35,9 @@ THRESHOLD_ROUNDINGS = 2
 # A value: the constant, its product with the code's half integer, and with sigma; one to spare for
 # an implementation that multiplies by a stored reciprocal.
 VALUE_ROUNDINGS = 4
+# An integer product: the factor of both units, its product with the row's scale, the accumulator to
+# float32 (a second time where it has a fraction), and the products with both scales.
+PRODUCT_ROUNDINGS = 6
 
 
 def gamma(k: float, u: float) -> float:

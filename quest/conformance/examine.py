@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from quest import operands
 from quest.estimators import STE
 from quest.quantizer import Quantizer
 from quest.recipes import Recipe, recipe
@@ -74,6 +75,72 @@ def backward(lane: Lane, grad: Tensor, mask: Tensor, order: int) -> list[Verdict
     dx = lane.call("masked_transpose", grad, mask, order=order)["dx"]
     form = judges.form("backward", dx, tuple(grad.shape), grad.dtype)
     return [form] if form.failure else [form, judges.transposed(grad, mask, dx, order)]
+
+
+def encoded(lane: Lane, x: Tensor, q: Quantizer, kind: str) -> list[Verdict]:
+    """T0 of an operand against the codes of the same lane, and T6 of what it decodes to."""
+    lead, d = tuple(x.shape[:-1]), x.shape[-1]
+    codes, out = lane.call("quantize", x, q=q), lane.call("encode", x, q=q, kind=kind)
+    bits, dtype = -(-d // 8), torch.uint8 if kind == "bits" else torch.int8
+    found = [
+        judges.form("operand", out["operand"], (*lead, bits if kind == "bits" else d), dtype),
+        judges.form("operand scale", out["scale"], (*lead, 1), torch.float32),
+        judges.form("operand mask", out["mask"], (*lead, bits), torch.uint8),
+        judges.form("operand sums", out["sums"], (*lead, 1), torch.int32),
+    ]
+    if any(v.failure for v in found):
+        return found
+    keep = codes["keep"] if q.sparsity is not None else None
+    found += judges.encoded(q, kind, codes["codes"], keep, out["operand"], out["sums"])
+    found += [
+        judges.exact("operand scale", judges.bits(out["scale"]), judges.bits(codes["scale"])),
+        judges.packed_bits("operand mask", codes["mask"], out["mask"]),
+    ]
+    static = {"q": q, "kind": kind, "width": d, "dtype": x.dtype}
+    values = lane.call("decode", out["operand"], out["scale"], **static)["values"]
+    form = judges.form("decoded", values, tuple(x.shape), x.dtype)
+    if form.failure is None:
+        found.append(judges.dequantized(q, codes["codes"], out["scale"], keep, values))
+    return [*found, form]
+
+
+def product(
+    lane: Lane, x: Tensor, w: Tensor, bias: Tensor | None, made: Recipe, dtype: torch.dtype
+) -> list[Verdict]:
+    """T0 of the accumulators and T6 of the product of two operands, x (n, in), w (out, in)."""
+    kinds = operands.kinds(made.activation, made.weight)
+    if kinds is None:
+        raise ValueError(f"recipe {made} has no integer product")
+    pairs = tuple(zip((made.activation, made.weight), kinds, strict=True))
+    a, b = (
+        lane.call("encode", t, q=q, kind=kind) for t, (q, kind) in zip((x, w), pairs, strict=True)
+    )
+    acc = lane.call("accumulate", a["operand"], b["operand"])["accumulators"]
+    extra = () if bias is None else (bias,)
+    y = lane.call(
+        "product", a["operand"], b["operand"], a["scale"], b["scale"], a["sums"], b["sums"], *extra,
+        grids=",".join(q.require_grid().name for q, _ in pairs), kinds=",".join(kinds),
+        width=x.shape[-1], dtype=dtype,
+    )["y"]  # fmt: skip
+    shape = (x.shape[0], w.shape[0])
+    forms = [
+        judges.form("accumulators", acc, shape, torch.int32),
+        judges.form("product", y, shape, dtype),
+    ]
+    if any(v.failure for v in forms):
+        return forms
+    d = x.shape[-1]
+    whole = tuple(
+        judges.whole(t["operand"], kind, d) for t, kind in zip((a, b), kinds, strict=True)
+    )
+    units = tuple(operands.form(q.require_grid(), kind).unit for q, kind in pairs)
+    return [
+        *forms,
+        judges.accumulated(a["operand"], b["operand"], acc),
+        judges.multiplied(
+            (whole[0], whole[1]), (units[0], units[1]), (a["scale"], b["scale"]), bias, y
+        ),
+    ]
 
 
 def accumulation(lane: Lane) -> float:

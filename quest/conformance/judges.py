@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quest import operands
 from quest.quantizer import Quantizer
 from quest.recipes import Recipe
 from quest.reference import bounds, hadamard, packing, quantize
@@ -337,6 +338,70 @@ def transposed(grad: Tensor, mask: Tensor, dx: Tensor, order: int) -> Verdict:
     taken = torch.where(torch.from_numpy(bits), grad.double(), 0.0)
     verdict = rotated(taken, dx, order, True)
     return Verdict("backward", verdict.elements, verdict.ratio, failure=verdict.failure)
+
+
+def encoded(
+    q: Quantizer, kind: str, codes: Tensor, keep: Tensor | None, operand: Tensor, sums: Tensor
+) -> list[Verdict]:
+    """T0: an operand's integers, times the unit, are the points of the codes; and their sums."""
+    made = operands.form(q.require_grid(), kind)
+    points = quantize.decode(lift(codes), oracle.grid(q.require_grid()))
+    if keep is not None:
+        points = np.where(lift(keep), points, 0.0)
+    integers = whole(operand, kind, codes.shape[-1])
+    # Neighbouring integers are a unit apart: within a millionth of one there is one candidate.
+    far = np.abs(integers * made.unit - points) > 1e-6 * made.unit
+    expected = np.where(far, np.rint(points / made.unit), integers)
+    return [
+        exact("operand", integers, expected.astype(np.int64)),
+        exact("operand sums", lift(sums), integers.sum(-1, keepdims=True)),
+    ]
+
+
+def whole(operand: Tensor, kind: str, width: int) -> Array:
+    """The integers (..., width) int64 of an operand, by the oracle's unpacking."""
+    if kind == "bits":
+        return 2 * packing.unpack_mask(operand.numpy(), width).astype(np.int64) - 1
+    return lift(operand) * 2 + 1 if kind == "codes" else lift(operand)
+
+
+def accumulated(a: Tensor, b: Tensor, made: Tensor) -> Verdict:
+    """T0: int32 sums of products of int8, or counts of the bits that two rows share."""
+    if a.dtype == torch.uint8:
+        width = 8 * a.shape[-1]
+        left, right = (packing.unpack_mask(t.numpy(), width).astype(np.int64) for t in (a, b))
+    else:
+        left, right = lift(a), lift(b)
+    # Sums of integers below 2^53 are exact in float64, and far faster than in int64.
+    expected = (left.astype(np.float64) @ right.T.astype(np.float64)).astype(np.int64)
+    return exact("accumulators", lift(made), expected)
+
+
+def multiplied(
+    integers: tuple[Array, Array],
+    units: tuple[float, float],
+    scales: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    y: Tensor,
+) -> Verdict:
+    """T6: the exact sum of integers, times both units and both scales, plus a bias.
+
+    The bias is added with the last product, in one rounding or two.
+    """
+    total = integers[0].astype(np.float64) @ integers[1].T.astype(np.float64)
+    factor = units[0] * units[1]
+    with np.errstate(invalid="ignore", over="ignore"):
+        plain = total * factor * lift(scales[0]) * lift(scales[1]).T
+        error = bounds.gamma(bounds.PRODUCT_ROUNDINGS, bounds.U32) * np.abs(plain)
+        # Each product of the chain may be subnormal, and is then multiplied by what is left.
+        rest = np.abs(lift(scales[1]).T)
+        error = error + bounds.ETA32 * (1 + rest * (1 + np.abs(total)))
+        expected = plain
+        if bias is not None:
+            expected = plain + lift(bias)
+            error = error + bounds.U32 * (np.abs(expected) + error)
+        bound = bounds.output(expected, error, oracle.dtype_name(y.dtype))
+    return close("product", y, expected, bound)
 
 
 def layer(

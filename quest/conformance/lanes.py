@@ -52,6 +52,8 @@ class Lane:
 
     def supports(self, stage: str, static: dict[str, Any]) -> bool:
         """Whether the lane has an implementation of its own for this call."""
+        if stage in ("accumulate", "product"):
+            return self.backend != "launch" and no_product(self) is None
         q = static.get("q")
         if self.backend == "launch" and q is not None and q.sparsity is not None:
             from quest.kernels.quantize import GROUP_UNITS
@@ -84,6 +86,17 @@ def missing(lane: Lane) -> str | None:
         except ImportError:
             return "Triton is not installed"
     return None
+
+
+def no_product(lane: Lane) -> str | None:
+    """Why a lane that runs here has no integer product; None where it has one."""
+    if lane.backend == "launch":
+        return "the low-bit product is CUDA C++, which Triton's interpreter can't run"
+    if lane.name != "triton-cuda":
+        return None
+    from quest.kernels.product import unavailable
+
+    return unavailable(torch.device("cuda"))
 
 
 def transfer(t: Tensor, device: str) -> Tensor:
@@ -129,21 +142,32 @@ def operators(backend: str) -> Any:
     """The functions of a backend by operator name."""
     from types import SimpleNamespace
 
-    from quest import eager, ops
+    from quest import eager, lowbit, ops
 
     if backend == "dispatch":
         return SimpleNamespace(
+            encode=lambda x, q, kind: lowbit.encode(x, q.spec, kind),
+            decode=lambda a, scale, q, *rest: lowbit.decode(a, scale, q.spec, *rest),
+            accumulate=lowbit.accumulate,
+            product=lowbit.product,
             hadamard=ops.hadamard,
             masked_transpose=ops.masked_transpose,
             fake_quantize=lambda x, q: ops.fake_quantize(x, q.spec),
             quantize=lambda x, q, packed: ops.quantize(x, q.spec, packed),
         )
     functions = (
-        (eager.hadamard, eager.masked_transpose, eager.quantize)
+        (eager.hadamard, eager.masked_transpose, eager.quantize, eager.encode, eager.decode)
         if backend == "eager"
-        else (ops.launch_hadamard, ops.launch_masked_transpose, ops.launch_quantize)
-    )
+        else (
+            ops.launch_hadamard, ops.launch_masked_transpose, ops.launch_quantize,
+            lowbit.launch_encode, lowbit.launch_decode,
+        )
+    )  # fmt: skip
     return SimpleNamespace(
+        encode=functions[3],
+        decode=functions[4],
+        accumulate=eager.accumulate,
+        product=lowbit.eager_product,
         hadamard=functions[0],
         masked_transpose=functions[1],
         fake_quantize=lambda x, q: functions[2](x, q, values=True, codes=False, packed=True)[::3],
@@ -169,6 +193,29 @@ def _fake_quantize(lane: Lane, x: Tensor, *, q: Any) -> Outputs:
 
 def _masked_transpose(lane: Lane, grad: Tensor, mask: Tensor, *, order: int) -> Outputs:
     return {"dx": operators(lane.backend).masked_transpose(grad, mask, order)}
+
+
+def _encode(lane: Lane, x: Tensor, *, q: Any, kind: str) -> Outputs:
+    names = ("operand", "scale", "mask", "sums")
+    return dict(zip(names, operators(lane.backend).encode(x, q, kind), strict=True))
+
+
+def _decode(lane: Lane, operand: Tensor, scale: Tensor, *, q: Any, **static: Any) -> Outputs:
+    f = operators(lane.backend).decode
+    return {"values": f(operand, scale, q, static["kind"], static["width"], static["dtype"])}
+
+
+def _accumulate(lane: Lane, a: Tensor, b: Tensor) -> Outputs:
+    return {"accumulators": operators(lane.backend).accumulate(a, b)}
+
+
+def _product(lane: Lane, *tensors: Tensor, **static: Any) -> Outputs:
+    # a, b, their scales and sums, and a bias or none.
+    bias = tensors[6] if len(tensors) > 6 else None
+    y = operators(lane.backend).product(
+        *tensors[:6], bias, static["grids"], static["kinds"], static["width"], static["dtype"]
+    )
+    return {"y": y}
 
 
 def _linear(lane: Lane, x: Tensor, w: Tensor, grad: Tensor, *bias: Tensor, recipe: Any) -> Outputs:
@@ -229,6 +276,10 @@ _STAGES: dict[str, Callable[..., Outputs]] = {
     "fake_quantize": _fake_quantize,
     "masked_transpose": _masked_transpose,
     "linear": _linear,
+    "encode": _encode,
+    "decode": _decode,
+    "accumulate": _accumulate,
+    "product": _product,
 }
 
 

@@ -1,0 +1,160 @@
+"""y = A B^T of low-bit operands on Hopper's tensor cores, compiled from product.cu at run time.
+
+Int8 operands (2 to 8 bits) accumulate exactly in int32; operands of single bits are compared by AND
+and counted, since for signs s = 2 b - 1 the sum of s_a s_b is 4 |a & b| - 2 |a| - 2 |b| + K. The
+epilogue turns an accumulator into a dequantized value in the output's dtype. NVRTC compiles each
+variant once (about a second) and keeps the binary in the user's cache.
+
+Source: QuEST (arXiv 2502.05003), section 4; PTX ISA, `wgmma.mma_async` and `cp.async.bulk.tensor`.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from . import outputs
+
+if TYPE_CHECKING:
+    from cuda.core import Kernel, ObjectCode
+
+# The numbers of product.cu.
+RAW, PLAIN, CORRECTED = range(3)
+OUT = {torch.int32: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+TILE_M, TILE_N, TILE_K, STAGES, CLUSTER, WARPS = 128, 256, 128, 4, 2, 8
+THREADS = 384
+SHARED = 1024 + STAGES * (TILE_M + TILE_N) * TILE_K + WARPS * 16 * 160 + 16 * STAGES
+ARCHITECTURE = "sm_90a"
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why the product can't run on `device`, or None if it can."""
+    if device.type != "cuda":
+        return f"{device} is not a CUDA device"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != 9:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {major}.{minor}: wgmma needs 9.0 (Hopper)"
+    try:
+        import cuda.core  # noqa: F401
+    except ImportError:
+        return "cuda-core is not installed: pip install 'quest-lowbit[hopper]'"
+    return None
+
+
+def compile_(binary: bool, epilogue: int, out: torch.dtype, *, cached: bool = True) -> ObjectCode:
+    """The binary of a variant for sm_90a; needs NVRTC but no GPU.
+
+    Raises RuntimeError where NVRTC is missing or refuses the source, with what it said.
+    """
+    from cuda.core import Program, ProgramOptions
+    from cuda.core.utils import FileStreamProgramCache
+    from cuda.pathfinder import DynamicLibNotFoundError
+
+    macros = {"BINARY": int(binary), "EPILOGUE": epilogue, "OUT": OUT[out]}
+    options = ProgramOptions(
+        std="c++17",
+        arch=ARCHITECTURE,
+        define_macro=[(name, str(value)) for name, value in macros.items()],
+    )
+    source = Path(__file__).with_name("product.cu").read_text(encoding="utf-8")
+    try:
+        program = Program(source, "c++", options)
+        return program.compile("cubin", cache=FileStreamProgramCache() if cached else None)
+    except DynamicLibNotFoundError as error:
+        raise RuntimeError(
+            "NVRTC, the compiler of CUDA C++, is not installed: pip install 'quest-lowbit[hopper]'"
+        ) from error
+
+
+@functools.cache
+def _kernel(binary: bool, epilogue: int, out: torch.dtype, device: int) -> tuple[Kernel, int]:
+    """(the loaded variant, the number of blocks that fill the device)."""
+    from cuda.core import Device
+
+    Device(device).set_current()
+    blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    return compile_(binary, epilogue, out).get_kernel("product"), blocks
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x (rows, bytes) as the bulk copy engine reads it: rows at multiples of 16 bytes."""
+    width = -(-x.shape[1] // 16) * 16
+    if x.shape[1] != width:
+        return torch.nn.functional.pad(x, (0, width - x.shape[1]))
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+@functools.lru_cache(maxsize=512)
+def _map(pointer: int, rows: int, width: int, device: int) -> Any:
+    """The tensor map of a (rows, width) byte matrix: boxes of 128 rows and 128 swizzled bytes."""
+    from cuda.core import StridedMemoryView
+    from cuda.core._tensor_map import TensorMapSwizzle
+
+    view = StridedMemoryView.from_any_interface(_Bytes(pointer, rows, width), stream_ptr=-1)
+    return view.as_tensor_map((TILE_M, TILE_K), swizzle=TensorMapSwizzle.SWIZZLE_128B)
+
+
+class _Bytes:
+    """A byte matrix in device memory, by the CUDA array interface."""
+
+    def __init__(self, pointer: int, rows: int, width: int) -> None:
+        self.__cuda_array_interface__ = {
+            "version": 3, "shape": (rows, width), "strides": None,
+            "typestr": "|u1", "data": (pointer, False),
+        }  # fmt: skip
+
+
+def product(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    out: torch.dtype,
+    *,
+    epilogue: int,
+    length: int = 0,
+    factor: float = 1.0,
+    row_scale: torch.Tensor | None = None,
+    column_scale: torch.Tensor | None = None,
+    row_sum: torch.Tensor | None = None,
+    column_sum: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """a (M, bytes), b (N, bytes): int8, or uint8 of eight bits each. Returns (M, N) of `out`.
+
+    epilogue: RAW writes the int32 accumulators; else y = p factor row_scale column_scale + bias.
+    PLAIN: p is the accumulator. CORRECTED, for bits: the sum over `length` of products of signs,
+    4 acc - row_sum - column_sum - length with the sums of the rows' signs. CORRECTED, for int8: the
+    sum of (a + 1/2)(b + 1/2), acc + (row_sum + column_sum - length) / 4 with the sums of 2 a + 1.
+    row_scale (M,), column_scale, bias (N,) float32; row_sum (M,), column_sum (N,) int32. acc, or
+    with bits 4 acc, must fit int32, which K up to 2**17 does.
+    """
+    from cuda.core import LaunchConfig, Stream, launch
+
+    rows, columns, device = a.shape[0], b.shape[0], a.device.index
+    y = outputs.empty((rows, columns), out, a.device)
+    if y.numel() == 0:
+        return y
+    kernel, blocks = _kernel(a.dtype == torch.uint8, epilogue, out, device)
+    a, b = _aligned(a), _aligned(b)
+    width = a.shape[1]
+    clusters = -(-rows // (CLUSTER * TILE_M)) * -(-columns // TILE_N)
+    grid = CLUSTER * min(clusters, blocks // CLUSTER)
+    vectors = [
+        0 if v is None else v.data_ptr()
+        for v in (row_scale, column_scale, bias, row_sum, column_sum)
+    ]
+    launch(
+        Stream.from_handle(torch.cuda.current_stream().cuda_stream),
+        LaunchConfig(grid=grid, block=THREADS, shmem_size=SHARED),
+        kernel,
+        _map(a.data_ptr(), rows, width, device),
+        _map(b.data_ptr(), columns, width, device),
+        y.data_ptr(), *vectors, np.int32(rows), np.int32(columns), np.int32(width),
+        np.int32(length), np.float32(factor),
+    )  # fmt: skip
+    return y

@@ -1,0 +1,231 @@
+"""Operands of the integer product, and the product: T0 and T6 in every lane that has one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import quest
+from property_tests.lane_marks import every_dtype, every_lane, fewer
+from property_tests.ledger import LEDGER
+from property_tests.strategies import SEEDS
+from quest import lowbit, operands
+from quest.conformance import examine, inputs, judges
+from quest.conformance.lanes import Lane, no_product
+from quest.kernels import product
+
+RECIPES = (
+    "w1a1", "w2a2", "w3a3", "w4a4", "w5a5", "w6a6", "w7a7", "w8a8", "w1.58a1.58", "fp4", "w1a4",
+    "w1a8", "w4a8", "w8a1.58", "w1a1-2:4", "w4a4-2:4", "w4a4-4:8", "fp4-2:4",
+)  # fmt: skip
+
+
+def _require_product(lane: Lane) -> None:
+    reason = no_product(lane)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@every_lane
+@every_dtype
+@pytest.mark.parametrize("name", RECIPES)
+@fewer
+@given(data=st.data())
+def test_encode(lane: Lane, dtype: torch.dtype, name: str, data: st.DataObject) -> None:
+    """An operand is the quantization of `quantize`, in the product's form."""
+    made = quest.recipe(name)
+    kinds = operands.kinds(made.activation, made.weight)
+    assert kinds is not None
+    which = data.draw(st.sampled_from((0, 1)), label="activation, weight")
+    q = (made.activation, made.weight)[which]
+    shape = data.draw(
+        st.sampled_from(((3, 64), (1, 8), (2, 3, 40), (5, 2000), (1, 17000 // 8 * 8), (0, 16))),
+        label="shape",
+    )
+    kind = data.draw(
+        st.sampled_from(("gaussian", "outlier", "mixed_rows", "non_finite")), label="distribution"
+    )
+    seed = data.draw(SEEDS, label="seed")
+    x = inputs.draw(kind, shape, dtype, seed)
+    told = f"{kind}, {shape}, {dtype}, seed {seed}, {q.spec} as {kinds[which]}"
+    LEDGER.judge(lane, examine.encoded(lane, x, q, kinds[which]), told)
+
+
+@every_lane
+@pytest.mark.parametrize("name", RECIPES)
+@fewer
+@given(data=st.data())
+def test_product(lane: Lane, name: str, data: st.DataObject) -> None:
+    _require_product(lane)
+    # Rectangular on purpose, around the tiles of 128 x 256 and 128 bytes of K.
+    rows = data.draw(st.sampled_from((5, 1, 130, 257)), label="rows")
+    outs = data.draw(st.sampled_from((7, 1, 48, 256, 300)), label="out_features")
+    width = data.draw(st.sampled_from((64, 8, 136, 1024, 1152)), label="in_features")
+    dtype = data.draw(
+        st.sampled_from((torch.float32, torch.bfloat16, torch.float16)), label="dtype"
+    )
+    kind = data.draw(
+        st.sampled_from(("gaussian", "outlier", "equal", "zeros")), label="distribution"
+    )
+    seed = data.draw(SEEDS, label="seed")
+    x = inputs.draw(kind, (rows, width), dtype, seed)
+    w = inputs.draw("gaussian", (outs, width), dtype, seed + 1) / width**0.5
+    bias = inputs.draw("gaussian", (outs,), dtype, seed + 2) if seed % 2 else None
+    told = f"{kind}, x {(rows, width)}, w {(outs, width)}, {dtype}, seed {seed}, {name}"
+    LEDGER.judge(lane, examine.product(lane, x, w, bias, quest.recipe(name), dtype), told)
+
+
+def _bytes(
+    kind: str, rows: int, width: int, dtype: torch.dtype, g: torch.Generator
+) -> torch.Tensor:
+    if kind == "random":
+        x = torch.randint(0, 256, (rows, width), generator=g)
+    elif kind == "one_hot":
+        x = torch.zeros(rows, width, dtype=torch.int64)
+        x[torch.arange(rows), torch.randint(width, (rows,), generator=g)] = 255
+    else:
+        x = torch.full((rows, width), {"low": 128, "high": 127, "ones": 255}[kind])
+    return x.to(torch.uint8).view(dtype)
+
+
+@every_lane
+@pytest.mark.parametrize("kind", ["random", "one_hot", "low", "high", "ones"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (3, 7, 16), (129, 257, 130), (31, 300, 4096), (2, 3, 8192)], ids=str
+)
+def test_accumulate(lane: Lane, kind: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """T0: coherent, extreme, one-hot and random operands; odd, tiny and long shapes."""
+    _require_product(lane)
+    m, n, k = shape
+    g = torch.Generator().manual_seed(m + n)
+    a, b = (
+        _bytes(kind, m, k, dtype, g),
+        _bytes("random" if kind == "one_hot" else kind, n, k, dtype, g),
+    )
+    acc = lane.call("accumulate", a, b)["accumulators"]
+    LEDGER.judge(lane, [judges.accumulated(a, b, acc)], f"{kind}, {shape}, {dtype}")
+
+
+@every_lane
+def test_the_widest_accumulators(lane: Lane) -> None:
+    """Coherent operands of the width that is the limit: (-128)^2 a product, or every bit."""
+    _require_product(lane)
+    for dtype, width in ((torch.int8, operands.MAX_WIDTH), (torch.uint8, operands.MAX_WIDTH // 8)):
+        g = torch.Generator()
+        a = _bytes("low" if dtype == torch.int8 else "ones", 2, width, dtype, g)
+        acc = lane.call("accumulate", a, a)["accumulators"]
+        LEDGER.judge(lane, [judges.accumulated(a, a, acc)], f"{width}, {dtype}")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layer_of_the_integer_path(name: str, dtype: torch.dtype) -> None:
+    """Its gradients are those of the float path, which the layer's judge holds; bit for bit."""
+    made = quest.recipe(name)
+    layer = quest.Linear(128, 24, bias=True, recipe=made, dtype=dtype)
+    x = inputs.draw("gaussian", (2, 5, 128), dtype, 0).requires_grad_()
+    grad = inputs.draw("gaussian", (2, 5, 24), dtype, 1)
+    specs = (made.activation.spec, made.weight.spec)
+    float_path, integer_path = [], []
+    for y, into in (
+        (layer(x), float_path),
+        (lowbit.low_bit_linear(x, layer.weight, layer.bias, *specs, dtype)[0], integer_path),
+    ):
+        assert y.shape == (2, 5, 24)
+        assert y.dtype == dtype
+        into += torch.autograd.grad(y, (x, layer.weight, layer.bias), grad)
+    for a, b in zip(float_path, integer_path, strict=True):
+        if "fp4" in name or dtype == torch.float32:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(a, b)
+
+
+# RAW writes int32, and nothing else does.
+VARIANTS = [(product.RAW, torch.int32)] + [
+    (epilogue, out)
+    for epilogue in (product.PLAIN, product.CORRECTED)
+    for out in (torch.float32, torch.bfloat16, torch.float16)
+]
+
+
+@pytest.mark.parametrize(("epilogue", "out"), VARIANTS)
+@pytest.mark.parametrize("binary", [True, False], ids=["bits", "int8"])
+def test_every_variant_compiles_without_a_gpu(
+    binary: bool, epilogue: int, out: torch.dtype
+) -> None:
+    made = product.compile_(binary, epilogue, out, cached=False)
+    assert made.code[:4] == b"\x7fELF"
+    assert b"product" in made.code
+
+
+def test_a_source_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "ARCHITECTURE", "sm_80")  # has no clusters
+    with pytest.raises(Exception, match="not supported for this GPU architecture"):
+        product.compile_(True, product.RAW, torch.int32, cached=False)
+
+
+def test_a_device_without_the_product() -> None:
+    assert "is not a CUDA device" in str(product.unavailable(torch.device("cpu")))
+
+
+def _operands(kind: str = "int8", rows: int = 3, width: int = 16) -> torch.Tensor:
+    return torch.zeros(rows, width, dtype=getattr(torch, kind))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "told"),
+    [
+        (_operands("int16"), _operands(), "a must be int8, or uint8 for bits, of two axes"),
+        (_operands(), _operands()[0], "b must be int8, or uint8 for bits, of two axes"),
+        (_operands(), _operands("uint8"), "must have the same dtype, columns and device"),
+        (_operands(), _operands(width=17), "must have the same dtype, columns and device"),
+        (_operands(width=2**16 + 1), _operands(width=2**16 + 1), "65536 fit an int32 accumulator"),
+        (_operands("uint8", width=2**13 + 1), _operands("uint8", width=2**13 + 1), "65536 fit"),
+    ],
+)
+def test_accumulate_s_errors(a: torch.Tensor, b: torch.Tensor, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        lowbit.accumulate(a, b)
+
+
+def _arguments(**changed: object) -> dict[str, object]:
+    x = torch.ones(3, 16)
+    spec = quest.recipe("w4a4").weight.spec
+    a, scale, _, sums = lowbit.encode(x, spec, "integers")
+    return {
+        "a": a, "b": a, "a_scale": scale, "b_scale": scale, "a_sums": sums, "b_sums": sums,
+        "bias": None, "grid_names": "uniform4,uniform4", "kinds": "integers,integers", "width": 16,
+        "dtype": torch.float32,
+    } | changed  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "told"),
+    [
+        ({"kinds": "bits,integers"}, ValueError, "grid 'uniform4' has no operand of kind 'bits'"),
+        ({"kinds": "integers,floats"}, ValueError, "kind must be one of bits, integers, codes"),
+        ({"grid_names": "uniform4,lloyd_max4"}, ValueError, "has no operand of kind"),
+        ({"width": 15}, ValueError, "operand must be torch.int8 with 15 columns"),
+        ({"a_scale": torch.ones(2, 1)}, ValueError, "scale must be float32 of shape"),
+        ({"b_scale": torch.ones(3, 1).double()}, ValueError, "scale must be float32 of shape"),
+        ({"b_sums": torch.ones(3, 1)}, ValueError, "b_sums must be int32 of shape"),
+        ({"bias": torch.ones(4)}, ValueError, r"bias must have shape \(3,\)"),
+        ({"dtype": torch.int32}, TypeError, "dtype must be float32, bfloat16 or float16"),
+    ],
+)
+def test_product_s_errors(changed: dict[str, object], error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=told):
+        lowbit.product(**_arguments(**changed))  # type: ignore[arg-type]
+
+
+def test_quantizers_without_an_integer_product() -> None:
+    free = quest.recipe("w4a16")
+    assert operands.kinds(free.activation, free.weight) is None
+    assert operands.kinds(*[quest.Quantizer(quest.grids.lloyd_max(4))] * 2) is None
+    x = torch.ones(3, 128)
+    with pytest.raises(ValueError, match="there is no integer product for"):
+        lowbit.low_bit_linear(x, x, None, free.activation.spec, free.weight.spec, torch.float32)

@@ -1,0 +1,328 @@
+"""The operators of the integer path: exact products of low-bit operands, and the layer on them.
+
+quest::encode(x, spec, kind) -> (operand, scale, mask, sums)
+quest::decode(operand, scale, spec, kind, width, dtype) -> values
+quest::accumulate(a, b) -> int32                     exact products of operands
+quest::product(a, b, ...) -> y                       the same, dequantized
+quest::low_bit_linear(x, w, bias, ...) -> (y, ...)   differentiable; saves operands and mask bits
+
+CPU: plain PyTorch (`eager`). CUDA: the kernels; products need Hopper (`unavailable` says why not).
+`kind` is one of `operands.KINDS`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import eager, grids, operands, ops
+
+if TYPE_CHECKING:
+    from .quantizer import Quantizer
+
+
+@torch.library.custom_op("quest::encode", mutates_args=(), device_types="cpu")
+def encode(x: Tensor, spec: str, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(operand, scale, mask, sums) of x (..., d); see `quest.kernels.quantize.encode`."""
+    q = ops.quantizer(spec)
+    q.check(x)
+    return eager.encode(x, q, kind)
+
+
+def _check_operand(name: str, t: Tensor, kind: str, width: int) -> None:
+    bytes_ = -(-width // 8) if kind == "bits" else width
+    dtype = torch.uint8 if kind == "bits" else torch.int8
+    if t.dtype != dtype or t.ndim == 0 or t.shape[-1] != bytes_:
+        raise ValueError(
+            f"{name} must be {dtype} with {bytes_} columns for {kind} of width {width}, got "
+            f"{t.dtype} of shape {tuple(t.shape)}"
+        )
+
+
+@torch.library.custom_op("quest::decode", mutates_args=(), device_types="cpu")
+def decode(
+    operand: Tensor, scale: Tensor, spec: str, kind: str, width: int, dtype: torch.dtype
+) -> Tensor:
+    """The values (..., width) of an operand (..., bytes) and its scale (..., 1), as `dtype`."""
+    _check_decode(operand, scale, kind, width, dtype)
+    return eager.decode(operand, scale, ops.quantizer(spec), kind, width, dtype)
+
+
+def _check_decode(
+    operand: Tensor, scale: Tensor, kind: str, width: int, dtype: torch.dtype
+) -> None:
+    _check_operand("operand", operand, kind, width)
+    if scale.dtype != torch.float32 or scale.shape != (*operand.shape[:-1], 1):
+        raise ValueError(
+            f"scale must be float32 of shape {(*operand.shape[:-1], 1)}, got {scale.dtype} of "
+            f"shape {tuple(scale.shape)}"
+        )
+    if dtype not in ops.DTYPES:
+        raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+
+
+def _check_pair(a: Tensor, b: Tensor) -> None:
+    for name, t in (("a", a), ("b", b)):
+        if t.ndim != 2 or t.dtype not in (torch.int8, torch.uint8):
+            raise ValueError(
+                f"{name} must be int8, or uint8 for bits, of two axes, got {t.dtype} of shape "
+                f"{tuple(t.shape)}"
+            )
+    if a.dtype != b.dtype or a.shape[1] != b.shape[1] or a.device != b.device:
+        raise ValueError(
+            "a and b must have the same dtype, columns and device, got "
+            f"{a.dtype} {tuple(a.shape)} on {a.device} and {b.dtype} {tuple(b.shape)} on {b.device}"
+        )
+    width = a.shape[1] * (8 if a.dtype == torch.uint8 else 1)
+    if width > operands.MAX_WIDTH:
+        raise ValueError(
+            f"rows have {width} entries; {operands.MAX_WIDTH} fit an int32 accumulator"
+        )
+
+
+@torch.library.custom_op("quest::accumulate", mutates_args=(), device_types="cpu")
+def accumulate(a: Tensor, b: Tensor) -> Tensor:
+    """(M, N) int32, exact: a b^T for int8 (M, K) and (N, K); for uint8, the bits rows share."""
+    _check_pair(a, b)
+    return eager.accumulate(a, b)
+
+
+@torch.library.custom_op("quest::product", mutates_args=(), device_types="cpu")
+def product(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    a_sums: Tensor,
+    b_sums: Tensor,
+    bias: Tensor | None,
+    grid_names: str,
+    kinds: str,
+    width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y (M, N) of `dtype` = values(a) values(b)^T + bias, for operands as `encode` makes them.
+
+    a (M, bytes), b (N, bytes); scales (M, 1), (N, 1) float32; sums (M, 1), (N, 1) int32; bias (N,).
+    grid_names and kinds: of a and b, with a comma between.
+    """
+    return eager_product(
+        a, b, a_scale, b_scale, a_sums, b_sums, bias, grid_names, kinds, width, dtype
+    )
+
+
+def eager_product(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, a_sums: Tensor, b_sums: Tensor,
+    bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """`product` in plain PyTorch, on any device."""
+    terms = _check_product(
+        a, b, a_scale, b_scale, a_sums, b_sums, bias, grid_names, kinds, width, dtype
+    )
+    scales, sums = (a_scale[:, 0], b_scale[:, 0]), (a_sums[:, 0], b_sums[:, 0])
+    return eager.product(a, b, scales, sums, bias, terms, dtype)
+
+
+def _check_product(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, a_sums: Tensor, b_sums: Tensor,
+    bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
+) -> operands.Terms:  # fmt: skip
+    _check_pair(a, b)
+    forms = [
+        operands.form(grids.parse(g), kind)
+        for g, kind in zip(grid_names.split(","), kinds.split(","), strict=True)
+    ]
+    for name, t, s, n, f in (
+        ("a", a, a_scale, a_sums, forms[0]),
+        ("b", b, b_scale, b_sums, forms[1]),
+    ):
+        _check_decode(t, s, f.kind, width, dtype)
+        if n.dtype != torch.int32 or n.shape != s.shape:
+            raise ValueError(
+                f"{name}_sums must be int32 of shape {tuple(s.shape)}, got {n.dtype} of shape "
+                f"{tuple(n.shape)}"
+            )
+    if bias is not None and bias.shape != (b.shape[0],):
+        raise ValueError(f"bias must have shape {(b.shape[0],)}, got {tuple(bias.shape)}")
+    return operands.terms(forms[0], forms[1], width)
+
+
+def launch_encode(x: Tensor, q: Quantizer, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`eager.encode` by the kernel; sparsity groups that it lacks run in plain PyTorch."""
+    from .kernels import quantize as kernel
+
+    q.check(x)
+    form = operands.form(q.require_grid(), kind)
+    program = ops.program(q, x)
+    if not kernel.supports(program):
+        return eager.encode(x, q, kind)
+    with ops.device_of(x):
+        return kernel.encode(x, program, kind=kind, integer=form.integer)
+
+
+def launch_decode(
+    operand: Tensor, scale: Tensor, q: Quantizer, kind: str, width: int, dtype: torch.dtype
+) -> Tensor:
+    """`decode` by the kernel."""
+    from .kernels import decode as kernel
+
+    _check_decode(operand, scale, kind, width, dtype)
+    unit = operands.form(q.require_grid(), kind).unit
+    with ops.device_of(operand):
+        return kernel.decode(operand, scale, width, kind, unit, dtype)
+
+
+def require_product(device: torch.device) -> None:
+    """RuntimeError where the low-bit product can't run on `device`; the message says why."""
+    from .kernels import product as kernel
+
+    reason = kernel.unavailable(device)
+    if reason is not None:
+        raise RuntimeError(f"the low-bit product can't run here: {reason}")
+
+
+@accumulate.register_kernel("cuda")
+def _(a: Tensor, b: Tensor) -> Tensor:
+    from .kernels import product as kernel
+
+    _check_pair(a, b)
+    require_product(a.device)
+    with ops.device_of(a):
+        return kernel.product(a, b, torch.int32, epilogue=kernel.RAW)
+
+
+@product.register_kernel("cuda")
+def _(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, a_sums: Tensor, b_sums: Tensor,
+    bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    from .kernels import product as kernel
+
+    terms = _check_product(
+        a, b, a_scale, b_scale, a_sums, b_sums, bias, grid_names, kinds, width, dtype
+    )
+    require_product(a.device)
+
+    def scaled(sums: Tensor, by: int) -> Tensor | None:
+        return None if by == 0 else sums.contiguous() if by == 1 else by * sums
+
+    with ops.device_of(a):
+        return kernel.product(
+            a, b, dtype,
+            epilogue=kernel.CORRECTED if terms.corrected else kernel.PLAIN,
+            length=terms.length, factor=terms.factor,
+            row_scale=a_scale.contiguous(), column_scale=b_scale.contiguous(),
+            row_sum=scaled(a_sums, terms.rows), column_sum=scaled(b_sums, terms.columns),
+            bias=None if bias is None else bias.float().contiguous(),
+        )  # fmt: skip
+
+
+@encode.register_kernel("cuda")
+def _(x: Tensor, spec: str, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return launch_encode(x, ops.quantizer(spec), kind)
+
+
+@decode.register_kernel("cuda")
+def _(
+    operand: Tensor, scale: Tensor, spec: str, kind: str, width: int, dtype: torch.dtype
+) -> Tensor:
+    return launch_decode(operand, scale, ops.quantizer(spec), kind, width, dtype)
+
+
+@encode.register_fake
+def _(x: Tensor, spec: str, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return eager.encoded_like(x, kind)
+
+
+@decode.register_fake
+def _(
+    operand: Tensor, scale: Tensor, spec: str, kind: str, width: int, dtype: torch.dtype
+) -> Tensor:
+    return scale.new_empty((*operand.shape[:-1], width), dtype=dtype)
+
+
+@accumulate.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.int32)
+
+
+@product.register_fake
+def _(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, a_sums: Tensor, b_sums: Tensor,
+    bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op("quest::low_bit_linear", mutates_args=())
+def low_bit_linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    weight: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y (..., out) of `dtype` = Q(x H) Q(w H)^T + bias by an integer product.
+
+    x (..., in), w (out, in), bias (out,); activation, weight: specs of quantizers that
+    `operands.kinds` can pair. Also returns what the backward reads: operand, scale and packed mask
+    of x, as rows, and of w.
+    """
+    q = ops.quantizer(activation), ops.quantizer(weight)
+    kinds = operands.kinds(*q)
+    if kinds is None:
+        raise ValueError(f"there is no integer product for {activation} x {weight}")
+    d = x.shape[-1]
+    a, a_scale, a_mask, a_sums = encode(x.reshape(-1, d), activation, kinds[0])
+    b, b_scale, b_mask, b_sums = encode(w, weight, kinds[1])
+    names = ",".join(t.require_grid().name for t in q)
+    y = product(a, b, a_scale, b_scale, a_sums, b_sums, bias, names, ",".join(kinds), d, dtype)
+    return y.view(*x.shape[:-1], w.shape[0]), a, a_scale, a_mask, b, b_scale, b_mask
+
+
+@low_bit_linear.register_fake
+def _(
+    x: Tensor, w: Tensor, bias: Tensor | None, activation: str, weight: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kinds = operands.kinds(ops.quantizer(activation), ops.quantizer(weight))
+    if kinds is None:
+        raise ValueError(f"there is no integer product for {activation} x {weight}")
+    a = eager.encoded_like(x.reshape(-1, x.shape[-1]), kinds[0])
+    b = eager.encoded_like(w, kinds[1])
+    y = x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype)
+    return y, a[0], a[1], a[2], b[0], b[1], b[2]
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, w, bias, ctx.activation, ctx.weight, _ = inputs
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.shape, ctx.dtypes = x.shape, (x.dtype, w.dtype, None if bias is None else bias.dtype)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    # The gradient of y = x_hat w_hat^T, then the mask and H^T of each operand.
+    a, a_scale, a_mask, b, b_scale, b_mask = ctx.saved_tensors
+    q = ops.quantizer(ctx.activation), ops.quantizer(ctx.weight)
+    kinds = operands.kinds(*q)
+    assert kinds is not None  # the forward has checked it
+    d = ctx.shape[-1]
+    order = q[0].transform.order(d)
+    g = grad.reshape(-1, grad.shape[-1])
+    dx = dw = db = None
+    if ctx.needs_input_grad[0]:
+        w_hat = decode(b, b_scale, ctx.weight, kinds[1], d, g.dtype)
+        dx = ops.masked_transpose(g @ w_hat, a_mask, order)
+        dx = dx.to(ctx.dtypes[0]).view(ctx.shape)
+    if ctx.needs_input_grad[1]:
+        x_hat = decode(a, a_scale, ctx.activation, kinds[0], d, g.dtype)
+        dw = ops.masked_transpose(g.t() @ x_hat, b_mask, order).to(ctx.dtypes[1])
+    if ctx.needs_input_grad[2]:
+        db = g.sum(0).to(ctx.dtypes[2])
+    return dx, dw, db, None, None, None
+
+
+low_bit_linear.register_autograd(_backward, setup_context=_context)

@@ -1,0 +1,101 @@
+"""How quantized rows become operands of an integer product.
+
+The points of a grid that are integers times a unit fit an exact product: signs as single bits,
+other integers as int8. Uniform grids of 8 bits have integers to 255, twice what int8 holds: there
+the codes themselves are multiplied, and sums of the rows supply the half that each of them lacks.
+Source: method, section 3; QuEST (arXiv 2502.05003), section 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .grids import Grid
+    from .quantizer import Quantizer
+
+KINDS = ("bits", "integers", "codes")
+# The accumulator is int32: 2**17 products of int8 fit it, and so do 2**17 signs four times over.
+MAX_WIDTH = 2**16
+
+
+@dataclass(frozen=True)
+class Form:
+    """An operand: what is stored, and what it stands for.
+
+    kind: "bits", (..., ceil(d/8)) uint8, bit 1 for +1 and bit 0 for -1; "integers", (..., d) int8;
+    or "codes", (..., d) int8, where the integer is 2 code + 1.
+    integer: what turns a point (of a uniform grid: in steps) into its integer. unit: a point is
+    its integer times unit.
+    """
+
+    kind: str
+    integer: float
+    unit: float
+
+
+def form(grid: Grid, kind: str) -> Form:
+    """The form of a grid's points; ValueError where the grid has none of that kind."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if grid.step is not None:
+        unit = grid.step if grid.levels % 2 else grid.step / 2
+        factor = 1.0 if grid.levels % 2 else 2.0
+    else:
+        # The outermost point of E2M1 is 12 halves; a table of two points is a pair of signs.
+        whole = 12.0 if grid.name.startswith("e2m1") else 1.0
+        unit, factor = grid.outer / whole, whole / grid.outer
+    largest = round(grid.outer / unit)
+    fits = {"bits": grid.levels == 2, "integers": largest <= 127, "codes": largest == 255}
+    exact = all(abs(p / unit - round(p / unit)) < 1e-9 for p in grid.points)
+    if not (exact and fits[kind]):
+        raise ValueError(f"grid {grid.name!r} has no operand of kind {kind!r}")
+    return Form(kind, factor, unit)
+
+
+def _kind(q: Quantizer, kinds: tuple[str, ...]) -> str | None:
+    for kind in kinds if q.grid is not None else ():
+        if q.sparsity is not None and kind != "integers":
+            continue  # a pruned 0 is neither a sign nor half of an odd number
+        try:
+            form(q.require_grid(), kind)
+        except ValueError:
+            continue
+        return kind
+    return None
+
+
+def kinds(activation: Quantizer, weight: Quantizer) -> tuple[str, str] | None:
+    """The kinds in which two quantizers' rows are multiplied; None where they can't be."""
+    a, w = _kind(activation, KINDS), _kind(weight, KINDS)
+    if "bits" in (a, w) and a != w:
+        a, w = _kind(activation, KINDS[1:]), _kind(weight, KINDS[1:])
+    return None if a is None or w is None else (a, w)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What makes a product of the accumulator; see `quest.kernels.product`.
+
+    rows, columns: what to multiply the rows' sums by, 0 where they don't count.
+    """
+
+    corrected: bool
+    factor: float
+    rows: int
+    columns: int
+    length: int
+
+
+def terms(a: Form, b: Form, width: int) -> Terms:
+    """The terms of sum(point point) over `width` entries."""
+    unit = a.unit * b.unit
+    if a.kind == b.kind == "bits":
+        return Terms(True, unit, 1, 1, width)
+    if a.kind == b.kind == "codes":
+        return Terms(True, 4 * unit, 1, 1, width)  # a point is (code + 1/2) 2 unit
+    if "codes" in (a.kind, b.kind):
+        # sum of integer (code + 1/2): half of the other's sum.
+        return Terms(True, 2 * unit, 2 * (b.kind == "codes"), 2 * (a.kind == "codes"), 0)
+    return Terms(False, unit, 0, 0, 0)

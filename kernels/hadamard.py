@@ -13,7 +13,6 @@ otherwise. Sources: QuEST (arXiv 2502.05003), section 3; Sylvester (1867) for th
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 import triton
@@ -61,23 +60,25 @@ def _non_finite(x):
 
 @triton.jit
 def _transform(
-    x_ptr, y_ptr, mask_ptr, rows, width, mask_width, norm,
-    LOG: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    x_ptr, y_ptr, mask_ptr, rows, width, mask_width, before, after,
+    LOG: tl.constexpr, MASKED: tl.constexpr, RESCUE: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    # One program: ROWS rows x WIDTH columns; WIDTH is a multiple of the order.
+    # One program: ROWS rows x WIDTH columns; WIDTH is a multiple of the order. Inputs are
+    # multiplied by `before`, a power of two, and sums by `after`.
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = (r < rows) & (c < width)
     x = _read(x_ptr, mask_ptr, r, c, inside, width, mask_width, MASKED)
-    y = butterfly(x, LOG, ROWS, WIDTH)
-    tl.store(y_ptr + r * width + c, (y * norm).to(y_ptr.dtype.element_ty), mask=inside)
-    if LOG > 0 and x_ptr.dtype.element_ty != tl.float16:  # noqa: SIM102 (known to the compiler)
+    y = butterfly(x * before, LOG, ROWS, WIDTH)
+    tl.store(y_ptr + r * width + c, (y * after).to(y_ptr.dtype.element_ty), mask=inside)
+    if RESCUE:  # noqa: SIM102 (known to the compiler; what follows, when the kernel runs)
         # Sums that left float32 where the normalised result need not: again, scaled. Such blocks
-        # hold nothing that 2^-LOG could lose beside their sums. Sums of float16 don't get there.
-        if tl.max(_non_finite(y).to(tl.int32)) != 0:  # known when the kernel runs
+        # hold nothing that 2^-LOG could lose beside their sums.
+        if tl.max(_non_finite(y).to(tl.int32)) != 0:
             x = _read(x_ptr, mask_ptr, r, c, inside, width, mask_width, MASKED)
-            lost = _non_finite(butterfly(x, LOG, ROWS, WIDTH))
-            y = butterfly(x * (0.5**LOG), LOG, ROWS, WIDTH) * (norm * 2.0**LOG)
+            lost = _non_finite(butterfly(x * before, LOG, ROWS, WIDTH))
+            y = butterfly(x * (before * 0.5**LOG), LOG, ROWS, WIDTH) * (after * 2.0**LOG)
             tl.store(y_ptr + r * width + c, y.to(y_ptr.dtype.element_ty), mask=inside & lost)
 
 
@@ -164,17 +165,30 @@ def launch_base(
 
 
 def launch_tile(
-    x: torch.Tensor, order: int, norm: float, dtype: torch.dtype, mask: torch.Tensor | None = None
+    x: torch.Tensor,
+    order: int,
+    norm: float,
+    dtype: torch.dtype,
+    mask: torch.Tensor | None = None,
+    narrow: bool = False,
+    near_one: bool = False,
 ) -> torch.Tensor:
-    """norm times the Sylvester transform; the bits of `mask` (rows, ceil(d/8)) select inputs."""
+    """norm times the Sylvester transform; the bits of `mask` (rows, ceil(d/8)) select inputs.
+
+    narrow: the values of x are those of a 16-bit dtype. near_one: their sums stay in range.
+    """
     width = x.shape[-1]
     rows = x.numel() // width
     r, w = tile(rows, width, order)
     mask = None if mask is None else mask.contiguous()
     y = outputs.empty(x.shape, dtype, x.device)
+    log = order.bit_length() - 1
+    # Halved often enough, a sum never leaves float32 where its normalised value does not. No value
+    # of 16 bits loses a bit by that; float32's subnormals would, and its kernel looks first.
+    before = 0.5 ** (-(-log // 2)) if narrow else 1.0
     _transform[(triton.cdiv(rows, r), triton.cdiv(width, w))](
-        x, y, x if mask is None else mask, rows, width, -(-width // 8), norm,
-        int(math.log2(order)), mask is not None, r, w, num_warps=warps(r * w),
+        x, y, x if mask is None else mask, rows, width, -(-width // 8), before, norm / before,
+        log, mask is not None, log > 0 and not (narrow or near_one), r, w, num_warps=warps(r * w),
     )  # fmt: skip
     return y
 
@@ -205,12 +219,13 @@ def hadamard(
     power = factor(order, base)
     final = stored(dtype)
     if base is None:
-        return launch_tile(x, order, order**-0.5, final, mask).to(dtype)
+        narrow = dtype != torch.float32
+        return launch_tile(x, order, order**-0.5, final, mask, narrow).to(dtype)
     if mask is not None:
         x = launch_tile(x, 1, 1.0, torch.float32, mask)  # what is masked must not set the power
     # Blocks near 1, so that their sums stay in range. One normalisation, at the end: sums of
     # integers stay exact.
     blocks, up = prescale(x.view(-1, order))
-    y = launch_tile(blocks, power, 1.0, torch.float32)
+    y = launch_tile(blocks, power, 1.0, torch.float32, near_one=True)
     turned = transposed(base) if transpose else base
     return launch_base(y, turned, power, order**-0.5, final, up).view(x.shape).to(dtype)

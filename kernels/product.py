@@ -10,17 +10,17 @@ Source: QuEST (arXiv 2502.05003), section 4; PTX ISA, `wgmma.mma_async` and `cp.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from . import outputs
 
 if TYPE_CHECKING:
-    from cuda.core import Kernel, ObjectCode
+    from cuda.core import ObjectCode
 
 # The numbers of product.cu.
 RAW, PLAIN, CORRECTED = range(3)
@@ -40,9 +40,10 @@ def unavailable(device: torch.device) -> str | None:
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {major}.{minor}: wgmma needs 9.0 (Hopper)"
     try:
+        import cuda.bindings
         import cuda.core  # noqa: F401
     except ImportError:
-        return "cuda-core is not installed: pip install 'quest-lowbit[hopper]'"
+        return "cuda-core or cuda-bindings is not installed: pip install 'quest-lowbit[hopper]'"
     return None
 
 
@@ -71,14 +72,27 @@ def compile_(binary: bool, epilogue: int, out: torch.dtype, *, cached: bool = Tr
         ) from error
 
 
-@functools.cache
-def _kernel(binary: bool, epilogue: int, out: torch.dtype, device: int) -> tuple[Kernel, int]:
-    """(the loaded variant, the number of blocks that fill the device)."""
-    from cuda.core import Device
+def _done(result: tuple[Any, ...]) -> Any:
+    """What a driver call returned; RuntimeError with the driver's own words if it failed."""
+    from cuda.bindings import driver
 
-    Device(device).set_current()
-    blocks = torch.cuda.get_device_properties(device).multi_processor_count
-    return compile_(binary, epilogue, out).get_kernel("product"), blocks
+    status, *values = result
+    if int(status):
+        told = driver.cuGetErrorString(status)[1]
+        raise RuntimeError(f"the CUDA driver says: {told.decode() if told else status}")
+    return values[0] if values else None
+
+
+@functools.cache
+def _kernel(binary: bool, epilogue: int, out: torch.dtype, device: int) -> tuple[Any, int]:
+    """(the variant, loaded on the current device, the number of blocks that fill it)."""
+    from cuda.bindings import driver
+
+    module = _done(driver.cuModuleLoadData(compile_(binary, epilogue, out).code))
+    function = _done(driver.cuModuleGetFunction(module, b"product"))
+    shared = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _done(driver.cuFuncSetAttribute(function, shared, SHARED))
+    return function, torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -91,23 +105,32 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=512)
-def _map(pointer: int, rows: int, width: int, device: int) -> Any:
-    """The tensor map of a (rows, width) byte matrix: boxes of 128 rows and 128 swizzled bytes."""
-    from cuda.core import StridedMemoryView
-    from cuda.core._tensor_map import TensorMapSwizzle
+def _map(pointer: int, rows: int, width: int) -> Any:
+    """The tensor map of a (rows, width) byte matrix: boxes of 128 rows and 128 swizzled bytes.
 
-    view = StridedMemoryView.from_any_interface(_Bytes(pointer, rows, width), stream_ptr=-1)
-    return view.as_tensor_map((TILE_M, TILE_K), swizzle=TensorMapSwizzle.SWIZZLE_128B)
+    It says where the matrix lies, and nothing of what it holds: another at the same place may use
+    it too.
+    """
+    from cuda.bindings import driver as d
+
+    return _done(
+        d.cuTensorMapEncodeTiled(
+            d.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+            2,
+            pointer,
+            [d.cuuint64_t(width), d.cuuint64_t(rows)],
+            [d.cuuint64_t(width)],
+            [d.cuuint32_t(TILE_K), d.cuuint32_t(TILE_M)],
+            [d.cuuint32_t(1), d.cuuint32_t(1)],
+            d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            d.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            d.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
 
 
-class _Bytes:
-    """A byte matrix in device memory, by the CUDA array interface."""
-
-    def __init__(self, pointer: int, rows: int, width: int) -> None:
-        self.__cuda_array_interface__ = {
-            "version": 3, "shape": (rows, width), "strides": None,
-            "typestr": "|u1", "data": (pointer, False),
-        }  # fmt: skip
+_TYPES = (None, None, *[ctypes.c_void_p] * 6, *[ctypes.c_int] * 4, ctypes.c_float)
 
 
 def product(
@@ -133,13 +156,13 @@ def product(
     row_scale (M,), column_scale, bias (N,) float32; row_sum (M,), column_sum (N,) int32. acc, or
     with bits 4 acc, must fit int32, which K up to 2**17 does.
     """
-    from cuda.core import LaunchConfig, Stream, launch
+    from cuda.bindings import driver
 
-    rows, columns, device = a.shape[0], b.shape[0], a.device.index
+    rows, columns = a.shape[0], b.shape[0]
     y = outputs.empty((rows, columns), out, a.device)
     if y.numel() == 0:
         return y
-    kernel, blocks = _kernel(a.dtype == torch.uint8, epilogue, out, device)
+    kernel, blocks = _kernel(a.dtype == torch.uint8, epilogue, out, a.device.index)
     a, b = _aligned(a), _aligned(b)
     width = a.shape[1]
     clusters = -(-rows // (CLUSTER * TILE_M)) * -(-columns // TILE_N)
@@ -148,13 +171,14 @@ def product(
         0 if v is None else v.data_ptr()
         for v in (row_scale, column_scale, bias, row_sum, column_sum)
     ]
-    launch(
-        Stream.from_handle(torch.cuda.current_stream().cuda_stream),
-        LaunchConfig(grid=grid, block=THREADS, shmem_size=SHARED),
-        kernel,
-        _map(a.data_ptr(), rows, width, device),
-        _map(b.data_ptr(), columns, width, device),
-        y.data_ptr(), *vectors, np.int32(rows), np.int32(columns), np.int32(width),
-        np.int32(length), np.float32(factor),
+    values = (
+        _map(a.data_ptr(), rows, width), _map(b.data_ptr(), columns, width), y.data_ptr(), *vectors,
+        rows, columns, width, length, factor,
     )  # fmt: skip
+    stream = torch.cuda.current_stream().cuda_stream
+    _done(
+        driver.cuLaunchKernel(
+            kernel, grid, 1, 1, THREADS, 1, 1, SHARED, stream, (values, _TYPES), 0
+        )
+    )
     return y

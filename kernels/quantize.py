@@ -14,7 +14,10 @@ The power of two keeps squares and butterflies in range, so that rows of any fin
 their true scale. A row of zeros (or one whose sigma rounds to 0) has scale 0, values 0, mask 1. A
 row with a NaN or infinity has scale NaN, values NaN, and is computed as if it were zeros otherwise.
 
-Reads the input once when a row fits one tile, twice otherwise; writes only what is asked for.
+A program is one warp, whose stages need no barrier: it holds rows of up to CHUNK elements in
+registers, and reads longer ones twice, the second time from the cache. Writes only what is asked
+for. Orders beyond CHUNK and bases that are no power of two are transformed first, by the kernels of
+`hadamard`.
 Source: QuEST (arXiv 2502.05003), Algorithm 1.
 """
 
@@ -30,18 +33,21 @@ import triton.language as tl
 from . import outputs
 from .hadamard import (
     BASE_LIMIT,
+    INTERPRETED,
     TILE_LIMIT,
     butterfly,
     factor,
     launch_base,
+    launch_tile,
     prescale,
     readable,
     stored,
-    warps,
 )
 
 STE, EDGE, DISTANCE = 0, 1, 2  # how the mask is decided
-CHUNK = 8192  # columns a program holds at a time when a row does not fit a tile
+# Elements that a program, one warp, holds at a time; the largest order that it does. The
+# interpreter takes as long for a large tile as for a small one.
+CHUNK = 8192 if INTERPRETED else 1024
 GROUP_UNITS = (2, 4)  # entries, or pairs of entries, of the N:M groups that the kernel compares
 
 __all__ = [
@@ -332,14 +338,10 @@ def supports(program: Program) -> bool:
     return m // (2 if pairs else 1) in GROUP_UNITS
 
 
-def _shape(rows: int, width: int, order: int, group: int) -> tuple[int, int, int]:
-    """(ROWS, WIDTH, CHUNKS) of a program: whole rows where they fit, else CHUNK columns a turn."""
-    least = max(16, order, group)
-    w = max(least, triton.next_power_of_2(width))
-    if w > TILE_LIMIT:
-        w = max(least, CHUNK)
-    r = min(max(1, 2048 // w), triton.next_power_of_2(rows))
-    return r, w, triton.cdiv(width, w)
+def _shape(width: int, order: int) -> tuple[int, int, int]:
+    """(ROWS, WIDTH, CHUNKS) of a program: CHUNK elements at a time, whole rows where they fit."""
+    w = max(16, order, min(triton.next_power_of_2(width), CHUNK))
+    return CHUNK // w, w, triton.cdiv(width, w)
 
 
 def _run(
@@ -381,27 +383,34 @@ def _run(
         scale.zero_()  # a row without columns is a row of zeros
         sums.zero_()
     else:
-        power, squares = None, d
+        power, squares, norm = None, d, p.order**-0.5
         order = factor(p.order, p.base)
-        if p.base is not None:
+        if p.base is not None or order > CHUNK:
             x, power = prescale(x)
-            squares = d * p.base.shape[0]  # the base product leaves its sqrt(m) in
-            x = launch_base(x, p.base, order, 1.0, torch.float32)
+            log = order.bit_length() - 1
+            # What these kernels leave of the normalisation is the root of `over`: it is divided out
+            # once, with that of the kernel's own butterfly.
+            over = 1 if p.base is None else p.base.shape[0]
+            if order > CHUNK:
+                x = launch_tile(x, order, 0.5 ** (log // 2), torch.float32, near_one=True)
+                over, norm = over * 2 ** (log % 2), (over * 2 ** (log % 2)) ** -0.5
+            if p.base is not None:
+                x = launch_base(x, p.base, order, 1.0, torch.float32)
+            squares, order = d * over, 1 if order > CHUNK else order
         n, group, pairs = p.group or (0, 0, False)
-        r, w, chunks = _shape(rows, d, order, group)
+        r, w, chunks = _shape(d, order)
         nothing = scale  # a pointer that is never followed
         _quantize[(triton.cdiv(rows, r),)](
             x, nothing if power is None else power, scale, value_out, code_out, mask, keep, sums,
             nothing if p.points is None else p.points,
             nothing if p.midpoints is None else p.midpoints,
             rows, d, code_bytes, mask_bytes,
-            p.order**-0.5, float(squares), p.step, p.threshold, p.pruned_threshold, p.zero_code,
+            norm, float(squares), p.step, p.threshold, p.pruned_threshold, p.zero_code,
             0.0 if integer is None else float(integer),
-            int(math.log2(order)), p.levels, p.points is not None,
-            math.ceil(math.log2(p.levels)), p.offset, p.estimator, n, group, pairs,
+            order.bit_length() - 1, p.levels, p.points is not None,
+            (p.levels - 1).bit_length(), p.offset, p.estimator, n, group, pairs,
             values, codes and not integers, bits, integers, pack_mask, integer is not None,
-            power is not None, chunks, r, w, int(math.log2(w)),
-            num_warps=warps(r * w),
+            power is not None, chunks, r, w, w.bit_length() - 1, num_warps=1,
         )  # fmt: skip
     return value_out.to(dtype), code_out, scale, mask, keep, sums
 

@@ -183,9 +183,10 @@ def launch_tile(
     mask = None if mask is None else mask.contiguous()
     y = outputs.empty(x.shape, dtype, x.device)
     log = order.bit_length() - 1
-    # Halved often enough, a sum never leaves float32 where its normalised value does not. No value
-    # of 16 bits loses a bit by that; float32's subnormals would, and its kernel looks first.
-    before = 0.5 ** (-(-log // 2)) if narrow else 1.0
+    # The mean of a block never leaves float32, and no value of 16 bits loses a bit by becoming its
+    # share of one (order 2^14 takes the smallest, 2^-133, to 2^-147). Subnormals of float32 would:
+    # that kernel looks for sums out of range first.
+    before = 1 / order if narrow else 1.0
     _transform[(triton.cdiv(rows, r), triton.cdiv(width, w))](
         x, y, x if mask is None else mask, rows, width, -(-width // 8), before, norm / before,
         log, mask is not None, log > 0 and not (narrow or near_one), r, w, num_warps=warps(r * w),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import quest
-from property_tests.lane_marks import every_dtype, every_lane, fewer
+from property_tests.lane_marks import every_lane, fewer
 from property_tests.ledger import LEDGER
 from property_tests.strategies import SEEDS
 from quest import lowbit, operands
@@ -16,6 +16,7 @@ from quest.conformance import examine, inputs, judges
 from quest.conformance.lanes import Lane, no_product
 from quest.kernels import product
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RECIPES = (
     "w1a1", "w2a2", "w3a3", "w4a4", "w5a5", "w6a6", "w7a7", "w8a8", "w1.58a1.58", "fp4", "w1a4",
     "w1a8", "w4a8", "w8a1.58", "w1a1-2:4", "w4a4-2:4", "w4a4-4:8", "fp4-2:4",
@@ -29,19 +30,19 @@ def _require_product(lane: Lane) -> None:
 
 
 @every_lane
-@every_dtype
 @pytest.mark.parametrize("name", RECIPES)
 @fewer
 @given(data=st.data())
-def test_encode(lane: Lane, dtype: torch.dtype, name: str, data: st.DataObject) -> None:
+def test_encode(lane: Lane, name: str, data: st.DataObject) -> None:
     """An operand is the quantization of `quantize`, in the product's form."""
+    dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
     made = quest.recipe(name)
     kinds = operands.kinds(made.activation, made.weight)
     assert kinds is not None
     which = data.draw(st.sampled_from((0, 1)), label="activation, weight")
     q = (made.activation, made.weight)[which]
     shape = data.draw(
-        st.sampled_from(((3, 64), (1, 8), (2, 3, 40), (5, 2000), (1, 17000 // 8 * 8), (0, 16))),
+        st.sampled_from(((3, 64), (1, 8), (2, 3, 40), (5, 2000), (0, 16))),
         label="shape",
     )
     kind = data.draw(
@@ -63,9 +64,7 @@ def test_product(lane: Lane, name: str, data: st.DataObject) -> None:
     rows = data.draw(st.sampled_from((5, 1, 130, 257)), label="rows")
     outs = data.draw(st.sampled_from((7, 1, 48, 256, 300)), label="out_features")
     width = data.draw(st.sampled_from((64, 8, 136, 1024, 1152)), label="in_features")
-    dtype = data.draw(
-        st.sampled_from((torch.float32, torch.bfloat16, torch.float16)), label="dtype"
-    )
+    dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
     kind = data.draw(
         st.sampled_from(("gaussian", "outlier", "equal", "zeros")), label="distribution"
     )

@@ -14,6 +14,8 @@ from typing import Any
 
 import click
 
+from . import __version__
+
 USAGE = 2
 INTERRUPTED = 130
 
@@ -34,7 +36,7 @@ def _finite(context: click.Context, option: click.Parameter, value: float | None
 
 
 @click.group()
-@click.version_option(package_name="quest-lowbit", prog_name="quest")
+@click.version_option(__version__, prog_name="quest")
 def quest() -> None:
     """QuEST: training language models with weights and activations of 1 to 8 bits."""
 

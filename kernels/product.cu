@@ -36,8 +36,8 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
-constexpr int TILE_M = 128, TILE_N = 256, TILE_K = 128, STAGES = 4, CLUSTER = 2;
-constexpr int CONSUMERS = 2, WARPS = 4 * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
+// TILE_M, TILE_N, TILE_K (bytes), STAGES, CLUSTER and CONSUMERS come from product.py.
+constexpr int WARPS = 4 * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
 constexpr u32 A_BYTES = TILE_M * TILE_K, B_BYTES = TILE_N * TILE_K, HALF_B = B_BYTES / CLUSTER;
 constexpr int OUT_SIZE = OUT >= BFLOAT16 ? 2 : 4;
 constexpr int SPAN = 128 / OUT_SIZE;                  // columns that a warp stages at a time

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 # The numbers of product.cu.
 RAW, PLAIN, CORRECTED = range(3)
 OUT = {torch.int32: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-TILE_M, TILE_N, TILE_K, STAGES, CLUSTER, WARPS = 128, 256, 128, 4, 2, 8
-THREADS = 384
-SHARED = 1024 + STAGES * (TILE_M + TILE_N) * TILE_K + WARPS * 16 * 160 + 16 * STAGES
+TILE_M, TILE_N, TILE_K, STAGES, CLUSTER, CONSUMERS = 128, 256, 128, 4, 2, 2
+THREADS = 128 * (CONSUMERS + 1)
+# Alignment, tiles in flight, 16 padded rows that each warp stages for the output, barriers.
+SHARED = 1024 + STAGES * (TILE_M + TILE_N) * TILE_K + 4 * CONSUMERS * 16 * 160 + 16 * STAGES
 ARCHITECTURE = "sm_90a"
 
 
@@ -56,7 +57,11 @@ def compile_(binary: bool, epilogue: int, out: torch.dtype, *, cached: bool = Tr
     from cuda.core.utils import FileStreamProgramCache
     from cuda.pathfinder import DynamicLibNotFoundError
 
-    macros = {"BINARY": int(binary), "EPILOGUE": epilogue, "OUT": OUT[out]}
+    macros = {
+        "BINARY": int(binary), "EPILOGUE": epilogue, "OUT": OUT[out],
+        "TILE_M": TILE_M, "TILE_N": TILE_N, "TILE_K": TILE_K, "STAGES": STAGES,
+        "CLUSTER": CLUSTER, "CONSUMERS": CONSUMERS,
+    }  # fmt: skip
     options = ProgramOptions(
         std="c++17",
         arch=ARCHITECTURE,
@@ -64,12 +69,17 @@ def compile_(binary: bool, epilogue: int, out: torch.dtype, *, cached: bool = Tr
     )
     source = Path(__file__).with_name("product.cu").read_text(encoding="utf-8")
     try:
-        program = Program(source, "c++", options)
-        return program.compile("cubin", cache=FileStreamProgramCache() if cached else None)
+        cache = FileStreamProgramCache() if cached else None
+    except OSError:  # a home that can't be written: compile every time
+        cache = None
+    try:
+        return Program(source, "c++", options).compile("cubin", cache=cache)
     except DynamicLibNotFoundError as error:
         raise RuntimeError(
             "NVRTC, the compiler of CUDA C++, is not installed: pip install 'quest-lowbit[hopper]'"
         ) from error
+    except Exception as error:
+        raise RuntimeError(f"NVRTC does not compile product.cu: {error}") from error
 
 
 def _done(result: tuple[Any, ...]) -> Any:
@@ -97,7 +107,7 @@ def _kernel(binary: bool, epilogue: int, out: torch.dtype, device: int) -> tuple
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     """x (rows, bytes) as the bulk copy engine reads it: rows at multiples of 16 bytes."""
-    width = -(-x.shape[1] // 16) * 16
+    width = max(16, -(-x.shape[1] // 16) * 16)  # a tensor map has no empty axis
     if x.shape[1] != width:
         return torch.nn.functional.pad(x, (0, width - x.shape[1]))
     x = x.contiguous()
@@ -154,7 +164,8 @@ def product(
     4 acc - row_sum - column_sum - length with the sums of the rows' signs. CORRECTED, for int8: the
     sum of (a + 1/2)(b + 1/2), acc + (row_sum + column_sum - length) / 4 with the sums of 2 a + 1.
     row_scale (M,), column_scale, bias (N,) float32; row_sum (M,), column_sum (N,) int32. acc, or
-    with bits 4 acc, must fit int32, which K up to 2**17 does.
+    with bits 4 acc, must fit int32, which K below 2**17 does.
+    p times factor row_scale must stay in float32's range.
     """
     from cuda.bindings import driver
 

@@ -6,6 +6,8 @@ import inspect
 import math
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +52,7 @@ def test_names_and_operators_in_a_fresh_process(order: str) -> None:
 for name in ("Linaer", "__wrapped__", "cli"):
     assert not hasattr(quest, name), name
 assert set(quest.__all__) <= set(dir(quest))
-import quest.ops
+assert quest.ops and quest.transforms and quest.linear
 torch.ops.quest.hadamard(torch.ones(2), 2, False)
 from quest import *
 assert all(globals()[name] is getattr(quest, name) for name in quest.__all__)
@@ -58,6 +60,11 @@ assert NM is quest.sparsity.NM and grids is quest.linear.recipe.__globals__["gri
 Linear(2, 2)(torch.ones(1, 2))
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_version() -> None:
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    assert tomllib.loads(project.read_text())["project"]["version"] == quest.__version__
 
 
 def test_signatures() -> None:

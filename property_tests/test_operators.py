@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import quest
-from quest import eager, ops, packing
+from quest import eager, lowbit, operands, ops, packing
 from quest.conformance import inputs
+from quest.kernels.product import unavailable
 from quest.quantizer import parse
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
@@ -74,6 +75,28 @@ def test_opcheck_backward(device: str, kind: str) -> None:
     grad = sample(kind, device, 44)
     bits = packing.pack(torch.ones_like(grad, dtype=torch.bool), 1)
     check(torch.ops.quest.masked_transpose, (grad, bits, 4))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recipe", ["w1a1", "w4a4", "w8a8", "w4a4-2:4"])
+def test_opcheck_integer_path(device: str, recipe: str) -> None:
+    if device == "cuda" and unavailable(torch.device("cuda")) is not None:
+        pytest.skip(str(unavailable(torch.device("cuda"))))
+    made = quest.recipe(recipe)
+    x, w = sample("float32", device).detach(), sample("float32", device).detach()[:2] / 2
+    pair = (made.activation, made.weight)
+    kinds = operands.kinds(*pair)
+    assert kinds is not None
+    a, b = (lowbit.encode(t, q.spec, k) for t, q, k in zip((x, w), pair, kinds, strict=True))
+    check(torch.ops.quest.encode, (x, pair[0].spec, kinds[0]))
+    check(torch.ops.quest.decode, (a[0], a[1], pair[0].spec, kinds[0], 48, torch.bfloat16))
+    check(torch.ops.quest.accumulate, (a[0], b[0]))
+    names = ",".join(q.require_grid().name for q in pair)
+    vectors = (a[1], b[1], a[3], b[3], None)
+    static = (names, ",".join(kinds), 48, torch.float32)
+    check(torch.ops.quest.product, (a[0], b[0], *vectors, *static))
+    x, w = x.requires_grad_(), w.requires_grad_()
+    check(torch.ops.quest.low_bit_linear, (x, w, None, pair[0].spec, pair[1].spec, torch.float32))
 
 
 @pytest.mark.parametrize("device", DEVICES)

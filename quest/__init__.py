@@ -35,11 +35,11 @@ else:
     }
 
     def __getattr__(name: str) -> Any:
-        if name == "grids":
-            return import_module("quest.grids")
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f"quest.{_HOMES[name]}"), name)
+        if name in _HOMES:
+            return getattr(import_module(f"quest.{_HOMES[name]}"), name)
+        if name in {"grids", "ops", *_HOMES.values()}:
+            return import_module(f"quest.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

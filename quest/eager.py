@@ -195,8 +195,7 @@ def encode(
     x: torch.Tensor, q: Quantizer, kind: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(operand, scale, mask, sums) of `quest.kernels.quantize.encode`."""
-    grid = q.require_grid()
-    form = operands.form(grid, kind)
+    form = operands.form_of(q, kind)
     if x.numel() == 0:
         return encoded_like(x, kind)
     code, point, sigma, mask, _ = _round(x, q)
@@ -235,7 +234,7 @@ def decode(
     dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
     """The values (..., width) of an operand, as `dtype`."""
-    unit = operands.form(q.require_grid(), kind).unit
+    unit = operands.form_of(q, kind).unit
     return (integers(operand, kind, width) * unit * scale).to(dtype)
 
 

@@ -12,6 +12,7 @@ CPU: plain PyTorch (`eager`). CUDA: the kernels; products need Hopper (`unavaila
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,16 +52,27 @@ def decode(
 
 
 def _check_decode(
-    operand: Tensor, scale: Tensor, kind: str, width: int, dtype: torch.dtype
+    operand: Tensor,
+    scale: Tensor,
+    kind: str,
+    width: int,
+    dtype: torch.dtype,
+    names: tuple[str, str] = ("operand", "scale"),
 ) -> None:
-    _check_operand("operand", operand, kind, width)
-    if scale.dtype != torch.float32 or scale.shape != (*operand.shape[:-1], 1):
-        raise ValueError(
-            f"scale must be float32 of shape {(*operand.shape[:-1], 1)}, got {scale.dtype} of "
-            f"shape {tuple(scale.shape)}"
-        )
+    _check_operand(names[0], operand, kind, width)
+    _check_vector(names[1], scale, torch.float32, (*operand.shape[:-1], 1), operand)
     if dtype not in ops.DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+
+
+def _check_vector(
+    name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...], beside: Tensor
+) -> None:
+    if t.dtype != dtype or t.shape != shape or t.device != beside.device:
+        raise ValueError(
+            f"{name} must be {dtype} of shape {tuple(shape)} on {beside.device}, got {t.dtype} of "
+            f"shape {tuple(t.shape)} on {t.device}"
+        )
 
 
 def _check_pair(a: Tensor, b: Tensor) -> None:
@@ -130,22 +142,21 @@ def _check_product(
     bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
 ) -> operands.Terms:  # fmt: skip
     _check_pair(a, b)
-    forms = [
-        operands.form(grids.parse(g), kind)
-        for g, kind in zip(grid_names.split(","), kinds.split(","), strict=True)
-    ]
+    pairs = list(zip(grid_names.split(","), kinds.split(","), strict=False))
+    if len(pairs) != 2 or grid_names.count(",") != 1 or kinds.count(",") != 1:
+        raise ValueError(
+            f"grid_names and kinds must name two of each, got {grid_names!r} and {kinds!r}"
+        )
+    forms = [operands.form(grids.parse(g), kind) for g, kind in pairs]
     for name, t, s, n, f in (
         ("a", a, a_scale, a_sums, forms[0]),
         ("b", b, b_scale, b_sums, forms[1]),
     ):
-        _check_decode(t, s, f.kind, width, dtype)
-        if n.dtype != torch.int32 or n.shape != s.shape:
-            raise ValueError(
-                f"{name}_sums must be int32 of shape {tuple(s.shape)}, got {n.dtype} of shape "
-                f"{tuple(n.shape)}"
-            )
-    if bias is not None and bias.shape != (b.shape[0],):
-        raise ValueError(f"bias must have shape {(b.shape[0],)}, got {tuple(bias.shape)}")
+        _check_decode(t, s, f.kind, width, dtype, (name, f"{name}_scale"))
+        _check_vector(f"{name}_sums", n, torch.int32, s.shape, a)
+    if bias is not None:
+        ops.check_input(bias)
+        _check_vector("bias", bias, bias.dtype, (b.shape[0],), a)
     return operands.terms(forms[0], forms[1], width)
 
 
@@ -154,7 +165,7 @@ def launch_encode(x: Tensor, q: Quantizer, kind: str) -> tuple[Tensor, Tensor, T
     from .kernels import quantize as kernel
 
     q.check(x)
-    form = operands.form(q.require_grid(), kind)
+    form = operands.form_of(q, kind)
     program = ops.program(q, x)
     if not kernel.supports(program):
         return eager.encode(x, q, kind)
@@ -169,7 +180,7 @@ def launch_decode(
     from .kernels import decode as kernel
 
     _check_decode(operand, scale, kind, width, dtype)
-    unit = operands.form(q.require_grid(), kind).unit
+    unit = operands.form_of(q, kind).unit
     with ops.device_of(operand):
         return kernel.decode(operand, scale, width, kind, unit, dtype)
 
@@ -256,6 +267,33 @@ def _(
     return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
 
 
+def _rows(x: Tensor) -> Tensor:
+    # Not -1: it can't be told where another axis is empty.
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _paired(
+    x: Tensor, w: Tensor, activation: str, weight: str
+) -> tuple[tuple[Quantizer, Quantizer], tuple[str, str]]:
+    """The quantizers and the kinds of their operands; ValueError where x and w don't pair."""
+    q = ops.quantizer(activation), ops.quantizer(weight)
+    kinds = operands.kinds(*q)
+    if kinds is None:
+        raise ValueError(f"there is no integer product for {activation} x {weight}")
+    if q[0].transform != q[1].transform:
+        raise ValueError(
+            f"activation and weight must use the same transform, got {activation} and {weight}"
+        )
+    ops.check_input(x)
+    ops.check_input(w)
+    if w.ndim != 2 or w.shape[1] != x.shape[-1] or w.device != x.device:
+        raise ValueError(
+            f"w must be (out, {x.shape[-1]}) on {x.device}, got shape {tuple(w.shape)} on "
+            f"{w.device}"
+        )
+    return q, kinds
+
+
 @torch.library.custom_op("quest::low_bit_linear", mutates_args=())
 def low_bit_linear(
     x: Tensor,
@@ -271,12 +309,9 @@ def low_bit_linear(
     `operands.kinds` can pair. Also returns what the backward reads: operand, scale and packed mask
     of x, as rows, and of w.
     """
-    q = ops.quantizer(activation), ops.quantizer(weight)
-    kinds = operands.kinds(*q)
-    if kinds is None:
-        raise ValueError(f"there is no integer product for {activation} x {weight}")
+    q, kinds = _paired(x, w, activation, weight)
     d = x.shape[-1]
-    a, a_scale, a_mask, a_sums = encode(x.reshape(-1, d), activation, kinds[0])
+    a, a_scale, a_mask, a_sums = encode(_rows(x), activation, kinds[0])
     b, b_scale, b_mask, b_sums = encode(w, weight, kinds[1])
     names = ",".join(t.require_grid().name for t in q)
     y = product(a, b, a_scale, b_scale, a_sums, b_sums, bias, names, ",".join(kinds), d, dtype)
@@ -287,10 +322,8 @@ def low_bit_linear(
 def _(
     x: Tensor, w: Tensor, bias: Tensor | None, activation: str, weight: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kinds = operands.kinds(ops.quantizer(activation), ops.quantizer(weight))
-    if kinds is None:
-        raise ValueError(f"there is no integer product for {activation} x {weight}")
-    a = eager.encoded_like(x.reshape(-1, x.shape[-1]), kinds[0])
+    _, kinds = _paired(x, w, activation, weight)
+    a = eager.encoded_like(_rows(x), kinds[0])
     b = eager.encoded_like(w, kinds[1])
     y = x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype)
     return y, a[0], a[1], a[2], b[0], b[1], b[2]
@@ -311,7 +344,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     assert kinds is not None  # the forward has checked it
     d = ctx.shape[-1]
     order = q[0].transform.order(d)
-    g = grad.reshape(-1, grad.shape[-1])
+    g = _rows(grad)
     dx = dw = db = None
     if ctx.needs_input_grad[0]:
         w_hat = decode(b, b_scale, ctx.weight, kinds[1], d, g.dtype)

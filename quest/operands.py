@@ -8,6 +8,7 @@ Source: method, section 3; QuEST (arXiv 2502.05003), section 4.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from .quantizer import Quantizer
 
 KINDS = ("bits", "integers", "codes")
-# The accumulator is int32: 2**17 products of int8 fit it, and so do 2**17 signs four times over.
+# The accumulator is int32: fewer than 2**17 products of -128 fit it. The limit is the power of two
+# below.
 MAX_WIDTH = 2**16
 
 
@@ -35,6 +37,7 @@ class Form:
     unit: float
 
 
+@functools.cache
 def form(grid: Grid, kind: str) -> Form:
     """The form of a grid's points; ValueError where the grid has none of that kind."""
     if kind not in KINDS:
@@ -48,24 +51,31 @@ def form(grid: Grid, kind: str) -> Form:
         unit, factor = grid.outer / whole, whole / grid.outer
     largest = round(grid.outer / unit)
     fits = {"bits": grid.levels == 2, "integers": largest <= 127, "codes": largest == 255}
-    exact = all(abs(p / unit - round(p / unit)) < 1e-9 for p in grid.points)
-    if not (exact and fits[kind]):
+    if not (fits[kind] and all(abs(p / unit - round(p / unit)) < 1e-9 for p in grid.points)):
         raise ValueError(f"grid {grid.name!r} has no operand of kind {kind!r}")
     return Form(kind, factor, unit)
 
 
+def form_of(q: Quantizer, kind: str) -> Form:
+    """The form of what a quantizer makes; ValueError where it has none of that kind."""
+    made = form(q.require_grid(), kind)
+    if q.sparsity is not None and kind != "integers":
+        # A pruned 0 is neither a sign nor half of an odd number.
+        raise ValueError(f"pruned entries, sparsity {q.sparsity}, have no place in {kind!r}")
+    return made
+
+
 def _kind(q: Quantizer, kinds: tuple[str, ...]) -> str | None:
     for kind in kinds if q.grid is not None else ():
-        if q.sparsity is not None and kind != "integers":
-            continue  # a pruned 0 is neither a sign nor half of an odd number
         try:
-            form(q.require_grid(), kind)
+            form_of(q, kind)
         except ValueError:
             continue
         return kind
     return None
 
 
+@functools.cache
 def kinds(activation: Quantizer, weight: Quantizer) -> tuple[str, str] | None:
     """The kinds in which two quantizers' rows are multiplied; None where they can't be."""
     a, w = _kind(activation, KINDS), _kind(weight, KINDS)

@@ -36,6 +36,8 @@ def unavailable(device: torch.device) -> str | None:
     """Why the product can't run on `device`, or None if it can."""
     if device.type != "cuda":
         return f"{device} is not a CUDA device"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
     major, minor = torch.cuda.get_device_capability(device)
     if major != 9:
         name = torch.cuda.get_device_name(device)

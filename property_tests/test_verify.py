@@ -27,7 +27,7 @@ def test_quick_run_passes_and_writes_json(
     assert len(report["rows"]) == len(list(verify.rows(CPU, quick=True)))
     assert all(r["verdict"] == "pass" and r["elements"] > 10_000 for r in report["rows"])
     assert report["machine"]["torch"] == torch.__version__
-    assert "12 of 12 rows pass" in capsys.readouterr().out
+    assert "16 of 16 rows pass" in capsys.readouterr().out
 
 
 def test_a_worse_ratio_than_recorded_fails(
@@ -39,7 +39,7 @@ def test_a_worse_ratio_than_recorded_fails(
     assert verify.run(None, ("torch-cpu",), quick=True) == 1
     out = capsys.readouterr().out
     assert "over 1.5 times the recorded 0.100" in " ".join(out.split())
-    assert "11 of 12 rows pass" in out
+    assert "15 of 16 rows pass" in out
 
 
 def test_record_keeps_what_other_lanes_recorded(

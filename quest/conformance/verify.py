@@ -29,9 +29,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import quest
+from quest import operands
 
 from . import examine, inputs, oracle
-from .lanes import Lane, all_lanes, missing
+from .lanes import Lane, all_lanes, missing, no_product
 from .verdict import Tally, Verdict
 
 RECORDED = Path(__file__).with_name("ratios.json")
@@ -50,6 +51,7 @@ SPARSE: dict[str, quest.NM | quest.Pairwise] = {
     "2:4": quest.NM(2, 4),
     "4:8 pairs": quest.Pairwise(4, 8),
 }
+INTEGER = ("w1a1", "w4a4", "w8a8", "w4a8", "fp4", "w4a4-2:4")  # with an integer product
 RECIPES = ("w1a1", "w4a4", "w8a8", "fp4", "w4a4-2:4", "w4a4-4:8", "w4a16")
 
 
@@ -105,6 +107,26 @@ def _layers(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
     return found
 
 
+def _operands(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
+    made = quest.recipe(name)
+    pair = (made.activation, made.weight)
+    return [
+        examine.encoded(lane, inputs.draw(kind, (17, 384), dtype, i), q, stored)
+        for i, kind in enumerate(("gaussian", "outlier", "mixed_rows", "non_finite"))
+        for q, stored in zip(pair, operands.kinds(*pair) or (), strict=True)
+    ]
+
+
+def _products(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
+    found = []
+    for i, kind in enumerate(("gaussian", "heavy", "equal")):
+        x = inputs.draw(kind, (133, 384), dtype, i)
+        w = inputs.draw("gaussian", (56, 384), dtype, i + 1) / 16
+        bias = inputs.draw("gaussian", (56,), dtype, i + 3)
+        found.append(examine.product(lane, x, w, bias, quest.recipe(name), dtype))
+    return found
+
+
 def rows(lane: Lane, quick: bool) -> Iterator[Row]:
     """What is judged in a lane; `quick` takes a tenth of it."""
     dtypes = DTYPES[:2] if quick else DTYPES
@@ -128,6 +150,10 @@ def rows(lane: Lane, quick: bool) -> Iterator[Row]:
             )
         for name in ("w1a1", "w4a4") if quick else RECIPES:
             yield Row(lane, "linear", name, dtype, partial(_layers, lane, name, dtype))
+        for name in ("w1a1",) if quick else INTEGER:
+            yield Row(lane, "encode", name, dtype, partial(_operands, lane, name, dtype))
+            if no_product(lane) is None:
+                yield Row(lane, "product", name, dtype, partial(_products, lane, name, dtype))
 
 
 def _examine(row: Row, recorded: dict[str, float]) -> tuple[dict[str, Tally], list[str]]:

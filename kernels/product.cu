@@ -7,7 +7,9 @@
 // One cluster: two blocks, one above the other in A, that share a tile of B: each loads half of it
 // and sends it to both. One block: a producer warpgroup that keeps STAGES tiles of TILE_K bytes in
 // flight through the bulk copy engine, and two consumer warpgroups of 64 x 256 int32 accumulators.
-// The grid is persistent: while the consumers write a tile out, the producer loads the next.
+// The grid is persistent. A TEAM of two consumers shares a tile of 128 rows, which asks shared memory
+// for the fewest bytes: int8, whose time is the tensor cores'. In TEAMs of one, a consumer computes a
+// tile of 64 rows while the other writes its own out: BINARY, where writing takes as long.
 //
 // Written for every element, with acc the int32 sum over K:
 //   RAW        acc
@@ -15,6 +17,7 @@
 //   CORRECTED  BINARY: p = 4 acc - row_sum[i] - column_sum[j] - length, the sum of products of signs
 //              int8: p = acc + (row_sum[i] + column_sum[j] - length) / 4, that of code + 1/2
 //   and y = float(p) * (factor * row_scale[i]) * column_scale[j] + bias[j]
+// A BINARY p must be below 2^22 in size.
 #ifndef BINARY
 #define BINARY 0
 #endif
@@ -36,15 +39,18 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
-// TILE_M, TILE_N, TILE_K (bytes), STAGES, CLUSTER and CONSUMERS come from product.py.
+// TILE_N, TILE_K (bytes), TEAM, STAGES, CLUSTER and CONSUMERS come from product.py.
 constexpr int WARPS = 4 * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
+constexpr int TILE_M = 64 * TEAM, TEAMS = CONSUMERS / TEAM, MEMBERS = 128 * TEAM;
 constexpr u32 A_BYTES = TILE_M * TILE_K, B_BYTES = TILE_N * TILE_K, HALF_B = B_BYTES / CLUSTER;
 constexpr int OUT_SIZE = OUT >= BFLOAT16 ? 2 : 4;
 constexpr int SPAN = 128 / OUT_SIZE;                  // columns that a warp stages at a time
 constexpr u32 STAGE_ROW = 128 + 8 * OUT_SIZE;         // padded: its stores and loads meet no bank twice
 constexpr u32 STAGING = 16 * STAGE_ROW;               // bytes of a warp's 16 rows
 constexpr u32 A_AT = 0, B_AT = STAGES * A_BYTES, OUT_AT = B_AT + STAGES * B_BYTES;
-constexpr u32 FULL_AT = OUT_AT + WARPS * STAGING, EMPTY_AT = FULL_AT + 8 * STAGES;
+constexpr u32 COLUMNS_AT = OUT_AT + WARPS * STAGING;  // scales, biases and sums of a team's columns
+constexpr u32 FULL_AT = COLUMNS_AT + TEAMS * 3 * 4 * TILE_N, EMPTY_AT = FULL_AT + 8 * STAGES;
+constexpr u32 TURN_AT = EMPTY_AT + 8 * STAGES;        // a barrier for each team
 constexpr int GROUP = 8;                              // pairs of row tiles that share the L2 cache
 
 __device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
@@ -56,17 +62,20 @@ __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
                : "memory");
 }
 
+// Of the default scope, the block: release at the cluster's scope is a fence of the whole GPU's
+// memory, which took a third of the product's speed. Nothing here needs it: what the consumers read,
+// they read through wgmma, and have waited for.
 __device__ __forceinline__ void barrier_arrive(u32 bar, u32 block) {
   asm volatile(
       "{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
-      " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(bar), "r"(block)
+      " mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar), "r"(block)
       : "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
   asm volatile(
       "{\n .reg .pred done;\n"
-      "again:\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       " @!done bra again;\n}" ::"r"(bar), "r"(parity)
       : "memory");
 }
@@ -139,12 +148,29 @@ __device__ __forceinline__ void place(int turn, int pairs, int across, int &pair
   column = rest / height;
 }
 
-__device__ __forceinline__ float finish(int acc, int sum, float row, float column, float bias) {
-  float p = (float)acc;
-  if (EPILOGUE == CORRECTED && BINARY) p = (float)(4 * acc - sum);
-  // The correction may be a fraction, and 4 acc may leave int32: whole and quarter parts apart.
-  if (EPILOGUE == CORRECTED && !BINARY) p = (float)(acc + (sum >> 2)) + 0.25f * (float)(sum & 3);
-  return fmaf(p * row, column, bias);
+// What a row brings to an element. A row's scale from BIG on would take a product out of float32's
+// range where the column's scale brings it back: it is then divided by BIG, and `up` is BIG.
+constexpr float BIG = 18446744073709551616.0f;  // 2^64
+struct Row { float scale, up; int sum; };
+
+// A sum of products of signs is below 2^22 in size: beside 1.5 * 2^23 it stands in a float's last
+// bits, which saves a conversion at a quarter of the rate.
+constexpr int WHOLE = 0x4B400000;
+
+template <bool LARGE>
+__device__ __forceinline__ float finish(int acc, int column_sum, const Row &row, float column, float bias) {
+  float p;
+  if (EPILOGUE == CORRECTED && BINARY) {
+    p = __int_as_float(4 * acc + (row.sum - column_sum)) - 12582912.0f;
+  } else if (EPILOGUE == CORRECTED) {
+    // The correction may be a fraction, and 4 acc may leave int32: whole and quarter parts apart.
+    const int sum = row.sum + column_sum;
+    p = (float)(acc + (sum >> 2)) + 0.25f * (float)(sum & 3);
+  } else {
+    p = (float)acc;
+  }
+  if (LARGE) return fmaf(p * row.scale * column, row.up, bias);
+  return fmaf(p * row.scale, column, bias);
 }
 
 __device__ __forceinline__ u32 pair_of(float low, float high) {
@@ -154,38 +180,61 @@ __device__ __forceinline__ u32 pair_of(float low, float high) {
   return both;
 }
 
-// Two neighbours of a vector of n, 0 beyond its end.
-template <typename T> __device__ __forceinline__ void two(const T *from, int at, int n, T &a, T &b) {
-  a = from && at < n ? from[at] : T(0);
-  b = from && at + 1 < n ? from[at + 1] : T(0);
+// What the columns of a tile bring, in shared memory: read there once for each row.
+struct Columns {
+  float scale[TILE_N], bias[TILE_N];
+  int sum[TILE_N];
+};
+
+__device__ __forceinline__ void collect(const Arguments &g, int column0, Columns &to) {
+  for (int i = threadIdx.x % MEMBERS; i < TILE_N; i += MEMBERS) {
+    const int j = column0 + i;
+    const bool inside = j < g.columns;
+    to.scale[i] = inside ? g.column_scale[j] : 0.0f;
+    to.bias[i] = inside && g.bias ? g.bias[j] : 0.0f;
+    if (EPILOGUE == CORRECTED) to.sum[i] = inside && g.column_sum ? g.column_sum[j] : 0;
+  }
+}
+
+__device__ __forceinline__ void meet(int team) {
+  asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(MEMBERS) : "memory");
+}
+
+// The row's part, from memory; whether its scale is from BIG on.
+__device__ __forceinline__ bool gather(const Arguments &g, int i, Row &row) {
+  row = {0.0f, 1.0f, 0};
+  const bool inside = EPILOGUE != RAW && i < g.rows;
+  float scale = inside ? g.row_scale[i] : 0.0f;
+  const bool large = scale >= BIG;
+  if (large) scale /= BIG, row.up = BIG;
+  row.scale = g.factor * scale;
+  int sum = inside && EPILOGUE == CORRECTED && g.row_sum ? g.row_sum[i] : 0;
+  row.sum = BINARY ? WHOLE - sum - g.length : sum - g.length;
+  return large;
 }
 
 // Writes a warp's 16 x 256 accumulators, SPAN columns at a time, through its own shared memory, so
 // that rows are written 16 bytes a thread and 128 bytes a row.
-__device__ __forceinline__ void write(int (&d)[128], const Arguments &g, char *stage, int row0, int column0) {
-  const int lane = threadIdx.x % 32, top = row0 + lane / 4;
-  float scale[2] = {};
-  int sum[2] = {};
-  for (int h = 0; h < 2; h++) {
-    bool inside = top + 8 * h < g.rows;
-    if (EPILOGUE != RAW && inside) scale[h] = g.factor * g.row_scale[top + 8 * h];
-    if (EPILOGUE == CORRECTED && inside) sum[h] = BINARY ? g.length : -g.length;
-    if (EPILOGUE == CORRECTED && inside && g.row_sum) sum[h] += g.row_sum[top + 8 * h];
-  }
+template <bool LARGE>
+__device__ __forceinline__ void write(int (&d)[128], const Arguments &g, const Row (&rows)[2], const Columns &columns, char *stage, int row0, int column0) {
+  const int lane = threadIdx.x % 32;
   // Whole vectors of 16 bytes, where every row begins at one.
   const bool vectors = g.columns % (16 / OUT_SIZE) == 0;
 #pragma unroll
   for (int c = 0; c < TILE_N / SPAN; c++) {
+    // Read before anything is stored, or each read waits for the stores before it.
+    float2 scale[SPAN / 8], bias[SPAN / 8];
+    int2 sum[SPAN / 8];
+#pragma unroll
+    for (int j = 0; j < SPAN / 8 && EPILOGUE != RAW; j++) {
+      const int column = c * SPAN + 8 * j + 2 * (lane % 4);
+      scale[j] = *(const float2 *)&columns.scale[column];
+      bias[j] = *(const float2 *)&columns.bias[column];
+      sum[j] = EPILOGUE == CORRECTED ? *(const int2 *)&columns.sum[column] : make_int2(0, 0);
+    }
 #pragma unroll
     for (int j = 0; j < SPAN / 8; j++) {
-      const int i = c * (SPAN / 8) + j, column = column0 + 8 * i + 2 * (lane % 4);
-      float s0 = 0, s1 = 0, b0 = 0, b1 = 0;
-      int t0 = 0, t1 = 0;
-      if (EPILOGUE != RAW) {
-        two(g.column_scale, column, g.columns, s0, s1);
-        two(g.bias, column, g.columns, b0, b1);
-      }
-      if (EPILOGUE == CORRECTED) two(g.column_sum, column, g.columns, t0, t1);
+      const int i = c * (SPAN / 8) + j;
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int low = d[4 * i + 2 * h], high = d[4 * i + 2 * h + 1];
@@ -193,27 +242,32 @@ __device__ __forceinline__ void write(int (&d)[128], const Arguments &g, char *s
         if (EPILOGUE == RAW) {
           *(int2 *)at = make_int2(low, high);
         } else {
-          float y0 = finish(low, sum[h] + t0, scale[h], s0, b0);
-          float y1 = finish(high, sum[h] + t1, scale[h], s1, b1);
+          float y0 = finish<LARGE>(low, sum[j].x, rows[h], scale[j].x, bias[j].x);
+          float y1 = finish<LARGE>(high, sum[j].y, rows[h], scale[j].y, bias[j].y);
           if (OUT_SIZE == 2) *(u32 *)at = pair_of(y0, y1);
           else *(float2 *)at = make_float2(y0, y1);
         }
       }
     }
     __syncwarp();
+    const int column = column0 + c * SPAN + lane % 8 * (16 / OUT_SIZE);
+    char *to = (char *)g.out + ((long long)(row0 + lane / 8) * g.columns + column) * OUT_SIZE;
+    const char *from = stage + lane / 8 * STAGE_ROW + lane % 8 * 16;
+    if (vectors) {
+      int4 part[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int r = 4 * i + lane / 8, row = row0 + r;
-      const int column = column0 + c * SPAN + lane % 8 * (16 / OUT_SIZE);
-      const char *from = stage + r * STAGE_ROW + lane % 8 * 16;
-      char *to = (char *)g.out + ((long long)row * g.columns + column) * OUT_SIZE;
-      if (row >= g.rows) continue;
-      if (vectors) {
-        if (column < g.columns) *(int4 *)to = *(const int4 *)from;
-      } else {
+      for (int i = 0; i < 4; i++) part[i] = *(const int4 *)(from + 4 * i * STAGE_ROW);
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (row0 + lane / 8 + 4 * i < g.rows && column < g.columns)
+          *(int4 *)(to + (long long)4 * i * g.columns * OUT_SIZE) = part[i];
+    } else {
+      for (int i = 0; i < 4 && row0 + lane / 8 + 4 * i < g.rows; i++) {
+        const char *near = from + 4 * i * STAGE_ROW;
+        char *far = to + (long long)4 * i * g.columns * OUT_SIZE;
         for (int e = 0; e < 16 && column + e / OUT_SIZE < g.columns; e += OUT_SIZE) {
-          if (OUT_SIZE == 2) *(unsigned short *)(to + e) = *(const unsigned short *)(from + e);
-          else *(int *)(to + e) = *(const int *)(from + e);
+          if (OUT_SIZE == 2) *(unsigned short *)(far + e) = *(const unsigned short *)(near + e);
+          else *(int *)(far + e) = *(const int *)(near + e);
         }
       }
     }
@@ -227,51 +281,66 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             const int *row_sum, const int *column_sum, int rows, int columns, int bytes, int length,
             float factor) {
   const Arguments g = {out, row_scale, column_scale, bias, row_sum, column_sum, rows, columns, bytes, length, factor};
-  extern __shared__ char raw[];
-  u32 base = (u32)__cvta_generic_to_shared(raw);
-  const u32 gap = (1024 - base % 1024) % 1024;  // the swizzle counts from 1024-byte boundaries
-  base += gap;
+  extern __shared__ __align__(1024) char raw[];  // the swizzle counts from 1024-byte boundaries
+  const u32 base = (u32)__cvta_generic_to_shared(raw);
   const int group = threadIdx.x / 128;
   u32 rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       barrier_init(base + FULL_AT + 8 * s, 1);
-      barrier_init(base + EMPTY_AT + 8 * s, CLUSTER * WARPS);
+      barrier_init(base + EMPTY_AT + 8 * s, CLUSTER * TEAM * 4);
     }
+    for (int t = 0; t < TEAMS; t++) barrier_init(base + TURN_AT + 8 * t, 4 * TEAM);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_sync();
   const int pairs = (g.rows + CLUSTER * TILE_M - 1) / (CLUSTER * TILE_M);
   const int across = (g.columns + TILE_N - 1) / TILE_N, steps = (g.bytes + TILE_K - 1) / TILE_K;
-  int stage = 0, phase = 0;
+  const int first = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
   if (group == CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 128 * CONSUMERS) {
-      for (int turn = blockIdx.x / CLUSTER; turn < pairs * across; turn += gridDim.x / CLUSTER) {
+      u32 at = 0;  // tiles of K that were loaded before
+      for (int turn = first; turn < pairs * across; turn += stride) {
         int pair, column;
         place(turn, pairs, across, pair, column);
-        for (int k = 0; k < steps; k++) {
-          const u32 full = base + FULL_AT + 8 * stage;
-          barrier_wait(base + EMPTY_AT + 8 * stage, phase ^ 1);
+        for (int k = 0; k < steps; k++, at++) {
+          const u32 stage = at % STAGES, full = base + FULL_AT + 8 * stage;
+          barrier_wait(base + EMPTY_AT + 8 * stage, ((at / STAGES) & 1) ^ 1);
           barrier_expect(full, A_BYTES + B_BYTES);
           load(base + A_AT + stage * A_BYTES, &a_map, k * TILE_K, (CLUSTER * pair + rank) * TILE_M, full);
           load_to_all(base + B_AT + stage * B_BYTES + rank * HALF_B, &b_map, k * TILE_K,
                       column * TILE_N + rank * (TILE_N / CLUSTER), full);
-          if (++stage == STAGES) stage = 0, phase ^= 1;
         }
       }
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int team = group / TEAM, member = group % TEAM;
+    Columns &columns = ((Columns *)(raw + COLUMNS_AT))[team];
+    u32 at = team * steps, tiles = 0;
     int d[128];
-    for (int turn = blockIdx.x / CLUSTER; turn < pairs * across; turn += gridDim.x / CLUSTER) {
-      int pair, column, last = 0;
+    for (int turn = first + team * stride; turn < pairs * across; turn += TEAMS * stride) {
+      int pair, column;
+      u32 last = 0;
       place(turn, pairs, across, pair, column);
-      for (int k = 0; k < steps; k++) {
-        barrier_wait(base + FULL_AT + 8 * stage, phase);
-        const u64 a = descriptor(base + A_AT + stage * A_BYTES + group * 64 * TILE_K);
+      const int row0 = (CLUSTER * pair + rank) * TILE_M + 64 * member + 16 * (warp % 4);
+      Row own[2];
+      bool large = false;
+      for (int h = 0; h < 2; h++) large |= gather(g, row0 + lane / 4 + 8 * h, own[h]);
+      if (EPILOGUE != RAW) {
+        meet(team);  // all have read those of the tile before
+        collect(g, column * TILE_N, columns);
+      }
+      // The other team must have met all stages of the tile before: a barrier's parity tells a phase
+      // from the next, and not from the one after.
+      if (TEAMS > 1) barrier_wait(base + TURN_AT + 8 * team, (tiles++ + team + 1) & 1);
+      for (int k = 0; k < steps; k++, at++) {
+        const u32 stage = at % STAGES;
+        barrier_wait(base + FULL_AT + 8 * stage, (at / STAGES) & 1);
+        const u64 a = descriptor(base + A_AT + stage * A_BYTES + member * 64 * TILE_K);
         const u64 b = descriptor(base + B_AT + stage * B_BYTES);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -281,12 +350,15 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
         if (k > 0 && lane < CLUSTER) barrier_arrive(base + EMPTY_AT + 8 * last, lane);
         last = stage;
-        if (++stage == STAGES) stage = 0, phase ^= 1;
       }
+      if (TEAMS > 1 && lane == 0) barrier_arrive(base + TURN_AT + 8 * (team ^ 1), rank);
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
       if (lane < CLUSTER) barrier_arrive(base + EMPTY_AT + 8 * last, lane);
-      write(d, g, raw + gap + OUT_AT + warp * STAGING, (CLUSTER * pair + rank) * TILE_M + 16 * warp,
-            column * TILE_N);
+      at += (TEAMS - 1) * steps;
+      if (EPILOGUE != RAW) meet(team);  // the columns stand
+      char *staging = raw + OUT_AT + warp * STAGING;
+      if (__any_sync(0xFFFFFFFF, large)) write<true>(d, g, own, columns, staging, row0, column * TILE_N);
+      else write<false>(d, g, own, columns, staging, row0, column * TILE_N);
     }
   }
   cluster_sync();  // no block leaves while the other may still write to its shared memory

@@ -12,7 +12,7 @@ from property_tests.lane_marks import every_dtype, every_lane, fewer
 from property_tests.ledger import LEDGER
 from property_tests.strategies import SEEDS
 from quest.conformance import examine, inputs
-from quest.conformance.lanes import Lane
+from quest.conformance.lanes import Lane, no_product
 
 RECIPES = (
     "w1a1", "w2a2", "w4a4", "w8a8", "w1.58a1.58", "w1a8", "w4a16", "fp4", "w4a4-2:4", "w4a4-4:8",
@@ -41,6 +41,31 @@ def test_layer(lane: Lane, dtype: torch.dtype, name: str, data: st.DataObject) -
     LEDGER.judge(
         lane,
         examine.layer(lane, x, w, grad, bias, made),
+        f"{kind}, x {tuple(x.shape)}, w {tuple(w.shape)}, {dtype}, seed {seed}, {made.spec}",
+    )
+
+
+@every_lane
+@every_dtype
+@pytest.mark.parametrize("name", [r for r in RECIPES if r not in ("w4a16", "bf16")])
+@fewer
+@given(data=st.data())
+def test_layer_of_integers(lane: Lane, dtype: torch.dtype, name: str, data: st.DataObject) -> None:
+    if not lane.supports("linear", {"path": "integers"}):
+        pytest.skip(no_product(lane) or "this lane's layer is composed of values")
+    rows = data.draw(st.sampled_from((5, 1, 140)), label="rows")
+    width = data.draw(st.sampled_from((128, 24, 384)), label="in_features")
+    outs = data.draw(st.sampled_from((7, 48, 1, 264)), label="out_features")
+    seed = data.draw(SEEDS, label="seed")
+    made = quest.recipe(name)
+    kind = data.draw(st.sampled_from(("gaussian", "heavy", "outlier")), label="distribution")
+    x = inputs.draw(kind, (rows, width), dtype, seed)
+    w = inputs.draw("gaussian", (outs, width), dtype, seed + 1) / width**0.5
+    grad = inputs.draw("gaussian", (rows, outs), dtype, seed + 2)
+    bias = inputs.draw("gaussian", (outs,), dtype, seed + 3) if seed % 2 else None
+    LEDGER.judge(
+        lane,
+        examine.layer(lane, x, w, grad, bias, made, "integers"),
         f"{kind}, x {tuple(x.shape)}, w {tuple(w.shape)}, {dtype}, seed {seed}, {made.spec}",
     )
 

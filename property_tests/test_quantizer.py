@@ -77,6 +77,14 @@ def test_wide_rows(lane: Lane, format_: str, width: int) -> None:
 
 
 @every_lane
+@pytest.mark.parametrize("grid", ["uniform1", "lloyd_max1"])
+def test_two_of_four_in_a_row_of_eight(lane: Lane, grid: str) -> None:
+    # Compiled, an earlier selection did not keep exactly two of each four here (NOTES.md, bug 3).
+    q = quest.quantizer.parse(f"{grid}/hadamard1/trust1.0/2:4")
+    check(lane, Case("gaussian", (8,), torch.bfloat16, "contiguous", 0), q)
+
+
+@every_lane
 @pytest.mark.parametrize("loud", [0, 1, 2])
 def test_chunks_of_other_magnitudes(lane: Lane, loud: int) -> None:
     # A row that takes three turns, one of them 2^60 times as large as the others.

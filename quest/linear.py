@@ -1,6 +1,7 @@
 """The linear layer with quantized operands, and its use in whole models.
 
 y = Q(x H) Q(w H)^T + b: both operands are rotated, so H cancels and the forward needs no inverse.
+The product is one of values or, where `paths` says so, one of integers.
 The backward masks in the rotated domain and brings both gradients back with H^T; autograd composes
 it from the operators. Source: method, section 5; QuEST (arXiv 2502.05003), Algorithm 1.
 """
@@ -14,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from . import lowbit, paths
 from .recipes import Recipe, recipe
 
 HEADS = frozenset({"lm_head", "output", "head", "embed_out", "classifier", "score"})
@@ -59,9 +61,18 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """y (..., out_features) for x (..., in_features) float32, bfloat16 or float16."""
         self._check(x)
+        if paths.choose(x, self.recipe) == "integers":
+            return self._integers(x)
         values = self.recipe.activation(x)
         weights = self.recipe.weight(self.weight)
         return nn.functional.linear(values, weights, self.bias)
+
+    def _integers(self, x: Tensor) -> Tensor:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        specs = self.recipe.activation.spec, self.recipe.weight.spec
+        y: Tensor = lowbit.low_bit_linear(x, self.weight, self.bias, *specs, dtype)[0]
+        return y
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):

@@ -161,12 +161,17 @@ def _check_product(
 
 
 def launch_encode(x: Tensor, q: Quantizer, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`eager.encode` by the kernel; sparsity groups that it lacks run in plain PyTorch."""
+    """`eager.encode` by the kernels; sparsity groups that they lack run in plain PyTorch."""
+    from .kernels import blocks
     from .kernels import quantize as kernel
 
     q.check(x)
     form = operands.form_of(q, kind)
     program = ops.program(q, x)
+    if blocks.supports(program, x):
+        chosen, bits = (blocks.PACKED, 1) if kind == "bits" else (blocks.FORMS[kind], 0)
+        with ops.device_of(x):
+            return blocks.quantize(x, program, form=chosen, bits=bits, sums=True)
     if not kernel.supports(program):
         return eager.encode(x, q, kind)
     with ops.device_of(x):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import eager, transforms
+from . import eager, packing, transforms
 from .estimators import STE
 from .sparsity import Pairwise
 
@@ -144,15 +144,37 @@ def launch_masked_transpose(grad: Tensor, mask: Tensor, order: int) -> Tensor:
 def launch_quantize(
     x: Tensor, q: Quantizer, *, values: bool, codes: bool, packed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`eager.quantize` by the kernel; sparsity groups that it lacks run in plain PyTorch."""
+    """`eager.quantize` by the kernels; sparsity groups that they lack run in plain PyTorch."""
+    from .kernels import blocks
     from .kernels import quantize as kernel
 
     q.check(x)
     made = program(q, x)
+    if blocks.supports(made, x) and values != codes:
+        return _quantize_blocks(x, made, codes=codes, packed=packed)
     if not kernel.supports(made):
         return eager.quantize(x, q, values=values, codes=codes, packed=packed)
     with device_of(x):
         return kernel.quantize(x, made, values=values, codes=codes, packed=packed)
+
+
+def _quantize_blocks(
+    x: Tensor, made: Any, *, codes: bool, packed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`launch_quantize` for what `quest.kernels.blocks` supports."""
+    from .kernels import blocks
+
+    form, bits = blocks.VALUES, 0
+    if codes:
+        form, bits = (blocks.PACKED, made.bits) if packed else (blocks.CODES, 0)
+    with device_of(x):
+        out, scale, mask, none = blocks.quantize(x, made, form=form, bits=bits)
+    # One element a flag is for the eye: nothing that has to be fast asks for it.
+    flags = mask if packed else packing.unpack(mask, 1, x.shape[-1]).bool()
+    keep = none.new_empty((0,), dtype=flags.dtype)
+    if codes:
+        return x.new_empty((0,)), out, scale, flags, keep
+    return out, out.new_empty((0,), dtype=torch.int8), scale, flags, keep
 
 
 hadamard.register_kernel("cuda")(launch_hadamard)

@@ -149,16 +149,28 @@ def accumulation(lane: Lane) -> float:
 
 
 def layer(
-    lane: Lane, x: Tensor, w: Tensor, grad: Tensor, bias: Tensor | None, made: Recipe
+    lane: Lane,
+    x: Tensor,
+    w: Tensor,
+    grad: Tensor,
+    bias: Tensor | None,
+    made: Recipe,
+    path: str = "values",
 ) -> list[Verdict]:
-    """T1 and T7 of the linear layer on rows x (n, in), w (out, in), grad (n, out)."""
+    """T1 (T6 on the path of the integers) and T7 of the linear layer.
+
+    x (n, in), w (out, in), grad (n, out). path: see `quest.paths`.
+    """
     extra = () if bias is None else (bias,)
-    out = lane.call("linear", x, w, grad, *extra, recipe=made)
+    out = lane.call("linear", x, w, grad, *extra, recipe=made, path=path)
     pairs = ((x, made.activation), (w, made.weight))
     masks = tuple(
         None if q.grid is None else lane.call("quantize", t, q=q)["mask"] for t, q in pairs
     )
     found = judges.layer(x, w, grad, bias, made, out, (masks[0], masks[1]), accumulation(lane))
+    if path == "integers":
+        # The first verdict is of the values' product, rounded to the dtype first.
+        return _integers(lane, pairs, bias, out) + found[1:]
     # The operands themselves: what the quantizer's own judge admits, or the plain rotation.
     for (t, q), name in zip(pairs, ("x_hat", "w_hat"), strict=True):
         if q.grid is None:
@@ -167,6 +179,30 @@ def layer(
             values = lane.call("fake_quantize", t, q=q)["values"]
             found.append(judges.exact(f"layer {name}", judges.bits(out[name]), judges.bits(values)))
     return found
+
+
+def _integers(
+    lane: Lane,
+    pairs: tuple[tuple[Tensor, Quantizer], ...],
+    bias: Tensor | None,
+    out: dict[str, Tensor],
+) -> list[Verdict]:
+    """T6 of y given its operands, T0 of these given the codes, T6 of what the backward reads."""
+    kinds = operands.kinds(pairs[0][1], pairs[1][1])
+    if kinds is None:
+        raise ValueError(f"{pairs[0][1]} x {pairs[1][1]} has no integer product")
+    found, whole, units = [], [], []
+    for (t, q), kind, name, hat in zip(pairs, kinds, "ab", ("x_hat", "w_hat"), strict=True):
+        codes = lane.call("quantize", t, q=q)
+        keep = codes["keep"] if q.sparsity is not None else None
+        whole.append(judges.whole(out[name], kind, t.shape[-1]))
+        units.append(operands.form_of(q, kind).unit)
+        sums = torch.from_numpy(whole[-1].sum(-1, keepdims=True))
+        found += judges.encoded(q, kind, codes["codes"], keep, out[name], sums)[:1]
+        found.append(judges.dequantized(q, codes["codes"], codes["scale"], keep, out[hat]))
+    scales = (out["a_scale"], out["b_scale"])
+    verdict = judges.multiplied((whole[0], whole[1]), (units[0], units[1]), scales, bias, out["y"])
+    return [dataclasses.replace(verdict, stage="layer y"), *found]
 
 
 def adjoint(lane: Lane, x: Tensor, w: Tensor, grad: Tensor, block: int) -> list[Verdict]:

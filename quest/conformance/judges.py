@@ -349,7 +349,8 @@ def encoded(
     if keep is not None:
         points = np.where(lift(keep), points, 0.0)
     integers = whole(operand, kind, codes.shape[-1])
-    # Neighbouring integers are a unit apart: within a millionth of one there is one candidate.
+    # The integer nearest to its point is expected. 1e-6 is a window and no tolerance: neighbours
+    # are a unit apart, so an integer this near its point is the nearest one.
     far = np.abs(integers * made.unit - points) > 1e-6 * made.unit
     expected = np.where(far, np.rint(points / made.unit), integers).astype(np.int64)
     stored = integers

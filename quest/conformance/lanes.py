@@ -52,7 +52,9 @@ class Lane:
 
     def supports(self, stage: str, static: dict[str, Any]) -> bool:
         """Whether the lane has an implementation of its own for this call."""
-        if stage in ("accumulate", "product"):
+        if static.get("path") == "integers" and self.backend != "dispatch":
+            return False  # the layer of the other lanes is composed of values
+        if stage in ("accumulate", "product") or static.get("path") == "integers":
             return self.backend != "launch" and no_product(self) is None
         q = static.get("q")
         if self.backend == "launch" and q is not None and q.sparsity is not None:
@@ -218,10 +220,15 @@ def _product(lane: Lane, *tensors: Tensor, **static: Any) -> Outputs:
     return {"y": y}
 
 
-def _linear(lane: Lane, x: Tensor, w: Tensor, grad: Tensor, *bias: Tensor, recipe: Any) -> Outputs:
-    """Forward and backward of the layer, and the operands that it multiplied."""
+def _linear(
+    lane: Lane, x: Tensor, w: Tensor, grad: Tensor, *bias: Tensor, recipe: Any, path: str = "values"
+) -> Outputs:
+    """Forward and backward of the layer, and the operands that it multiplied.
+
+    path: see `quest.paths`. For "integers" the operands are given as such, too.
+    """
     if lane.backend == "dispatch":
-        return _linear_module(lane, x, w, grad, bias, recipe)
+        return _linear_module(lane, x, w, grad, bias, recipe, path)
     # The same composition, out of the lane's operators.
     f = operators(lane.backend)
     hats: list[Tensor] = []
@@ -247,8 +254,9 @@ def _linear(lane: Lane, x: Tensor, w: Tensor, grad: Tensor, *bias: Tensor, recip
 
 
 def _linear_module(
-    lane: Lane, x: Tensor, w: Tensor, grad: Tensor, bias: tuple[Tensor, ...], recipe: Any
+    lane: Lane, x: Tensor, w: Tensor, grad: Tensor, bias: tuple[Tensor, ...], recipe: Any, path: str
 ) -> Outputs:
+    from quest import operands, paths
     from quest.linear import Linear
 
     layer = Linear(
@@ -258,15 +266,28 @@ def _linear_module(
     if bias:
         layer.bias = torch.nn.Parameter(bias[0].detach())
     x = x.detach().requires_grad_()
-    y = layer(x)
+    with paths.only(path):
+        y = layer(x)
     y.backward(grad)
+    made: Outputs = {}
     with torch.no_grad():
-        hats = recipe.activation(x), recipe.weight(layer.weight)
+        if path == "integers":
+            f, pair = operators(lane.backend), (recipe.activation, recipe.weight)
+            kinds = operands.kinds(*pair) or ()
+            hats: tuple[Tensor, ...] = ()
+            for name, t, q, kind in zip("ab", (x, w), pair, kinds, strict=True):
+                operand, scale = f.encode(t, q, kind)[:2]
+                hats += (f.decode(operand, scale, q, kind, t.shape[-1], grad.dtype),)
+                made |= {name: operand, f"{name}_scale": scale}
+        else:
+            hats = recipe.activation(x), recipe.weight(layer.weight)
     dx, dw = x.grad, layer.weight.grad
     if dx is None or dw is None:
         raise GuardError(f"{lane} linear: a gradient is missing")
-    out = {"y": y, "dx": dx, "dw": dw, "x_hat": hats[0], "w_hat": hats[1]}
-    return out | ({"db": layer.bias.grad} if bias else {})
+    made |= {"y": y, "dx": dx, "dw": dw, "x_hat": hats[0], "w_hat": hats[1]}
+    if bias and layer.bias.grad is not None:
+        made["db"] = layer.bias.grad
+    return made
 
 
 _STAGES: dict[str, Callable[..., Outputs]] = {

@@ -1,0 +1,351 @@
+// The quantizer for Hadamard blocks of 128, a block a thread: transform, RMS, codes, mask, packing in
+// one pass over rows of 16-bit floats.
+//
+// A thread holds a block of 128 floats in registers, so that the butterfly is additions and nothing
+// else. (Two threads a block leave room for more warps; what they exchange costs more than that gains.)
+// A team of `warps` warps holds a row (or, where `segment` < 32, a warp holds 32 / segment rows). Rows come to shared memory by asynchronous copies, the
+// next while this one is computed; both ways a block's 16-byte chunks lie swizzled, so that threads
+// read their own blocks, and warps write whole lines, without bank conflicts.
+//
+// Formulas and special rows are those of quantize.py. A row whose sum of squares is far from 1 (or
+// zero, or not finite) is computed again, brought near 1 by a power of two: the RARE path.
+//
+// Macros: REGISTERS (of a thread), HALF (fp16 instead of bf16), LEVELS, EDGE (mask by threshold; else
+// all ones), FORM and BITS.
+#define VALUES 0    // dequantized, in the input's dtype
+#define PACKED 1    // codes from 0, BITS each
+#define CODES 2     // int8: the code
+#define INTEGERS 3  // int8: 2 code + 1, or the code where LEVELS is odd
+typedef unsigned int u32;
+typedef long long i64;
+
+constexpr int ORDER = 128, CHUNKS = 16;  // elements of a block; its 16-byte chunks
+constexpr int TILE = 32;                 // blocks of a warp
+constexpr int MAX_WARPS = 12, MAX_TEAMS = 4;
+// Of an element; also the chunks of 16 bytes that a block becomes.
+constexpr int OUT_BITS = FORM == VALUES ? 16 : FORM == PACKED ? BITS : 8;
+constexpr int LOWEST = -(LEVELS / 2);
+constexpr bool EVEN = LEVELS % 2 == 0;
+// Sums of squares between these have lost nothing that counts, and neither has anything else.
+constexpr float SMALL = 1.3234889800848443e-23f, GREAT = 1.2676506002282294e30f;  // 2^-76, 2^100
+constexpr float NORM = 0.08838834764831845f, ROOT = 11.313708498984761f;  // 128^-0.5 and its inverse
+constexpr float LARGEST = 3.4028234663852886e38f;
+
+// 16 bytes, SPAN_TO and SPAN_FROM bytes beyond the addresses, unless `skip`.
+template <int SPAN_TO, int SPAN_FROM>
+__device__ __forceinline__ void copy_in(u32 to, const void *from, bool skip) {
+  asm volatile(
+      "{.reg .pred p;\n setp.eq.u32 p, %2, 0;\n @p cp.async.cg.shared.global [%0 + %3], [%1 + %4], 16;\n}" ::"r"(to),
+      "l"(from), "r"((u32)skip), "n"(SPAN_TO), "n"(SPAN_FROM)
+      : "memory");
+}
+
+// The place of a block's chunk among chunks of 16 bytes, COUNT a block: such that the same chunk of
+// eight blocks in a row lies in eight different banks.
+template <int COUNT> __device__ __forceinline__ int place(int block, int chunk) {
+  return block * COUNT + (chunk ^ (COUNT > 8 ? block & 7 : block / (8 / COUNT) & (COUNT - 1)));
+}
+
+__device__ __forceinline__ float low(u32 pair) {
+  if (!HALF) return __uint_as_float(pair << 16);
+  float f;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(f) : "r"(pair));
+  return f;
+}
+
+__device__ __forceinline__ float high(u32 pair) {
+  if (!HALF) return __uint_as_float(pair & 0xFFFF0000);
+  float f;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(f) : "r"(pair));
+  return f;
+}
+
+__device__ __forceinline__ u32 pair_of(float low, float high) {
+  u32 both;
+  if (HALF) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+
+// A block's chunk c, of 16.
+__device__ __forceinline__ const uint4 &chunk_of(const uint4 *tile, int block, int c) {
+  return tile[place<CHUNKS>(block, c)];
+}
+
+__device__ __forceinline__ void read(float (&y)[ORDER], const uint4 *tile, int lane, float factor) {
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++) {
+    const uint4 w = chunk_of(tile, lane, c);
+    const u32 words[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      y[8 * c + 2 * i] = low(words[i]) * factor;
+      y[8 * c + 2 * i + 1] = high(words[i]) * factor;
+    }
+  }
+}
+
+__device__ __forceinline__ float squares(const float (&y)[ORDER]) {
+  float s[8] = {};
+#pragma unroll
+  for (int i = 0; i < ORDER; i++) s[i % 8] = fmaf(y[i], y[i], s[i % 8]);
+  return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
+}
+
+// The butterfly's stages from spans of 2 FROM to spans of TO.
+template <int FROM, int TO> __device__ __forceinline__ void butterfly(float (&y)[ORDER]) {
+#pragma unroll
+  for (int half = FROM; half < TO; half *= 2) {
+#pragma unroll
+    for (int i = 0; i < ORDER; i++) {
+      if (i & half) continue;
+      const float a = y[i], b = y[i + half];
+      y[i] = a + b;
+      y[i + half] = a - b;
+    }
+  }
+}
+
+struct Add { template <typename T> __device__ T operator()(T a, T b) const { return a + b; } };
+struct Max { __device__ u32 operator()(u32 a, u32 b) const { return max(a, b); } };
+
+// Over the threads of a warp that share a row.
+template <typename T, typename F> __device__ __forceinline__ T over_warp(T value, F f, int segment) {
+  for (int i = 1; i < segment; i *= 2) value = f(value, __shfl_xor_sync(0xFFFFFFFF, value, i));
+  return value;
+}
+
+// Where the warps of a team leave a number each and fetch those of all. Two places in turn: a warp
+// that leaves one for a row knows that all have fetched those of the row before the last.
+template <typename T> struct Exchange {
+  unsigned long long barrier;
+  T slots[2][MAX_WARPS];
+
+  __device__ u32 at() { return (u32)__cvta_generic_to_shared(&barrier); }
+  __device__ void init(int warps) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at()), "r"(warps) : "memory");
+  }
+  __device__ void leave(T value, int turn, int part) {
+    if (threadIdx.x % 32) return;
+    slots[turn & 1][part] = value;
+    asm volatile("{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}" ::"r"(at()) : "memory");
+  }
+  template <typename F> __device__ T fetch(F f, int turn, int warps) {
+    asm volatile(
+        "{.reg .pred done;\nagain:\n mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
+        " @!done bra again;\n}" ::"r"(at()), "r"(turn & 1) : "memory");
+    T value = slots[turn & 1][0];
+    for (int i = 1; i < warps; i++) value = f(value, slots[turn & 1][i]);
+    return value;
+  }
+};
+
+// Codes counted from 0. The product of y and the reciprocal is rounded down beside 1.5 * 2^23 and so
+// to a whole number: the floor, and exact.
+__device__ __forceinline__ int code_of(float y, float inverse) {
+  const float magic = 12582912.0f;
+  const float t = EVEN ? __fmaf_rd(y, inverse, magic) : __fadd_rd(fmaf(y, inverse, 0.5f), magic);
+  // min(t - magic - LOWEST, LEVELS - 1), at least 0
+  return __viaddmin_s32_relu(__float_as_int(t), -0x4B400000 - LOWEST, LEVELS - 1);
+}
+
+// Writes out what follows from a row's transform: its codes, or values, and its mask. Returns the
+// sum of the block's codes, counted from 0 (of its bits, for codes of one bit).
+__device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, float limit, float step, float sigma,
+                                    uint4 *tile, uint4 *out, uint4 *mask, i64 start, int count) {
+  const int lane = threadIdx.x % 32;
+  int sum = 0;
+  // Four words at a time: each is a chain that waits for itself at every step.
+  u32 flags[4] = {};
+  if (EDGE) {
+#pragma unroll
+    for (int i = 31; i >= 0; i--)
+#pragma unroll
+      for (int w = 0; w < 4; w++)
+        flags[w] = __funnelshift_l(__float_as_uint(limit - fabsf(y[32 * w + i])), flags[w], 1);
+  }
+  if (lane < count) mask[start + lane] = make_uint4(~flags[0], ~flags[1], ~flags[2], ~flags[3]);
+  if (OUT_BITS == 1) {
+    u32 words[4] = {};
+#pragma unroll
+    for (int i = 31; i >= 0; i--)
+#pragma unroll
+      for (int w = 0; w < 4; w++)  // + 0: a negative zero is not negative
+        words[w] = __funnelshift_l(__float_as_uint(y[32 * w + i] + 0.0f), words[w], 1);
+    if (lane < count) out[start + lane] = make_uint4(~words[0], ~words[1], ~words[2], ~words[3]);
+    return ORDER - __popc(words[0]) - __popc(words[1]) - __popc(words[2]) - __popc(words[3]);
+  }
+#pragma unroll
+  for (int c = 0; c < OUT_BITS; c++) {
+    constexpr int PER = 32 / OUT_BITS;
+    u32 words[4] = {};
+#pragma unroll
+    for (int i = PER - 1; i >= 0; i--)
+#pragma unroll
+      for (int w = 0; w < 4; w++) {
+        const float v = y[(4 * c + w) * PER + i];
+        if (FORM == VALUES) {
+          // Beside 2^22 a float counts halves: code + 1/2, or code, from a few cheap instructions.
+          const float whole = __int_as_float(0x4A800000 + 2 * code_of(v, inverse));
+          const float value = (whole - (4194304.0f - LOWEST - (EVEN ? 0.5f : 0.0f))) * step * sigma;
+          words[w] = i ? __float_as_uint(value) : pair_of(value, __uint_as_float(words[w]));
+        } else {
+          words[w] = (words[w] << OUT_BITS) + code_of(v, inverse);
+        }
+      }
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+      if (FORM == CODES || FORM == INTEGERS) {
+        sum = __dp4a(words[w], 0x01010101u, (u32)sum);
+        // To each byte: minus what codes count from; 2 code + 1 is 2 (code from 0) - (LEVELS - 1).
+        constexpr bool doubled = FORM == INTEGERS && EVEN;
+        words[w] = __vsub4(words[w] * (doubled ? 2 : 1), ((doubled ? LEVELS - 1 : -LOWEST) & 0xFF) * 0x01010101u);
+      }
+    }
+    const uint4 chunk = make_uint4(words[0], words[1], words[2], words[3]);
+    tile[place<OUT_BITS>(lane, c)] = chunk;
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < OUT_BITS; i++) {
+    const int id = 32 * i + lane, block = id / OUT_BITS;
+    if (block < count) out[start * OUT_BITS + id] = tile[place<OUT_BITS>(block, id % OUT_BITS)];
+  }
+  return sum;
+}
+
+// x: (rows, 128 blocks) as chunks; scale (rows,), sums (rows,) or null; mask and out by blocks.
+// units: rows, or, where segment < TILE, groups of TILE blocks; total: blocks of all rows; teams: of a
+// thread block.
+extern "C" __global__ void __maxnreg__(REGISTERS)
+    quantize(const uint4 *x, float *scale, uint4 *out, uint4 *mask, int *sums, i64 units, i64 total,
+             int blocks, int warps, int segment, int teams, float step, float threshold) {
+  extern __shared__ uint4 tiles[];
+  __shared__ Exchange<float> first[MAX_TEAMS], second[MAX_TEAMS];
+  __shared__ Exchange<u32> largest[MAX_TEAMS];
+  __shared__ Exchange<int> counts[MAX_TEAMS];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int team = warp / warps, part = warp % warps;
+  uint4 *own = tiles + warp * 2 * TILE * CHUNKS;
+  const i64 stride = (i64)gridDim.x * teams;
+  const bool packs = segment < TILE;  // rows into a warp
+  auto first_block = [&](i64 unit) { return packs ? unit * TILE : unit * blocks + part * TILE; };
+  auto held = [&](i64 unit) {
+    const i64 left = packs ? total - unit * TILE : blocks - part * TILE;
+    return left < 0 ? 0 : left < TILE ? (int)left : TILE;
+  };
+  // A copy of a thread: chunk id % 16 of block id / 16, id = 32 i + lane. Its place repeats every
+  // fourth i, eight blocks further on.
+  const int half = lane / CHUNKS;
+  u32 spot[4];
+  for (int i = 0; i < 4; i++)
+    spot[i] = (u32)__cvta_generic_to_shared(own + place<CHUNKS>(2 * i + half, lane % CHUNKS)) - 512 * i;
+  auto fetch = [&](i64 unit, int buffer) {
+    if (unit < units) {
+      const uint4 *from = x + first_block(unit) * CHUNKS + lane;
+      const u32 shift = buffer * TILE * CHUNKS * 16;
+      const int left = held(unit) - half;
+#define COPY(i) copy_in<512 * (i), 512 * (i)>(spot[(i) % 4] + shift, from, left <= 2 * (i))
+      COPY(0), COPY(1), COPY(2), COPY(3), COPY(4), COPY(5), COPY(6), COPY(7);
+      COPY(8), COPY(9), COPY(10), COPY(11), COPY(12), COPY(13), COPY(14), COPY(15);
+#undef COPY
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+  if (warps > 1) {
+    if (threadIdx.x < teams) {
+      first[threadIdx.x].init(warps), second[threadIdx.x].init(warps);
+      largest[threadIdx.x].init(warps), counts[threadIdx.x].init(warps);
+    }
+    __syncthreads();
+  }
+  int turn = 0, rares = 0;
+  i64 unit = (i64)blockIdx.x * teams + team;
+  fetch(unit, 0);
+  for (; unit < units; unit += stride, turn++) {
+    const int buffer = turn & 1;
+    fetch(unit + stride, buffer ^ 1);
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    __syncwarp();
+    uint4 *tile = own + buffer * TILE * CHUNKS;
+    const i64 start = first_block(unit);
+    const int count = held(unit);
+    const bool inside = lane < count;
+    const float n = 128.0f * blocks;
+    float y[ORDER];
+    read(y, tile, lane, 1.0f);
+    // Three stages make the sum of squares eight times as large. (Of the inputs themselves, the compiler
+    // would convert them twice.)
+    butterfly<1, 8>(y);
+    float s = over_warp(inside ? 0.125f * squares(y) : 0.0f, Add(), segment);
+    if (warps > 1) first[team].leave(s, turn, part);
+    butterfly<8, ORDER>(y);  // while the others' sums come
+    if (warps > 1) s = first[team].fetch(Add(), turn, warps);
+    float sigma = sqrtf(s / n), inner = sigma;
+    bool rare = !(s >= SMALL && s <= GREAT);
+    if (packs) rare = __any_sync(0xFFFFFFFF, rare && inside);
+    if (rare) {
+      // A chunk at a time: the code stays short.
+      u32 top = 0;
+#pragma unroll 1
+      for (int c = 0; c < CHUNKS; c++) {
+        const uint4 w = chunk_of(tile, lane, c);
+        const u32 words[4] = {w.x, w.y, w.z, w.w};
+        for (int i = 0; i < 4; i++) {
+          top = max(top, __float_as_uint(low(words[i])) & 0x7FFFFFFF);
+          top = max(top, __float_as_uint(high(words[i])) & 0x7FFFFFFF);
+        }
+      }
+      top = over_warp(inside ? top : 0, Max(), segment);
+      if (warps > 1) {
+        largest[team].leave(top, rares, part);
+        top = largest[team].fetch(Max(), rares, warps);
+      }
+      const u32 field = min(max(top >> 23, 1u), 253u);
+      const float down = __uint_as_float((254 - field) << 23), up = __uint_as_float(field << 23);
+      const bool finite = top < 0x7F800000;
+      s = 0.0f;
+#pragma unroll 1
+      for (int c = 0; c < CHUNKS; c++) {
+        const uint4 w = chunk_of(tile, lane, c);
+        const u32 words[4] = {w.x, w.y, w.z, w.w};
+        for (int i = 0; i < 4; i++) {
+          const float a = low(words[i]) * down, b = high(words[i]) * down;
+          s = fmaf(a, a, fmaf(b, b, s));
+        }
+      }
+      s = over_warp(inside ? s : 0.0f, Add(), segment);
+      if (warps > 1) {
+        second[team].leave(s, rares, part);
+        s = second[team].fetch(Add(), rares++, warps);
+      }
+      sigma = fminf(sqrtf(s / n) * up, LARGEST);
+      inner = sigma * down;
+      if (!finite) sigma = __int_as_float(0x7FC00000), inner = 0.0f;
+      read(y, tile, lane, down);
+      if (!(inner > 0.0f)) {
+#pragma unroll
+        for (int i = 0; i < ORDER; i++) y[i] = 0.0f;
+      }
+      butterfly<1, ORDER>(y);
+    }
+    const float inverse = inner > 0.0f ? NORM / (inner * step) : 0.0f;
+    // Zeros lie within the limit; nothing of a row that is not finite does.
+    const float limit = sigma == sigma ? threshold * inner * ROOT : -1.0f;
+    __syncwarp();  // all have read their blocks of the tile
+    int sum = emit(y, inverse, limit, step, sigma, tile, out, mask, start, count);
+    const i64 row = packs ? (start + lane) / segment : unit;
+    const bool leads = part == 0 && lane % segment == 0 && inside;
+    if (leads) scale[row] = sigma;
+    if (FORM != VALUES && sums) {
+      sum = over_warp(inside ? sum : 0, Add(), segment);
+      if (warps > 1) {
+        counts[team].leave(sum, turn, part);
+        if (part == 0) sum = counts[team].fetch(Add(), turn, warps);
+      }
+      // Of 2 code + 1 (L odd: of codes), from codes counted from 0.
+      if (leads) sums[row] = EVEN ? 2 * sum - (LEVELS - 1) * 128 * blocks : sum + LOWEST * 128 * blocks;
+    }
+    __syncwarp();  // the tile is free for the copy of the unit after next
+  }
+}

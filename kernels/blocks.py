@@ -1,0 +1,110 @@
+"""The quantizer for Hadamard blocks of 128, a block a thread: CUDA C++, from blocks.cu.
+
+The same function as `quantize`, for the case that layers are made of: rows of 16-bit floats, blocks
+of 128, uniform grids, no sparsity, masks by a threshold. A block in one thread's registers makes the
+transform 896 additions and nothing else, which Triton's layouts can't express. Everything else runs
+in `quantize`.
+Source: QuEST (arXiv 2502.05003), Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from . import cuda, outputs
+from .quantize import DISTANCE, STE, Program
+
+ORDER = 128
+TILE = 32  # blocks that a warp holds
+# Warps whose threads hold a row, at most; and that a multiprocessor's registers hold.
+WARP_LIMIT = RESIDENT = 12
+REGISTERS = 168
+SHARED_OF_WARP = 2 * TILE * 2 * ORDER  # two buffers of 16-bit blocks
+# The numbers of blocks.cu.
+VALUES, PACKED, CODES, INTEGERS = range(4)
+FORMS = {"codes": CODES, "integers": INTEGERS}
+
+
+def supports(program: Program, x: torch.Tensor) -> bool:
+    """Whether the kernel does this; `quantize` does the rest."""
+    return (
+        program.order == ORDER
+        and program.base is None
+        and program.points is None
+        and program.group is None
+        and program.estimator != DISTANCE
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and 0 < x.shape[-1] <= WARP_LIMIT * TILE * ORDER
+        and cuda.unavailable(x.device) is None
+    )
+
+
+def _shape(blocks: int) -> tuple[int, int, int, int]:
+    """(warps of a team, blocks of a row that share a warp or TILE, teams of a thread block, thread
+    blocks of a multiprocessor) for rows of so many blocks.
+    """
+    if blocks < TILE and blocks & (blocks - 1) == 0:
+        return 1, blocks, 4, RESIDENT // 4
+    warps = -(-blocks // TILE)
+    teams = max(1, 4 // warps)
+    return warps, TILE, teams, RESIDENT // (warps * teams)
+
+
+def macros(half: bool, levels: int, edge: bool, form: int, bits: int) -> dict[str, int]:
+    """What blocks.cu is compiled with."""
+    return {
+        "REGISTERS": REGISTERS, "HALF": int(half), "LEVELS": levels, "EDGE": int(edge),
+        "FORM": form, "BITS": bits,
+    }  # fmt: skip
+
+
+@functools.cache
+def _kernel(
+    warps: int, half: bool, levels: int, edge: bool, form: int, bits: int, device: int
+) -> cuda.Kernel:
+    made = macros(half, levels, edge, form, bits)
+    code = cuda.compile_("blocks.cu", cuda.architecture(device), made)
+    return cuda.load(
+        code, "quantize", device, threads=32 * warps, shared=warps * SHARED_OF_WARP,
+        layout="5P2q4i2f",
+    )  # fmt: skip
+
+
+def quantize(
+    x: torch.Tensor, program: Program, *, form: int, bits: int = 0, sums: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, scale, mask, sums) of x (..., d), d a multiple of 128; see `supports`.
+
+    form: VALUES, out (..., d) of x's dtype; PACKED, out (..., d bits / 8) uint8; CODES or INTEGERS,
+    out (..., d) int8, codes or (L even) 2 code + 1. scale: (..., 1) float32. mask: (..., d / 8)
+    uint8. sums: (..., 1) int32 of 2 code + 1 (L odd: of codes), or of shape (0,).
+    """
+    lead, d, device = x.shape[:-1], x.shape[-1], x.device
+    rows, blocks = math.prod(lead), d // ORDER
+    x = x.contiguous()
+    if x.data_ptr() % 16:
+        x = x.clone()
+    width, dtype = {
+        VALUES: (d, x.dtype), PACKED: (d * bits // 8, torch.uint8),
+    }.get(form, (d, torch.int8))  # fmt: skip
+    out = outputs.empty((*lead, width), dtype, device)
+    scale = outputs.empty((*lead, 1), torch.float32, device)
+    mask = outputs.empty((*lead, d // 8), torch.uint8, device)
+    sum_ = outputs.empty((*lead, 1) if sums else (0,), torch.int32, device)
+    if rows:
+        warps, segment, teams, resident = _shape(blocks)
+        kernel = _kernel(
+            warps * teams, x.dtype == torch.float16, program.levels, program.estimator != STE, form,
+            bits, device.index,
+        )  # fmt: skip
+        units = -(-rows * blocks // TILE) if segment < TILE else rows
+        kernel.launch(
+            min(-(-units // teams), resident * cuda.processors(device.index)),
+            x.data_ptr(), scale.data_ptr(), out.data_ptr(), mask.data_ptr(),
+            sum_.data_ptr() if sums else 0, units, rows * blocks, blocks, warps,
+            segment, teams, program.step, program.threshold,
+        )  # fmt: skip
+    return out, scale, mask, sum_

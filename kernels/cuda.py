@@ -1,0 +1,183 @@
+"""CUDA C++ kernels: compiled by NVRTC at run time, cached, launched through the driver.
+
+A source lies beside this file and takes its constants as macros. NVRTC compiles a variant once, in
+one to a few seconds, and keeps the binary in the user's cache. A launch costs a few microseconds of
+host time: values are packed into one buffer that the driver copies.
+Source: NVIDIA, CUDA Driver API and NVRTC; cuda-core, cuda-bindings.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from cuda.core import ObjectCode
+
+
+@functools.cache
+def unavailable(device: torch.device) -> str | None:
+    """Why CUDA C++ kernels can't run on `device`; None where they can."""
+    if device.type != "cuda":
+        return f"{device} is not a CUDA device"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {major}.{minor}: asynchronous copies need 8.0"
+    try:
+        import cuda.bindings
+        import cuda.core  # noqa: F401
+    except ImportError:
+        return "cuda-core or cuda-bindings is not installed: pip install 'quest-lowbit[hopper]'"
+    return None
+
+
+def compile_(
+    source: str, architecture: str, macros: dict[str, int], *, cached: bool = True
+) -> ObjectCode:
+    """The binary of a variant of `source`, a file beside this one; needs NVRTC but no GPU.
+
+    Raises RuntimeError where NVRTC is missing or refuses the source, with what it said.
+    """
+    from cuda.core import Program, ProgramOptions
+    from cuda.core.utils import FileStreamProgramCache
+    from cuda.pathfinder import DynamicLibNotFoundError
+
+    options = ProgramOptions(
+        std="c++17",
+        arch=architecture,
+        define_macro=[(name, str(value)) for name, value in macros.items()],
+    )
+    text = Path(__file__).with_name(source).read_text(encoding="utf-8")
+    try:
+        cache = FileStreamProgramCache() if cached else None
+    except OSError:  # a home that can't be written: compile every time
+        cache = None
+    try:
+        return Program(text, "c++", options).compile("cubin", cache=cache)
+    except DynamicLibNotFoundError as error:
+        raise RuntimeError(
+            "NVRTC, the compiler of CUDA C++, is not installed: pip install 'quest-lowbit[hopper]'"
+        ) from error
+    except Exception as error:
+        raise RuntimeError(f"NVRTC does not compile {source}: {error}") from error
+
+
+def done(result: tuple[Any, ...]) -> Any:
+    """What a driver call returned; RuntimeError with the driver's own words if it failed."""
+    from cuda.bindings import driver
+
+    status, *values = result
+    if status:
+        told = driver.cuGetErrorString(status)[1]
+        raise RuntimeError(f"the CUDA driver says: {told.decode() if told else status}")
+    return values[0] if values else None
+
+
+def architecture(device: int) -> str:
+    """What NVRTC calls the GPU; with the instructions of its own, where it has them."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
+@functools.cache
+def processors(device: int) -> int:
+    """Multiprocessors of a GPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel on one device, ready to be launched on its current stream.
+
+    threads: of a block. shared: bytes of dynamic shared memory. layout: the parameters, in the
+    letters of `struct` with alignment as in C: P or Q a pointer, i an int, q a long long, f a
+    float, 128s a tensor map.
+    """
+
+    function: Any
+    context: Any
+    device: int
+    threads: int
+    shared: int
+    layout: str
+
+    @functools.cached_property
+    def _local(self) -> threading.local:
+        return threading.local()
+
+    def launch(self, blocks: int, *values: Any) -> None:
+        """Queue `blocks` blocks with these parameters; RuntimeError where the driver refuses."""
+        from cuda.bindings import driver
+
+        local = self._local
+        packed = getattr(local, "packed", None)
+        if packed is None:
+            packed = local.packed = _Parameters(self.layout)
+        packed.fill(*values)
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        values = (
+            self.function, blocks, 1, 1, self.threads, 1, 1, self.shared, stream,
+            packed.pointers, 0,
+        )  # fmt: skip
+        (status,) = driver.cuLaunchKernel(*values)
+        if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            # A thread of autograd's that has not used this device yet.
+            done(driver.cuCtxSetCurrent(self.context))
+            (status,) = driver.cuLaunchKernel(*values)
+        if status:
+            done((status,))
+
+
+class _Parameters:
+    """The parameters of a kernel in one buffer, and the array of pointers to them."""
+
+    def __init__(self, layout: str) -> None:
+        self._struct = struct.Struct(layout)
+        self._buffer = ctypes.create_string_buffer(self._struct.size)
+        self.fill = functools.partial(self._struct.pack_into, self._buffer, 0)
+        at, address, parts = 0, ctypes.addressof(self._buffer), []
+        for letter in _letters(layout):
+            at += -at % (1 if letter.endswith("s") else struct.calcsize(letter))
+            parts.append(address + at)
+            at += struct.calcsize(letter)
+        self._pointers = (ctypes.c_void_p * len(parts))(*parts)
+        self.pointers = ctypes.addressof(self._pointers)
+
+
+def _letters(layout: str) -> list[str]:
+    found, count = [], ""
+    for c in layout:
+        if c.isdigit():
+            count += c
+        else:
+            found += [count + c] if c == "s" else [c] * int(count or 1)
+            count = ""
+    return found
+
+
+def load(
+    code: ObjectCode, entry: str, device: int, *, threads: int, shared: int, layout: str
+) -> Kernel:
+    """Load a binary on the current device, which is `device`."""
+    from cuda.bindings import driver
+
+    module = done(driver.cuModuleLoadData(code.code))
+    function = done(driver.cuModuleGetFunction(module, entry.encode()))
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    done(driver.cuFuncSetAttribute(function, attribute, shared))
+    return Kernel(function, done(driver.cuCtxGetCurrent()), device, threads, shared, layout)
+
+
+def pointer(t: torch.Tensor | None) -> int:
+    """The address of a tensor's data; 0 for None."""
+    return 0 if t is None else t.data_ptr()

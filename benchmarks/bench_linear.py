@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import quest
-from quest import Recipe
+from quest import Recipe, frozen, paths
 from quest.conformance import examine
 from quest.conformance.lanes import Lane
 from quest.conformance.verdict import Verdict
@@ -24,20 +24,26 @@ def _layers(inside: int, outside: int, made: Recipe) -> tuple[quest.Linear, nn.L
     return quest.Linear.from_linear(dense, made), dense
 
 
-def _judge(inside: int, made: Recipe) -> gate.Judge:
+def _judge(inside: int, made: Recipe, path: str) -> gate.Judge:
     def judge(lane: Lane, name: str) -> list[Verdict]:
         x = gate.normal(gate.ROWS, inside, name)
         w = gate.normal(GATE_FEATURES, inside, "gaussian", seed=1)
         grad = gate.normal(gate.ROWS, GATE_FEATURES, "gaussian", seed=2)
-        return examine.layer(lane, x, w, grad, None, made)
+        return examine.layer(lane, x, w, grad, None, made, path)
 
     return judge
+
+
+def _path(tokens: int, inside: int, made: Recipe) -> str:
+    """The path of the layer that is timed: the gate must see the same."""
+    return paths.choose(torch.empty(tokens, inside, device=cases.DEVICE, dtype=cases.DTYPE), made)
 
 
 @pytest.mark.parametrize(("tokens", "inside", "outside", "recipe"), cases.layers())
 def test_forward(timed: Timed, tokens: int, inside: int, outside: int, recipe: str) -> None:
     """y = Q(x H) Q(w H)^T, no gradient kept; the weight is quantized each time, as in training."""
     made = quest.recipe(recipe)
+    path = _path(tokens, inside, made)
     ours, dense = _layers(inside, outside, made)
 
     def forward(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -49,11 +55,43 @@ def test_forward(timed: Timed, tokens: int, inside: int, outside: int, recipe: s
         spec=made.spec,
         shape=(tokens, inside, outside),
         draw=((tokens, inside),),
-        key=("layer", made.spec, inside),
-        judge=_judge(inside, made),
+        key=("layer", made.spec, inside, path),
+        judge=_judge(inside, made, path),
         run=lambda x: forward(ours, x),
         baseline=lambda x: forward(dense, x),
         constant=(dense.weight.detach(),),
+        operations=2.0 * tokens * inside * outside,
+    )
+
+
+@pytest.mark.parametrize(("tokens", "inside", "outside", "recipe"), cases.frozen())
+def test_frozen(timed: Timed, tokens: int, inside: int, outside: int, recipe: str) -> None:
+    """The forward of a layer whose weight is frozen: inference."""
+    made = quest.recipe(recipe)
+    ours, dense = _layers(inside, outside, made)
+    held = frozen.freeze(ours.freeze().weight, made)
+
+    def forward(layer: nn.Linear, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y: Tensor = layer(x)
+        return y
+
+    rows = min(tokens, 4 * gate.ROWS)
+
+    def judge(lane: Lane, name: str) -> list[Verdict]:
+        w = gate.normal(GATE_FEATURES, inside, "gaussian", seed=1)
+        return examine.frozen(lane, gate.normal(rows, inside, name), w, None, made)
+
+    timed(
+        spec=made.spec,
+        shape=(tokens, inside, outside),
+        draw=((tokens, inside),),
+        key=("frozen", made.spec, inside, rows),
+        judge=judge,
+        run=lambda x: forward(ours, x),
+        baseline=lambda x: forward(dense, x),
+        constant=held.read(),
+        operations=2.0 * tokens * inside * outside,
     )
 
 
@@ -63,6 +101,7 @@ def test_forward_backward(
 ) -> None:
     """Forward, and the gradients of input and weight."""
     made = quest.recipe(recipe)
+    path = _path(tokens, inside, made)
     ours, dense = _layers(inside, outside, made)
 
     def step(layer: nn.Linear, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
@@ -74,8 +113,8 @@ def test_forward_backward(
         spec=made.spec,
         shape=(tokens, inside, outside),
         draw=((tokens, inside), (tokens, outside)),
-        key=("layer", made.spec, inside),
-        judge=_judge(inside, made),
+        key=("layer", made.spec, inside, path),
+        judge=_judge(inside, made, path),
         run=lambda x, grad: step(ours, x, grad),
         baseline=lambda x, grad: step(dense, x, grad),
         constant=(dense.weight.detach(),),

@@ -65,6 +65,29 @@ def layers() -> list[Any]:
     return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made]
 
 
+# (out_features, in_features) of a 7B Llama; the numbers of tokens that a frozen layer is timed at.
+FROZEN = ((4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008)) if CUDA else ((256, 512),)
+TOKENS = (1, 16, 64, 256, 1024, 4096, 16384) if CUDA else (1, 64)
+PRODUCTS = ((8192, 8192, 8192), LAYER, LARGE_LAYER, (16384, 14336, 4096))
+
+
+def products() -> list[Any]:
+    """(rows, width, columns, recipe) of the product of two operands; Hopper's alone."""
+    made = [(*shape, recipe) for shape in PRODUCTS for recipe in ("w1a1", "w4a4", "w8a8")]
+    return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made if CUDA]
+
+
+def frozen() -> list[Any]:
+    """(tokens, in_features, out_features, recipe) of a layer whose weight is frozen."""
+    made = [
+        (tokens, inside, outside, recipe)
+        for outside, inside in FROZEN
+        for recipe in ("w1a1", "w4a4")
+        for tokens in TOKENS
+    ]
+    return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made]
+
+
 def quantizer(grid: str, pattern: str) -> Quantizer:
     """The quantizer of a case; 1 bit clips at 1.30, all others trust (method, section 4)."""
     estimator = quest.Clip(1.30) if grid == "uniform1" else quest.Trust()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_NAME = 46
-_WIDTHS = (9, 9, 14, 7, 8, 7)
+_NAME = 45
+_WIDTHS = (8, 8, 12, 7, 8, 6, 6)
 
 
 def duration(microseconds: float) -> str:
@@ -33,7 +33,7 @@ def lines(
     results: Mapping[str, Mapping[str, Any]], before: Mapping[str, float] | None
 ) -> Iterator[str]:
     """The table's lines for extra_info by full name; before: a record's ratios by full name."""
-    yield _line("", "time", "vs torch", "95%", "was", "of copy", "gate")
+    yield _line("", "time", "vs torch", "95%", "was", "of copy", "TOP/s", "gate")
     for fullname, info in results.items():
         was = None if before is None else before.get(fullname)
         yield _line(
@@ -43,6 +43,7 @@ def lines(
             f"{info['ratio_low']:.2f}-{info['ratio_high']:.2f}",
             "" if before is None else "new" if was is None else f"{was:.2f}x",
             f"{info['fraction_of_copy']:.3f}",
+            f"{info['tera_operations']:.0f}" if info.get("tera_operations") else "",
             f"{info['worst_ratio']:.2f}",
         )
 
@@ -50,5 +51,6 @@ def lines(
 LEGEND = (
     "vs torch: torch's time over ours, in turn (above 1 ours is faster); 95%: its interval;",
     "was: in the record; of copy: time to copy the bytes that must move, over ours;",
+    "TOP/s: 10^12 multiplications and additions of the product a second;",
     "gate: worst error over its bound, 1 is the limit. benchmarks/NOTES.md has the rest.",
 )

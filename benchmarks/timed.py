@@ -52,21 +52,29 @@ class Timed:
         baseline: Callable[..., object],
         draw: tuple[tuple[int, ...], ...] | None = None,
         constant: tuple[Tensor, ...] = (),
+        prepare: Callable[..., tuple[Tensor, ...]] | None = None,
+        operations: float = 0.0,
     ) -> None:
         """Pass the gate, then time `run` and `baseline` on the same normal inputs.
 
         spec: what is computed; shape: on what. key, judge: see `gate.open_for`. draw: the shapes of
         one set of inputs, by default (shape,). constant: what `run` reads in every call besides.
+        prepare: what `run` and `baseline` get after the inputs, made of them beforehand; `run` then
+        reads that alone. operations: multiplications and additions of a call.
         Bytes moved at the least: inputs and constants read once, outputs of `run` written once.
         """
         __tracebackhide__ = True
         shapes = draw or (shape,)
         try:
             passed = gate.open_for(key, judge)
-            first = _sets(shapes, 1)[0]
-            moved = sum(map(timing.size, (first, constant, run(*first))))
+            inputs = _sets(shapes, 1)[0]
+            more = prepare(*inputs) if prepare else ()
+            first = inputs + more
+            moved = sum(map(timing.size, (more or inputs, constant, run(*first))))
             if self.benchmark.enabled:
-                sets = _sets(shapes, timing.input_sets(timing.size(first), cases.DEVICE))
+                sets = _sets(shapes, timing.input_sets(timing.size(more or inputs), cases.DEVICE))
+                if prepare:
+                    sets = [each + prepare(*each) for each in sets]
                 times = timing.measure(run, baseline, sets, moved, cases.DEVICE)
         except Exception:
             # A target that fails: pytest-benchmark records no time, and does not miss its call.
@@ -76,7 +84,7 @@ class Timed:
         if not self.benchmark.enabled:
             self.benchmark.pedantic(run, args=first)
             return
-        self._report(spec, shape, passed, times, moved)
+        self._report(spec, shape, passed, times, moved, operations)
         again = itertools.cycle(times.ours)
         self.benchmark.pedantic(
             self.clock.advance, setup=lambda: ((next(again),), {}), rounds=len(times.ours)
@@ -89,6 +97,7 @@ class Timed:
         passed: gate.Passed,
         times: timing.Times,
         moved: int,
+        operations: float,
     ) -> None:
         ours, copy, (low, high) = median(times.ours), median(times.copy), times.interval()
         self.info |= {
@@ -105,6 +114,7 @@ class Timed:
             "copy_us": copy * 1e6,
             "fraction_of_copy": copy / ours,
             "bytes": moved,
+            "tera_operations": operations / ours / 1e12,
             "worst_ratio": passed.worst_ratio,
             "elements": passed.elements,
             "host_bound": times.host_bound,

@@ -1,9 +1,9 @@
 """The quantizer for Hadamard blocks of 128, a block a thread: CUDA C++, from blocks.cu.
 
 The same function as `quantize`, for the case that layers are made of: rows of 16-bit floats, blocks
-of 128, uniform grids, no sparsity, masks by a threshold. A block in one thread's registers makes the
-transform 896 additions and nothing else, which Triton's layouts can't express. Everything else runs
-in `quantize`.
+of 128, uniform grids, no sparsity, masks by a threshold. A block in one thread's registers makes
+the transform 896 additions and nothing else, which Triton's layouts can't express. Everything else
+runs in `quantize`.
 Source: QuEST (arXiv 2502.05003), Algorithm 1.
 """
 

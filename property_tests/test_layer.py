@@ -71,6 +71,30 @@ def test_layer_of_integers(lane: Lane, dtype: torch.dtype, name: str, data: st.D
 
 
 @every_lane
+@every_dtype
+@pytest.mark.parametrize("name", RECIPES)
+@fewer
+@given(data=st.data())
+def test_frozen(lane: Lane, dtype: torch.dtype, name: str, data: st.DataObject) -> None:
+    if not lane.supports("frozen", {}):
+        pytest.skip("this lane's layer is composed of operators, and freezes nothing")
+    rows = data.draw(st.sampled_from((1, 5, 16, 17, 64, 65, 140)), label="rows")
+    width = data.draw(st.sampled_from((128, 24, 384, 1280)), label="in_features")
+    outs = data.draw(st.sampled_from((7, 48, 1, 264)), label="out_features")
+    seed = data.draw(SEEDS, label="seed")
+    made = quest.recipe(name)
+    kind = data.draw(st.sampled_from(("gaussian", "heavy", "outlier")), label="distribution")
+    x = inputs.draw(kind, (rows, width), dtype, seed)
+    w = inputs.draw("gaussian", (outs, width), dtype, seed + 1) / width**0.5
+    bias = inputs.draw("gaussian", (outs,), dtype, seed + 3) if seed % 2 else None
+    LEDGER.judge(
+        lane,
+        examine.frozen(lane, x, w, bias, made),
+        f"{kind}, x {tuple(x.shape)}, w {tuple(w.shape)}, {dtype}, seed {seed}, {made.spec}",
+    )
+
+
+@every_lane
 @pytest.mark.parametrize("order", [1, 4, 128, 12, 20, 28, 40])
 @fewer
 @given(seed=SEEDS)

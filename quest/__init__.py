@@ -2,6 +2,7 @@
 
     layer = quest.Linear(1024, 4096, recipe="w4a4")
     quest.quantize_(model, "w1a1")
+    quest.freeze_(model)  # for inference
 
 Method: arXiv 2502.05003.
 
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING or "torch" in sys.modules:
     from . import grids
     from .estimators import STE, Clip, Trust
-    from .linear import Linear, quantize_
+    from .linear import Linear, freeze_, quantize_
     from .quantizer import Packed, Quantized, Quantizer
     from .recipes import Recipe, recipe
     from .sparsity import NM, Pairwise
@@ -27,7 +28,7 @@ if TYPE_CHECKING or "torch" in sys.modules:
 else:
     _HOMES = {
         **dict.fromkeys(("STE", "Clip", "Trust"), "estimators"),
-        **dict.fromkeys(("Linear", "quantize_"), "linear"),
+        **dict.fromkeys(("Linear", "freeze_", "quantize_"), "linear"),
         **dict.fromkeys(("Packed", "Quantized", "Quantizer"), "quantizer"),
         **dict.fromkeys(("Recipe", "recipe"), "recipes"),
         **dict.fromkeys(("NM", "Pairwise"), "sparsity"),
@@ -58,6 +59,7 @@ __all__ = [
     "Quantizer",
     "Recipe",
     "Trust",
+    "freeze_",
     "grids",
     "quantize_",
     "recipe",

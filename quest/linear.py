@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from . import lowbit, paths
+from . import frozen, lowbit, ops, paths
 from .recipes import Recipe, recipe
 
 HEADS = frozenset({"lm_head", "output", "head", "embed_out", "classifier", "score"})
@@ -27,6 +27,8 @@ class Linear(nn.Linear):
     recipe: a name such as "w4a4", or a `Recipe`. Raises ValueError where the recipe's Hadamard
     block or sparsity group does not divide in_features.
     """
+
+    _frozen: frozen.Frozen | None = None
 
     def __init__(
         self,
@@ -46,6 +48,7 @@ class Linear(nn.Linear):
         made.weight.check(self.weight)
         made.activation.transform.order(self.in_features)
         self.recipe = made
+        self._frozen = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, name: str | Recipe) -> Self:
@@ -58,9 +61,41 @@ class Linear(nn.Linear):
         made.set_recipe(name)
         return made
 
+    def freeze(self) -> Self:
+        """Quantize the weight once, for inference; returns the layer.
+
+        The weight stays, and the state dict with it. What was quantized is used where no gradient
+        is asked for, and is made again where the module moves, changes its dtype or loads a state.
+        `train()` drops it. A weight that is changed by hand needs another `freeze()`.
+        """
+        self._frozen = frozen.freeze(self.weight, self.recipe)
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """As in `torch.nn.Module`; training drops a frozen weight."""
+        if mode:
+            self._frozen = None
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._frozen is not None:
+            # In a dtype that has no quantizer there is nothing to freeze, and forward says so.
+            self._frozen = None
+            if self.weight.dtype in ops.DTYPES:
+                self.freeze()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._frozen is not None:
+            self.freeze()
+
     def forward(self, x: Tensor) -> Tensor:
         """y (..., out_features) for x (..., in_features) float32, bfloat16 or float16."""
         self._check(x)
+        if self._frozen is not None and not torch.is_grad_enabled():
+            return frozen.linear(x, self._frozen, self.bias, self.recipe, self._out_dtype(x))
         if paths.choose(x, self.recipe) == "integers":
             return self._integers(x)
         values = self.recipe.activation(x)
@@ -68,11 +103,15 @@ class Linear(nn.Linear):
         return nn.functional.linear(values, weights, self.bias)
 
     def _integers(self, x: Tensor) -> Tensor:
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         specs = self.recipe.activation.spec, self.recipe.weight.spec
+        dtype = self._out_dtype(x)
         y: Tensor = lowbit.low_bit_linear(x, self.weight, self.bias, *specs, dtype)[0]
         return y
+
+    @staticmethod
+    def _out_dtype(x: Tensor) -> torch.dtype:
+        device = x.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
@@ -147,4 +186,20 @@ def quantize_(
             # In evaluation its fused path reads the weights and never calls the layers; without a
             # known activation torch takes the plain path.
             parent_module.activation_relu_or_gelu = 0
+    return model
+
+
+def freeze_(model: nn.Module) -> nn.Module:
+    """Put `model` into evaluation mode and freeze its `quest.Linear` modules; returns `model`.
+
+    See `Linear.freeze`. Raises ValueError where there is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    layers = [m for m in model.modules() if isinstance(m, Linear)]
+    if not layers:
+        raise ValueError("model has no quest.Linear: quest.quantize_ makes them")
+    model.eval()
+    for layer in layers:
+        layer.freeze()
     return model

@@ -5,7 +5,8 @@ The rule of `choose`, in order:
 1. Under `only(path)`: that one.
 2. "values" where the recipe has no integer product (16-bit operands, Lloyd-Max tables), where a
    row is too wide for an int32 accumulator, and where the device lacks the kernel.
-3. "values" below MIN_ROWS rows, where both operands' quantization outweighs the product.
+3. "values" below MIN_ROWS rows, where both operands' quantization outweighs the product. (A frozen
+   weight is not quantized again, and always goes the integers' path: see `frozen`.)
 4. "integers" otherwise: on Hopper the int8 product runs at twice bf16's rate, single bits at ten
    times.
 
@@ -57,12 +58,19 @@ def _lacking(device: torch.device) -> str | None:
     return product.unavailable(device)
 
 
+def has_integers(t: Tensor, recipe: Recipe) -> bool:
+    """Whether t (..., d), an operand of a layer, can go the integers' path where it lies."""
+    return (
+        t.device.type == "cuda"
+        and operands.kinds(recipe.activation, recipe.weight) is not None
+        and t.shape[-1] <= operands.MAX_WIDTH
+        and _lacking(t.device) is None
+    )
+
+
 def choose(x: Tensor, recipe: Recipe) -> str:
     """ "values" or "integers" for x (..., d); see above."""
     if _forced is not None:
         return _forced
-    if x.device.type != "cuda" or operands.kinds(recipe.activation, recipe.weight) is None:
-        return "values"
-    if x.shape[-1] > operands.MAX_WIDTH or _lacking(x.device) is not None:
-        return "values"
-    return "integers" if math.prod(x.shape[:-1]) >= MIN_ROWS else "values"
+    enough = math.prod(x.shape[:-1]) >= MIN_ROWS
+    return "integers" if enough and has_integers(x, recipe) else "values"

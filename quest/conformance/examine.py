@@ -181,6 +181,35 @@ def layer(
     return found
 
 
+def frozen(lane: Lane, x: Tensor, w: Tensor, bias: Tensor | None, made: Recipe) -> list[Verdict]:
+    """The forward of a layer whose weight (out, in) is frozen, on rows x (n, in): T6, or T1."""
+    extra = () if bias is None else (bias,)
+    out = lane.call("frozen", x, w, *extra, recipe=made)
+    form = judges.form("frozen y", out["y"], (x.shape[0], w.shape[0]), x.dtype)
+    if form.failure is not None:
+        return [form]
+    pairs = ((x, made.activation), (w, made.weight))
+    if "a" in out:
+        return [dataclasses.replace(v, stage="frozen y") for v in _products(pairs, bias, out)]
+    return [judges.values_product(x.dtype, bias, out, accumulation(lane), "frozen y")]
+
+
+def _products(
+    pairs: tuple[tuple[Tensor, Quantizer], ...], bias: Tensor | None, out: dict[str, Tensor]
+) -> list[Verdict]:
+    """T6 of y, given its operands a and b."""
+    kinds = operands.kinds(pairs[0][1], pairs[1][1])
+    if kinds is None:
+        raise ValueError(f"{pairs[0][1]} x {pairs[1][1]} has no integer product")
+    whole = [
+        judges.whole(out[name], kind, t.shape[-1])
+        for (t, _), kind, name in zip(pairs, kinds, "ab", strict=True)
+    ]
+    units = [operands.form_of(q, kind).unit for (_, q), kind in zip(pairs, kinds, strict=True)]
+    scales = (out["a_scale"], out["b_scale"])
+    return [judges.multiplied((whole[0], whole[1]), (units[0], units[1]), scales, bias, out["y"])]
+
+
 def _integers(
     lane: Lane,
     pairs: tuple[tuple[Tensor, Quantizer], ...],
@@ -191,18 +220,16 @@ def _integers(
     kinds = operands.kinds(pairs[0][1], pairs[1][1])
     if kinds is None:
         raise ValueError(f"{pairs[0][1]} x {pairs[1][1]} has no integer product")
-    found, whole, units = [], [], []
+    found = [dataclasses.replace(v, stage="layer y") for v in _products(pairs, bias, out)]
     for (t, q), kind, name, hat in zip(pairs, kinds, "ab", ("x_hat", "w_hat"), strict=True):
         codes = lane.call("quantize", t, q=q)
         keep = codes["keep"] if q.sparsity is not None else None
-        whole.append(judges.whole(out[name], kind, t.shape[-1]))
-        units.append(operands.form_of(q, kind).unit)
-        sums = torch.from_numpy(whole[-1].sum(-1, keepdims=True))
-        found += judges.encoded(q, kind, codes["codes"], keep, out[name], sums)[:1]
+        sums = judges.whole(out[name], kind, t.shape[-1]).sum(-1, keepdims=True)
+        found += judges.encoded(q, kind, codes["codes"], keep, out[name], torch.from_numpy(sums))[
+            :1
+        ]
         found.append(judges.dequantized(q, codes["codes"], codes["scale"], keep, out[hat]))
-    scales = (out["a_scale"], out["b_scale"])
-    verdict = judges.multiplied((whole[0], whole[1]), (units[0], units[1]), scales, bias, out["y"])
-    return [dataclasses.replace(verdict, stage="layer y"), *found]
+    return found
 
 
 def adjoint(lane: Lane, x: Tensor, w: Tensor, grad: Tensor, block: int) -> list[Verdict]:

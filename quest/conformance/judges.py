@@ -409,6 +409,22 @@ def multiplied(
     return close("product", y, expected, bound)
 
 
+def values_product(
+    dtype: torch.dtype, bias: Tensor | None, out: dict[str, Tensor], unit: float, stage: str
+) -> Verdict:
+    """T1 of y = x_hat w_hat^T + bias, given the values that were multiplied."""
+    name = oracle.dtype_name(dtype)
+    xh, wh = lift(out["x_hat"]), lift(out["w_hat"])
+    y = xh @ wh.T
+    error = bounds.gamma(xh.shape[-1], unit) * (np.abs(xh) @ np.abs(wh).T)
+    if bias is not None:
+        b = lift(bias)
+        # The product may be rounded to the dtype before the bias is added.
+        error = error + bounds.UNIT[name] * (np.abs(y) + error) + bounds.U32 * np.abs(b)
+        y = y + b
+    return close(stage, out["y"], y, bounds.output(y, error, name))
+
+
 def layer(
     x: Tensor,
     w: Tensor,
@@ -426,14 +442,7 @@ def layer(
     """
     dtype = oracle.dtype_name(x.dtype)
     g, xh, wh = lift(grad), lift(out["x_hat"]), lift(out["w_hat"])
-    y = xh @ wh.T
-    error = bounds.gamma(xh.shape[-1], unit) * (np.abs(xh) @ np.abs(wh).T)
-    if bias is not None:
-        b = lift(bias)
-        # The product may be rounded to the dtype before the bias is added.
-        error = error + bounds.UNIT[dtype] * (np.abs(y) + error) + bounds.U32 * np.abs(b)
-        y = y + b
-    found = [close("layer y", out["y"], y, bounds.output(y, error, dtype))]
+    found = [values_product(x.dtype, bias, out, unit, "layer y")]
     order = recipe.weight.transform.order(x.shape[-1])
     for name, a, m, mask in (("dx", g, wh, masks[0]), ("dw", g.T, xh, masks[1])):
         chosen = np.ones(out[name].shape, bool) if mask is None else lift(mask)

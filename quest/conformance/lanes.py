@@ -52,8 +52,8 @@ class Lane:
 
     def supports(self, stage: str, static: dict[str, Any]) -> bool:
         """Whether the lane has an implementation of its own for this call."""
-        if static.get("path") == "integers" and self.backend != "dispatch":
-            return False  # the layer of the other lanes is composed of values
+        if self.backend != "dispatch" and (stage == "frozen" or static.get("path") == "integers"):
+            return False  # the layer of the other lanes is composed, of values
         if stage in ("accumulate", "product") or static.get("path") == "integers":
             return self.backend != "launch" and no_product(self) is None
         q = static.get("q")
@@ -290,6 +290,32 @@ def _linear_module(
     return made
 
 
+def _frozen(lane: Lane, x: Tensor, w: Tensor, *bias: Tensor, recipe: Any) -> Outputs:
+    """The forward of a layer with a frozen weight, and the operands that it multiplied."""
+    from quest import operands
+    from quest.linear import Linear
+
+    layer = Linear(
+        w.shape[1], w.shape[0], bool(bias), recipe=recipe, device=w.device, dtype=w.dtype
+    )
+    layer.weight = torch.nn.Parameter(w.detach())
+    if bias:
+        layer.bias = torch.nn.Parameter(bias[0].detach())
+    layer.freeze()
+    held = layer._frozen
+    if held is None:
+        raise GuardError(f"{lane} frozen: there is nothing frozen")
+    with torch.no_grad():
+        made: Outputs = {"y": layer(x)}
+        if held.values is not None:
+            return made | {"x_hat": recipe.activation(x), "w_hat": held.values}
+        pair = (recipe.activation, recipe.weight)
+        for name, t, q, kind in zip("ab", (x, w), pair, operands.kinds(*pair) or (), strict=True):
+            operand, scale = operators(lane.backend).encode(t, q, kind)[:2]
+            made |= {name: operand, f"{name}_scale": scale}
+    return made
+
+
 _STAGES: dict[str, Callable[..., Outputs]] = {
     "hadamard": _hadamard,
     "quantize": _quantize,
@@ -297,6 +323,7 @@ _STAGES: dict[str, Callable[..., Outputs]] = {
     "fake_quantize": _fake_quantize,
     "masked_transpose": _masked_transpose,
     "linear": _linear,
+    "frozen": _frozen,
     "encode": _encode,
     "decode": _decode,
     "accumulate": _accumulate,

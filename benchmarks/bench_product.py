@@ -1,0 +1,55 @@
+"""The product of two low-bit operands, dequantized, against bf16's product of the same shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import quest
+from quest import lowbit, operands
+from quest.conformance import examine
+from quest.conformance.lanes import Lane, no_product
+from quest.conformance.verdict import Verdict
+
+from . import cases, gate
+from .timed import Timed
+
+GATE_ROWS, GATE_COLUMNS = 140, 264  # more than one tile each way, and none of them whole
+
+
+@pytest.mark.parametrize(("rows", "width", "columns", "recipe"), cases.products())
+def test_product(timed: Timed, rows: int, width: int, columns: int, recipe: str) -> None:
+    """y = values(a) values(b)^T in bf16, of operands that are there."""
+    if no_product(gate.lane()) is not None:
+        pytest.skip(str(no_product(gate.lane())))
+    made = quest.recipe(recipe)
+    pair = (made.activation, made.weight)
+    kinds = operands.kinds(*pair) or ("", "")
+    names = ",".join(q.require_grid().name for q in pair)
+    dense = torch.randn(columns, width, device=cases.DEVICE, dtype=cases.DTYPE)
+    b, b_scale, _, b_sums = lowbit.encode(dense, pair[1].spec, kinds[1])
+
+    def judge(lane: Lane, name: str) -> list[Verdict]:
+        x = gate.normal(GATE_ROWS, width, name)
+        w = gate.normal(GATE_COLUMNS, width, "gaussian", seed=1)
+        return examine.product(lane, x, w, None, made, cases.DTYPE)
+
+    def prepare(x: Tensor) -> tuple[Tensor, ...]:
+        a, scale, _, sums = lowbit.encode(x, pair[0].spec, kinds[0])
+        return a, scale, sums
+
+    timed(
+        spec=made.spec,
+        shape=(rows, width, columns),
+        draw=((rows, width),),
+        key=("product", made.spec, width),
+        judge=judge,
+        run=lambda _, a, scale, sums: lowbit.product(
+            a, b, scale, b_scale, sums, b_sums, None, names, ",".join(kinds), width, cases.DTYPE
+        ),
+        baseline=lambda x, *_: torch.nn.functional.linear(x, dense),
+        constant=(b, b_scale),
+        prepare=prepare,
+        operations=2.0 * rows * width * columns,
+    )

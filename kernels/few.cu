@@ -1,0 +1,340 @@
+// y = A W^T for few rows of A (1 to 64) and packed low-bit W, which is read from memory once.
+//
+// A: (rows, bytes), signs as single bits (BITS 1) or int8 of odd integers. W: (columns, bytes), codes
+// from 0 of BITS bits, little-endian within a byte. Both row-major, K a multiple of 128, so that a
+// row of W is whole chunks of 16 bytes. The tensor cores multiply W's codes as they are, unsigned,
+// with A: m16n8k32 (or, BITS 1, m16n8k256) with 16 rows of W as its rows and 8 rows of A as its
+// columns. What the codes lack of integers, the sums of A's rows supply.
+//
+// The order of K is free where both operands follow it. A step of K is four chunks of each row of W,
+// and the four lanes of a fragment's row hold a chunk each: 16 contiguous bytes that they load
+// straight from memory into registers. What the masks and shifts below make of such a chunk is the
+// fragment. A is put into shared memory in that order once: of every 8 (BITS 4) or 16 (BITS 2)
+// elements those that lie under one mask together. A lane then reads two fragments in 16 bytes.
+//
+// A cluster of CLUSTER blocks has `tiles` tiles of 16 rows of W, and each of its blocks `steps` steps
+// of K. A block's warps are `slots` rows of k_warps warps: a slot takes every slots-th tile, its warps
+// every k_warps-th step. A warp's tiles and steps are one list of units, DEPTH of which are in flight:
+// WARPS DEPTH KB a multiprocessor, asked for before anything else is done. Sums of integers don't
+// depend on their order: warps add theirs to the shared memory of the block that writes the tile out.
+//
+// Written for every element, with acc the int32 sum of integer times code:
+//   BITS 1     p = 4 acc - a_sum[i] - w_sum[j] - length, the sum of products of signs
+//   otherwise  p = 2 acc - (2^BITS - 1) a_sum[i], that of odd integers
+//   and y = float(p) * (factor * a_scale[i]) * w_scale[j] + bias[j]
+#ifndef BITS
+#define BITS 4
+#endif
+#define FLOAT32 1
+#define BFLOAT16 2
+#define FLOAT16 3
+#ifndef OUT
+#define OUT BFLOAT16
+#endif
+
+typedef unsigned int u32;
+typedef long long i64;
+
+// NT (tiles of 8 rows of A), CLUSTER, WARPS and DEPTH come from few.py.
+constexpr int THREADS = 32 * WARPS;
+constexpr int CHUNK = 16, STEP = 4 * CHUNK;           // bytes of a row of W: of a lane, of a fragment
+constexpr int PARTS = BITS == 1 ? 1 : 8 / BITS;       // chunks of A that meet a chunk of W
+constexpr int SWING = 8 / PARTS;                      // see `place`
+constexpr int STEP_CHUNKS = NT * PARTS * 32;          // of A, in a step
+constexpr int CHAINS = NT <= 2 ? 2 : 1;               // accumulators that take turns
+constexpr int TOGETHER = NT == 8 ? 2 : 4;                          // chunks of A that a thread has in flight
+constexpr bool TIGHT = NT >= 4;                       // no registers to spare for what the output needs
+constexpr u32 MASK = BITS == 4 ? 0x0F0F0F0F : 0x03030303;
+constexpr float BIG = 18446744073709551616.0f;        // 2^64; see product.cu
+
+// 16 bytes; nothing, and any values, unless `wanted`. Volatile: loads stay in the order written here.
+__device__ __forceinline__ void load_weights(uint4 &v, const char *from, bool wanted) {
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.u32 p, %5, 0;\n"
+      " @p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(from), "r"((u32)wanted));
+}
+
+__device__ __forceinline__ void load_rows(uint4 &v, const char *from) {
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+}
+
+// d (16 rows of W x 8 of A) += a b.
+__device__ __forceinline__ void multiply(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if BITS == 1
+  asm volatile("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc"
+#else
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
+#endif
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ u32 cluster_rank() {
+  u32 rank = 0;
+  if (CLUSTER > 1) asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ u32 remote(u32 address, u32 block) {
+  if (CLUSTER > 1) asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(block));
+  return address;
+}
+
+__device__ __forceinline__ void add_to(u32 address, int value) {
+  if (CLUSTER > 1)
+    asm volatile("red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+  else
+    asm volatile("red.relaxed.cta.shared::cta.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ unsigned short narrow(float value) {
+  unsigned short half;
+  if (OUT == BFLOAT16) asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  else asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return half;
+}
+
+__device__ __forceinline__ void store(void *out, i64 at, float value) {
+  if (OUT == FLOAT32) ((float *)out)[at] = value;
+  else ((unsigned short *)out)[at] = narrow(value);
+}
+
+// Codes of a chunk of W as the words of two fragments: of each word 0 and 1 of the first, then of the
+// second.
+__device__ __forceinline__ void unpack(const uint4 &chunk, int part, u32 (&to)[4]) {
+  const u32 words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    if (BITS == 1) to[i] = words[i];
+    if (BITS == 2) to[i] = words[part & 3] >> 2 * i & MASK;
+    if (BITS == 4) to[i] = words[(2 * part + i / 2) & 3] >> 4 * (i % 2) & MASK;
+  }
+}
+
+// 16 elements of A (BITS 1: 128) in the order of `unpack`.
+__device__ __forceinline__ uint4 arranged(const uint4 &v) {
+  if (BITS == 4)  // even and odd elements of eight
+    return make_uint4(__byte_perm(v.x, v.y, 0x6420), __byte_perm(v.x, v.y, 0x7531),
+                      __byte_perm(v.z, v.w, 0x6420), __byte_perm(v.z, v.w, 0x7531));
+  if (BITS == 2) {  // every fourth element: bytes 0 of the words, bytes 1, ...
+    const u32 a = __byte_perm(v.x, v.y, 0x5140), b = __byte_perm(v.z, v.w, 0x5140);
+    const u32 c = __byte_perm(v.x, v.y, 0x7362), d = __byte_perm(v.z, v.w, 0x7362);
+    return make_uint4(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632),
+                      __byte_perm(c, d, 0x5410), __byte_perm(c, d, 0x7632));
+  }
+  return v;
+}
+
+// The place of chunk q of a row of A, counted from the block's first: by step, tile, part and lane.
+// Lanes are turned by the part, so that eight chunks in a row lie in eight different banks.
+__device__ __forceinline__ u32 place(u32 row, u32 q) {
+  const u32 chunk = q / PARTS, part = q % PARTS;
+  const u32 lane = 4 * (row % 8) + chunk % 4;
+  return chunk / 4 * STEP_CHUNKS + (row / 8 * PARTS + part) * 32 + (lane ^ part * SWING);
+}
+
+// Chunks of the two rows of W that a lane has in a fragment.
+struct Unit { uint4 low, high; };
+
+__device__ __forceinline__ void step(const Unit &unit, const uint4 *rows, int lane, int (&d)[CHAINS][NT][4]) {
+#pragma unroll
+  for (int part = 0; part < PARTS; part++) {
+    u32 low[4], high[4];
+    unpack(unit.low, part, low);
+    unpack(unit.high, part, high);
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+      const uint4 b = rows[(n * PARTS + part) * 32 + (lane ^ part * SWING)];
+      multiply(d[0][n], low[0], high[0], low[1], high[1], b.x, b.y);
+      multiply(d[CHAINS - 1][n], low[2], high[2], low[3], high[3], b.z, b.w);
+    }
+  }
+}
+
+// chunks: of a row of W. tiles: of a cluster; own: those that a block writes out, ceil(tiles /
+// CLUSTER). steps: of a block. k_warps: a power of two. inverse: ceil(2^32 / chunks of A in `steps`).
+extern "C" __global__ void
+#if CLUSTER > 1
+__cluster_dims__(CLUSTER, 1, 1)
+#endif
+__launch_bounds__(THREADS, 1)
+    few(void *out, const char *a, const char *w, const float *a_scale, const float *w_scale,
+        const float *bias, const int *a_sum, const int *w_sum, int rows, int columns, int chunks,
+        int length, int tiles, int own, int steps, int k_warps, u32 inverse, float factor) {
+  extern __shared__ uint4 raw[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int rank = cluster_rank(), cluster = blockIdx.x / CLUSTER;
+  const int span = 16 * own, stride = span + 4;  // of a row of sums: warps that add meet no bank twice
+  uint4 *const held = raw;
+  int *const sums = (int *)(held + steps * STEP_CHUNKS);
+  float *const column_scale = (float *)(sums + rows * stride), *const column_bias = column_scale + span;
+  int *const column_sum = (int *)(column_bias + span);
+  float *const row_scale = (float *)(column_sum + span);
+  int *const row_sum = (int *)(row_scale + rows);
+
+  // The warp's list of units, by tile and then step. What lies beyond the last row is not written
+  // out, and beyond the last chunk A is 0: registers may hold anything there.
+  const int first_step = rank * steps, row_bytes = chunks * CHUNK, hop = k_warps * STEP;
+  const int here = min(tiles, (columns + 15) / 16 - cluster * tiles);
+  const int warp_shift = __popc(k_warps - 1);
+  const int slots = WARPS >> warp_shift, slot = warp >> warp_shift, k_warp = warp & (k_warps - 1);
+  const int mine = min(steps, (chunks + 3) / 4 - first_step) - k_warp;
+  const int turns = mine > 0 ? (mine + k_warps - 1) >> warp_shift : 0;  // steps of a tile
+  const int first_byte = (first_step + k_warp) * STEP + lane % 4 * CHUNK;
+  int next_tile = slot, next_turn = 0, byte;  // byte: of the lane's rows
+  const char *from;
+  bool second;  // is the lane's second row inside?
+  auto begin = [&] {
+    const int row = (cluster * tiles + next_tile) * 16 + lane / 4;
+    from = w + ((i64)row * row_bytes + first_byte);
+    byte = next_tile < here && row < columns ? first_byte : row_bytes;
+    second = row + 8 < columns;
+  };
+  auto fetch = [&](Unit &unit) {
+    const bool inside = byte < row_bytes;
+    load_weights(unit.low, from, inside);
+    load_weights(unit.high, from + 8 * row_bytes, inside && second);
+    from += hop;
+    byte += hop;
+    if (++next_turn == turns) {
+      next_turn = 0;
+      next_tile += slots;
+      begin();
+    }
+  };
+  begin();
+  Unit ring[DEPTH];
+#pragma unroll
+  for (int i = 0; i < DEPTH; i++) fetch(ring[i]);
+
+  // While they come: A, what the output needs, and zeros.
+  const int t = threadIdx.x;
+  const u32 a_chunks = chunks * PARTS, a_first = first_step * 4 * PARTS, a_own = steps * 4 * PARTS;
+  const u32 all = rows * a_own;
+  auto bring = [&](u32 first) {
+    uint4 v[TOGETHER];
+#pragma unroll
+    for (int e = 0; e < TOGETHER; e++) {
+      const u32 i = first + e * THREADS, row = __umulhi(i, inverse), q = i - row * a_own;
+      v[e] = make_uint4(0, 0, 0, 0);
+      if (i < all && a_first + q < a_chunks) load_rows(v[e], a + ((i64)row * a_chunks + a_first + q) * CHUNK);
+    }
+    return [=] {
+#pragma unroll
+      for (int e = 0; e < TOGETHER; e++) {
+        const u32 i = first + e * THREADS, row = __umulhi(i, inverse);
+        if (i < all) held[place(row, i - row * a_own)] = arranged(v[e]);
+      }
+    };
+  };
+  auto put = bring(t);
+  const int column0 = (cluster * tiles + rank * own) * 16;
+  const int wide = min(16 * min(own, here - rank * own), columns - column0);  // written here; may be < 0
+  float scale_of_column = 0.0f, bias_of_column = 0.0f, scale_of_row = 0.0f;
+  int sum_of_column = 0, sum_of_row = 0;
+  if (t < wide) {
+    scale_of_column = w_scale[column0 + t];
+    if (bias) bias_of_column = bias[column0 + t];
+    if (BITS == 1) sum_of_column = w_sum[column0 + t];
+  }
+  if (t < rows) scale_of_row = a_scale[t], sum_of_row = a_sum[t];
+#pragma unroll 1
+  for (int i = t; i < rows * stride; i += THREADS) sums[i] = 0;
+  if (CLUSTER > 1) cluster_arrive();
+  auto settle = [&] {
+#pragma unroll 1
+    for (int i = t; i < wide; i += THREADS) {
+      const bool again = i != t;  // more columns than threads
+      column_scale[i] = again ? w_scale[column0 + i] : scale_of_column;
+      column_bias[i] = again ? bias ? bias[column0 + i] : 0.0f : bias_of_column;
+      if (BITS == 1) column_sum[i] = again ? w_sum[column0 + i] : sum_of_column;
+    }
+    if (t < rows) row_scale[t] = scale_of_row, row_sum[t] = sum_of_row;
+  };
+  put();
+#pragma unroll 1
+  for (u32 i = t + TOGETHER * THREADS; i < all; i += TOGETHER * THREADS) bring(i)();
+  if (TIGHT) settle();
+  __syncthreads();
+  if (CLUSTER > 1) cluster_wait();  // nothing is added before it is 0
+
+  int d[CHAINS][NT][4] = {};
+  const u32 base = (u32)__cvta_generic_to_shared(sums);
+  const uint4 *const first = held + k_warp * STEP_CHUNKS, *at = first;
+  int tile = turns ? slot : here, turn = 0, skipped = 0;
+  while (tile < here) {
+    // Some units of the ring; on to the output where they end a tile, which stands here only once.
+    bool ended = false;
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++) {
+      if (i < skipped) continue;
+      step(ring[i], at, lane, d);
+      fetch(ring[i]);
+      at += k_warps * STEP_CHUNKS;
+      if (++turn == turns) {
+        skipped = i + 1;
+        ended = true;
+        break;
+      }
+    }
+    if (!ended) {
+      skipped = 0;
+      continue;
+    }
+    const int owner = CLUSTER > 1 ? tile / own : 0;
+    const u32 to = remote(base, owner) + 4 * (16 * (tile - owner * own) + lane / 4);
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+#pragma unroll
+      for (int r = 0; r < 4; r++) {
+        const int row = 8 * n + 2 * (lane % 4) + r % 2;
+        const int value = d[0][n][r] + (CHAINS > 1 ? d[CHAINS - 1][n][r] : 0);
+        if (row < rows) add_to(to + 4 * (row * stride + 8 * (r / 2)), value);
+        for (int c = 0; c < CHAINS; c++) d[c][n][r] = 0;
+      }
+    }
+    turn = 0;
+    at = first;
+    tile += slots;
+  }
+
+  if (!TIGHT) settle();
+  if (CLUSTER > 1) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    __syncthreads();
+  }
+  // 32, 64 or 128 threads a row.
+  const int shift = span <= 32 ? 5 : span <= 64 ? 6 : 7;
+#pragma unroll 1
+  for (int row = t >> shift; row < rows; row += THREADS >> shift) {
+    float scale = row_scale[row], up = 1.0f;
+    const bool large = scale >= BIG;
+    if (large) scale /= BIG, up = BIG;
+    scale *= factor;
+    const int sum = row_sum[row];
+#pragma unroll 1
+    for (int i = t & ((1 << shift) - 1); i < wide; i += 1 << shift) {
+      const int acc = sums[row * stride + i];
+      const int whole = BITS == 1 ? 4 * acc - sum - column_sum[i] - length : 2 * acc - ((1 << BITS) - 1) * sum;
+      const float p = (float)whole * scale;
+      const float y = large ? fmaf(p * column_scale[i], up, column_bias[i]) : fmaf(p, column_scale[i], column_bias[i]);
+      store(out, (i64)row * columns + column0 + i, y);
+    }
+  }
+}

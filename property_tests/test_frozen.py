@@ -1,0 +1,151 @@
+"""A frozen weight: the same numbers, for as long as the weight is the one that was frozen."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import quest
+from quest import paths
+
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
+RECIPES = ["w4a4", "w1a1", "w8a8", "w1.58a1.58", "fp4", "w4a4-2:4", "w4a16", "bf16"]
+
+
+def _layer(recipe: str = "w4a4", device: str = "cpu", **options: object) -> quest.Linear:
+    torch.manual_seed(0)
+    layer = quest.Linear(256, 48, True, recipe, device=device)
+    return layer.to(**options) if options else layer
+
+
+def _same_path(layer: quest.Linear, x: torch.Tensor) -> torch.Tensor:
+    """What the layer gives without a frozen weight, on the path that a frozen one takes."""
+    free = copy.deepcopy(layer).train()
+    on_integers = paths.has_integers(x, layer.recipe)
+    with torch.no_grad(), paths.only("integers" if on_integers else "values"):
+        y: torch.Tensor = free(x)
+    return y
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_numbers(recipe: str, dtype: torch.dtype, device: str) -> None:
+    layer = _layer(recipe, device, dtype=dtype)
+    x = torch.randn(2, 5, 256, device=device, dtype=dtype)
+    expected = _same_path(layer, x)
+    layer.eval().freeze()
+    with torch.no_grad():
+        y = layer(x)
+    assert y.dtype == dtype
+    assert torch.equal(y, expected)
+
+
+def test_it_is_the_frozen_weight_that_is_used() -> None:
+    layer = _layer().eval().freeze()
+    x = torch.randn(3, 256)
+    with torch.no_grad():
+        before = layer(x)
+        layer.weight.neg_()
+        assert torch.equal(layer(x), before)  # documented: by hand needs another freeze()
+        layer.freeze()
+        assert not torch.equal(layer(x), before)
+
+
+def test_gradients_come_from_the_weight() -> None:
+    layer = _layer().eval().freeze()
+    x = torch.randn(3, 256)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("change", ["load", "dtype", "train", "recipe", "from_linear"])
+def test_what_makes_it_new(change: str) -> None:
+    layer = _layer().eval().freeze()
+    x = torch.randn(3, 256)
+    other = quest.Linear(256, 48, True, "w4a4")
+    if change == "load":
+        layer.load_state_dict(other.state_dict())
+    elif change == "dtype":
+        layer, x = layer.bfloat16(), x.bfloat16()
+    elif change == "train":
+        layer.train()
+        layer.weight.data.neg_()
+        layer.eval()
+    elif change == "recipe":
+        layer.set_recipe("w1a1")
+    else:
+        layer = quest.Linear.from_linear(layer, "w2a2")
+    with torch.no_grad():
+        assert torch.equal(layer(x), _same_path(layer, x))
+
+
+def test_a_dtype_without_a_quantizer_drops_it() -> None:
+    layer = _layer().eval().freeze().double()
+    assert layer._frozen is None
+
+
+def test_a_copy_and_a_state_dict() -> None:
+    layer = _layer().eval().freeze()
+    assert set(layer.state_dict()) == {"weight", "bias"}
+    x = torch.randn(3, 256)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast(device: str) -> None:
+    layer = _layer(device=device).eval().freeze()
+    x = torch.randn(3, 256, device=device)
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, _same_path(layer, x))
+
+
+def test_a_model() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 8))
+    quest.quantize_(model, "w4a4")
+    x = torch.randn(3, 256)
+    with torch.no_grad():
+        expected = model(x)
+    assert quest.freeze_(model) is model
+    assert not model.training
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match=r"model has no quest\.Linear: quest\.quantize_"):
+        quest.freeze_(torch.nn.Linear(4, 4))
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        quest.freeze_("model")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="path must be one of values, integers, got 'ints'"):
+        paths.only("ints").__enter__()
+
+
+def test_a_forced_path_that_is_not_there() -> None:
+    layer = _layer("w4a16")
+    with paths.only("integers"), pytest.raises(ValueError, match="there is no integer product"):
+        layer(torch.randn(3, 256))
+
+
+def test_the_rule_on_a_cpu() -> None:
+    made = quest.recipe("w4a4")
+    assert paths.choose(torch.empty(1 << 14, 128), made) == "values"
+    with paths.only("integers"):
+        assert paths.choose(torch.empty(1, 128), made) == "integers"
+    assert paths.choose(torch.empty(1 << 14, 128), made) == "values"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_rule_on_hopper() -> None:
+    x = torch.empty(paths.MIN_ROWS, 128, device="cuda")
+    lacking = paths._lacking(x.device)
+    expected = "values" if lacking else "integers"
+    assert paths.choose(x, quest.recipe("w4a4")) == expected
+    assert paths.choose(x[:-1], quest.recipe("w4a4")) == "values"
+    assert paths.choose(x, quest.recipe("w4a16")) == "values"

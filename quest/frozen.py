@@ -1,0 +1,80 @@
+"""A weight that is quantized once, for inference.
+
+What a forward reads of it: on Hopper the operand of the integer product, and its packed codes for
+few rows; elsewhere the values in the weight's dtype. The numbers are those of the layer that
+quantizes its weight each time, on the same path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import lowbit, operands, paths
+from .recipes import Recipe
+
+
+@dataclass(frozen=True, eq=False)
+class Frozen:
+    """A quantized weight (out, in).
+
+    values: (out, in), where layers multiply values. operand, scale, sums: see
+    `quest.lowbit.encode`, where they multiply integers; packed: (out, bytes) uint8, its codes at 1,
+    2 or 4 bits counted from 0, or None.
+    """
+
+    values: Tensor | None = None
+    operand: Tensor | None = None
+    scale: Tensor | None = None
+    sums: Tensor | None = None
+    packed: Tensor | None = None
+
+    def read(self) -> tuple[Tensor, ...]:
+        """What a forward reads at the least."""
+        smallest = self.operand if self.packed is None else self.packed
+        found = (self.values, smallest, self.scale)
+        return tuple(t for t in found if t is not None)
+
+
+@torch.no_grad()
+def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
+    """Quantize a weight (out, in) for layers that run where it lies."""
+    pair = operands.kinds(recipe.activation, recipe.weight)
+    if pair is None or not paths.has_integers(weight, recipe):
+        return Frozen(values=recipe.weight(weight.detach()))
+    operand, scale, _, sums = lowbit.encode(weight.detach(), recipe.weight.spec, pair[1])
+    packed = None
+    if pair[1] == "bits":
+        packed = operand
+    elif pair[0] == "integers" and recipe.weight.sparsity is None and _is_small(recipe):
+        packed = recipe.weight.pack(weight).codes
+    return Frozen(operand=operand, scale=scale, sums=sums, packed=packed)
+
+
+def _is_small(recipe: Recipe) -> bool:
+    """Whether the codes of both operands become odd integers of 2 or 4 bits."""
+    grids = (recipe.activation.require_grid(), recipe.weight.require_grid())
+    return all(g.step is not None and g.levels in (4, 16) for g in grids)
+
+
+def linear(
+    x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe, dtype: torch.dtype
+) -> Tensor:
+    """y (..., out) of `dtype` for x (..., in); no gradient."""
+    if frozen.operand is None or frozen.scale is None or frozen.sums is None:
+        assert frozen.values is not None
+        values = recipe.activation(x).to(dtype)
+        b = None if bias is None else bias.to(dtype)
+        return torch.nn.functional.linear(values, frozen.values.to(dtype), b)
+    pair = operands.kinds(recipe.activation, recipe.weight)
+    assert pair is not None
+    rows = x.reshape(-1, x.shape[-1])
+    a, a_scale, _, a_sums = lowbit.encode(rows, recipe.activation.spec, pair[0])
+    names = ",".join(q.require_grid().name for q in (recipe.activation, recipe.weight))
+    y: Tensor = lowbit.product(
+        a, frozen.operand, a_scale, frozen.scale, a_sums, frozen.sums, bias, names,
+        ",".join(pair), x.shape[-1], dtype,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], frozen.operand.shape[0])

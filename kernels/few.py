@@ -29,7 +29,7 @@ OUT = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # the numbers of 
 ARCHITECTURE = "sm_90a"
 TILES = (1, 2, 4, 8)  # of eight rows of A: what is compiled
 CLUSTERS = (1, 2, 4, 8)
-WARPS, DEPTH = 16, 4  # 16 KB a unit and block; 64 KB in flight
+WARPS = 16
 SHARED = 227 * 1024  # bytes that a block can have
 # Bytes of A that a block holds, where there is a choice: beyond it K is split over a cluster. All
 # blocks read them from the L2 cache while the weights stream through it.
@@ -59,6 +59,11 @@ class Plan:
 
 def _row_tiles(rows: int) -> int:
     return next(n for n in TILES if 8 * n >= rows)
+
+
+def _depth(tiles: int) -> int:
+    """Units that a warp has in flight, 1 KB each; sums of 64 rows leave registers for three."""
+    return 4 if tiles < 8 else 3
 
 
 def _parts(bits: int) -> int:
@@ -121,7 +126,7 @@ def macros(bits: int, tiles: int, cluster: int, out: torch.dtype) -> dict[str, i
     """What few.cu is compiled with."""
     return {
         "BITS": bits, "NT": tiles, "CLUSTER": cluster, "OUT": OUT[out],
-        "WARPS": WARPS, "DEPTH": DEPTH,
+        "WARPS": WARPS, "DEPTH": _depth(tiles),
     }  # fmt: skip
 
 

@@ -31,17 +31,17 @@ TILES = (1, 2, 4, 8)  # of eight rows of A: what is compiled
 CLUSTERS = (1, 2, 4, 8)
 WARPS = 16
 SHARED = 227 * 1024  # bytes that a block can have
-# Bytes of A that a block holds, where there is a choice: beyond it K is split over a cluster. All
-# blocks read them from the L2 cache while the weights stream through it.
-HELD = 32 * 1024
+# Bytes of A that a block holds, at most: beyond it K is split over a cluster. Measured: clusters
+# cost more than reading more of A from the L2 cache, so only what does not fit is split.
+HELD = SHARED
 
 
 @dataclass(frozen=True)
 class Plan:
     """How the work is split; the numbers of few.cu.
 
-    cluster: blocks that share K. tiles: of 16 columns, of a cluster. steps: of K, of a block. warps:
-    of a block, that share a tile's K. clusters: in the grid. shared: bytes.
+    cluster: blocks that share K. tiles: of 16 columns, of a cluster. steps: of K, of a block.
+    warps: of a block, that share a tile's K. clusters: in the grid. shared: bytes.
     """
 
     cluster: int
@@ -79,7 +79,8 @@ def _shared(rows: int, steps: int, own: int, bits: int) -> int:
 
 def _steps(width: int, bits: int, cluster: int) -> int:
     """Steps of K, 64 bytes of a row of W each, that a block has."""
-    return -(-(-(-width * bits // 512)) // cluster)
+    whole = -(-width * bits // 512)
+    return -(-whole // cluster)
 
 
 def supports(rows: int, width: int, bits: int) -> bool:
@@ -140,9 +141,7 @@ def compile_(
 @functools.cache
 def _loaded(bits: int, tiles: int, cluster: int, out: torch.dtype, device: int) -> cuda.Kernel:
     code = compile_(bits, tiles, cluster, out)
-    return cuda.load(
-        code, "few", device, threads=32 * WARPS, shared=SHARED, layout="8P9if"
-    )  # fmt: skip
+    return cuda.load(code, "few", device, threads=32 * WARPS, shared=SHARED, layout="8P9if")
 
 
 @functools.lru_cache(maxsize=1024)

@@ -6,7 +6,7 @@
 //
 // One cluster: two blocks, one above the other in A, that share a tile of B: each loads half of it
 // and sends it to both. One block: a producer warpgroup that keeps STAGES tiles of TILE_K bytes in
-// flight through the bulk copy engine, and two consumer warpgroups of 64 x 256 int32 accumulators.
+// flight through the bulk copy engine, and two consumer warpgroups of 64 x TILE_N int32 accumulators.
 // The grid is persistent. A TEAM of two consumers shares a tile of 128 rows, which asks shared memory
 // for the fewest bytes: int8, whose time is the tensor cores'. In TEAMs of one, a consumer computes a
 // tile of 64 rows while the other writes its own out: BINARY, where writing takes as long.
@@ -109,15 +109,27 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
 #define D8(i) D(i), D(i + 1), D(i + 2), D(i + 3), D(i + 4), D(i + 5), D(i + 6), D(i + 7)
 #define D64(i) D8(i), D8(i + 8), D8(i + 16), D8(i + 24), D8(i + 32), D8(i + 40), D8(i + 48), D8(i + 56)
 #if BINARY
-#define WGMMA "wgmma.mma_async.sync.aligned.m64n256k256.s32.b1.b1.and.popc "
+#define WGMMA(N) "wgmma.mma_async.sync.aligned.m64n" #N "k256.s32.b1.b1.and.popc "
 #else
-#define WGMMA "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 "
+#define WGMMA(N) "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 "
 #endif
 
-// d (64 x 256 of a warpgroup) = 32 bytes of K, added to d unless `add` is 0.
+// d (64 x TILE_N of a warpgroup) = 32 bytes of K, added to d unless `add` is 0.
+__device__ __forceinline__ void multiply(int (&d)[64], u64 a, u64 b, int add) {
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n " WGMMA(128)
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, p;\n}"
+      : D64(0)
+      : "l"(a), "l"(b), "r"(add));
+}
+
 __device__ __forceinline__ void multiply(int (&d)[128], u64 a, u64 b, int add) {
   asm volatile(
-      "{\n .reg .pred p;\n setp.ne.b32 p, %130, 0;\n " WGMMA
+      "{\n .reg .pred p;\n setp.ne.b32 p, %130, 0;\n " WGMMA(256)
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
@@ -186,37 +198,63 @@ struct Columns {
   int sum[TILE_N];
 };
 
-__device__ __forceinline__ void collect(const Arguments &g, int column0, Columns &to) {
-  for (int i = threadIdx.x % MEMBERS; i < TILE_N; i += MEMBERS) {
-    const int j = column0 + i;
-    const bool inside = j < g.columns;
-    to.scale[i] = inside ? g.column_scale[j] : 0.0f;
-    to.bias[i] = inside && g.bias ? g.bias[j] : 0.0f;
-    if (EPILOGUE == CORRECTED) to.sum[i] = inside && g.column_sum ? g.column_sum[j] : 0;
+// What a thread fetches for its tile's epilogue: columns for all, and its own two rows. Asked for
+// before the main loop and used after it.
+struct Fetched {
+  static constexpr int PER = (TILE_N + MEMBERS - 1) / MEMBERS;
+  float scale[PER], bias[PER], row_scale[2];
+  int sum[PER], row_sum[2];
+
+  __device__ __forceinline__ void ask(const Arguments &g, int row, int column0) {
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+      const int at = i * MEMBERS + threadIdx.x % MEMBERS, j = column0 + at;
+      const bool inside = at < TILE_N && j < g.columns;
+      scale[i] = inside ? g.column_scale[j] : 0.0f;
+      bias[i] = inside && g.bias ? g.bias[j] : 0.0f;
+      sum[i] = EPILOGUE == CORRECTED && inside && g.column_sum ? g.column_sum[j] : 0;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const bool inside = row + 8 * h < g.rows;
+      row_scale[h] = inside ? g.row_scale[row + 8 * h] : 0.0f;
+      row_sum[h] = EPILOGUE == CORRECTED && inside && g.row_sum ? g.row_sum[row + 8 * h] : 0;
+    }
   }
-}
+
+  __device__ __forceinline__ void put(Columns &to) const {
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+      const int at = i * MEMBERS + threadIdx.x % MEMBERS;
+      if (at >= TILE_N) continue;
+      to.scale[at] = scale[i], to.bias[at] = bias[i];
+      if (EPILOGUE == CORRECTED) to.sum[at] = sum[i];
+    }
+  }
+
+  // The rows' parts; whether a scale is from BIG on.
+  __device__ __forceinline__ bool own(const Arguments &g, Row (&rows)[2]) const {
+    bool large = false;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const bool big = row_scale[h] >= BIG;
+      rows[h].up = big ? BIG : 1.0f;
+      rows[h].scale = g.factor * (big ? row_scale[h] / BIG : row_scale[h]);
+      rows[h].sum = BINARY ? WHOLE - row_sum[h] - g.length : row_sum[h] - g.length;
+      large |= big;
+    }
+    return large;
+  }
+};
 
 __device__ __forceinline__ void meet(int team) {
   asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(MEMBERS) : "memory");
 }
 
-// The row's part, from memory; whether its scale is from BIG on.
-__device__ __forceinline__ bool gather(const Arguments &g, int i, Row &row) {
-  row = {0.0f, 1.0f, 0};
-  const bool inside = EPILOGUE != RAW && i < g.rows;
-  float scale = inside ? g.row_scale[i] : 0.0f;
-  const bool large = scale >= BIG;
-  if (large) scale /= BIG, row.up = BIG;
-  row.scale = g.factor * scale;
-  int sum = inside && EPILOGUE == CORRECTED && g.row_sum ? g.row_sum[i] : 0;
-  row.sum = BINARY ? WHOLE - sum - g.length : sum - g.length;
-  return large;
-}
-
-// Writes a warp's 16 x 256 accumulators, SPAN columns at a time, through its own shared memory, so
+// Writes a warp's 16 x TILE_N accumulators, SPAN columns at a time, through its own shared memory, so
 // that rows are written 16 bytes a thread and 128 bytes a row.
 template <bool LARGE>
-__device__ __forceinline__ void write(int (&d)[128], const Arguments &g, const Row (&rows)[2], const Columns &columns, char *stage, int row0, int column0) {
+__device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, const Row (&rows)[2], const Columns &columns, char *stage, int row0, int column0) {
   const int lane = threadIdx.x % 32;
   // Whole vectors of 16 bytes, where every row begins at one.
   const bool vectors = g.columns % (16 / OUT_SIZE) == 0;
@@ -321,19 +359,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     const int team = group / TEAM, member = group % TEAM;
     Columns &columns = ((Columns *)(raw + COLUMNS_AT))[team];
     u32 at = team * steps, tiles = 0;
-    int d[128];
+    int d[TILE_N / 2];
     for (int turn = first + team * stride; turn < pairs * across; turn += TEAMS * stride) {
       int pair, column;
       u32 last = 0;
       place(turn, pairs, across, pair, column);
       const int row0 = (CLUSTER * pair + rank) * TILE_M + 64 * member + 16 * (warp % 4);
-      Row own[2];
-      bool large = false;
-      for (int h = 0; h < 2; h++) large |= gather(g, row0 + lane / 4 + 8 * h, own[h]);
-      if (EPILOGUE != RAW) {
-        meet(team);  // all have read those of the tile before
-        collect(g, column * TILE_N, columns);
-      }
+      Fetched fetched;
+      if (EPILOGUE != RAW) fetched.ask(g, row0 + lane / 4, column * TILE_N);
       // The other team must have met all stages of the tile before: a barrier's parity tells a phase
       // from the next, and not from the one after.
       if (TEAMS > 1) barrier_wait(base + TURN_AT + 8 * team, (tiles++ + team + 1) & 1);
@@ -355,7 +388,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
       if (lane < CLUSTER) barrier_arrive(base + EMPTY_AT + 8 * last, lane);
       at += (TEAMS - 1) * steps;
-      if (EPILOGUE != RAW) meet(team);  // the columns stand
+      Row own[2] = {};
+      bool large = false;
+      if (EPILOGUE != RAW) {
+        meet(team);  // all have read the columns of the tile before
+        fetched.put(columns);
+        large = fetched.own(g, own);
+        meet(team);  // the columns stand
+      }
       char *staging = raw + OUT_AT + warp * STAGING;
       if (__any_sync(0xFFFFFFFF, large)) write<true>(d, g, own, columns, staging, row0, column * TILE_N);
       else write<false>(d, g, own, columns, staging, row0, column * TILE_N);

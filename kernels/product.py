@@ -24,17 +24,21 @@ if TYPE_CHECKING:
 # The numbers of product.cu.
 RAW, PLAIN, CORRECTED = range(3)
 OUT = {torch.int32: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-TILE_N, TILE_K, CLUSTER, CONSUMERS = 256, 128, 2, 2
+TILE_K, CLUSTER, CONSUMERS = 128, 2, 2
 THREADS = 128 * (CONSUMERS + 1)
 ARCHITECTURE = "sm_90a"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How consumers share the work: `team` of them a tile; `stages` tiles of K in flight."""
+    """How consumers share the work: `team` of them a tile; `stages` tiles of K in flight.
+
+    columns: of a tile, 128 or 256.
+    """
 
     team: int
     stages: int
+    columns: int
 
     @property
     def rows(self) -> int:
@@ -44,13 +48,25 @@ class Shape:
     @property
     def shared(self) -> int:
         """Bytes of shared memory, as product.cu lays them out."""
-        flight = self.stages * (self.rows + TILE_N) * TILE_K
+        flight = self.stages * (self.rows + self.columns) * TILE_K
         staged = 4 * CONSUMERS * 16 * 160  # 16 padded rows of each warp, for the output
-        columns = CONSUMERS // self.team * 3 * 4 * TILE_N
+        columns = CONSUMERS // self.team * 3 * 4 * self.columns
         return flight + staged + columns + 16 * self.stages + 8 * CONSUMERS
 
+    def clusters(self, rows: int, columns: int) -> int:
+        """Pairs of tiles of a product."""
+        return -(-rows // (CLUSTER * self.rows)) * -(-columns // self.columns)
 
-SHAPES = {True: Shape(1, 5), False: Shape(2, 4)}  # by whether the operands are bits
+
+# For products that fill the GPU: by whether the operands are bits. And for smaller ones.
+WIDE = {True: Shape(1, 5, 256), False: Shape(2, 4, 256)}
+NARROW = Shape(1, 8, 128)
+
+
+def shape(binary: bool, rows: int, columns: int, processors: int) -> Shape:
+    """The tiles of a product: small ones where large ones leave a quarter of the GPU idle."""
+    wide = WIDE[binary]
+    return wide if 4 * CLUSTER * wide.clusters(rows, columns) >= 3 * processors else NARROW
 
 
 @functools.cache
@@ -63,25 +79,27 @@ def unavailable(device: torch.device) -> str | None:
     return reason
 
 
-def compile_(binary: bool, epilogue: int, out: torch.dtype, *, cached: bool = True) -> ObjectCode:
+def compile_(
+    binary: bool, epilogue: int, out: torch.dtype, tiles: Shape, *, cached: bool = True
+) -> ObjectCode:
     """The binary of a variant for sm_90a; see `cuda.compile_`."""
-    shape = SHAPES[binary]
     macros = {
         "BINARY": int(binary), "EPILOGUE": epilogue, "OUT": OUT[out],
-        "TILE_N": TILE_N, "TILE_K": TILE_K, "CLUSTER": CLUSTER, "CONSUMERS": CONSUMERS,
-        "TEAM": shape.team, "STAGES": shape.stages,
+        "TILE_N": tiles.columns, "TILE_K": TILE_K, "CLUSTER": CLUSTER, "CONSUMERS": CONSUMERS,
+        "TEAM": tiles.team, "STAGES": tiles.stages,
     }  # fmt: skip
     return cuda.compile_("product.cu", ARCHITECTURE, macros, cached=cached)
 
 
 @functools.cache
-def _kernel(binary: bool, epilogue: int, out: torch.dtype, device: int) -> cuda.Kernel:
+def _kernel(
+    binary: bool, epilogue: int, out: torch.dtype, tiles: Shape, device: int
+) -> cuda.Kernel:
     """The variant, loaded on the current device."""
-    code = compile_(binary, epilogue, out)
-    shared = SHAPES[binary].shared
     return cuda.load(
-        code, "product", device, threads=THREADS, shared=shared, layout="128s128s6P4if"
-    )
+        compile_(binary, epilogue, out, tiles), "product", device,
+        threads=THREADS, shared=tiles.shared, layout="128s128s6P4if",
+    )  # fmt: skip
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -149,15 +167,15 @@ def product(
     if y.numel() == 0:
         return y
     binary, device = a.dtype == torch.uint8, a.device.index
-    kernel, shape = _kernel(binary, epilogue, out, device), SHAPES[binary]
+    processors = cuda.processors(device)
+    tiles = shape(binary, rows, columns, processors)
     a, b = _aligned(a), _aligned(b)
     width = a.shape[1]
-    clusters = -(-rows // (CLUSTER * shape.rows)) * -(-columns // TILE_N)
     at = cuda.pointer
-    kernel.launch(
-        CLUSTER * min(clusters, cuda.processors(device) // CLUSTER),
-        _map(a.data_ptr(), rows, width, shape.rows),
-        _map(b.data_ptr(), columns, width, TILE_N // CLUSTER),
+    _kernel(binary, epilogue, out, tiles, device).launch(
+        CLUSTER * min(tiles.clusters(rows, columns), processors // CLUSTER),
+        _map(a.data_ptr(), rows, width, tiles.rows),
+        _map(b.data_ptr(), columns, width, tiles.columns // CLUSTER),
         y.data_ptr(), at(row_scale), at(column_scale), at(bias), at(row_sum), at(column_sum),
         rows, columns, width, length, factor,
     )  # fmt: skip

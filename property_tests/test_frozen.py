@@ -9,6 +9,7 @@ import torch
 
 import quest
 from quest import paths
+from quest.kernels.product import unavailable
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 RECIPES = ["w4a4", "w1a1", "w8a8", "w1.58a1.58", "fp4", "w4a4-2:4", "w4a16", "bf16"]
@@ -144,8 +145,49 @@ def test_the_rule_on_a_cpu() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_rule_on_hopper() -> None:
     x = torch.empty(paths.MIN_ROWS, 128, device="cuda")
-    lacking = paths._lacking(x.device)
-    expected = "values" if lacking else "integers"
+    expected = "values" if unavailable(x.device) else "integers"
     assert paths.choose(x, quest.recipe("w4a4")) == expected
     assert paths.choose(x[:-1], quest.recipe("w4a4")) == "values"
     assert paths.choose(x, quest.recipe("w4a16")) == "values"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recipe", ["w4a4", "w1a1", "w8a8"])
+@pytest.mark.parametrize("rows", [3, paths.MIN_ROWS])
+def test_compiled(rows: int, recipe: str, device: str) -> None:
+    """One graph, whatever the path; frozen and not."""
+    layer = _layer(recipe, device)
+    x = torch.randn(rows, 256, device=device, requires_grad=True)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True)
+    expected = torch.autograd.grad(layer(x).sum(), (x, layer.weight))
+    for p, q in zip(
+        torch.autograd.grad(compiled(x).sum(), (x, layer.weight)), expected, strict=True
+    ):
+        torch.testing.assert_close(p, q)
+    layer.eval().freeze()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x))
+    torch.compiler.reset()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("recipe", ["w4a4", "w1a1", "w8a8", "fp4"])
+@pytest.mark.parametrize("rows", [3, 40, paths.MIN_ROWS])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_under_cuda_graphs(frozen: bool, rows: int, recipe: str) -> None:
+    layer = _layer(recipe, "cuda", dtype=torch.bfloat16).eval()
+    if frozen:
+        layer.freeze()
+    still = torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer(still)  # compiles outside the capture
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(still)
+        for seed in range(2):
+            torch.manual_seed(seed)
+            still.copy_(torch.randn(rows, 256))
+            graph.replay()
+            torch.testing.assert_close(y, layer(still), rtol=0, atol=0)

@@ -251,20 +251,34 @@ VARIANTS = [(product.RAW, torch.int32)] + [
 
 @pytest.mark.parametrize(("epilogue", "out"), VARIANTS)
 @pytest.mark.parametrize("binary", [True, False], ids=["bits", "int8"])
+@pytest.mark.parametrize("narrow", [False, True], ids=["wide", "narrow"])
 def test_every_variant_compiles_without_a_gpu(
-    binary: bool, epilogue: int, out: torch.dtype
+    narrow: bool, binary: bool, epilogue: int, out: torch.dtype
 ) -> None:
     _require_compiler()
-    made = product.compile_(binary, epilogue, out, cached=False)
+    tiles = product.NARROW if narrow else product.WIDE[binary]
+    made = product.compile_(binary, epilogue, out, tiles, cached=False)
     assert made.code[:4] == b"\x7fELF"
     assert b"product" in made.code
+    assert tiles.shared <= 227 * 1024
+
+
+@pytest.mark.parametrize("binary", [True, False], ids=["bits", "int8"])
+def test_the_choice_of_tiles(binary: bool) -> None:
+    assert product.shape(binary, 16384, 4096, 132) == product.WIDE[binary]
+    assert product.shape(binary, 1, 4096, 132) == product.NARROW
+    tiles = product.WIDE[binary]
+    rows = tiles.rows * 2 * 66  # one column of pairs for each pair of processors
+    assert product.shape(binary, rows, 1, 132) == tiles
+    assert product.shape(binary, rows * 3 // 4, 1, 132) == tiles  # 49.5 pairs of tiles: 50
+    assert product.shape(binary, rows * 49 // 66, 1, 132) == product.NARROW
 
 
 def test_a_source_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     _require_compiler()
     monkeypatch.setattr(product, "ARCHITECTURE", "sm_80")  # has no clusters
     with pytest.raises(RuntimeError, match="not supported for this GPU architecture"):
-        product.compile_(True, product.RAW, torch.int32, cached=False)
+        product.compile_(True, product.RAW, torch.int32, product.NARROW, cached=False)
 
 
 def test_a_device_without_the_product() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import lowbit, operands, paths
+from .packed import odd, packed_product
 from .recipes import Recipe
 
 
@@ -22,7 +23,8 @@ class Frozen:
 
     values: (out, in), where layers multiply values. operand, scale, sums: see
     `quest.lowbit.encode`, where they multiply integers; packed: (out, bytes) uint8, its codes at 1,
-    2 or 4 bits counted from 0, or None.
+    2 or 4 bits counted from 0, or None. names, kinds: of the grids and operands of activation and
+    weight, as `quest.lowbit.product` takes them.
     """
 
     values: Tensor | None = None
@@ -30,6 +32,8 @@ class Frozen:
     scale: Tensor | None = None
     sums: Tensor | None = None
     packed: Tensor | None = None
+    names: str = ""
+    kinds: str = ""
 
     def read(self) -> tuple[Tensor, ...]:
         """What a forward reads at the least."""
@@ -48,15 +52,12 @@ def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
     packed = None
     if pair[1] == "bits":
         packed = operand
-    elif pair[0] == "integers" and recipe.weight.sparsity is None and _is_small(recipe):
-        packed = recipe.weight.pack(weight).codes
-    return Frozen(operand=operand, scale=scale, sums=sums, packed=packed)
-
-
-def _is_small(recipe: Recipe) -> bool:
-    """Whether the codes of both operands become odd integers of 2 or 4 bits."""
-    grids = (recipe.activation.require_grid(), recipe.weight.require_grid())
-    return all(g.step is not None and g.levels in (4, 16) for g in grids)
+    elif pair == ("integers", "integers") and recipe.weight.sparsity is None:
+        both = (recipe.activation.require_grid(), recipe.weight.require_grid())
+        if all(map(odd, both)):
+            packed = recipe.weight.pack(weight).codes
+    names = ",".join(q.require_grid().name for q in (recipe.activation, recipe.weight))
+    return Frozen(None, operand, scale, sums, packed, names, ",".join(pair))
 
 
 def linear(
@@ -68,13 +69,14 @@ def linear(
         values = recipe.activation(x).to(dtype)
         b = None if bias is None else bias.to(dtype)
         return torch.nn.functional.linear(values, frozen.values.to(dtype), b)
-    pair = operands.kinds(recipe.activation, recipe.weight)
-    assert pair is not None
-    rows = x.reshape(-1, x.shape[-1])
-    a, a_scale, _, a_sums = lowbit.encode(rows, recipe.activation.spec, pair[0])
-    names = ",".join(q.require_grid().name for q in (recipe.activation, recipe.weight))
-    y: Tensor = lowbit.product(
-        a, frozen.operand, a_scale, frozen.scale, a_sums, frozen.sums, bias, names,
-        ",".join(pair), x.shape[-1], dtype,
+    rows = lowbit.as_rows(x)
+    kind = frozen.kinds.partition(",")[0]
+    a, a_scale, _, a_sums = lowbit.encode(rows, recipe.activation.spec, kind)
+    multiply, b = lowbit.product, frozen.operand
+    if frozen.packed is not None and paths.reads_packed(len(rows), frozen.packed, x.shape[-1]):
+        multiply, b = packed_product, frozen.packed
+    y: Tensor = multiply(
+        a, b, a_scale, frozen.scale, a_sums, frozen.sums, bias, frozen.names, frozen.kinds,
+        x.shape[-1], dtype,
     )  # fmt: skip
     return y.view(*x.shape[:-1], frozen.operand.shape[0])

@@ -272,7 +272,8 @@ def _(
     return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
+    """x (..., d) as (rows, d)."""
     # Not -1: it can't be told where another axis is empty.
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
@@ -316,7 +317,7 @@ def low_bit_linear(
     """
     q, kinds = _paired(x, w, activation, weight)
     d = x.shape[-1]
-    a, a_scale, a_mask, a_sums = encode(_rows(x), activation, kinds[0])
+    a, a_scale, a_mask, a_sums = encode(as_rows(x), activation, kinds[0])
     b, b_scale, b_mask, b_sums = encode(w, weight, kinds[1])
     names = ",".join(t.require_grid().name for t in q)
     y = product(a, b, a_scale, b_scale, a_sums, b_sums, bias, names, ",".join(kinds), d, dtype)
@@ -328,7 +329,7 @@ def _(
     x: Tensor, w: Tensor, bias: Tensor | None, activation: str, weight: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, kinds = _paired(x, w, activation, weight)
-    a = eager.encoded_like(_rows(x), kinds[0])
+    a = eager.encoded_like(as_rows(x), kinds[0])
     b = eager.encoded_like(w, kinds[1])
     y = x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype)
     return y, a[0], a[1], a[2], b[0], b[1], b[2]
@@ -349,7 +350,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     assert kinds is not None  # the forward has checked it
     d = ctx.shape[-1]
     order = q[0].transform.order(d)
-    g = _rows(grad)
+    g = as_rows(grad)
     dx = dw = db = None
     if ctx.needs_input_grad[0]:
         w_hat = decode(b, b_scale, ctx.weight, kinds[1], d, g.dtype)

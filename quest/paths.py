@@ -6,7 +6,8 @@ The rule of `choose`, in order:
 2. "values" where the recipe has no integer product (16-bit operands, Lloyd-Max tables), where a
    row is too wide for an int32 accumulator, and where the device lacks the kernel.
 3. "values" below MIN_ROWS rows, where both operands' quantization outweighs the product. (A frozen
-   weight is not quantized again, and always goes the integers' path: see `frozen`.)
+   weight is not quantized again, and always goes the integers' path, for few rows with its codes
+   still packed: see `frozen`.)
 4. "integers" otherwise: on Hopper the int8 product runs at twice bf16's rate, single bits at ten
    times.
 
@@ -16,7 +17,6 @@ of the values rounds each to its dtype first, and sums in float32.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 
 from . import operands
+from .quantizer import parse
 from .recipes import Recipe
 
 PATHS = ("values", "integers")
 # Of the input; measured, see benchmarks/NOTES.md.
 MIN_ROWS = 512
+FEW_ROWS = {1: 16, 4: 32}  # by the bits of a weight's codes, 4 also for 2
 
 _forced: str | None = None
 
@@ -51,21 +53,35 @@ def only(path: str) -> Iterator[None]:
         _forced = before
 
 
-@functools.cache
-def _lacking(device: torch.device) -> str | None:
+# A constant for torch.compile, which need not read how it is found.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _possible(activation: str, weight: str, device: str) -> bool:
     from .kernels import product
 
-    return product.unavailable(device)
+    pair = operands.kinds(parse(activation), parse(weight))
+    return pair is not None and product.unavailable(torch.device(device)) is None
 
 
 def has_integers(t: Tensor, recipe: Recipe) -> bool:
     """Whether t (..., d), an operand of a layer, can go the integers' path where it lies."""
     return (
         t.device.type == "cuda"
-        and operands.kinds(recipe.activation, recipe.weight) is not None
         and t.shape[-1] <= operands.MAX_WIDTH
-        and _lacking(t.device) is None
+        and _possible(recipe.activation.spec, recipe.weight.spec, str(t.device))
     )
+
+
+def reads_packed(rows: int, packed: Tensor, width: int) -> bool:
+    """Whether so many rows are multiplied with a weight's packed codes, and not with its operand.
+
+    Few rows wait for the weight to arrive, and packed it is the fewest bytes. Single bits are
+    packed either way: there the large product is as fast sooner.
+    """
+    from .kernels import few
+
+    bits = packed.shape[1] * 8 // width if width else 0
+    most = FEW_ROWS[1 if bits == 1 else 4]
+    return rows <= most and few.supports(rows, width, bits)
 
 
 def choose(x: Tensor, recipe: Recipe) -> str:

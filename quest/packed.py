@@ -1,0 +1,110 @@
+"""The product of few rows with a weight that stays packed, as an operator.
+
+quest::packed_product(a, w, ...) -> y
+
+A layer of few rows waits for its weight to arrive: packed codes are 4 to 16 times fewer bytes than
+bfloat16. CPU: unpacked, in plain PyTorch. CUDA: `quest.kernels.few`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import grids, lowbit, operands, ops, packing
+
+
+def _bits(grid_names: str, kinds: str) -> int:
+    """Bits of the weight's codes; ValueError where they have no such product."""
+    names, kind = grid_names.split(","), kinds.split(",")
+    if len(names) == len(kind) == 2:
+        if kind == ["bits", "bits"]:
+            return 1
+        made = [grids.parse(name) for name in names]
+        if kind == ["integers", "integers"] and all(odd(g) for g in made):
+            return made[1].storage_bits
+    raise ValueError(
+        "packed weights have 1 bit on both sides, or uniform grids of 2 and 4 bits, got "
+        f"{grid_names!r} as {kinds!r}"
+    )
+
+
+def odd(grid: grids.Grid) -> bool:
+    """Whether the points are odd integers times a unit, and their codes fill 2 or 4 bits."""
+    return grid.step is not None and grid.levels in (4, 16)
+
+
+@torch.library.custom_op("quest::packed_product", mutates_args=(), device_types="cpu")
+def packed_product(
+    a: Tensor,
+    w: Tensor,
+    a_scale: Tensor,
+    w_scale: Tensor,
+    a_sums: Tensor,
+    w_sums: Tensor,
+    bias: Tensor | None,
+    grid_names: str,
+    kinds: str,
+    width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y (M, N) of `dtype` = values(a) values(w)^T + bias, as `lowbit.product`, for a packed weight.
+
+    a (M, bytes): an operand as `lowbit.encode` makes it. w (N, width bits / 8) uint8: codes of 1, 2
+    or 4 bits as `Quantizer.pack` makes them. The rest as in `lowbit.product`.
+    """
+    bits = _check(a, w, grid_names, kinds, width)
+    if bits == 1:
+        operand = w
+    else:
+        operand = (2 * packing.unpack(w, bits, width).to(torch.int8) - (2**bits - 1)).contiguous()
+    return lowbit.eager_product(
+        a, operand, a_scale, w_scale, a_sums, w_sums, bias, grid_names, kinds, width, dtype
+    )
+
+
+def _check(a: Tensor, w: Tensor, grid_names: str, kinds: str, width: int) -> int:
+    bits = _bits(grid_names, kinds)
+    if w.ndim != 2 or w.dtype != torch.uint8 or w.shape[1] != -(-width * bits // 8):
+        raise ValueError(
+            f"w must be uint8 of shape (out, {-(-width * bits // 8)}) for {bits} bits and width "
+            f"{width}, got {w.dtype} of shape {tuple(w.shape)}"
+        )
+    if a.device != w.device:
+        raise ValueError(f"a is on {a.device}, w on {w.device}")
+    return bits
+
+
+@packed_product.register_kernel("cuda")
+def _(
+    a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor, a_sums: Tensor, w_sums: Tensor,
+    bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    from .kernels import few
+
+    bits = _check(a, w, grid_names, kinds, width)
+    lowbit.require_product(a.device)
+    if not few.supports(a.shape[0], width, bits):
+        raise ValueError(
+            f"packed weights are multiplied with up to {few.LIMIT} rows of a multiple of 128 "
+            f"entries, got {a.shape[0]} of {width}"
+        )
+    forms = [
+        operands.form(grids.parse(name), kind)
+        for name, kind in zip(grid_names.split(","), kinds.split(","), strict=True)
+    ]
+    terms = operands.terms(forms[0], forms[1], width)
+    with ops.device_of(a):
+        return few.product(
+            a, w, bits, dtype, factor=terms.factor, length=terms.length,
+            a_scale=a_scale, w_scale=w_scale, a_sum=a_sums, w_sum=w_sums,
+            bias=None if bias is None else bias.float(),
+        )  # fmt: skip
+
+
+@packed_product.register_fake
+def _(
+    a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor, a_sums: Tensor, w_sums: Tensor,
+    bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return a.new_empty((a.shape[0], w.shape[0]), dtype=dtype)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_NAME = 45
-_WIDTHS = (8, 8, 12, 7, 8, 6, 6)
+_NAME = 44
+_WIDTHS = (8, 9, 12, 7, 8, 6, 6)
 
 
 def duration(microseconds: float) -> str:

@@ -51,7 +51,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
         for recipe, points in sorted(lines.items()):
             ax.plot(*zip(*points, strict=True), marker="o", label=recipe.upper())
         ax.axhline(1.0, color="gray", linestyle="--", label="bf16")
+        tokens = sorted({t for points in lines.values() for t, _ in points})
         ax.set_xscale("log", base=2)
+        ax.set_xticks(tokens, [f"{t:,}" for t in tokens], rotation=45)
         ax.set_yscale("log", base=2)
         ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}x")
         ax.set_title(f"{inside} to {outside} features")

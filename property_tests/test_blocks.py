@@ -1,0 +1,113 @@
+"""The quantizer in CUDA C++: what it takes, that it compiles, and its rows on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import quest
+from property_tests.ledger import LEDGER
+from quest import operands, ops
+from quest.conformance import examine, inputs
+from quest.conformance.lanes import Lane
+from quest.kernels import blocks, cuda
+from quest.quantizer import parse
+
+LANE = Lane("triton-cuda", "cuda", "dispatch")
+SPECS = (
+    "uniform1/hadamard128/clip1.3/dense",
+    "uniform2/hadamard128/ste/dense",
+    "uniform3/hadamard128/trust1.0/dense",
+    "uniform4/hadamard128/trust1.0/dense",
+    "uniform8/hadamard128/trust1.5/dense",
+    "ternary/hadamard128/trust1.0/dense",
+)
+# Rows of 1, 2 and 4 blocks share a warp; 12 blocks have one of their own; 33 and more have a team;
+# the last is the widest.
+WIDTHS = (128, 256, 512, 1536, 2048, 4096, 4224, 11008, 49152)
+KINDS = ("gaussian", "heavy", "mixed_rows", "non_finite", "outlier")
+
+
+def _variants() -> list[tuple[int, bool, int, int]]:
+    made = []
+    for spec in SPECS:
+        grid, edge = parse(spec).require_grid(), "/ste/" not in spec
+        made.append((grid.levels, edge, blocks.VALUES, 0))
+        made.append((grid.levels, edge, blocks.CODES, 0))
+        made.append((grid.levels, edge, blocks.PACKED, grid.storage_bits))
+        if grid.levels < 256:
+            made.append((grid.levels, edge, blocks.INTEGERS, 0))
+    return made
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(("levels", "edge", "form", "bits"), _variants())
+def test_every_variant_compiles_without_a_gpu(
+    levels: int, edge: bool, form: int, bits: int, half: bool
+) -> None:
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    macros = blocks.macros(half, levels, edge, form, bits)
+    made = cuda.compile_("blocks.cu", "sm_90a", macros, cached=False)
+    assert made.code[:4] == b"\x7fELF"
+    assert b"quantize" in made.code
+
+
+@pytest.mark.parametrize("blocks_of_row", [1, 2, 3, 16, 31, 32, 33, 86, 112, 384])
+def test_shapes_fit_a_multiprocessor(blocks_of_row: int) -> None:
+    warps, segment, teams, resident = blocks._shape(blocks_of_row)
+    assert warps * 32 >= blocks_of_row
+    assert segment in (blocks_of_row, blocks.TILE)
+    assert 1 <= warps * teams <= 12
+    assert resident >= 1
+    assert warps * teams * resident * 32 * blocks.REGISTERS <= 65536
+    assert warps * teams * resident * blocks.SHARED_OF_WARP <= 227 * 1024
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "width"),
+    [
+        ("uniform4/hadamard128/trust1.0/dense", torch.float32, 256),
+        ("uniform4/hadamard64/trust1.0/dense", torch.bfloat16, 256),
+        ("uniform4/hadamard128/trust1.0/2:4", torch.bfloat16, 256),
+        ("uniform4/hadamard128/trust0.5/dense", torch.bfloat16, 256),
+        ("e2m1/hadamard128/trust1.0/dense", torch.bfloat16, 256),
+        ("uniform4/hadamard128/trust1.0/dense", torch.bfloat16, 49280),
+        ("uniform4/hadamard128/trust1.0/dense", torch.bfloat16, 256),  # right, but on a CPU
+    ],
+)
+def test_what_is_left_to_the_other_kernel(spec: str, dtype: torch.dtype, width: int) -> None:
+    x = torch.empty(1, width, dtype=dtype)
+    assert not blocks.supports(ops.program(parse(spec), x), x)
+
+
+def _needs_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    reason = cuda.unavailable(torch.device("cuda", torch.cuda.current_device()))
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rows(dtype: torch.dtype, spec: str, width: int) -> None:
+    _needs_gpu()
+    q = parse(spec)
+    probe = torch.empty(1, width, dtype=dtype, device="cuda")
+    assert blocks.supports(ops.program(q, probe), probe)
+    kind = (operands.kinds(q, q) or ("",))[0]
+    for i, distribution in enumerate(KINDS):
+        rows = (1, 9, 33)[i % 3] if width < 10000 else 5
+        x = inputs.draw(distribution, (rows, width), dtype, i)
+        told = f"{distribution}, {rows} rows of {width}, {spec}"
+        LEDGER.judge(LANE, examine.quantizer(LANE, x, q, conclusive=i == 0), told)
+        LEDGER.judge(LANE, examine.encoded(LANE, x, q, kind), told)
+
+
+def test_an_unaligned_view() -> None:
+    _needs_gpu()
+    q = quest.recipe("w4a4").activation
+    flat = torch.randn(1 + 3 * 256, device="cuda").bfloat16()
+    x = flat[1:].view(3, 256)
+    assert torch.equal(q(x), q(x.clone()))

@@ -24,12 +24,13 @@ def _layers(inside: int, outside: int, made: Recipe) -> tuple[quest.Linear, nn.L
     return quest.Linear.from_linear(dense, made), dense
 
 
-def _judge(inside: int, made: Recipe, path: str) -> gate.Judge:
+def _judge(tokens: int, inside: int, outside: int, made: Recipe, path: str) -> gate.Judge:
     def judge(lane: Lane, name: str) -> list[Verdict]:
         x = gate.normal(gate.ROWS, inside, name)
         w = gate.normal(GATE_FEATURES, inside, "gaussian", seed=1)
         grad = gate.normal(gate.ROWS, GATE_FEATURES, "gaussian", seed=2)
-        return examine.layer(lane, x, w, grad, None, made, path)
+        with gate.tiles_of(made, tokens, outside):
+            return examine.layer(lane, x, w, grad, None, made, path)
 
     return judge
 
@@ -55,8 +56,8 @@ def test_forward(timed: Timed, tokens: int, inside: int, outside: int, recipe: s
         spec=made.spec,
         shape=(tokens, inside, outside),
         draw=((tokens, inside),),
-        key=("layer", made.spec, inside, path),
-        judge=_judge(inside, made, path),
+        key=("layer", made.spec, tokens, inside, outside, path),
+        judge=_judge(tokens, inside, outside, made, path),
         run=lambda x: forward(ours, x),
         baseline=lambda x: forward(dense, x),
         constant=(dense.weight.detach(),),
@@ -80,13 +81,14 @@ def test_frozen(timed: Timed, tokens: int, inside: int, outside: int, recipe: st
 
     def judge(lane: Lane, name: str) -> list[Verdict]:
         w = gate.normal(GATE_FEATURES, inside, "gaussian", seed=1)
-        return examine.frozen(lane, gate.normal(rows, inside, name), w, None, made)
+        with gate.tiles_of(made, tokens, outside):
+            return examine.frozen(lane, gate.normal(rows, inside, name), w, None, made)
 
     timed(
         spec=made.spec,
         shape=(tokens, inside, outside),
         draw=((tokens, inside),),
-        key=("frozen", made.spec, inside, rows),
+        key=("frozen", made.spec, tokens, inside, outside),
         judge=judge,
         run=lambda x: forward(ours, x),
         baseline=lambda x: forward(dense, x),
@@ -113,8 +115,8 @@ def test_forward_backward(
         spec=made.spec,
         shape=(tokens, inside, outside),
         draw=((tokens, inside), (tokens, outside)),
-        key=("layer", made.spec, inside, path),
-        judge=_judge(inside, made, path),
+        key=("layer", made.spec, tokens, inside, outside, path),
+        judge=_judge(tokens, inside, outside, made, path),
         run=lambda x, grad: step(ours, x, grad),
         baseline=lambda x, grad: step(dense, x, grad),
         constant=(dense.weight.detach(),),

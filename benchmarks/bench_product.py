@@ -33,7 +33,8 @@ def test_product(timed: Timed, rows: int, width: int, columns: int, recipe: str)
     def judge(lane: Lane, name: str) -> list[Verdict]:
         x = gate.normal(GATE_ROWS, width, name)
         w = gate.normal(GATE_COLUMNS, width, "gaussian", seed=1)
-        return examine.product(lane, x, w, None, made, cases.DTYPE)
+        with gate.tiles_of(made, rows, columns):
+            return examine.product(lane, x, w, None, made, cases.DTYPE)
 
     def prepare(x: Tensor) -> tuple[Tensor, ...]:
         a, scale, _, sums = lowbit.encode(x, pair[0].spec, kinds[0])
@@ -43,7 +44,7 @@ def test_product(timed: Timed, rows: int, width: int, columns: int, recipe: str)
         spec=made.spec,
         shape=(rows, width, columns),
         draw=((rows, width),),
-        key=("product", made.spec, width),
+        key=("product", made.spec, rows, width, columns),
         judge=judge,
         run=lambda _, a, scale, sums: lowbit.product(
             a, b, scale, b_scale, sums, b_sums, None, names, ",".join(kinds), width, cases.DTYPE

@@ -7,10 +7,12 @@ the same compiled kernel, and `quest.conformance.examine` judges what it wrote.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
+from quest import Recipe, operands
 from quest.conformance import lanes
 from quest.conformance.inputs import draw
 from quest.conformance.lanes import Lane
@@ -46,6 +48,17 @@ def lane() -> Lane:
     """The lane that is timed on this machine."""
     name = "triton-cuda" if CUDA else "torch-cpu"
     return next(each for each in lanes.all_lanes() if each.name == name)
+
+
+def tiles_of(made: Recipe, rows: int, columns: int) -> AbstractContextManager[None]:
+    """Makes the integers' product of the gate's few rows the very kernel that is timed."""
+    from quest.kernels import cuda, product
+
+    kinds = operands.kinds(made.activation, made.weight)
+    if not CUDA or kinds is None:
+        return nullcontext()
+    processors = cuda.processors(torch.cuda.current_device())
+    return product.only(product.shape(kinds[0] == "bits", rows, columns, processors))
 
 
 def normal(rows: int, width: int, distribution: str, seed: int = 0) -> torch.Tensor:

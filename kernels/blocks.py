@@ -23,6 +23,7 @@ TILE = 32  # blocks that a warp holds
 WARP_LIMIT = RESIDENT = 12
 REGISTERS = 168
 SHARED_OF_WARP = 2 * TILE * 2 * ORDER  # two buffers of 16-bit blocks
+STATIC = 4096  # more than what blocks.cu declares besides
 # The numbers of blocks.cu.
 VALUES, PACKED, CODES, INTEGERS = range(4)
 FORMS = {"codes": CODES, "integers": INTEGERS}
@@ -38,8 +39,17 @@ def supports(program: Program, x: torch.Tensor) -> bool:
         and program.estimator != DISTANCE
         and x.dtype in (torch.bfloat16, torch.float16)
         and 0 < x.shape[-1] <= WARP_LIMIT * TILE * ORDER
+        # y / (sigma step), at most sqrt(d) / step, is rounded beside 1.5 * 2^23.
+        and math.sqrt(x.shape[-1]) < 2**22 * program.step
         and cuda.unavailable(x.device) is None
+        and _shared(x.shape[-1] // ORDER) + STATIC <= cuda.shared(x.device.index)
     )
+
+
+def _shared(blocks: int) -> int:
+    """Bytes of a thread block's buffers, for rows of so many blocks."""
+    warps, _, teams, _ = _shape(blocks)
+    return warps * teams * SHARED_OF_WARP
 
 
 def _shape(blocks: int) -> tuple[int, int, int, int]:
@@ -82,6 +92,8 @@ def quantize(
     out (..., d) int8, codes or (L even) 2 code + 1. scale: (..., 1) float32. mask: (..., d / 8)
     uint8. sums: (..., 1) int32 of 2 code + 1 (L odd: of codes), or of shape (0,).
     """
+    if sums and (form == VALUES or (form == PACKED and bits > 1)):
+        raise ValueError(f"there are no sums of form {form} with {bits} bits")
     lead, d, device = x.shape[:-1], x.shape[-1], x.device
     rows, blocks = math.prod(lead), d // ORDER
     x = x.contiguous()

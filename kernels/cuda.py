@@ -33,11 +33,26 @@ def unavailable(device: torch.device) -> str | None:
     if major < 8:
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {major}.{minor}: asynchronous copies need 8.0"
+    return _toolchain()
+
+
+def _toolchain() -> str | None:
+    """What is missing of what compiles and launches; None where nothing is."""
     try:
-        import cuda.bindings
-        import cuda.core  # noqa: F401
-    except ImportError:
-        return "cuda-core or cuda-bindings is not installed: pip install 'quest-lowbit[hopper]'"
+        # The very names that are used: older releases of cuda-core lack some.
+        from cuda.bindings import driver, nvrtc  # noqa: F401
+        from cuda.core import Program, ProgramOptions  # noqa: F401
+        from cuda.core.utils import FileStreamProgramCache  # noqa: F401
+        from cuda.pathfinder import DynamicLibNotFoundError
+    except ImportError as error:
+        return (
+            "cuda-core or cuda-bindings is not installed, or too old: "
+            f"pip install 'quest-lowbit[hopper]' ({error})"
+        )
+    try:
+        nvrtc.nvrtcVersion()
+    except (DynamicLibNotFoundError, RuntimeError) as error:
+        return f"NVRTC is not installed: pip install 'quest-lowbit[hopper]' ({error})"
     return None
 
 
@@ -93,6 +108,15 @@ def architecture(device: int) -> str:
 def processors(device: int) -> int:
     """Multiprocessors of a GPU."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def shared(device: int) -> int:
+    """Bytes of shared memory that a block may ask for."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    return int(done(driver.cuDeviceGetAttribute(attribute, done(driver.cuDeviceGet(device)))))
 
 
 @dataclass(frozen=True)

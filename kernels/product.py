@@ -11,6 +11,8 @@ Source: QuEST (arXiv 2502.05003), section 4; PTX ISA, `wgmma.mma_async` and `cp.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,8 +65,24 @@ WIDE = {True: Shape(1, 5, 256), False: Shape(2, 4, 256)}
 NARROW = Shape(1, 8, 128)
 
 
+_forced: Shape | None = None
+
+
+@contextmanager
+def only(tiles: Shape | None) -> Iterator[None]:
+    """Products inside the block use these tiles, whatever their size; None: their own."""
+    global _forced
+    before, _forced = _forced, tiles
+    try:
+        yield
+    finally:
+        _forced = before
+
+
 def shape(binary: bool, rows: int, columns: int, processors: int) -> Shape:
     """The tiles of a product: small ones where large ones leave a quarter of the GPU idle."""
+    if _forced is not None:
+        return _forced
     wide = WIDE[binary]
     return wide if 4 * CLUSTER * wide.clusters(rows, columns) >= 3 * processors else NARROW
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from quest.conformance.lanes import Lane
 from quest.kernels import blocks, cuda
 from quest.quantizer import parse
 
+FLOAT = torch.float32
 LANE = Lane("triton-cuda", "cuda", "dispatch")
 SPECS = (
     "uniform1/hadamard128/clip1.3/dense",
@@ -75,9 +78,34 @@ def test_shapes_fit_a_multiprocessor(blocks_of_row: int) -> None:
         ("uniform4/hadamard128/trust1.0/dense", torch.bfloat16, 256),  # right, but on a CPU
     ],
 )
-def test_what_is_left_to_the_other_kernel(spec: str, dtype: torch.dtype, width: int) -> None:
+def test_what_is_left_to_the_other_kernel(
+    spec: str, dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x = torch.empty(1, width, dtype=dtype)
-    assert not blocks.supports(ops.program(parse(spec), x), x)
+    program = ops.program(parse(spec), x)
+    assert not blocks.supports(program, x)
+    # The last is right but for the device.
+    monkeypatch.setattr(cuda, "unavailable", lambda _: None)
+    monkeypatch.setattr(cuda, "shared", lambda _: 227 * 1024)
+    assert blocks.supports(program, x) == (spec == SPECS[3] and width == 256 and dtype != FLOAT)
+
+
+def test_limits_of_a_device_and_of_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "unavailable", lambda _: None)
+    x = torch.empty(1, 28672, dtype=torch.bfloat16)
+    program = ops.program(parse(SPECS[3]), x)
+    for limit, fits in ((227 * 1024, True), (99 * 1024, False)):
+        monkeypatch.setattr(cuda, "shared", lambda _, limit=limit: limit)
+        assert blocks.supports(program, x) == fits
+    monkeypatch.setattr(cuda, "shared", lambda _: 227 * 1024)
+    assert not blocks.supports(dataclasses.replace(program, step=1e-5), x)
+
+
+def test_sums_that_it_does_not_make() -> None:
+    x = torch.empty(1, 256, dtype=torch.bfloat16)
+    program = ops.program(parse(SPECS[3]), x)
+    with pytest.raises(ValueError, match="there are no sums of form 1 with 4 bits"):
+        blocks.quantize(x, program, form=blocks.PACKED, bits=4, sums=True)
 
 
 def _needs_gpu() -> None:
@@ -101,6 +129,21 @@ def test_rows(dtype: torch.dtype, spec: str, width: int) -> None:
         rows = (1, 9, 33)[i % 3] if width < 10000 else 5
         x = inputs.draw(distribution, (rows, width), dtype, i)
         told = f"{distribution}, {rows} rows of {width}, {spec}"
+        LEDGER.judge(LANE, examine.quantizer(LANE, x, q, conclusive=i == 0), told)
+        LEDGER.judge(LANE, examine.encoded(LANE, x, q, kind), told)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_kernel_of_those_without_a_compiler(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's, compiled, where this one would stand before it."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    monkeypatch.setattr(blocks, "supports", lambda *_: False)
+    q = parse(spec)
+    kind = (operands.kinds(q, q) or ("",))[0]
+    for i, distribution in enumerate(KINDS):
+        x = inputs.draw(distribution, (9, 384), torch.bfloat16, i)
+        told = f"{distribution}, Triton, {spec}"
         LEDGER.judge(LANE, examine.quantizer(LANE, x, q, conclusive=i == 0), told)
         LEDGER.judge(LANE, examine.encoded(LANE, x, q, kind), told)
 

@@ -409,3 +409,12 @@ def test_inputs_of_other_names() -> None:
         inputs.lay_out(torch.zeros(2, 2), "sideways")
     with pytest.raises(ValueError, match=r"dtype must have 16 bits, got torch\.float32"):
         inputs.all_patterns(torch.float32, 64)
+
+
+def test_a_toolchain_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quest.kernels import cuda
+
+    monkeypatch.setitem(sys.modules, "cuda.core.utils", None)
+    told = cuda._toolchain()
+    assert told is not None
+    assert "is not installed, or too old: pip install 'quest-lowbit[hopper]'" in told

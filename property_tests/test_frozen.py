@@ -22,8 +22,9 @@ def _layer(recipe: str = "w4a4", device: str = "cpu", **options: object) -> ques
 
 
 def _same_path(layer: quest.Linear, x: torch.Tensor) -> torch.Tensor:
-    """What the layer gives without a frozen weight, on the path that a frozen one takes."""
-    free = copy.deepcopy(layer).train()
+    """What a new layer with this weight gives, on the path that a frozen one takes."""
+    free = quest.Linear(256, 48, True, layer.recipe, device=x.device, dtype=layer.weight.dtype)
+    free.load_state_dict(layer.state_dict())
     on_integers = paths.has_integers(x, layer.recipe)
     with torch.no_grad(), paths.only("integers" if on_integers else "values"):
         y: torch.Tensor = free(x)
@@ -49,8 +50,8 @@ def test_it_is_the_frozen_weight_that_is_used() -> None:
     x = torch.randn(3, 256)
     with torch.no_grad():
         before = layer(x)
-        layer.weight.neg_()
-        assert torch.equal(layer(x), before)  # documented: by hand needs another freeze()
+        layer.weight.data.neg_()
+        assert torch.equal(layer(x), before)  # documented: this way needs another freeze()
         layer.freeze()
         assert not torch.equal(layer(x), before)
 
@@ -63,13 +64,40 @@ def test_gradients_come_from_the_weight() -> None:
     assert layer.weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("change", ["load", "dtype", "train", "recipe", "from_linear"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "load",
+        "assign",
+        "dtype",
+        "train",
+        "recipe",
+        "from_linear",
+        "in place",
+        "replaced",
+        "optimizer",
+        "reset",
+    ],
+)
 def test_what_makes_it_new(change: str) -> None:
     layer = _layer().eval().freeze()
     x = torch.randn(3, 256)
     other = quest.Linear(256, 48, True, "w4a4")
     if change == "load":
         layer.load_state_dict(other.state_dict())
+    elif change == "assign":
+        layer.load_state_dict(other.state_dict(), assign=True)
+    elif change == "in place":
+        with torch.no_grad():
+            layer.weight.neg_()
+    elif change == "replaced":
+        layer.weight = torch.nn.Parameter(-layer.weight.detach())
+    elif change == "optimizer":
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+        layer(x).square().sum().backward()
+        optimizer.step()
+    elif change == "reset":
+        layer.reset_parameters()
     elif change == "dtype":
         layer, x = layer.bfloat16(), x.bfloat16()
     elif change == "train":
@@ -82,6 +110,37 @@ def test_what_makes_it_new(change: str) -> None:
         layer = quest.Linear.from_linear(layer, "w2a2")
     with torch.no_grad():
         assert torch.equal(layer(x), _same_path(layer, x))
+
+
+def test_a_call_with_another_weight() -> None:
+    layer = _layer().eval().freeze()
+    x, other = torch.randn(3, 256), _layer().weight.detach().neg()
+    with torch.no_grad():
+        own = layer(x)
+        y = torch.func.functional_call(layer, {"weight": other}, (x,))
+        assert not torch.equal(y, own)
+        assert torch.equal(layer(x), own)
+
+
+def test_a_forced_path_is_not_the_frozen_one() -> None:
+    layer = _layer("w4a16").eval().freeze()
+    with (
+        torch.no_grad(),
+        paths.only("integers"),
+        pytest.raises(ValueError, match="there is no integer product"),
+    ):
+        layer(torch.randn(3, 256))
+    layer = _layer("w4a4").eval().freeze()
+    x = torch.randn(3, 256)
+    with torch.no_grad(), paths.only("integers"):
+        free = _layer("w4a4")
+        assert torch.equal(layer(x), free(x))
+
+
+def test_a_state_in_a_dtype_without_a_quantizer() -> None:
+    layer = _layer().eval().freeze()
+    layer.load_state_dict(_layer().double().state_dict(), assign=True)
+    assert layer._frozen is None
 
 
 def test_a_dtype_without_a_quantizer_drops_it() -> None:

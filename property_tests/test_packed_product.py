@@ -46,23 +46,43 @@ def test_opcheck(recipe: str, device: str) -> None:
     torch.library.opcheck(torch.ops.quest.packed_product, (a, codes, *rest))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("position", "value", "told"),
+    ("position", "value", "error", "told"),
     [
-        (1, torch.zeros(24, 127, dtype=torch.uint8), r"w must be uint8 of shape \(out, 128\)"),
-        (1, torch.zeros(24, 128, dtype=torch.int8), "w must be uint8 of shape"),
-        (7, "uniform4,uniform8", "packed weights have 1 bit on both sides, or uniform grids"),
-        (7, "uniform4", "packed weights have 1 bit on both sides"),
-        (8, "codes,integers", "packed weights have 1 bit on both sides"),
-        (3, torch.ones(24, 2), "b_scale must be torch.float32 of shape"),
+        (0, torch.zeros(5, 128, dtype=torch.int8), ValueError, "a must be torch.int8 with 256"),
+        (0, torch.zeros(256, dtype=torch.int8), ValueError, "a must have two axes"),
+        (1, torch.zeros(24, 127, dtype=torch.uint8), ValueError, r"w must be uint8 of shape \(out"),
+        (1, torch.zeros(24, 128, dtype=torch.int8), ValueError, "w must be uint8 of shape"),
+        (2, torch.ones(4, 1), ValueError, "a_scale must be torch.float32 of shape"),
+        (3, torch.ones(24, 2), ValueError, "w_scale must be torch.float32 of shape"),
+        (3, torch.ones(24, 1).double(), ValueError, "w_scale must be torch.float32 of shape"),
+        (4, torch.ones(5, 1), ValueError, "a_sums must be torch.int32 of shape"),
+        (5, torch.ones(24, 1), ValueError, "w_sums must be torch.int32 of shape"),
+        (6, torch.ones(23), ValueError, "bias must be torch.float32 of shape"),
+        (6, torch.ones(24).double(), TypeError, "x must be float32, bfloat16 or float16"),
+        (7, "uniform4,uniform8", ValueError, "packed weights have 1 bit on both sides, or uniform"),
+        (7, "uniform4", ValueError, "packed weights have 1 bit on both sides"),
+        (8, "codes,integers", ValueError, "packed weights have 1 bit on both sides"),
+        (10, torch.int32, TypeError, "dtype must be float32, bfloat16 or float16"),
     ],
 )
-def test_errors(position: int, value: object, told: str) -> None:
-    a, _, codes, rest = _arguments("w4a4", "cpu")
+def test_errors(
+    position: int, value: object, error: type[Exception], told: str, device: str
+) -> None:
+    a, _, codes, rest = _arguments("w4a4", device)
     arguments = [a, codes, *rest]
-    arguments[position] = value
-    with pytest.raises(ValueError, match=told):
+    arguments[position] = value.to(device) if isinstance(value, torch.Tensor) else value
+    with pytest.raises(error, match=told):
         packed_product(*arguments)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_strided_vectors(device: str) -> None:
+    a, _, codes, rest = _arguments("w4a4", device)
+    strided = [torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t for t in rest]
+    assert not strided[4].is_contiguous()
+    assert torch.equal(packed_product(a, codes, *strided), packed_product(a, codes, *rest))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -14,7 +14,7 @@ from property_tests.strategies import SEEDS
 from quest import lowbit, operands, packing
 from quest.conformance import examine, inputs, judges
 from quest.conformance.lanes import Lane, no_product
-from quest.kernels import product
+from quest.kernels import cuda, product
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -233,6 +233,30 @@ def test_the_judges_of_the_product_bite() -> None:
         ):
             verdict = judges.multiplied(integers, (unit, unit), (a_scale, b_scale), bias, y.float())
             assert (verdict.failure is None) == right, name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["random", "low", "ones"])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 16), (257, 511, 400), (700, 1100, 1168), (2048, 900, 640)]
+)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
+@pytest.mark.parametrize("processors", [2, 6, 132])
+@pytest.mark.parametrize("narrow", [False, True], ids=["wide", "narrow"])
+def test_every_kind_of_tile(
+    narrow: bool, processors: int, dtype: torch.dtype, shape: tuple[int, int, int], kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """On few processors a cluster has many tiles: both teams, every lap of the ring, all groups."""
+    if product.unavailable(torch.device("cuda", torch.cuda.current_device())) is not None:
+        pytest.skip(str(product.unavailable(torch.device("cuda", torch.cuda.current_device()))))
+    monkeypatch.setattr(cuda, "processors", lambda _: processors)
+    g = torch.Generator().manual_seed(0)
+    a, b = (_bytes(kind, n, shape[2], dtype, g) for n in shape[:2])
+    tiles = product.NARROW if narrow else product.WIDE[dtype == torch.uint8]
+    with product.only(tiles):
+        acc = lowbit.accumulate(a.cuda(), b.cuda()).cpu()
+    judges.accumulated(a, b, acc).require()
 
 
 def _require_compiler() -> None:

@@ -24,7 +24,7 @@ class Frozen:
     values: (out, in), where layers multiply values. operand, scale, sums: see
     `quest.lowbit.encode`, where they multiply integers; packed: (out, bytes) uint8, its codes at 1,
     2 or 4 bits counted from 0, or None. names, kinds: of the grids and operands of activation and
-    weight, as `quest.lowbit.product` takes them.
+    weight, as `quest.lowbit.product` takes them. weight, state: what it was made of.
     """
 
     values: Tensor | None = None
@@ -34,6 +34,17 @@ class Frozen:
     packed: Tensor | None = None
     names: str = ""
     kinds: str = ""
+    weight: Tensor | None = None
+    state: tuple[object, ...] = ()
+
+    @property
+    def path(self) -> str:
+        """Of `quest.paths`: what it is made for."""
+        return "values" if self.operand is None else "integers"
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether it was made of this weight as it is now."""
+        return self.weight is weight and self.state == _state(weight)
 
     def read(self) -> tuple[Tensor, ...]:
         """What a forward reads at the least."""
@@ -42,22 +53,35 @@ class Frozen:
         return tuple(t for t in found if t is not None)
 
 
+def _state(t: Tensor) -> tuple[object, ...]:
+    """What changes where a tensor is written in place, moved or converted."""
+    version = -1 if t.is_inference() else t._version
+    return version, t.data_ptr(), t.dtype, t.device
+
+
 @torch.no_grad()
 def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
     """Quantize a weight (out, in) for layers that run where it lies."""
     pair = operands.kinds(recipe.activation, recipe.weight)
     if pair is None or not paths.has_integers(weight, recipe):
-        return Frozen(values=recipe.weight(weight.detach()))
+        values = recipe.weight(weight.detach())
+        return Frozen(values, weight=weight, state=_state(weight))
     operand, scale, _, sums = lowbit.encode(weight.detach(), recipe.weight.spec, pair[1])
     packed = None
-    if pair[1] == "bits":
+    if pair[1] == "bits" and _can_be_read(weight, 1):
         packed = operand
     elif pair == ("integers", "integers") and recipe.weight.sparsity is None:
         both = (recipe.activation.require_grid(), recipe.weight.require_grid())
-        if all(map(odd, both)):
+        if all(map(odd, both)) and _can_be_read(weight, both[1].storage_bits):
             packed = recipe.weight.pack(weight).codes
     names = ",".join(q.require_grid().name for q in (recipe.activation, recipe.weight))
-    return Frozen(None, operand, scale, sums, packed, names, ",".join(pair))
+    return Frozen(None, operand, scale, sums, packed, names, ",".join(pair), weight, _state(weight))
+
+
+def _can_be_read(weight: Tensor, bits: int) -> bool:
+    from .kernels import few
+
+    return few.supports(1, weight.shape[1], bits)
 
 
 def linear(

@@ -65,11 +65,19 @@ class Linear(nn.Linear):
         """Quantize the weight once, for inference; returns the layer.
 
         The weight stays, and the state dict with it. What was quantized is used where no gradient
-        is asked for, and is made again where the module moves, changes its dtype or loads a state.
-        `train()` drops it. A weight that is changed by hand needs another `freeze()`.
+        is asked for. It is made again where the weight is another, has moved or was changed in
+        place; a change through `weight.data`, or one that a compiled call should see, needs another
+        `freeze()`. `train()` drops it.
         """
         self._frozen = frozen.freeze(self.weight, self.recipe)
         return self
+
+    def _refreeze(self) -> None:
+        # In a dtype that has no quantizer there is nothing to freeze, and forward says so.
+        if self._frozen is not None:
+            self._frozen = None
+            if self.weight.dtype in ops.DTYPES:
+                self.freeze()
 
     def train(self, mode: bool = True) -> Self:
         """As in `torch.nn.Module`; training drops a frozen weight."""
@@ -79,23 +87,21 @@ class Linear(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._frozen is not None:
-            # In a dtype that has no quantizer there is nothing to freeze, and forward says so.
-            self._frozen = None
-            if self.weight.dtype in ops.DTYPES:
-                self.freeze()
+        self._refreeze()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if self._frozen is not None:
-            self.freeze()
+        self._refreeze()
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., out_features) for x (..., in_features) float32, bfloat16 or float16."""
         self._check(x)
         if self._frozen is not None and not torch.is_grad_enabled():
-            return frozen.linear(x, self._frozen, self.bias, self.recipe, self._out_dtype(x))
+            if not (torch.compiler.is_compiling() or self._frozen.is_of(self.weight)):
+                self._refreeze()
+            if self._frozen is not None and paths.allows(self._frozen.path):
+                return frozen.linear(x, self._frozen, self.bias, self.recipe, self._out_dtype(x))
         if paths.choose(x, self.recipe) == "integers":
             return self._integers(x)
         values = self.recipe.activation(x)

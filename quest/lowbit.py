@@ -47,11 +47,11 @@ def decode(
     operand: Tensor, scale: Tensor, spec: str, kind: str, width: int, dtype: torch.dtype
 ) -> Tensor:
     """The values (..., width) of an operand (..., bytes) and its scale (..., 1), as `dtype`."""
-    _check_decode(operand, scale, kind, width, dtype)
+    check_decode(operand, scale, kind, width, dtype)
     return eager.decode(operand, scale, ops.quantizer(spec), kind, width, dtype)
 
 
-def _check_decode(
+def check_decode(
     operand: Tensor,
     scale: Tensor,
     kind: str,
@@ -59,15 +59,17 @@ def _check_decode(
     dtype: torch.dtype,
     names: tuple[str, str] = ("operand", "scale"),
 ) -> None:
+    """Raise ValueError or TypeError unless this operand and its scale decode to `dtype`."""
     _check_operand(names[0], operand, kind, width)
-    _check_vector(names[1], scale, torch.float32, (*operand.shape[:-1], 1), operand)
+    check_vector(names[1], scale, torch.float32, (*operand.shape[:-1], 1), operand)
     if dtype not in ops.DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
 
 
-def _check_vector(
+def check_vector(
     name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...], beside: Tensor
 ) -> None:
+    """Raise ValueError unless t has this dtype and shape, on the device of `beside`."""
     if t.dtype != dtype or t.shape != shape or t.device != beside.device:
         raise ValueError(
             f"{name} must be {dtype} of shape {tuple(shape)} on {beside.device}, got {t.dtype} of "
@@ -152,11 +154,11 @@ def _check_product(
         ("a", a, a_scale, a_sums, forms[0]),
         ("b", b, b_scale, b_sums, forms[1]),
     ):
-        _check_decode(t, s, f.kind, width, dtype, (name, f"{name}_scale"))
-        _check_vector(f"{name}_sums", n, torch.int32, s.shape, a)
+        check_decode(t, s, f.kind, width, dtype, (name, f"{name}_scale"))
+        check_vector(f"{name}_sums", n, torch.int32, s.shape, a)
     if bias is not None:
         ops.check_input(bias)
-        _check_vector("bias", bias, bias.dtype, (b.shape[0],), a)
+        check_vector("bias", bias, bias.dtype, (b.shape[0],), a)
     return operands.terms(forms[0], forms[1], width)
 
 
@@ -184,7 +186,7 @@ def launch_decode(
     """`decode` by the kernel."""
     from .kernels import decode as kernel
 
-    _check_decode(operand, scale, kind, width, dtype)
+    check_decode(operand, scale, kind, width, dtype)
     unit = operands.form_of(q, kind).unit
     with ops.device_of(operand):
         return kernel.decode(operand, scale, width, kind, unit, dtype)

@@ -53,7 +53,7 @@ def packed_product(
     a (M, bytes): an operand as `lowbit.encode` makes it. w (N, width bits / 8) uint8: codes of 1, 2
     or 4 bits as `Quantizer.pack` makes them. The rest as in `lowbit.product`.
     """
-    bits = _check(a, w, grid_names, kinds, width)
+    bits = _check(a, w, a_scale, w_scale, a_sums, w_sums, bias, grid_names, kinds, width, dtype)
     if bits == 1:
         operand = w
     else:
@@ -63,15 +63,29 @@ def packed_product(
     )
 
 
-def _check(a: Tensor, w: Tensor, grid_names: str, kinds: str, width: int) -> int:
+def _check(
+    a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor, a_sums: Tensor, w_sums: Tensor,
+    bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
+) -> int:  # fmt: skip
+    """Bits of the weight's codes; raises where an argument is not what the rest asks for."""
     bits = _bits(grid_names, kinds)
     if w.ndim != 2 or w.dtype != torch.uint8 or w.shape[1] != -(-width * bits // 8):
         raise ValueError(
             f"w must be uint8 of shape (out, {-(-width * bits // 8)}) for {bits} bits and width "
             f"{width}, got {w.dtype} of shape {tuple(w.shape)}"
         )
-    if a.device != w.device:
-        raise ValueError(f"a is on {a.device}, w on {w.device}")
+    if a.ndim != 2 or a.device != w.device:
+        raise ValueError(
+            f"a must have two axes and lie where w lies, {w.device}; got shape {tuple(a.shape)} on "
+            f"{a.device}"
+        )
+    lowbit.check_decode(a, a_scale, kinds.partition(",")[0], width, dtype, ("a", "a_scale"))
+    lowbit.check_vector("a_sums", a_sums, torch.int32, (a.shape[0], 1), a)
+    lowbit.check_vector("w_scale", w_scale, torch.float32, (w.shape[0], 1), a)
+    lowbit.check_vector("w_sums", w_sums, torch.int32, (w.shape[0], 1), a)
+    if bias is not None:
+        ops.check_input(bias)
+        lowbit.check_vector("bias", bias, bias.dtype, (w.shape[0],), a)
     return bits
 
 
@@ -82,7 +96,7 @@ def _(
 ) -> Tensor:  # fmt: skip
     from .kernels import few
 
-    bits = _check(a, w, grid_names, kinds, width)
+    bits = _check(a, w, a_scale, w_scale, a_sums, w_sums, bias, grid_names, kinds, width, dtype)
     lowbit.require_product(a.device)
     if not few.supports(a.shape[0], width, bits):
         raise ValueError(
@@ -96,9 +110,10 @@ def _(
     terms = operands.terms(forms[0], forms[1], width)
     with ops.device_of(a):
         return few.product(
-            a, w, bits, dtype, factor=terms.factor, length=terms.length,
-            a_scale=a_scale, w_scale=w_scale, a_sum=a_sums, w_sum=w_sums,
-            bias=None if bias is None else bias.float(),
+            a.contiguous(), w.contiguous(), bits, dtype, factor=terms.factor, length=terms.length,
+            a_scale=a_scale.contiguous(), w_scale=w_scale.contiguous(),
+            a_sum=a_sums.contiguous(), w_sum=w_sums.contiguous(),
+            bias=None if bias is None else bias.float().contiguous(),
         )  # fmt: skip
 
 

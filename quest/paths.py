@@ -40,7 +40,8 @@ _forced: str | None = None
 def only(path: str) -> Iterator[None]:
     """Layers inside the block use this path, "values" or "integers", whatever the shape.
 
-    A layer that can't raises RuntimeError or ValueError, which says why. Not for `torch.compile`
+    A layer that can't raises RuntimeError or ValueError, which says why; a weight that is frozen
+    for the other path is quantized each time. Not for `torch.compile`
     across the block: it is read when a layer is called.
     """
     global _forced
@@ -69,6 +70,11 @@ def has_integers(t: Tensor, recipe: Recipe) -> bool:
         and t.shape[-1] <= operands.MAX_WIDTH
         and _possible(recipe.activation.spec, recipe.weight.spec, str(t.device))
     )
+
+
+def allows(path: str) -> bool:
+    """Whether `only` lets a layer use this path."""
+    return _forced is None or _forced == path
 
 
 def reads_packed(rows: int, packed: Tensor, width: int) -> bool:

@@ -308,7 +308,8 @@ def _frozen(lane: Lane, x: Tensor, w: Tensor, *bias: Tensor, recipe: Any) -> Out
     with torch.no_grad():
         made: Outputs = {"y": layer(x)}
         if held.values is not None:
-            return made | {"x_hat": recipe.activation(x), "w_hat": held.values}
+            # Not what was frozen: that is under judgement.
+            return made | {"x_hat": recipe.activation(x), "w_hat": recipe.weight(w)}
         pair = (recipe.activation, recipe.weight)
         for name, t, q, kind in zip("ab", (x, w), pair, operands.kinds(*pair) or (), strict=True):
             operand, scale = operators(lane.backend).encode(t, q, kind)[:2]

@@ -24,7 +24,8 @@ class Frozen:
     values: (out, in), where layers multiply values. operand, scale, sums: see
     `quest.lowbit.encode`, where they multiply integers; packed: (out, bytes) uint8, its codes at 1,
     2 or 4 bits counted from 0, or None. names, kinds: of the grids and operands of activation and
-    weight, as `quest.lowbit.product` takes them. weight, state: what it was made of.
+    weight, as `quest.lowbit.product` takes them. state: of the weight that it was made of; weight: that
+    one, held so that no other gets its address.
     """
 
     values: Tensor | None = None
@@ -44,7 +45,7 @@ class Frozen:
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether it was made of this weight as it is now."""
-        return self.weight is weight and self.state == _state(weight)
+        return self.state == _state(weight)
 
     def read(self) -> tuple[Tensor, ...]:
         """What a forward reads at the least."""

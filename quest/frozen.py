@@ -24,8 +24,8 @@ class Frozen:
     values: (out, in), where layers multiply values. operand, scale, sums: see
     `quest.lowbit.encode`, where they multiply integers; packed: (out, bytes) uint8, its codes at 1,
     2 or 4 bits counted from 0, or None. names, kinds: of the grids and operands of activation and
-    weight, as `quest.lowbit.product` takes them. state: of the weight that it was made of; weight: that
-    one, held so that no other gets its address.
+    weight, as `quest.lowbit.product` takes them. state: of the weight that it was made of; weight:
+    that one, held so that no other gets its address.
     """
 
     values: Tensor | None = None

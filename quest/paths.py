@@ -29,9 +29,11 @@ from .quantizer import parse
 from .recipes import Recipe
 
 PATHS = ("values", "integers")
-# Of the input; measured, see benchmarks/NOTES.md.
+# Of the input. Reckoned from the times of the parts (kernels/README.md), not swept as a whole.
 MIN_ROWS = 512
-FEW_ROWS = {1: 16, 4: 32}  # by the bits of a weight's codes, 4 also for 2
+# By the bits of a weight's codes, 4 also for 2: where the two kernels' times cross in the records'
+# tuning.txt.
+FEW_ROWS = {1: 16, 4: 32}
 
 _forced: str | None = None
 

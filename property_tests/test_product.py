@@ -92,6 +92,19 @@ def _bytes(
 
 
 @every_lane
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["w1a1", "w4a4", "w8a8"])
+def test_scales_at_the_ends_of_the_range(lane: Lane, name: str, dtype: torch.dtype) -> None:
+    """Rows whose product leaves float32 until the column's scale brings it back, and others."""
+    _require_product(lane)
+    x, w = (inputs.draw("gaussian", (n, 1024), torch.float32, n) for n in (40, 24))
+    x *= torch.tensor([1e37, 1e20, 1.0, 1e-20]).repeat(10)[:, None]
+    w *= torch.tensor([1e-37, 1.0, 1e-18]).repeat(8)[:, None]
+    found = examine.product(lane, x.to(dtype), w.to(dtype), None, quest.recipe(name), dtype)
+    LEDGER.judge(lane, found, f"{name}, {dtype}")
+
+
+@every_lane
 @pytest.mark.parametrize("kind", ["random", "one_hot", "low", "high", "ones"])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
 @pytest.mark.parametrize(

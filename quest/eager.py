@@ -260,8 +260,9 @@ def product(
     if terms.corrected:
         rest = terms.rows * sums[0][:, None].double() + terms.columns * sums[1].double()
         p = 4 * p - rest - terms.length if a.dtype == torch.uint8 else p + (rest - terms.length) / 4
-    y = p.float() * (terms.factor * scales[0][:, None]) * scales[1]
-    return (y if bias is None else y + bias.float()).to(dtype)
+    # In float64: a large row's scale must not overflow before a small column's brings it back.
+    y = p * (terms.factor * scales[0][:, None].double()) * scales[1].double()
+    return (y if bias is None else y + bias.double()).to(dtype)
 
 
 def like(

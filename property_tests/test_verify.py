@@ -27,7 +27,7 @@ def test_quick_run_passes_and_writes_json(
     assert len(report["rows"]) == len(list(verify.rows(CPU, quick=True)))
     assert all(r["verdict"] == "pass" and r["elements"] > 10_000 for r in report["rows"])
     assert report["machine"]["torch"] == torch.__version__
-    assert "16 of 16 rows pass" in capsys.readouterr().out
+    assert "20 of 20 rows pass" in capsys.readouterr().out
 
 
 def test_a_worse_ratio_than_recorded_fails(
@@ -39,7 +39,7 @@ def test_a_worse_ratio_than_recorded_fails(
     assert verify.run(None, ("torch-cpu",), quick=True) == 1
     out = capsys.readouterr().out
     assert "over 1.5 times the recorded 0.100" in " ".join(out.split())
-    assert "15 of 16 rows pass" in out
+    assert "19 of 20 rows pass" in out
 
 
 def test_record_keeps_what_other_lanes_recorded(
@@ -89,7 +89,12 @@ def test_json_into_a_missing_folder_is_said_at_once(tmp_path: Path) -> None:
         verify.run(tmp_path / "none" / "x.json")
 
 
-def test_the_record_in_the_repository_names_rows_that_exist() -> None:
+def test_the_record_in_the_repository_names_rows_that_exist(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Whatever this machine lacks: the record is of several.
+    for module in (verify, lanes):
+        monkeypatch.setattr(module, "no_product", lambda lane: None)
     names = {r.key for lane in lanes.all_lanes() for r in verify.rows(lane, quick=False)}
     for key in json.loads(verify.RECORDED.read_text()):
         assert key.rpartition("/")[0] in names

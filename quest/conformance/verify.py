@@ -96,14 +96,24 @@ def _backwards(lane: Lane, order: int, dtype: torch.dtype) -> list[list[Verdict]
     return found
 
 
-def _layers(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
+def _layers(lane: Lane, name: str, dtype: torch.dtype, path: str) -> list[list[Verdict]]:
     found = []
     for i, kind in enumerate(("gaussian", "heavy", "outlier")):
         x = inputs.draw(kind, (19, 384), dtype, i)
         w = inputs.draw("gaussian", (56, 384), dtype, i + 1) / 16
         grad = inputs.draw("gaussian", (19, 56), dtype, i + 2)
         bias = inputs.draw("gaussian", (56,), dtype, i + 3)
-        found.append(examine.layer(lane, x, w, grad, bias, quest.recipe(name)))
+        found.append(examine.layer(lane, x, w, grad, bias, quest.recipe(name), path))
+    return found
+
+
+def _frozen(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
+    found = []
+    for i, kind in enumerate(("gaussian", "heavy", "outlier")):
+        x = inputs.draw(kind, ((3, 19, 133)[i], 384), dtype, i)
+        w = inputs.draw("gaussian", (72, 384), dtype, i + 1) / 16
+        bias = inputs.draw("gaussian", (72,), dtype, i + 3)
+        found.append(examine.frozen(lane, x, w, bias, quest.recipe(name)))
     return found
 
 
@@ -149,11 +159,16 @@ def rows(lane: Lane, quick: bool) -> Iterator[Row]:
                 lane, "backward", f"order {order}", dtype, partial(_backwards, lane, order, dtype)
             )
         for name in ("w1a1", "w4a4") if quick else RECIPES:
-            yield Row(lane, "linear", name, dtype, partial(_layers, lane, name, dtype))
+            yield Row(lane, "linear", name, dtype, partial(_layers, lane, name, dtype, "values"))
         for name in ("w1a1",) if quick else INTEGER:
             yield Row(lane, "encode", name, dtype, partial(_operands, lane, name, dtype))
             if no_product(lane) is None:
                 yield Row(lane, "product", name, dtype, partial(_products, lane, name, dtype))
+            if lane.supports("linear", {"path": "integers"}):
+                layer = partial(_layers, lane, name, dtype, "integers")
+                yield Row(lane, "integers", name, dtype, layer)
+            if lane.supports("frozen", {}):
+                yield Row(lane, "frozen", name, dtype, partial(_frozen, lane, name, dtype))
 
 
 def _examine(row: Row, recorded: dict[str, float]) -> tuple[dict[str, Tally], list[str]]:

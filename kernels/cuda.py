@@ -1,8 +1,8 @@
 """CUDA C++ kernels: compiled by NVRTC at run time, cached, launched through the driver.
 
 A source lies beside this file and takes its constants as macros. NVRTC compiles a variant once, in
-one to a few seconds, and keeps the binary in the user's cache. For a launch
-values are packed into one buffer that the driver copies, which costs the least host time.
+one to a few seconds, and keeps the binary in the user's cache. For a launch values are packed into
+one buffer that the driver copies, which costs the least host time.
 Source: NVIDIA, CUDA Driver API and NVRTC; cuda-core, cuda-bindings.
 """
 

@@ -41,7 +41,7 @@ def test_quantize(timed: Timed, rows: int, width: int, grid: str, pattern: str) 
 
 @pytest.mark.parametrize(("rows", "width", "grid", "pattern"), cases.quantizers())
 def test_fake_quantize(timed: Timed, rows: int, width: int, grid: str, pattern: str) -> None:
-    """Values in the input's dtype and packed mask; what the layer multiplies today."""
+    """Values in the input's dtype and packed mask; what a layer of values multiplies."""
     q = cases.quantizer(grid, pattern)
     h = baselines.matrix(cases.BLOCK, cases.DEVICE, cases.DTYPE)
     timed(

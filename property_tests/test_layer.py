@@ -20,6 +20,18 @@ RECIPES = (
 )  # fmt: skip
 
 
+def _tensors(
+    kind: str, rows: int, width: int, outs: int, dtype: torch.dtype, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """x, w, the gradient of y and, for odd seeds, a bias."""
+    return (
+        inputs.draw(kind, (rows, width), dtype, seed),
+        inputs.draw("gaussian", (outs, width), dtype, seed + 1) / width**0.5,
+        inputs.draw("gaussian", (rows, outs), dtype, seed + 2),
+        inputs.draw("gaussian", (outs,), dtype, seed + 3) if seed % 2 else None,
+    )
+
+
 @every_lane
 @every_dtype
 @pytest.mark.parametrize("name", RECIPES)
@@ -34,10 +46,7 @@ def test_layer(lane: Lane, dtype: torch.dtype, name: str, data: st.DataObject) -
     seed = data.draw(SEEDS, label="seed")
     made = quest.recipe(name, transform=None if name == "bf16" else quest.Hadamard(block))
     kind = data.draw(st.sampled_from(("gaussian", "heavy", "outlier")), label="distribution")
-    x = inputs.draw(kind, (rows, width), dtype, seed)
-    w = inputs.draw("gaussian", (outs, width), dtype, seed + 1) / width**0.5
-    grad = inputs.draw("gaussian", (rows, outs), dtype, seed + 2)
-    bias = inputs.draw("gaussian", (outs,), dtype, seed + 3) if seed % 2 else None
+    x, w, grad, bias = _tensors(kind, rows, width, outs, dtype, seed)
     LEDGER.judge(
         lane,
         examine.layer(lane, x, w, grad, bias, made),
@@ -61,10 +70,7 @@ def test_layer_of_integers(lane: Lane, dtype: torch.dtype, name: str, data: st.D
     kind = data.draw(st.sampled_from(("gaussian", "heavy", "outlier")), label="distribution")
     # dw is stored before it is rotated back, and 140 such terms leave float16.
     assume(not (kind == "outlier" and rows == 140 and dtype == torch.float16))
-    x = inputs.draw(kind, (rows, width), dtype, seed)
-    w = inputs.draw("gaussian", (outs, width), dtype, seed + 1) / width**0.5
-    grad = inputs.draw("gaussian", (rows, outs), dtype, seed + 2)
-    bias = inputs.draw("gaussian", (outs,), dtype, seed + 3) if seed % 2 else None
+    x, w, grad, bias = _tensors(kind, rows, width, outs, dtype, seed)
     LEDGER.judge(
         lane,
         examine.layer(lane, x, w, grad, bias, made, "integers"),
@@ -86,9 +92,7 @@ def test_frozen(lane: Lane, dtype: torch.dtype, name: str, data: st.DataObject) 
     seed = data.draw(SEEDS, label="seed")
     made = quest.recipe(name)
     kind = data.draw(st.sampled_from(("gaussian", "heavy", "outlier")), label="distribution")
-    x = inputs.draw(kind, (rows, width), dtype, seed)
-    w = inputs.draw("gaussian", (outs, width), dtype, seed + 1) / width**0.5
-    bias = inputs.draw("gaussian", (outs,), dtype, seed + 3) if seed % 2 else None
+    x, w, _, bias = _tensors(kind, rows, width, outs, dtype, seed)
     LEDGER.judge(
         lane,
         examine.frozen(lane, x, w, bias, made),

@@ -1,17 +1,21 @@
 // The quantizer for Hadamard blocks of 128, a block a thread: transform, RMS, codes, mask, packing in
-// one pass over rows of 16-bit floats.
+// one pass.
 //
 // A thread holds a block of 128 floats in registers, so that the butterfly is additions and nothing
 // else. (Two threads a block leave room for more warps; what they exchange costs more than that gains.)
-// A team of `warps` warps holds a row (or, where `segment` < 32, a warp holds 32 / segment rows). Rows come to shared memory by asynchronous copies, the
-// next while this one is computed; both ways a block's 16-byte chunks lie swizzled, so that threads
-// read their own blocks, and warps write whole lines, without bank conflicts.
+// A team of `warps` warps holds a row (or, where `segment` < 32, a warp holds 32 / segment rows).
+// Rows come to shared memory by asynchronous copies, the next while this one is computed; both ways a
+// block's 16-byte chunks lie swizzled, so that threads read their own blocks, and warps write whole
+// lines, without bank conflicts.
 //
 // Formulas and special rows are those of quantize.py. A row whose sum of squares is far from 1 (or
 // zero, or not finite) is computed again, brought near 1 by a power of two: the RARE path.
 //
-// Macros: REGISTERS (of a thread), HALF (fp16 instead of bf16), LEVELS, EDGE (mask by threshold; else
-// all ones), FORM and BITS.
+// Macros: REGISTERS (of a thread), IN (the input's dtype), LEVELS, EDGE (mask by threshold; else all
+// ones), FORM and BITS.
+#define FLOAT32 1
+#define BFLOAT16 2
+#define FLOAT16 3
 #define VALUES 0    // dequantized, in the input's dtype
 #define PACKED 1    // codes from 0, BITS each
 #define CODES 2     // int8: the code
@@ -19,11 +23,13 @@
 typedef unsigned int u32;
 typedef long long i64;
 
-constexpr int ORDER = 128, CHUNKS = 16;  // elements of a block; its 16-byte chunks
+constexpr int IN_BITS = IN == FLOAT32 ? 32 : 16;
+constexpr int ORDER = 128, CHUNKS = IN_BITS;  // elements of a block; its 16-byte chunks
+constexpr int WORD = 32 / IN_BITS;            // elements of 4 bytes
 constexpr int TILE = 32;                 // blocks of a warp
 constexpr int MAX_WARPS = 12, MAX_TEAMS = 4;
 // Of an element; also the chunks of 16 bytes that a block becomes.
-constexpr int OUT_BITS = FORM == VALUES ? 16 : FORM == PACKED ? BITS : 8;
+constexpr int OUT_BITS = FORM == VALUES ? IN_BITS : FORM == PACKED ? BITS : 8;
 constexpr int LOWEST = -(LEVELS / 2);
 constexpr bool EVEN = LEVELS % 2 == 0;
 // Sums of squares between these have lost nothing that counts, and neither has anything else.
@@ -46,15 +52,17 @@ template <int COUNT> __device__ __forceinline__ int place(int block, int chunk) 
   return block * COUNT + (chunk ^ (COUNT > 8 ? block & 7 : block / (8 / COUNT) & (COUNT - 1)));
 }
 
+// The elements of four bytes: low and, of 16-bit floats, high.
 __device__ __forceinline__ float low(u32 pair) {
-  if (!HALF) return __uint_as_float(pair << 16);
+  if (IN == FLOAT32) return __uint_as_float(pair);
+  if (IN == BFLOAT16) return __uint_as_float(pair << 16);
   float f;
   asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(f) : "r"(pair));
   return f;
 }
 
 __device__ __forceinline__ float high(u32 pair) {
-  if (!HALF) return __uint_as_float(pair & 0xFFFF0000);
+  if (IN == BFLOAT16) return __uint_as_float(pair & 0xFFFF0000);
   float f;
   asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(f) : "r"(pair));
   return f;
@@ -62,12 +70,12 @@ __device__ __forceinline__ float high(u32 pair) {
 
 __device__ __forceinline__ u32 pair_of(float low, float high) {
   u32 both;
-  if (HALF) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  if (IN == FLOAT16) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   return both;
 }
 
-// A block's chunk c, of 16.
+// A block's chunk c, of CHUNKS.
 __device__ __forceinline__ const uint4 &chunk_of(const uint4 *tile, int block, int c) {
   return tile[place<CHUNKS>(block, c)];
 }
@@ -79,8 +87,9 @@ __device__ __forceinline__ void read(float (&y)[ORDER], const uint4 *tile, int l
     const u32 words[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      y[8 * c + 2 * i] = low(words[i]) * factor;
-      y[8 * c + 2 * i + 1] = high(words[i]) * factor;
+      const int at = (4 * c + i) * WORD;
+      y[at] = low(words[i]) * factor;
+      if (WORD == 2) y[at + WORD - 1] = high(words[i]) * factor;
     }
   }
 }
@@ -188,7 +197,8 @@ __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, floa
           // Beside 2^22 a float counts halves: code + 1/2, or code, from a few cheap instructions.
           const float whole = __int_as_float(0x4A800000 + 2 * code_of(v, inverse));
           const float value = (whole - (4194304.0f - LOWEST - (EVEN ? 0.5f : 0.0f))) * step * sigma;
-          words[w] = i ? __float_as_uint(value) : pair_of(value, __uint_as_float(words[w]));
+          // Of 16-bit floats the second comes first, and waits for the first in the word.
+          words[w] = i || PER == 1 ? __float_as_uint(value) : pair_of(value, __uint_as_float(words[w]));
         } else {
           words[w] = (words[w] << OUT_BITS) + code_of(v, inverse);
         }
@@ -234,20 +244,24 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     const i64 left = packs ? total - unit * TILE : blocks - part * TILE;
     return left < 0 ? 0 : left < TILE ? (int)left : TILE;
   };
-  // A copy of a thread: chunk id % 16 of block id / 16, id = 32 i + lane. Its place repeats every
-  // fourth i, eight blocks further on.
+  // A copy of a thread: chunk id % CHUNKS of block id / CHUNKS, id = 32 i + lane. Its place repeats
+  // eight blocks further on.
+  constexpr int AT_ONCE = 32 / CHUNKS, SPOTS = 8 / AT_ONCE;
   const int half = lane / CHUNKS;
-  u32 spot[4];
-  for (int i = 0; i < 4; i++)
-    spot[i] = (u32)__cvta_generic_to_shared(own + place<CHUNKS>(2 * i + half, lane % CHUNKS)) - 512 * i;
+  u32 spot[SPOTS];
+  for (int i = 0; i < SPOTS; i++)
+    spot[i] = (u32)__cvta_generic_to_shared(own + place<CHUNKS>(AT_ONCE * i + half, lane % CHUNKS)) - 512 * i;
   auto fetch = [&](i64 unit, int buffer) {
     if (unit < units) {
       const uint4 *from = x + first_block(unit) * CHUNKS + lane;
       const u32 shift = buffer * TILE * CHUNKS * 16;
       const int left = held(unit) - half;
-#define COPY(i) copy_in<512 * (i), 512 * (i)>(spot[(i) % 4] + shift, from, left <= 2 * (i))
-      COPY(0), COPY(1), COPY(2), COPY(3), COPY(4), COPY(5), COPY(6), COPY(7);
-      COPY(8), COPY(9), COPY(10), COPY(11), COPY(12), COPY(13), COPY(14), COPY(15);
+#define COPY(i) copy_in<512 * (i), 512 * (i)>(spot[(i) % SPOTS] + shift, from, left <= AT_ONCE * (i))
+#define COPY_8(i) \
+  COPY(i), COPY(i + 1), COPY(i + 2), COPY(i + 3), COPY(i + 4), COPY(i + 5), COPY(i + 6), COPY(i + 7)
+      COPY_8(0), COPY_8(8);
+      if (CHUNKS == 32) COPY_8(16), COPY_8(24);
+#undef COPY_8
 #undef COPY
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -293,7 +307,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
         const u32 words[4] = {w.x, w.y, w.z, w.w};
         for (int i = 0; i < 4; i++) {
           top = max(top, __float_as_uint(low(words[i])) & 0x7FFFFFFF);
-          top = max(top, __float_as_uint(high(words[i])) & 0x7FFFFFFF);
+          if (WORD == 2) top = max(top, __float_as_uint(high(words[i])) & 0x7FFFFFFF);
         }
       }
       top = over_warp(inside ? top : 0, Max(), segment);
@@ -310,7 +324,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
         const uint4 w = chunk_of(tile, lane, c);
         const u32 words[4] = {w.x, w.y, w.z, w.w};
         for (int i = 0; i < 4; i++) {
-          const float a = low(words[i]) * down, b = high(words[i]) * down;
+          const float a = low(words[i]) * down, b = WORD == 2 ? high(words[i]) * down : 0.0f;
           s = fmaf(a, a, fmaf(b, b, s));
         }
       }

@@ -1,7 +1,6 @@
 """The quantizer for Hadamard blocks of 128, a block a thread: CUDA C++, from blocks.cu.
 
-The same function as `quantize`, for the case that layers are made of: rows of 16-bit floats, blocks
-of 128, uniform grids, no sparsity, masks by a threshold. A block in one thread's registers makes
+The same function as `quantize`, for the case that layers are made of: blocks of 128, uniform grids, no sparsity, masks by a threshold. A block in one thread's registers makes
 the transform 896 additions and nothing else, which Triton's layouts can't express. Everything else
 runs in `quantize`.
 Source: QuEST (arXiv 2502.05003), Algorithm 1.
@@ -19,14 +18,20 @@ from .quantize import DISTANCE, STE, Program
 
 ORDER = 128
 TILE = 32  # blocks that a warp holds
-# Warps whose threads hold a row, at most; and that a multiprocessor's registers hold.
-WARP_LIMIT = RESIDENT = 12
-REGISTERS = 168
-SHARED_OF_WARP = 2 * TILE * 2 * ORDER  # two buffers of 16-bit blocks
+# Of an element's bytes: warps that a multiprocessor holds, and registers of a thread. Registers set
+# the first; blocks of float32 fill the shared memory at half as many warps.
+RESIDENT = {2: 12, 4: 6}
+REGISTERS = {2: 168, 4: 255}
 STATIC = 4096  # more than what blocks.cu declares besides
 # The numbers of blocks.cu.
 VALUES, PACKED, CODES, INTEGERS = range(4)
 FORMS = {"codes": CODES, "integers": INTEGERS}
+INPUTS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def shared_of_warp(size: int) -> int:
+    """Bytes of a warp's two buffers, for elements of `size` bytes."""
+    return 2 * TILE * ORDER * size
 
 
 def supports(program: Program, x: torch.Tensor) -> bool:
@@ -37,49 +42,51 @@ def supports(program: Program, x: torch.Tensor) -> bool:
         and program.points is None
         and program.group is None
         and program.estimator != DISTANCE
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and 0 < x.shape[-1] <= WARP_LIMIT * TILE * ORDER
+        and x.dtype in INPUTS
+        and 0 < x.shape[-1] <= RESIDENT[x.element_size()] * TILE * ORDER
         # y / (sigma step), at most sqrt(d) / step, is rounded beside 1.5 * 2^23.
         and math.sqrt(x.shape[-1]) < 2**22 * program.step
         and cuda.unavailable(x.device) is None
-        and _shared(x.shape[-1] // ORDER) + STATIC <= cuda.shared(x.device.index)
+        and _shared(x.shape[-1] // ORDER, x.element_size()) + STATIC <= cuda.shared(x.device.index)
     )
 
 
-def _shared(blocks: int) -> int:
-    """Bytes of a thread block's buffers, for rows of so many blocks."""
-    warps, _, teams, _ = _shape(blocks)
-    return warps * teams * SHARED_OF_WARP
+def _shared(blocks: int, size: int) -> int:
+    """Bytes of a thread block's buffers, for rows of so many blocks of elements of `size` bytes."""
+    warps, _, teams, _ = _shape(blocks, size)
+    return warps * teams * shared_of_warp(size)
 
 
-def _shape(blocks: int) -> tuple[int, int, int, int]:
+def _shape(blocks: int, size: int) -> tuple[int, int, int, int]:
     """(warps of a team, blocks of a row that share a warp or TILE, teams of a thread block, thread
-    blocks of a multiprocessor) for rows of so many blocks.
+    blocks of a multiprocessor) for rows of so many blocks of elements of `size` bytes.
     """
+    resident = RESIDENT[size]
+    most = resident // 3  # three thread blocks: one computes while another waits
     if blocks < TILE and blocks & (blocks - 1) == 0:
-        return 1, blocks, 4, RESIDENT // 4
+        return 1, blocks, most, resident // most
     warps = -(-blocks // TILE)
-    teams = max(1, 4 // warps)
-    return warps, TILE, teams, RESIDENT // (warps * teams)
+    teams = max(1, most // warps)
+    return warps, TILE, teams, resident // (warps * teams)
 
 
-def macros(half: bool, levels: int, edge: bool, form: int, bits: int) -> dict[str, int]:
-    """What blocks.cu is compiled with."""
+def macros(dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int) -> dict[str, int]:
+    """What blocks.cu is compiled with, for an input of `dtype`."""
     return {
-        "REGISTERS": REGISTERS, "HALF": int(half), "LEVELS": levels, "EDGE": int(edge),
+        "REGISTERS": REGISTERS[dtype.itemsize], "IN": INPUTS[dtype], "LEVELS": levels, "EDGE": int(edge),
         "FORM": form, "BITS": bits,
     }  # fmt: skip
 
 
 @functools.cache
 def _kernel(
-    warps: int, half: bool, levels: int, edge: bool, form: int, bits: int, device: int
+    warps: int, dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, device: int
 ) -> cuda.Kernel:
-    made = macros(half, levels, edge, form, bits)
+    made = macros(dtype, levels, edge, form, bits)
     code = cuda.compile_("blocks.cu", cuda.architecture(device), made)
     return cuda.load(
-        code, "quantize", device, threads=32 * warps, shared=warps * SHARED_OF_WARP,
-        layout="5P2q4i2f",
+        code, "quantize", device, threads=32 * warps,
+        shared=warps * shared_of_warp(dtype.itemsize), layout="5P2q4i2f",
     )  # fmt: skip
 
 
@@ -107,10 +114,9 @@ def quantize(
     mask = outputs.empty((*lead, d // 8), torch.uint8, device)
     sum_ = outputs.empty((*lead, 1) if sums else (0,), torch.int32, device)
     if rows:
-        warps, segment, teams, resident = _shape(blocks)
+        warps, segment, teams, resident = _shape(blocks, x.element_size())
         kernel = _kernel(
-            warps * teams, x.dtype == torch.float16, program.levels, program.estimator != STE, form,
-            bits, device.index,
+            warps * teams, x.dtype, program.levels, program.estimator != STE, form, bits, device.index,
         )  # fmt: skip
         units = -(-rows * blocks // TILE) if segment < TILE else rows
         kernel.launch(

@@ -1,8 +1,9 @@
 """The quantizer for Hadamard blocks of 128, a block a thread: CUDA C++, from blocks.cu.
 
-The same function as `quantize`, for the case that layers are made of: blocks of 128, uniform grids, no sparsity, masks by a threshold. A block in one thread's registers makes
-the transform 896 additions and nothing else, which Triton's layouts can't express. Everything else
-runs in `quantize`.
+The same function as `quantize`, for the case that layers are made of: blocks of 128, uniform grids,
+no sparsity, masks by a threshold. A block in one thread's registers makes the transform 896
+additions and nothing else, which Triton's layouts can't express. Everything else runs in
+`quantize`.
 Source: QuEST (arXiv 2502.05003), Algorithm 1.
 """
 
@@ -73,8 +74,8 @@ def _shape(blocks: int, size: int) -> tuple[int, int, int, int]:
 def macros(dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int) -> dict[str, int]:
     """What blocks.cu is compiled with, for an input of `dtype`."""
     return {
-        "REGISTERS": REGISTERS[dtype.itemsize], "IN": INPUTS[dtype], "LEVELS": levels, "EDGE": int(edge),
-        "FORM": form, "BITS": bits,
+        "REGISTERS": REGISTERS[dtype.itemsize], "IN": INPUTS[dtype], "LEVELS": levels,
+        "EDGE": int(edge), "FORM": form, "BITS": bits,
     }  # fmt: skip
 
 
@@ -116,7 +117,8 @@ def quantize(
     if rows:
         warps, segment, teams, resident = _shape(blocks, x.element_size())
         kernel = _kernel(
-            warps * teams, x.dtype, program.levels, program.estimator != STE, form, bits, device.index,
+            warps * teams, x.dtype, program.levels, program.estimator != STE, form, bits,
+            device.index,
         )  # fmt: skip
         units = -(-rows * blocks // TILE) if segment < TILE else rows
         kernel.launch(

@@ -153,6 +153,32 @@ def test_rotation_is_not_vacuous(order: int) -> None:
     assert (bound / rms).max() < 64 * 2 * math.sqrt(order) * U32
 
 
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 5))
+def test_a_sum_that_is_stored_on_its_way(name: str, seed: int, n: int) -> None:
+    """Never exceeded, in any order; one term is rounded once, and the bound is not vacuous."""
+    g = np.random.default_rng(seed)
+    dtype = getattr(torch, name)
+    terms = [g.standard_normal(50) * 10.0 ** g.integers(-3, 3) for _ in range(n)]
+    errors = [np.abs(t) * 1e-6 for t in terms]
+    bound = bounds.stored_sum(terms, errors, name)
+    moved = [
+        torch.from_numpy(t + e * g.choice((-1, 1), 50)) for t, e in zip(terms, errors, strict=True)
+    ]
+    stored = [t.to(dtype) for t in moved]
+    g.shuffle(stored)  # type: ignore[arg-type]
+    total = stored[0]
+    for t in stored[1:]:
+        total = total + t
+    error = np.abs(total.double().numpy() - sum(terms))
+    assert (error <= bound).all()
+    if n == 1:
+        np.testing.assert_allclose(bound, bounds.output(terms[0], errors[0], name), rtol=1e-12)
+    else:
+        pairs = zip(terms, errors, strict=True)
+        assert (bound <= 2 * n * sum(bounds.output(t, e, name) for t, e in pairs)).all()
+
+
 def test_rotation_of_order_1_is_exact() -> None:
     x = np.random.default_rng(0).standard_normal((3, 5))
     assert (bounds.rotation(x, 1) == 0).all()

@@ -101,6 +101,32 @@ def test_frozen(lane: Lane, dtype: torch.dtype, name: str, data: st.DataObject) 
 
 
 @every_lane
+@every_dtype
+@pytest.mark.parametrize("name", ["w1a1", "w4a4", "w8a8", "fp4", "w4a4-2:4"])
+@pytest.mark.parametrize("path", ["values", "integers", "frozen"])
+@fewer
+@given(data=st.data())
+def test_together(
+    lane: Lane, dtype: torch.dtype, name: str, path: str, data: st.DataObject
+) -> None:
+    """Several layers on one input are the layer whose weight is theirs, stacked."""
+    stage = "frozen" if path == "frozen" else "linear"
+    if lane.backend != "dispatch" or not lane.supports(stage, {"path": path}):
+        pytest.skip(no_product(lane) or "this lane's layer is composed of operators")
+    rows = data.draw(st.sampled_from((5, 1, 33)), label="rows")
+    parts = data.draw(st.sampled_from(((7, 48), (16, 1, 8), (5, 5, 5))), label="out_features")
+    width = data.draw(st.sampled_from((128, 24, 384)), label="in_features")
+    seed = data.draw(SEEDS, label="seed")
+    made = quest.recipe(name)
+    x, w, grad, bias = _tensors("gaussian", rows, width, sum(parts), dtype, seed)
+    told = f"x {tuple(x.shape)}, parts {parts}, {dtype}, seed {seed}, {made.spec}"
+    if path == "frozen":
+        LEDGER.judge(lane, examine.frozen(lane, x, w, bias, made, parts), told)
+    else:
+        LEDGER.judge(lane, examine.layer(lane, x, w, grad, bias, made, path, parts), told)
+
+
+@every_lane
 @pytest.mark.parametrize("order", [1, 4, 128, 12, 20, 28, 40])
 @fewer
 @given(seed=SEEDS)

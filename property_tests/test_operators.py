@@ -96,7 +96,9 @@ def test_opcheck_integer_path(device: str, recipe: str) -> None:
     static = (names, ",".join(kinds), 48, torch.float32)
     check(torch.ops.quest.product, (a[0], b[0], *vectors, *static))
     x, w = x.requires_grad_(), w.requires_grad_()
-    check(torch.ops.quest.low_bit_linear, (x, w, None, pair[0].spec, pair[1].spec, torch.float32))
+    more = torch.ones(3, 48, device=x.device, requires_grad=True)
+    pair_of_specs = (pair[0].spec, pair[1].spec, torch.float32)
+    check(torch.ops.quest.low_bit_linear, (x, [w, more], [], *pair_of_specs))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -147,7 +147,7 @@ def test_layer_of_the_integer_path(name: str, dtype: torch.dtype, device: str) -
     grad = inputs.draw("gaussian", (2, 5, 24), dtype, 1).to(device)
     pair = (made.activation, made.weight)
     y, a, a_scale, a_mask, b, b_scale, b_mask = lowbit.low_bit_linear(
-        x, layer.weight, layer.bias, pair[0].spec, pair[1].spec, dtype
+        x, [layer.weight], [layer.bias], pair[0].spec, pair[1].spec, dtype
     )
     assert y.shape == (2, 5, 24)
     assert y.dtype == dtype
@@ -204,7 +204,7 @@ def test_layer_with_an_empty_axis(rows: int, d: int, outs: int) -> None:
     x, w = torch.ones(rows, d, requires_grad=True), torch.ones(outs, d, requires_grad=True)
     made = quest.recipe("w4a4", transform=quest.Identity())
     specs = (made.activation.spec, made.weight.spec)
-    y = lowbit.low_bit_linear(x, w, None, *specs, torch.float32)[0]
+    y = lowbit.low_bit_linear(x, [w], [], *specs, torch.float32)[0]
     assert torch.equal(y, torch.zeros(rows, outs))
     for grad, t in zip(torch.autograd.grad(y.sum(), (x, w)), (x, w), strict=True):
         assert torch.equal(grad, torch.zeros_like(t))
@@ -390,14 +390,16 @@ def test_operands_that_do_not_pair() -> None:
     plain = quest.recipe("w4a4", transform=quest.Identity()).weight
     for a, b, into, told in (
         (four, plain, w, "must use the same transform"),
-        (one, one, torch.ones(4, 120), r"w must be \(out, 128\) on cpu, got shape \(4, 120\)"),
-        (four, four, w[0], r"w must be \(out, 128\)"),
+        (one, one, torch.ones(4, 120), r"must be \(out, 128\) on cpu, got shape \(4, 120\)"),
+        (four, four, w[0], r"a weight must be \(out, 128\)"),
         (four, four, w.to("meta"), "on meta"),
     ):
         with pytest.raises(ValueError, match=told):
-            lowbit.low_bit_linear(x, into, None, a.spec, b.spec, torch.float32)
+            lowbit.low_bit_linear(x, [into], [], a.spec, b.spec, torch.float32)
     with pytest.raises(TypeError, match="x must be float32"):
-        lowbit.low_bit_linear(x.int(), w, None, four.spec, four.spec, torch.float32)
+        lowbit.low_bit_linear(x.int(), [w], [], four.spec, four.spec, torch.float32)
+    with pytest.raises(ValueError, match="none or one for each of 2 weights, got 1"):
+        lowbit.low_bit_linear(x, [w, w], [x[0, :4]], four.spec, four.spec, torch.float32)
     with pytest.raises(ValueError, match="pruned entries, sparsity 2:4, have no place in 'bits'"):
         lowbit.encode(x, quest.recipe("w1a1-2:4").weight.spec, "bits")
 
@@ -408,4 +410,4 @@ def test_quantizers_without_an_integer_product() -> None:
     assert operands.kinds(*[quest.Quantizer(quest.grids.lloyd_max(4))] * 2) is None
     x = torch.ones(3, 128)
     with pytest.raises(ValueError, match="there is no integer product for"):
-        lowbit.low_bit_linear(x, x, None, free.activation.spec, free.weight.spec, torch.float32)
+        lowbit.low_bit_linear(x, [x], [], free.activation.spec, free.weight.spec, torch.float32)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING or "torch" in sys.modules:
     from . import grids
     from .estimators import STE, Clip, Trust
+    from .joint import together
     from .linear import Linear, freeze_, quantize_
     from .quantizer import Packed, Quantized, Quantizer
     from .recipes import Recipe, recipe
@@ -28,6 +29,7 @@ if TYPE_CHECKING or "torch" in sys.modules:
 else:
     _HOMES = {
         **dict.fromkeys(("STE", "Clip", "Trust"), "estimators"),
+        "together": "joint",
         **dict.fromkeys(("Linear", "freeze_", "quantize_"), "linear"),
         **dict.fromkeys(("Packed", "Quantized", "Quantizer"), "quantizer"),
         **dict.fromkeys(("Recipe", "recipe"), "recipes"),
@@ -63,5 +65,6 @@ __all__ = [
     "grids",
     "quantize_",
     "recipe",
+    "together",
 ]
 __version__ = "0.1.0"

@@ -7,7 +7,8 @@ quantizes its weight each time, on the same path.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ class Frozen:
     `quest.lowbit.encode`, where they multiply integers; packed: (out, bytes) uint8, its codes at 1,
     2 or 4 bits counted from 0, or None. names, kinds: of the grids and operands of activation and
     weight, as `quest.lowbit.product` takes them. state: of the weight that it was made of; weight:
-    that one, held so that no other gets its address.
+    that one, held so that no other gets its address. whole, place: the stack of several that this
+    one's tensors are rows of, and which of them it is; see `stack`.
     """
 
     values: Tensor | None = None
@@ -37,6 +39,8 @@ class Frozen:
     kinds: str = ""
     weight: Tensor | None = None
     state: tuple[object, ...] = ()
+    whole: Stack | None = None
+    place: int = 0
 
     @property
     def path(self) -> str:
@@ -52,6 +56,54 @@ class Frozen:
         smallest = self.operand if self.packed is None else self.packed
         found = (self.values, smallest, self.scale)
         return tuple(t for t in found if t is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Several frozen weights on top of each other, as one."""
+
+    frozen: Frozen
+    count: int
+
+
+_ROWS = ("values", "operand", "scale", "sums", "packed")
+
+
+def stack(parts: Sequence[Frozen]) -> list[Frozen]:
+    """The same frozen weights as rows of one, `stacked(...)`. They must be of one recipe."""
+    made: dict[str, Tensor | None] = {}
+    for name in _ROWS:
+        found = [t for t in (getattr(part, name) for part in parts) if t is not None]
+        made[name] = torch.cat(found) if len(found) == len(parts) else None
+    # Single bits are packed as they are: one tensor under two names.
+    twins = all(part.packed is not None and part.packed is part.operand for part in parts)
+    if twins:
+        made["packed"] = made["operand"]
+    one = replace(parts[0], weight=None, state=(), whole=None, place=0)
+    whole = Stack(_with(one, made), len(parts))
+    rows, first = [], 0
+    for place, part in enumerate(parts):
+        last = first + max(t.shape[0] for t in (part.values, part.operand) if t is not None)
+        views = {name: None if t is None else t[first:last] for name, t in made.items()}
+        if twins:
+            views["packed"] = views["operand"]
+        rows.append(_with(replace(part, whole=whole, place=place), views))
+        first = last
+    return rows
+
+
+def _with(frozen: Frozen, rows: dict[str, Tensor | None]) -> Frozen:
+    return replace(frozen, **rows)  # type: ignore[arg-type]
+
+
+def stacked(parts: Sequence[Frozen]) -> Frozen | None:
+    """The one weight that these are, in this order, the rows of; None where there is none."""
+    whole = parts[0].whole
+    if whole is None or whole.count != len(parts):
+        return None
+    if any(part.whole is not whole or part.place != i for i, part in enumerate(parts)):
+        return None
+    return whole.frozen
 
 
 def _state(t: Tensor) -> tuple[object, ...]:

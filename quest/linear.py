@@ -96,12 +96,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., out_features) for x (..., in_features) float32, bfloat16 or float16."""
-        self._check(x)
-        if self._frozen is not None and not torch.is_grad_enabled():
-            if not (torch.compiler.is_compiling() or self._frozen.is_of(self.weight)):
-                self._refreeze()
-            if self._frozen is not None and paths.allows(self._frozen.path):
-                return frozen.linear(x, self._frozen, self.bias, self.recipe, self._out_dtype(x))
+        self.check(x)
+        held = None if torch.is_grad_enabled() else self.current()
+        if held is not None:
+            return frozen.linear(x, held, self.bias, self.recipe, self.out_dtype(x))
         if paths.choose(x, self.recipe) == "integers":
             return self._integers(x)
         values = self.recipe.activation(x)
@@ -110,16 +108,32 @@ class Linear(nn.Linear):
 
     def _integers(self, x: Tensor) -> Tensor:
         specs = self.recipe.activation.spec, self.recipe.weight.spec
-        dtype = self._out_dtype(x)
-        y: Tensor = lowbit.low_bit_linear(x, self.weight, self.bias, *specs, dtype)[0]
+        bias = [] if self.bias is None else [self.bias]
+        y: Tensor = lowbit.low_bit_linear(x, [self.weight], bias, *specs, self.out_dtype(x))[0]
         return y
 
+    def current(self) -> frozen.Frozen | None:
+        """The frozen weight, made again where the weight has changed; None where there is none."""
+        held = self._frozen
+        if held is None:
+            return None
+        if not (torch.compiler.is_compiling() or held.is_of(self.weight)):
+            self._refreeze()
+            held = self._frozen
+        return held if held is not None and paths.allows(held.path) else None
+
+    def hold(self, held: frozen.Frozen) -> None:
+        """Use this frozen weight, the same numbers as its own."""
+        self._frozen = held
+
     @staticmethod
-    def _out_dtype(x: Tensor) -> torch.dtype:
+    def out_dtype(x: Tensor) -> torch.dtype:
+        """The dtype of what comes out: that of autocast where it is on, else x's."""
         device = x.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
-    def _check(self, x: Tensor) -> None:
+    def check(self, x: Tensor) -> None:
+        """Raise TypeError or ValueError unless x (..., in_features) fits the layer."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
         if x.ndim == 0 or x.shape[-1] != self.in_features:

@@ -4,7 +4,8 @@ quest::encode(x, spec, kind) -> (operand, scale, mask, sums)
 quest::decode(operand, scale, spec, kind, width, dtype) -> values
 quest::accumulate(a, b) -> int32                     exact products of operands
 quest::product(a, b, ...) -> y                       the same, dequantized
-quest::low_bit_linear(x, w, bias, ...) -> (y, ...)   differentiable; saves operands and mask bits
+quest::low_bit_linear(x, weights, biases, ...) -> [y, ...]   differentiable; saves operands and
+                                                     mask bits
 
 CPU: plain PyTorch (`eager`). CUDA: the kernels; products need Hopper (`unavailable` says why not).
 `kind` is one of `operands.KINDS`.
@@ -13,6 +14,7 @@ CPU: plain PyTorch (`eager`). CUDA: the kernels; products need Hopper (`unavaila
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -281,9 +283,9 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def _paired(
-    x: Tensor, w: Tensor, activation: str, weight: str
+    x: Tensor, weights: Sequence[Tensor], activation: str, weight: str
 ) -> tuple[tuple[Quantizer, Quantizer], tuple[str, str]]:
-    """The quantizers and the kinds of their operands; ValueError where x and w don't pair."""
+    """The quantizers and the kinds of their operands; ValueError where x and weights don't pair."""
     q = ops.quantizer(activation), ops.quantizer(weight)
     kinds = operands.kinds(*q)
     if kinds is None:
@@ -293,77 +295,109 @@ def _paired(
             f"activation and weight must use the same transform, got {activation} and {weight}"
         )
     ops.check_input(x)
-    ops.check_input(w)
-    if w.ndim != 2 or w.shape[1] != x.shape[-1] or w.device != x.device:
-        raise ValueError(
-            f"w must be (out, {x.shape[-1]}) on {x.device}, got shape {tuple(w.shape)} on "
-            f"{w.device}"
-        )
+    for w in weights:
+        ops.check_input(w)
+        if w.ndim != 2 or w.shape[1] != x.shape[-1] or w.device != x.device:
+            raise ValueError(
+                f"a weight must be (out, {x.shape[-1]}) on {x.device}, got shape {tuple(w.shape)} "
+                f"on {w.device}"
+            )
     return q, kinds
 
 
 @torch.library.custom_op("quest::low_bit_linear", mutates_args=())
 def low_bit_linear(
     x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
     activation: str,
     weight: str,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y (..., out) of `dtype` = Q(x H) Q(w H)^T + bias by an integer product.
+) -> list[Tensor]:
+    """y = Q(x H) Q(w H)^T + b (..., out) of `dtype` for each weight, by products of integers.
 
-    x (..., in), w (out, in), bias (out,); activation, weight: specs of quantizers that
-    `operands.kinds` can pair. Also returns what the backward reads: operand, scale and packed mask
-    of x, as rows, and of w.
+    x (..., in), quantized once; weights (out, in) each; biases: none at all, or one (out,) for each
+    weight; activation, weight: specs of quantizers that `operands.kinds` can pair. After the y's
+    come what the backward reads: operand, scale and packed mask of x, as rows, and of each weight.
     """
-    q, kinds = _paired(x, w, activation, weight)
-    d = x.shape[-1]
+    q, kinds = _paired(x, weights, activation, weight)
+    if biases and len(biases) != len(weights):
+        raise ValueError(
+            f"biases must be none or one for each of {len(weights)} weights, got {len(biases)}"
+        )
+    names, pair = ",".join(t.require_grid().name for t in q), ",".join(kinds)
     a, a_scale, a_mask, a_sums = encode(as_rows(x), activation, kinds[0])
-    b, b_scale, b_mask, b_sums = encode(w, weight, kinds[1])
-    names = ",".join(t.require_grid().name for t in q)
-    y = product(a, b, a_scale, b_scale, a_sums, b_sums, bias, names, ",".join(kinds), d, dtype)
-    return y.view(*x.shape[:-1], w.shape[0]), a, a_scale, a_mask, b, b_scale, b_mask
+    made, read = [], [a, a_scale, a_mask]
+    for i, w in enumerate(weights):
+        b, b_scale, b_mask, b_sums = encode(w, weight, kinds[1])
+        bias = biases[i] if biases else None
+        y = product(
+            a, b, a_scale, b_scale, a_sums, b_sums, bias, names, pair, x.shape[-1], dtype
+        )  # fmt: skip
+        made.append(y.view(*x.shape[:-1], w.shape[0]))
+        read += [b, b_scale, b_mask]
+    return made + read
 
 
 @low_bit_linear.register_fake
 def _(
-    x: Tensor, w: Tensor, bias: Tensor | None, activation: str, weight: str, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _, kinds = _paired(x, w, activation, weight)
-    a = eager.encoded_like(as_rows(x), kinds[0])
-    b = eager.encoded_like(w, kinds[1])
-    y = x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype)
-    return y, a[0], a[1], a[2], b[0], b[1], b[2]
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: str,
+    weight: str,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    _, kinds = _paired(x, weights, activation, weight)
+    made = [x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype) for w in weights]
+    made += eager.encoded_like(as_rows(x), kinds[0])[:3]
+    for w in weights:
+        made += eager.encoded_like(w, kinds[1])[:3]
+    return made
 
 
-def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w, bias, ctx.activation, ctx.weight, _ = inputs
-    ctx.save_for_backward(*output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.shape, ctx.dtypes = x.shape, (x.dtype, w.dtype, None if bias is None else bias.dtype)
+def _context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weights, biases, ctx.activation, ctx.weight, _ = inputs
+    read = output[len(weights) :]
+    ctx.save_for_backward(*read)
+    ctx.mark_non_differentiable(*read)
+    ctx.set_materialize_grads(False)
+    ctx.shape, ctx.dtype = x.shape, x.dtype
+    ctx.weights, ctx.biases = [w.dtype for w in weights], [b.dtype for b in biases]
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    # The gradient of y = x_hat w_hat^T, then the mask and H^T of each operand.
-    a, a_scale, a_mask, b, b_scale, b_mask = ctx.saved_tensors
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    # The gradients of y = x_hat w_hat^T, then the mask and H^T of each operand. Those that reach
+    # x_hat are summed first, and turned back once.
+    a, a_scale, a_mask, *rest = ctx.saved_tensors
     q = ops.quantizer(ctx.activation), ops.quantizer(ctx.weight)
     kinds = operands.kinds(*q)
     assert kinds is not None  # the forward has checked it
-    d = ctx.shape[-1]
+    d, n = ctx.shape[-1], len(ctx.weights)
     order = q[0].transform.order(d)
-    g = as_rows(grad)
-    dx = dw = db = None
-    if ctx.needs_input_grad[0]:
-        w_hat = decode(b, b_scale, ctx.weight, kinds[1], d, g.dtype)
-        dx = ops.masked_transpose(g @ w_hat, a_mask, order)
-        dx = dx.to(ctx.dtypes[0]).view(ctx.shape)
-    if ctx.needs_input_grad[1]:
-        x_hat = decode(a, a_scale, ctx.activation, kinds[0], d, g.dtype)
-        dw = ops.masked_transpose(g.t() @ x_hat, b_mask, order).to(ctx.dtypes[1])
-    if ctx.needs_input_grad[2]:
-        db = g.sum(0).to(ctx.dtypes[2])
-    return dx, dw, db, None, None, None
+    rows = [None if g is None else as_rows(g) for g in grads[:n]]
+    given = [g for g in rows if g is not None]
+    dws: list[Tensor | None] = [None] * n
+    dbs: list[Tensor | None] = [None] * len(ctx.biases)
+    if not given:
+        return None, dws, dbs, None, None, None
+    dx = x_hat = None
+    if any(ctx.needs_input_grad[1]):
+        x_hat = decode(a, a_scale, ctx.activation, kinds[0], d, given[0].dtype)
+    for i, g in enumerate(rows):
+        if g is None:
+            continue
+        b, b_scale, b_mask = rest[3 * i : 3 * i + 3]
+        if ctx.needs_input_grad[0]:
+            w_hat = decode(b, b_scale, ctx.weight, kinds[1], d, g.dtype)
+            dx = g @ w_hat if dx is None else torch.addmm(dx, g, w_hat)
+        if x_hat is not None and ctx.needs_input_grad[1][i]:
+            dws[i] = ops.masked_transpose(g.t() @ x_hat, b_mask, order).to(ctx.weights[i])
+        if dbs and ctx.needs_input_grad[2][i]:
+            dbs[i] = g.sum(0).to(ctx.biases[i])
+    if dx is not None:
+        dx = ops.masked_transpose(dx, a_mask, order).to(ctx.dtype).view(ctx.shape)
+    return dx, dws, dbs, None, None, None
 
 
 low_bit_linear.register_autograd(_backward, setup_context=_context)

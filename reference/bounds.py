@@ -11,6 +11,7 @@ Every function takes float64 arrays (..., d) and returns bounds of the same shap
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -50,6 +51,19 @@ def gamma(k: float, u: float) -> float:
 def output(exact: Float64, error: Float64, dtype: str) -> Float64:
     """Bound after rounding to `dtype` what is `exact` with an absolute error of at most `error`."""
     return error + UNIT[dtype] * (np.abs(exact) + error) + SMALLEST[dtype] / 2
+
+
+def stored_sum(terms: Sequence[Float64], errors: Sequence[Float64], dtype: str) -> Float64:
+    """Bound of a sum of which each term, and each sum on the way, is stored in `dtype`.
+
+    errors: of each term, before it is stored. In any order a term is rounded once where it is
+    stored and at most once in each of the n - 1 additions. One term is `output`'s case.
+    """
+    n = len(terms)
+    magnitude = sum((np.abs(t) + e for t, e in zip(terms, errors, strict=True)), np.zeros(()))
+    share = UNIT[dtype] if n == 1 else gamma(n, UNIT[dtype])
+    total = share * magnitude + sum(errors, np.zeros(())) + n * SMALLEST[dtype] / 2
+    return np.asarray(total, dtype=np.float64)
 
 
 def additions(order: int) -> int:

@@ -156,18 +156,22 @@ def layer(
     bias: Tensor | None,
     made: Recipe,
     path: str = "values",
+    parts: tuple[int, ...] = (),
 ) -> list[Verdict]:
     """T1 (T6 on the path of the integers) and T7 of the linear layer.
 
-    x (n, in), w (out, in), grad (n, out). path: see `quest.paths`.
+    x (n, in), w (out, in), grad (n, out). path: see `quest.paths`. parts: the rows of w of each of
+    several layers that are called together, where it is not one.
     """
     extra = () if bias is None else (bias,)
-    out = lane.call("linear", x, w, grad, *extra, recipe=made, path=path)
+    static = {"recipe": made, "path": path} | ({"parts": parts} if parts else {})
+    out = lane.call("linear", x, w, grad, *extra, **static)
     pairs = ((x, made.activation), (w, made.weight))
     masks = tuple(
         None if q.grid is None else lane.call("quantize", t, q=q)["mask"] for t, q in pairs
     )
-    found = judges.layer(x, w, grad, bias, made, out, (masks[0], masks[1]), accumulation(lane))
+    both, unit = (masks[0], masks[1]), accumulation(lane)
+    found = judges.layer(x, w, grad, bias, made, out, both, unit, parts)
     if path == "integers":
         # The first verdict is of the values' product, rounded to the dtype first.
         return _integers(lane, pairs, bias, out) + found[1:]
@@ -181,10 +185,21 @@ def layer(
     return found
 
 
-def frozen(lane: Lane, x: Tensor, w: Tensor, bias: Tensor | None, made: Recipe) -> list[Verdict]:
-    """The forward of a layer whose weight (out, in) is frozen, on rows x (n, in): T6, or T1."""
+def frozen(
+    lane: Lane,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    made: Recipe,
+    parts: tuple[int, ...] = (),
+) -> list[Verdict]:
+    """The forward of a layer whose weight (out, in) is frozen, on rows x (n, in): T6, or T1.
+
+    parts: as in `layer`.
+    """
     extra = () if bias is None else (bias,)
-    out = lane.call("frozen", x, w, *extra, recipe=made)
+    static = {"recipe": made} | ({"parts": parts} if parts else {})
+    out = lane.call("frozen", x, w, *extra, **static)
     form = judges.form("frozen y", out["y"], (x.shape[0], w.shape[0]), x.dtype)
     if form.failure is not None:
         return [form]

@@ -8,6 +8,7 @@ decided, and this is it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -434,11 +435,13 @@ def layer(
     out: dict[str, Tensor],
     masks: tuple[Tensor | None, Tensor | None],
     unit: float,
+    parts: Sequence[int] = (),
 ) -> list[Verdict]:
     """T1 and T7 for the layer, given the operands that it multiplied and their masks.
 
     masks: bool, of x and of w; None where an operand is not quantized. unit: the unit roundoff of
-    the product's accumulation, 2^-24, or 2^-23 where tensor cores truncate.
+    the product's accumulation, 2^-24, or 2^-23 where tensor cores truncate. parts: the rows of w of
+    each of several layers on this x, where it is not one.
     """
     dtype = oracle.dtype_name(x.dtype)
     g, xh, wh = lift(grad), lift(out["x_hat"]), lift(out["w_hat"])
@@ -447,9 +450,16 @@ def layer(
     for name, a, m, mask in (("dx", g, wh, masks[0]), ("dw", g.T, xh, masks[1])):
         chosen = np.ones(out[name].shape, bool) if mask is None else lift(mask)
         inner = np.where(chosen, a @ m, 0.0)
-        first = bounds.gamma(a.shape[-1], unit) * (np.abs(a) @ np.abs(m))
-        # The product is stored in the dtype before it is rotated back.
-        first = np.where(chosen, bounds.output(a @ m, first, dtype), 0.0)
+        # The product is stored in the dtype before it is rotated back; where the gradients of
+        # several layers reach x, each of them and each of their sums.
+        ends = np.cumsum(parts)[:-1] if name == "dx" else ()
+        pieces = list(zip(np.split(a, ends, -1), np.split(m, ends), strict=True))
+        first = bounds.stored_sum(
+            [p @ r for p, r in pieces],
+            [bounds.gamma(p.shape[-1], unit) * (np.abs(p) @ np.abs(r)) for p, r in pieces],
+            dtype,
+        )
+        first = np.where(chosen, first, 0.0)
         spread = bounds.absolute_sum(first, order)
         largest = np.abs(inner) + first
         k = bounds.additions(order) + bounds.normalisations(order)

@@ -18,10 +18,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from quest.linear import Linear
 
 Outputs = dict[str, Tensor]
 POISON = (0xFF, 0x55)
@@ -221,14 +224,22 @@ def _product(lane: Lane, *tensors: Tensor, **static: Any) -> Outputs:
 
 
 def _linear(
-    lane: Lane, x: Tensor, w: Tensor, grad: Tensor, *bias: Tensor, recipe: Any, path: str = "values"
+    lane: Lane,
+    x: Tensor,
+    w: Tensor,
+    grad: Tensor,
+    *bias: Tensor,
+    recipe: Any,
+    path: str = "values",
+    parts: tuple[int, ...] = (),
 ) -> Outputs:
     """Forward and backward of the layer, and the operands that it multiplied.
 
-    path: see `quest.paths`. For "integers" the operands are given as such, too.
+    path: see `quest.paths`. For "integers" the operands are given as such, too. parts: the rows of
+    w of each of several layers on one input, where it is not one layer; outputs as of that one.
     """
     if lane.backend == "dispatch":
-        return _linear_module(lane, x, w, grad, bias, recipe, path)
+        return _linear_module(lane, x, w, grad, bias, recipe, path, parts)
     # The same composition, out of the lane's operators.
     f = operators(lane.backend)
     hats: list[Tensor] = []
@@ -254,21 +265,22 @@ def _linear(
 
 
 def _linear_module(
-    lane: Lane, x: Tensor, w: Tensor, grad: Tensor, bias: tuple[Tensor, ...], recipe: Any, path: str
+    lane: Lane,
+    x: Tensor,
+    w: Tensor,
+    grad: Tensor,
+    bias: tuple[Tensor, ...],
+    recipe: Any,
+    path: str,
+    parts: tuple[int, ...],
 ) -> Outputs:
     from quest import operands, paths
-    from quest.linear import Linear
 
-    layer = Linear(
-        w.shape[1], w.shape[0], bool(bias), recipe=recipe, device=w.device, dtype=w.dtype
-    )
-    layer.weight = torch.nn.Parameter(w.detach())
-    if bias:
-        layer.bias = torch.nn.Parameter(bias[0].detach())
+    layers = _layers(w, bias, recipe, parts)
     x = x.detach().requires_grad_()
     with paths.only(path):
-        y = layer(x)
-    y.backward(grad)
+        y = _outputs(x, layers)
+    torch.autograd.backward(y, grad)
     made: Outputs = {}
     with torch.no_grad():
         if path == "integers":
@@ -280,33 +292,59 @@ def _linear_module(
                 hats += (f.decode(operand, scale, q, kind, t.shape[-1], grad.dtype),)
                 made |= {name: operand, f"{name}_scale": scale}
         else:
-            hats = recipe.activation(x), recipe.weight(layer.weight)
-    dx, dw = x.grad, layer.weight.grad
-    if dx is None or dw is None:
+            hats = recipe.activation(x), recipe.weight(w)
+    dx, dws = x.grad, [layer.weight.grad for layer in layers]
+    if dx is None or any(dw is None for dw in dws):
         raise GuardError(f"{lane} linear: a gradient is missing")
+    dw = torch.cat([dw for dw in dws if dw is not None])
     made |= {"y": y, "dx": dx, "dw": dw, "x_hat": hats[0], "w_hat": hats[1]}
-    if bias and layer.bias.grad is not None:
-        made["db"] = layer.bias.grad
+    dbs = [layer.bias.grad for layer in layers if layer.bias is not None]
+    if bias:
+        made["db"] = torch.cat([db for db in dbs if db is not None])
     return made
 
 
-def _frozen(lane: Lane, x: Tensor, w: Tensor, *bias: Tensor, recipe: Any) -> Outputs:
-    """The forward of a layer with a frozen weight, and the operands that it multiplied."""
-    from quest import operands
+def _layers(
+    w: Tensor, bias: tuple[Tensor, ...], recipe: Any, parts: tuple[int, ...]
+) -> list[Linear]:
+    """One layer with this weight and bias; with `parts`, one for each so many of their rows."""
     from quest.linear import Linear
 
-    layer = Linear(
-        w.shape[1], w.shape[0], bool(bias), recipe=recipe, device=w.device, dtype=w.dtype
-    )
-    layer.weight = torch.nn.Parameter(w.detach())
-    if bias:
-        layer.bias = torch.nn.Parameter(bias[0].detach())
-    layer.freeze()
-    held = layer._frozen
+    sizes = list(parts or (w.shape[0],))
+    made = []
+    for i, rows in enumerate(torch.split(w.detach(), sizes)):
+        layer = Linear(
+            w.shape[1], len(rows), bool(bias), recipe=recipe, device=w.device, dtype=w.dtype
+        )
+        layer.weight = torch.nn.Parameter(rows)
+        if bias:
+            layer.bias = torch.nn.Parameter(torch.split(bias[0].detach(), sizes)[i])
+        made.append(layer)
+    return made
+
+
+def _outputs(x: Tensor, layers: list[Linear]) -> Tensor:
+    """What one layer returns, or what several do together, side by side."""
+    from quest.joint import together
+
+    return layers[0](x) if len(layers) == 1 else torch.cat(together(x, layers), -1)
+
+
+def _frozen(
+    lane: Lane, x: Tensor, w: Tensor, *bias: Tensor, recipe: Any, parts: tuple[int, ...] = ()
+) -> Outputs:
+    """The forward of a layer with a frozen weight, and the operands that it multiplied.
+
+    parts: as in `_linear`.
+    """
+    from quest import operands
+
+    layers = [layer.freeze() for layer in _layers(w, bias, recipe, parts)]
+    held = layers[0]._frozen
     if held is None:
         raise GuardError(f"{lane} frozen: there is nothing frozen")
     with torch.no_grad():
-        made: Outputs = {"y": layer(x)}
+        made: Outputs = {"y": _outputs(x, layers)}
         if held.values is not None:
             # Not what was frozen: that is under judgement.
             return made | {"x_hat": recipe.activation(x), "w_hat": recipe.weight(w)}

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quest.joint import together
+
 INIT_STD = 0.02
 
 
@@ -119,8 +121,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (
-            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, h, T, d/h)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            torch.unflatten(projected, -1, (self.heads, -1)).transpose(1, 2)  # (B, h, T, d/h)
+            for projected in together(x, (self.q_proj, self.k_proj, self.v_proj))
         )
         mixed = F.scaled_dot_product_attention(
             rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True
@@ -139,7 +141,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.hidden, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = together(x, (self.gate_proj, self.up_proj))
+        out: Tensor = self.down_proj(F.silu(gate) * up)
         return out
 
 

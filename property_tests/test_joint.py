@@ -1,0 +1,231 @@
+"""Layers that share an input: what is quantized once, who is called alone, and errors."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import quest
+from quest import frozen, lowbit, ops, paths
+from quest.models import Llama, LlamaConfig
+from quest.quantizer import Quantizer
+
+OUTS = (6, 10, 3)
+
+
+def _layers(name: str = "w4a4", bias: bool = False) -> list[quest.Linear]:
+    torch.manual_seed(0)
+    return [quest.Linear(32, n, bias=bias, recipe=name) for n in OUTS]
+
+
+def _x() -> Tensor:
+    return torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch, home: Any, name: str) -> list[Tensor]:
+    seen: list[Tensor] = []
+    real: Callable[..., Any] = getattr(home, name)
+
+    def counting(first: Any, second: Any, *rest: Any) -> Any:
+        seen.append(second if isinstance(first, Quantizer) else first)
+        return real(first, second, *rest)
+
+    monkeypatch.setattr(home, name, counting)
+    return seen
+
+
+@pytest.mark.parametrize("path", paths.PATHS)
+def test_the_input_is_quantized_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, x = _layers(), _x()
+    home: Any = (lowbit, "encode") if path == "integers" else (Quantizer, "__call__")
+    seen = _counted(monkeypatch, *home)
+    with paths.only(path):
+        made = quest.together(x, layers)
+    assert [tuple(y.shape) for y in made] == [(5, n) for n in OUTS]
+    assert [tuple(t.shape) for t in seen].count((5, 32)) == 1
+    assert len(seen) == 4
+    with paths.only(path):
+        for y, layer in zip(made, layers, strict=True):
+            assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("path", paths.PATHS)
+def test_the_gradient_is_turned_back_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, x = _layers(), _x().requires_grad_()
+    seen = _counted(monkeypatch, ops, "masked_transpose")
+    with paths.only(path):
+        sum(y.square().sum() for y in quest.together(x, layers)).backward()
+    assert [tuple(t.shape) for t in seen].count((5, 32)) == 1
+    assert len(seen) == 4
+    assert all(layer.weight.grad is not None for layer in layers)
+
+
+@pytest.mark.parametrize("path", paths.PATHS)
+def test_outputs_that_nobody_uses(path: str) -> None:
+    """Their weights get no gradient, or zeros; the others get theirs."""
+    layers, x = _layers(bias=True), _x().requires_grad_()
+    with paths.only(path):
+        quest.together(x, layers)[1].sum().backward()
+        alone = copy.deepcopy(layers[1])
+        alone.zero_grad()
+        z = _x().requires_grad_()
+        alone(z).sum().backward()
+    for mine, theirs in (
+        (x.grad, z.grad),
+        (layers[1].weight.grad, alone.weight.grad),
+        (layers[1].bias.grad, alone.bias.grad),
+    ):
+        assert mine is not None
+        assert theirs is not None
+        assert torch.equal(mine, theirs)
+    for layer in (layers[0], layers[2]):
+        assert layer.weight.grad is None or not layer.weight.grad.any()
+
+
+def test_only_the_input_or_only_a_weight_asks_for_a_gradient() -> None:
+    layers = _layers()
+    for layer in layers:
+        layer.weight.requires_grad_(False)
+    x = _x().requires_grad_()
+    with paths.only("integers"):
+        quest.together(x, layers)[0].sum().backward()
+        assert x.grad is not None
+        layers[2].weight.requires_grad_()
+        made = quest.together(_x(), layers)
+    (made[0].sum() + made[2].sum()).backward()
+    assert [layer.weight.grad is None for layer in layers] == [True, True, False]
+
+
+def test_biases_of_some() -> None:
+    layers = _layers(bias=True)
+    layers[1].bias = None
+    with torch.no_grad():
+        layers[0].bias.fill_(3.0)
+    for path in paths.PATHS:
+        with paths.only(path):
+            for y, layer in zip(quest.together(_x(), layers), layers, strict=True):
+                assert torch.equal(y, layer(_x()))
+
+
+def test_layers_that_are_called_one_after_another() -> None:
+    """Other modules, other recipes, and layers whose hooks must see their calls."""
+    x = _x()
+    layers = _layers()
+    hooked: list[int] = []
+    layers[1].register_forward_hook(lambda *_: hooked.append(1))
+    mixed: list[nn.Module] = [nn.Linear(32, 4), *layers, quest.Linear(32, 4, recipe="w1a1")]
+    made = quest.together(x, mixed)
+    assert hooked == [1]
+    layers[1]._forward_hooks.clear()
+    for y, layer in zip(made, mixed, strict=True):
+        assert torch.equal(y, layer(x))
+
+
+def test_frozen_weights_lie_stacked() -> None:
+    layers, x = [layer.freeze() for layer in _layers(bias=True)], _x()
+    with torch.no_grad():
+        expected = [layer(x) for layer in layers]
+        made = quest.together(x, layers)
+        held = [layer.current() for layer in layers]
+        whole = frozen.stacked([h for h in held if h is not None])
+        assert whole is not None
+        assert whole.values is not None
+        for h in held:
+            assert h is not None
+            assert h.values is not None
+            # One storage: nothing is held twice.
+            assert (
+                h.values.untyped_storage().data_ptr() == whole.values.untyped_storage().data_ptr()
+            )
+        again = quest.together(x, layers)
+        assert frozen.stacked([h for h in map(quest.Linear.current, layers) if h]) is whole
+        for y, z, one, layer in zip(made, again, expected, layers, strict=True):
+            assert torch.equal(y, z)
+            torch.testing.assert_close(y, one)
+            torch.testing.assert_close(layer(x), one)
+        # A part, or another order, is not the whole.
+        assert frozen.stacked([held[1], held[0], held[2]]) is None  # type: ignore[list-item]
+        assert frozen.stacked(held[:2]) is None  # type: ignore[arg-type]
+        # A weight that changes is frozen anew, and the others with it.
+        layers[1].weight.mul_(-1)
+        changed = quest.together(x, layers)
+        assert torch.equal(changed[0], made[0])
+        for y, layer in zip(changed, layers, strict=True):
+            torch.testing.assert_close(y, layer(x))
+        assert not torch.allclose(changed[1], made[1])
+
+
+def test_operands_are_stacked_too() -> None:
+    """Where layers multiply integers; here by hand, since only Hopper has such layers."""
+    q = quest.recipe("w4a4").weight
+    weights = [layer.weight.detach() for layer in _layers()]
+    parts = []
+    for w in weights:
+        operand, scale, _, sums = lowbit.encode(w, q.spec, "integers")
+        parts.append(frozen.Frozen(None, operand, scale, sums, q.pack(w).codes, "n", "k"))
+    rows = frozen.stack(parts)
+    whole = frozen.stacked(rows)
+    assert whole is not None
+    for name in ("operand", "scale", "sums", "packed"):
+        stacked = getattr(whole, name)
+        assert torch.equal(stacked, torch.cat([getattr(p, name) for p in parts]))
+        assert all(
+            torch.equal(getattr(r, name), getattr(p, name))
+            for r, p in zip(rows, parts, strict=True)
+        )
+    assert whole.values is None
+    assert (whole.names, whole.kinds, whole.path) == ("n", "k", "integers")
+    bits = [frozen.Frozen(None, p.packed, p.scale, p.sums, p.packed, "n", "k") for p in parts]
+    twins = frozen.stack(bits)
+    assert all(t.packed is t.operand for t in twins)
+
+
+def test_a_model_calls_them_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Llama(LlamaConfig(vocab_size=64, layers=1, width=64, heads=2))
+    quest.quantize_(model, "w4a4")
+    seen = _counted(monkeypatch, Quantizer, "__call__")
+    model(torch.zeros(2, 3, dtype=torch.long)).sum().backward()
+    shapes = [tuple(t.shape) for t in seen]
+    # q, k and v; o; gate and up; down.
+    assert len([s for s in shapes if len(s) == 3]) == 4
+    assert len(shapes) == 4 + 7
+
+
+def test_compiled() -> None:
+    layers, x = _layers(), _x()
+
+    def loss(x: Tensor) -> Tensor:
+        return torch.cat(quest.together(x, layers), -1).square().mean()
+
+    torch.compiler.reset()
+    expected = loss(x)
+    expected.backward()
+    grads = [layer.weight.grad for layer in layers]
+    for layer in layers:
+        layer.weight.grad = None
+    got = torch.compile(loss, fullgraph=True, backend="aot_eager")(x)
+    got.backward()
+    torch.testing.assert_close(got, expected)
+    for layer, grad in zip(layers, grads, strict=True):
+        torch.testing.assert_close(layer.weight.grad, grad)
+
+
+@pytest.mark.parametrize(
+    ("x", "layers", "error", "told"),
+    [
+        (torch.ones(2, 32), [], ValueError, "layers must name at least one layer"),
+        (torch.ones(2, 32), [torch.nn.Linear(32, 4), 3], TypeError, "Modules, got int"),
+        (torch.ones(2, 31), _layers(), ValueError, "x must have 32 columns"),
+        (torch.ones(2, 32).double(), _layers(), TypeError, "x must have the weight's dtype"),
+        ([1.0], _layers(), TypeError, "x must be a torch.Tensor"),
+    ],
+)
+def test_errors(x: Any, layers: Any, error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=re.escape(told)):
+        quest.together(x, layers)

@@ -24,7 +24,9 @@ def _layers(inside: int, outside: int, made: Recipe) -> tuple[quest.Linear, nn.L
     return quest.Linear.from_linear(dense, made), dense
 
 
-def _judge(tokens: int, inside: int, outside: int, made: Recipe, path: str) -> gate.Judge:
+def judge_of_layer(tokens: int, inside: int, outside: int, made: Recipe, path: str) -> gate.Judge:
+    """For `gate.open_for`: the layer that trains, by the kernels that so many tokens take."""
+
     def judge(lane: Lane, name: str) -> list[Verdict]:
         x = gate.normal(gate.ROWS, inside, name)
         w = gate.normal(GATE_FEATURES, inside, "gaussian", seed=1)
@@ -35,7 +37,19 @@ def _judge(tokens: int, inside: int, outside: int, made: Recipe, path: str) -> g
     return judge
 
 
-def _path(tokens: int, inside: int, made: Recipe) -> str:
+def judge_of_frozen(tokens: int, inside: int, outside: int, made: Recipe) -> gate.Judge:
+    """The same, of a layer whose weight is frozen."""
+    rows = min(tokens, 4 * gate.ROWS)
+
+    def judge(lane: Lane, name: str) -> list[Verdict]:
+        w = gate.normal(GATE_FEATURES, inside, "gaussian", seed=1)
+        with gate.tiles_of(made, tokens, outside):
+            return examine.frozen(lane, gate.normal(rows, inside, name), w, None, made)
+
+    return judge
+
+
+def path_of(tokens: int, inside: int, made: Recipe) -> str:
     """The path of the layer that is timed: the gate must see the same."""
     return paths.choose(torch.empty(tokens, inside, device=cases.DEVICE, dtype=cases.DTYPE), made)
 
@@ -44,7 +58,7 @@ def _path(tokens: int, inside: int, made: Recipe) -> str:
 def test_forward(timed: Timed, tokens: int, inside: int, outside: int, recipe: str) -> None:
     """y = Q(x H) Q(w H)^T, no gradient kept; the weight is quantized each time, as in training."""
     made = quest.recipe(recipe)
-    path = _path(tokens, inside, made)
+    path = path_of(tokens, inside, made)
     ours, dense = _layers(inside, outside, made)
 
     def forward(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -57,7 +71,7 @@ def test_forward(timed: Timed, tokens: int, inside: int, outside: int, recipe: s
         shape=(tokens, inside, outside),
         draw=((tokens, inside),),
         key=("layer", made.spec, tokens, inside, outside, path),
-        judge=_judge(tokens, inside, outside, made, path),
+        judge=judge_of_layer(tokens, inside, outside, made, path),
         run=lambda x: forward(ours, x),
         baseline=lambda x: forward(dense, x),
         constant=(dense.weight.detach(),),
@@ -77,19 +91,12 @@ def test_frozen(timed: Timed, tokens: int, inside: int, outside: int, recipe: st
             y: Tensor = layer(x)
         return y
 
-    rows = min(tokens, 4 * gate.ROWS)
-
-    def judge(lane: Lane, name: str) -> list[Verdict]:
-        w = gate.normal(GATE_FEATURES, inside, "gaussian", seed=1)
-        with gate.tiles_of(made, tokens, outside):
-            return examine.frozen(lane, gate.normal(rows, inside, name), w, None, made)
-
     timed(
         spec=made.spec,
         shape=(tokens, inside, outside),
         draw=((tokens, inside),),
         key=("frozen", made.spec, tokens, inside, outside),
-        judge=judge,
+        judge=judge_of_frozen(tokens, inside, outside, made),
         run=lambda x: forward(ours, x),
         baseline=lambda x: forward(dense, x),
         constant=held.read(),
@@ -103,7 +110,7 @@ def test_forward_backward(
 ) -> None:
     """Forward, and the gradients of input and weight."""
     made = quest.recipe(recipe)
-    path = _path(tokens, inside, made)
+    path = path_of(tokens, inside, made)
     ours, dense = _layers(inside, outside, made)
 
     def step(layer: nn.Linear, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
@@ -116,7 +123,7 @@ def test_forward_backward(
         shape=(tokens, inside, outside),
         draw=((tokens, inside), (tokens, outside)),
         key=("layer", made.spec, tokens, inside, outside, path),
-        judge=_judge(tokens, inside, outside, made, path),
+        judge=judge_of_layer(tokens, inside, outside, made, path),
         run=lambda x, grad: step(ours, x, grad),
         baseline=lambda x, grad: step(dense, x, grad),
         constant=(dense.weight.detach(),),

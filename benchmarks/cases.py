@@ -13,6 +13,7 @@ import torch
 
 import quest
 from quest import Quantizer, grids, sparsity
+from quest.models import SIZES, LlamaConfig
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -27,6 +28,7 @@ OTHER_WIDTHS = (2048, 14336, 13696) if CUDA else (4096, 1664)
 ORDERS = ((WIDTH, 32), (WIDTH, 1024), (14336 if CUDA else 3584, 1792))
 GRIDS = ("uniform1", "uniform2", "uniform4", "uniform8", "ternary", "e2m1", "lloyd_max4")
 PATTERNS = ("2:4", "pairs4:8")
+TINY = LlamaConfig(256, 2, 256, 4)
 WEIGHTS = ((4096, 4096), (14336, 4096)) if CUDA else ((512, 1024),)
 
 RECIPES = ("w1a1", "w2a2", "w4a4", "w8a8", "fp4", "w4a4-2:4", "w4a4-4:8", "w4a16")
@@ -86,6 +88,31 @@ def frozen() -> list[Any]:
         for tokens in TOKENS
     ]
     return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made]
+
+
+# Sequences of so many tokens: the step of training, and each prefill.
+TRAINED = (SIZES["800M"].architecture(32000), 16, 512) if CUDA else (TINY, 2, 64)
+PREFILLED = (LlamaConfig(32000, 24, 2048, 16), 512) if CUDA else (TINY, 64)
+SEQUENCES = (1, 2, 4, 8) if CUDA else (1,)
+
+
+def trained() -> list[Any]:
+    """(architecture, sequences, tokens of each, recipe) of a step of training."""
+    config, sequences, length = TRAINED
+    return [
+        pytest.param(config, sequences, length, recipe, id=f"{_size(sequences, length)}-{recipe}")
+        for recipe in (OTHER_RECIPES if CUDA else ("w4a4",))
+    ]
+
+
+def prefilled() -> list[Any]:
+    """(architecture, sequences, tokens of each, recipe) of a prefill."""
+    config, length = PREFILLED
+    return [
+        pytest.param(config, sequences, length, recipe, id=f"{_size(sequences, length)}-{recipe}")
+        for recipe in ("w1a1", "w4a4")
+        for sequences in SEQUENCES
+    ]
 
 
 def quantizer(grid: str, pattern: str) -> Quantizer:

@@ -48,6 +48,16 @@ def lines(
         )
 
 
+def memory(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each benchmark that tells its peak memory."""
+    for fullname, info in results.items():
+        if "memory_ratio" in info:
+            yield (
+                f"{short(fullname)} held {info['peak_bytes'] / 2**30:.1f} GiB at most, "
+                f"{info['memory_ratio']:.2f} of torch's"
+            )
+
+
 LEGEND = (
     "vs torch: torch's time over ours, in turn (above 1 ours is faster); 95%: its interval;",
     "was: in the record; of copy: time to copy the bytes that must move, over ours;",

@@ -54,13 +54,15 @@ class Timed:
         constant: tuple[Tensor, ...] = (),
         prepare: Callable[..., tuple[Tensor, ...]] | None = None,
         operations: float = 0.0,
+        memory: tuple[int, int] = (0, 0),
     ) -> None:
         """Pass the gate, then time `run` and `baseline` on the same normal inputs.
 
         spec: what is computed; shape: on what. key, judge: see `gate.open_for`. draw: the shapes of
         one set of inputs, by default (shape,). constant: what `run` reads in every call besides.
         prepare: what `run` and `baseline` get after the inputs, made of them beforehand; `run` then
-        reads that alone. operations: multiplications and additions of a call.
+        reads that alone. operations: multiplications and additions of a call. memory: the
+        most bytes that `run` and `baseline` held, where that was measured.
         Bytes moved at the least: inputs and constants read once, outputs of `run` written once.
         """
         __tracebackhide__ = True
@@ -85,6 +87,9 @@ class Timed:
             self.benchmark.pedantic(run, args=first)
             return
         self._report(spec, shape, passed, times, moved, operations)
+        if all(memory):
+            self.info |= {"peak_bytes": memory[0], "memory_ratio": memory[0] / memory[1]}
+            self.benchmark.extra_info.update(self.info)
         again = itertools.cycle(times.ours)
         self.benchmark.pedantic(
             self.clock.advance, setup=lambda: ((next(again),), {}), rounds=len(times.ours)

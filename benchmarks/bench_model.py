@@ -1,0 +1,152 @@
+"""A whole Llama against itself in bfloat16: a step of training, and prefill.
+
+The blocks of both are compiled. A step is the trainer's: float32 weights, bfloat16 products by
+autocast, the gradient clipped, AdamW. Prefill has bfloat16 weights, ours frozen. Device times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import quest
+from quest.conformance.lanes import Lane
+from quest.conformance.verdict import Verdict
+from quest.models import Llama, LlamaConfig
+from quest.train.loop import token_loss
+from quest.train.optimizer import CLIP, adamw
+
+from . import cases
+from .bench_linear import judge_of_frozen, judge_of_layer, path_of
+from .timed import Timed
+
+DEVICE = torch.device(cases.DEVICE)
+
+
+def _llama(config: LlamaConfig, recipe: str, dtype: torch.dtype) -> Llama:
+    torch.manual_seed(0)
+    with DEVICE:
+        model = Llama(config).to(dtype)
+    quest.quantize_(model, recipe)
+    return model
+
+
+def _compile_blocks(model: Llama) -> None:
+    # One block is compiled and serves for all: minutes less than the whole.
+    for block in model.layers:
+        block.compile()
+
+
+def _tokens(config: LlamaConfig, sequences: int, length: int) -> Tensor:
+    g = torch.Generator().manual_seed(0)
+    return torch.randint(config.vocab_size, (sequences, length), generator=g).to(DEVICE)
+
+
+def _widths(config: LlamaConfig) -> tuple[tuple[int, int], ...]:
+    """(in, out) of the block's layers: q, k, v and o; gate and up; down."""
+    d, hidden = config.width, config.hidden
+    return (d, d), (d, hidden), (hidden, d)
+
+
+def _held() -> int:
+    return torch.cuda.memory_allocated() if cases.CUDA else 0
+
+
+def _trainer(config: LlamaConfig, recipe: str, windows: Tensor) -> tuple[Callable[[], Tensor], int]:
+    """A function that trains a step and returns the loss, and the most bytes that it held."""
+    before = _held()
+    model = _llama(config, recipe, torch.float32)
+    optimizer = adamw(model)
+    _compile_blocks(model)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = token_loss(model, windows, DEVICE)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        return loss.detach()
+
+    step()  # makes the optimizer's state
+    if cases.CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    step()
+    return step, (torch.cuda.max_memory_allocated() if cases.CUDA else 0) - before
+
+
+# torch.compile itself looks at the gradient of a block's input.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(("config", "sequences", "length", "recipe"), cases.trained())
+def test_train_step(
+    timed: Timed, config: LlamaConfig, sequences: int, length: int, recipe: str
+) -> None:
+    """Forward, backward, clipping and the optimizer's update."""
+    made = quest.recipe(recipe)
+    windows = _tokens(config, sequences, length + 1)
+    tokens = sequences * length
+
+    def judge(lane: Lane, name: str) -> list[Verdict]:
+        found = []
+        for inside, outside in _widths(config):
+            path = path_of(tokens, inside, made)
+            found += judge_of_layer(tokens, inside, outside, made, path)(lane, name)
+        return found
+
+    torch.compiler.reset()
+    dense, dense_bytes = _trainer(config, "bf16", windows)
+    ours, bytes_ = _trainer(config, recipe, windows)
+    timed(
+        spec=made.spec,
+        shape=(tokens, config.layers, config.width),
+        key=("model", made.spec, tokens, config),
+        judge=judge,
+        draw=((1,),),
+        run=lambda _: ours(),
+        baseline=lambda _: dense(),
+        memory=(bytes_, dense_bytes),
+    )
+
+
+@pytest.mark.parametrize(("config", "sequences", "length", "recipe"), cases.prefilled())
+def test_prefill(
+    timed: Timed, config: LlamaConfig, sequences: int, length: int, recipe: str
+) -> None:
+    """Logits of whole sequences, nothing cached."""
+    made = quest.recipe(recipe)
+    tokens = _tokens(config, sequences, length)
+    rows = sequences * length
+
+    def judge(lane: Lane, name: str) -> list[Verdict]:
+        found = []
+        for inside, outside in _widths(config):
+            found += judge_of_frozen(rows, inside, outside, made)(lane, name)
+        return found
+
+    def ready(recipe: str) -> Callable[[], Tensor]:
+        model = _llama(config, recipe, cases.DTYPE).eval()
+        if recipe != "bf16":
+            quest.freeze_(model)
+
+        @torch.no_grad()
+        def logits() -> Tensor:
+            y: Tensor = model(tokens)
+            return y
+
+        logits()  # weights that share an input are stacked at their first call
+        _compile_blocks(model)
+        return logits
+
+    torch.compiler.reset()
+    dense, ours = ready("bf16"), ready(recipe)
+    timed(
+        spec=made.spec,
+        shape=(rows, config.layers, config.width),
+        key=("prefill", made.spec, rows, config),
+        judge=judge,
+        draw=((1,),),
+        run=lambda _: ours(),
+        baseline=lambda _: dense(),
+    )

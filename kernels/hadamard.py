@@ -206,21 +206,23 @@ def hadamard(
     base: torch.Tensor | None = None,
     transpose: bool = False,
     mask: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """y = x H, or x H^T, blockwise along the last axis, computed in float32.
 
     x: (..., d) float32, bfloat16 or float16, d divisible by `order`. base: (m, m) float32 of ±1 on
     x's device, m <= BASE_LIMIT, or None for m = 1; order / m is a power of two <= TILE_LIMIT.
     mask: (..., ceil(d / 8)) uint8, little-endian bits; inputs whose bit is 0 count as 0.
-    Returns y of x's shape and dtype.
+    Returns y of x's shape, as `dtype`, by default x's.
     """
+    narrow = x.dtype != torch.float32
+    dtype = dtype or x.dtype
     if x.numel() == 0:
-        return outputs.empty(x.shape, x.dtype, x.device)
-    x, dtype = readable(x), x.dtype
+        return outputs.empty(x.shape, dtype, x.device)
+    x = readable(x)
     power = factor(order, base)
     final = stored(dtype)
     if base is None:
-        narrow = dtype != torch.float32
         return launch_tile(x, order, order**-0.5, final, mask, narrow).to(dtype)
     if mask is not None:
         x = launch_tile(x, 1, 1.0, torch.float32, mask)  # what is masked must not set the power

@@ -7,14 +7,17 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import quest
-from quest import frozen, lowbit, ops, paths
+from quest import frozen, lowbit, lowbit_linear, ops, paths
 from quest.models import Llama, LlamaConfig
 from quest.quantizer import Quantizer
+from quest.reference import bounds
+from quest.reference import hadamard as reference_hadamard
 
 OUTS = (6, 10, 3)
 
@@ -30,21 +33,28 @@ def _x() -> Tensor:
 
 def _counted(monkeypatch: pytest.MonkeyPatch, home: Any, name: str) -> list[Tensor]:
     seen: list[Tensor] = []
-    real: Callable[..., Any] = getattr(home, name)
+    real: Callable[..., Any] = getattr(getattr(home, "_CPU", home), name)
 
     def counting(first: Any, second: Any, *rest: Any) -> Any:
         seen.append(second if isinstance(first, Quantizer) else first)
         return real(first, second, *rest)
 
-    monkeypatch.setattr(home, name, counting)
+    if home is lowbit_linear:
+        monkeypatch.setattr(home, "_CPU", home._CPU._replace(**{name: counting}))
+    else:
+        monkeypatch.setattr(home, name, counting)
     return seen
+
+
+def _home(path: str, part: str, values: tuple[Any, str]) -> tuple[Any, str]:
+    """Where what a path calls is found: of the integers', a part of its operator."""
+    return (lowbit_linear, part) if path == "integers" else values
 
 
 @pytest.mark.parametrize("path", paths.PATHS)
 def test_the_input_is_quantized_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layers, x = _layers(), _x()
-    home: Any = (lowbit, "encode") if path == "integers" else (Quantizer, "__call__")
-    seen = _counted(monkeypatch, *home)
+    seen = _counted(monkeypatch, *_home(path, "encode", (Quantizer, "__call__")))
     with paths.only(path):
         made = quest.together(x, layers)
     assert [tuple(y.shape) for y in made] == [(5, n) for n in OUTS]
@@ -58,7 +68,8 @@ def test_the_input_is_quantized_once(path: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("path", paths.PATHS)
 def test_the_gradient_is_turned_back_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layers, x = _layers(), _x().requires_grad_()
-    seen = _counted(monkeypatch, ops, "masked_transpose")
+    home = _home(path, "masked_transpose", (ops, "masked_transpose"))
+    seen = _counted(monkeypatch, *home)
     with paths.only(path):
         sum(y.square().sum() for y in quest.together(x, layers)).backward()
     assert [tuple(t.shape) for t in seen].count((5, 32)) == 1
@@ -113,10 +124,36 @@ def test_biases_of_some() -> None:
                 assert torch.equal(y, layer(_x()))
 
 
+def test_the_gradient_of_a_float32_weight_is_rounded_once() -> None:
+    """Under autocast: the product is stored in bfloat16, what H^T makes of it in float32."""
+    (layer,) = _layers()[:1]
+    # One row: products of two bfloat16 are exact in float32, and there is one way to store them.
+    x, grad = _x()[:1], torch.randn(1, OUTS[0])
+    with torch.autocast("cpu", torch.bfloat16), paths.only("integers"):
+        y = layer(x.bfloat16())
+    y.backward(grad.bfloat16())
+    q = layer.recipe.activation
+    x_hat = q(x.bfloat16()).double()
+    product = (grad.bfloat16().double().t() @ x_hat).bfloat16().double()
+    mask = layer.recipe.weight.quantize(layer.weight.detach()).mask
+    order = q.transform.order(32)
+    exact = reference_hadamard.apply_transpose(np.where(mask, product, 0.0), order)
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == torch.float32
+    bound = bounds.rotation(np.where(mask, product, 0.0), order, transpose=True)
+    bound = bounds.output(exact, bound, "float32")
+    assert (np.abs(layer.weight.grad.double().numpy() - exact) <= bound).all()
+
+
 def test_layers_that_are_called_one_after_another() -> None:
-    """Other modules, other recipes, and layers whose hooks must see their calls."""
+    """Other modules, recipes, dtypes, and layers whose hooks must see their calls."""
     x = _x()
     layers = _layers()
+    half = quest.Linear(32, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        both = quest.together(x, (layers[0], half))
+        assert torch.equal(both[0], layers[0](x))
+        assert torch.equal(both[1], half(x))
     hooked: list[int] = []
     layers[1].register_forward_hook(lambda *_: hooked.append(1))
     mixed: list[nn.Module] = [nn.Linear(32, 4), *layers, quest.Linear(32, 4, recipe="w1a1")]

@@ -99,6 +99,12 @@ def test_opcheck_integer_path(device: str, recipe: str) -> None:
     more = torch.ones(3, 48, device=x.device, requires_grad=True)
     pair_of_specs = (pair[0].spec, pair[1].spec, torch.float32)
     check(torch.ops.quest.low_bit_linear, (x, [w, more], [], *pair_of_specs))
+    with torch.no_grad():
+        read = torch.ops.quest.low_bit_linear(x, [w, more], [], *pair_of_specs)[2:]
+    grads = [torch.ones(len(x), n, device=x.device) for n in (len(w), 3)]
+    static = (pair[0].spec, pair[1].spec, 48, torch.float32, torch.bfloat16)
+    for needs_x, needs_w in ((True, [True, False]), (False, [True, True]), (True, [False, False])):
+        check(torch.ops.quest.low_bit_linear_backward, (grads, read, *static, needs_x, needs_w))
 
 
 @pytest.mark.parametrize("device", DEVICES)

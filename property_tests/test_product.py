@@ -15,6 +15,7 @@ from quest import lowbit, operands, packing
 from quest.conformance import examine, inputs, judges
 from quest.conformance.lanes import Lane, no_product
 from quest.kernels import cuda, product
+from quest.lowbit_linear import low_bit_linear
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -146,7 +147,7 @@ def test_layer_of_the_integer_path(name: str, dtype: torch.dtype, device: str) -
     x = inputs.draw("gaussian", (2, 5, 72), dtype, 0).to(device).requires_grad_()
     grad = inputs.draw("gaussian", (2, 5, 24), dtype, 1).to(device)
     pair = (made.activation, made.weight)
-    y, a, a_scale, a_mask, b, b_scale, b_mask = lowbit.low_bit_linear(
+    y, a, a_scale, a_mask, b, b_scale, b_mask = low_bit_linear(
         x, [layer.weight], [layer.bias], pair[0].spec, pair[1].spec, dtype
     )
     assert y.shape == (2, 5, 24)
@@ -204,7 +205,7 @@ def test_layer_with_an_empty_axis(rows: int, d: int, outs: int) -> None:
     x, w = torch.ones(rows, d, requires_grad=True), torch.ones(outs, d, requires_grad=True)
     made = quest.recipe("w4a4", transform=quest.Identity())
     specs = (made.activation.spec, made.weight.spec)
-    y = lowbit.low_bit_linear(x, [w], [], *specs, torch.float32)[0]
+    y = low_bit_linear(x, [w], [], *specs, torch.float32)[0]
     assert torch.equal(y, torch.zeros(rows, outs))
     for grad, t in zip(torch.autograd.grad(y.sum(), (x, w)), (x, w), strict=True):
         assert torch.equal(grad, torch.zeros_like(t))
@@ -395,11 +396,13 @@ def test_operands_that_do_not_pair() -> None:
         (four, four, w.to("meta"), "on meta"),
     ):
         with pytest.raises(ValueError, match=told):
-            lowbit.low_bit_linear(x, [into], [], a.spec, b.spec, torch.float32)
+            low_bit_linear(x, [into], [], a.spec, b.spec, torch.float32)
     with pytest.raises(TypeError, match="x must be float32"):
-        lowbit.low_bit_linear(x.int(), [w], [], four.spec, four.spec, torch.float32)
+        low_bit_linear(x.int(), [w], [], four.spec, four.spec, torch.float32)
+    with pytest.raises(TypeError, match="weights must have one dtype, got"):
+        low_bit_linear(x, [w, w.bfloat16()], [], four.spec, four.spec, torch.float32)
     with pytest.raises(ValueError, match="none or one for each of 2 weights, got 1"):
-        lowbit.low_bit_linear(x, [w, w], [x[0, :4]], four.spec, four.spec, torch.float32)
+        low_bit_linear(x, [w, w], [x[0, :4]], four.spec, four.spec, torch.float32)
     with pytest.raises(ValueError, match="pruned entries, sparsity 2:4, have no place in 'bits'"):
         lowbit.encode(x, quest.recipe("w1a1-2:4").weight.spec, "bits")
 
@@ -410,4 +413,4 @@ def test_quantizers_without_an_integer_product() -> None:
     assert operands.kinds(*[quest.Quantizer(quest.grids.lloyd_max(4))] * 2) is None
     x = torch.ones(3, 128)
     with pytest.raises(ValueError, match="there is no integer product for"):
-        lowbit.low_bit_linear(x, [x], [], free.activation.spec, free.weight.spec, torch.float32)
+        low_bit_linear(x, [x], [], free.activation.spec, free.weight.spec, torch.float32)

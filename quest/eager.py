@@ -69,13 +69,19 @@ def hadamard(x: torch.Tensor, order: int, transpose: bool) -> torch.Tensor:
     return _transform(x.float(), order, transpose).to(x.dtype)
 
 
-def masked_transpose(grad: torch.Tensor, mask: torch.Tensor, order: int) -> torch.Tensor:
-    """(grad * mask) H^T for grad (..., d) and packed mask bits (..., ceil(d / 8)) uint8."""
+def masked_transpose(
+    grad: torch.Tensor, mask: torch.Tensor, order: int, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """(grad * mask) H^T for grad (..., d) and packed mask bits (..., ceil(d / 8)) uint8.
+
+    As `dtype`, by default that of grad.
+    """
+    dtype = dtype or grad.dtype
     bits = packing.unpack(mask, 1, grad.shape[-1]).bool()
     zero = torch.zeros((), dtype=torch.float32, device=grad.device)
     if grad.numel() == 0:
-        return torch.empty_like(grad, memory_format=torch.contiguous_format)
-    return _transform(torch.where(bits, grad.float(), zero), order, True).to(grad.dtype)
+        return torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
+    return _transform(torch.where(bits, grad.float(), zero), order, True).to(dtype)
 
 
 def _normalise(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

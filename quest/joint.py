@@ -14,18 +14,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import frozen, lowbit, paths
+from . import frozen, paths
 from .linear import Linear
+from .lowbit_linear import low_bit_linear
 
 
 def together(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """(layer(x) for each layer), with x (..., in) quantized once where it can be.
 
-    That is where all are `quest.Linear` with the same recipe and without hooks, which must see
-    their own calls; other layers are called one after another. What comes out has the bounds of
-    the single layers, though not always their bits: the gradient of x is summed before it is turned
-    back. Raises ValueError for no layers, TypeError for what is no module, and what the layers
-    raise.
+    That is where all are `quest.Linear` with the same recipe and dtype and without hooks, which
+    must see their own calls; other layers are called one after another. What comes out has the
+    bounds of the single layers, though not always their bits: the gradient of x is summed before it
+    is turned back. Raises ValueError for no layers, TypeError for what is no module, and what the
+    layers raise.
     """
     layers = tuple(layers)
     if not layers:
@@ -34,7 +35,7 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         if not isinstance(layer, nn.Module):
             raise TypeError(f"layers must hold torch.nn.Modules, got {type(layer).__name__}")
     plain = [layer for layer in layers if type(layer) is Linear and not _hooked(layer)]
-    if len(plain) < len(layers) or any(p.recipe != plain[0].recipe for p in plain):
+    if len(plain) < len(layers) or any(not _alike(p, plain[0]) for p in plain):
         return tuple(layer(x) for layer in layers)
     for layer in plain:
         layer.check(x)
@@ -44,6 +45,10 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         if len(ready) == len(plain):
             return _frozen(x, plain, ready)
     return _live(x, plain)
+
+
+def _alike(a: Linear, b: Linear) -> bool:
+    return a.recipe == b.recipe and a.weight.dtype == b.weight.dtype
 
 
 def _hooked(layer: nn.Module) -> bool:
@@ -61,7 +66,7 @@ def _live(x: Tensor, layers: list[Linear]) -> tuple[Tensor, ...]:
     if paths.choose(x, recipe) == "integers":
         specs = recipe.activation.spec, recipe.weight.spec
         weights = [layer.weight for layer in layers]
-        made = lowbit.low_bit_linear(x, weights, _biases(layers), *specs, layers[0].out_dtype(x))
+        made = low_bit_linear(x, weights, _biases(layers), *specs, layers[0].out_dtype(x))
         return tuple(made[: len(layers)])
     values = recipe.activation(x)
     return tuple(

@@ -15,7 +15,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from . import frozen, lowbit, ops, paths
+from . import frozen, ops, paths
+from .lowbit_linear import low_bit_linear
 from .recipes import Recipe, recipe
 
 HEADS = frozenset({"lm_head", "output", "head", "embed_out", "classifier", "score"})
@@ -109,7 +110,7 @@ class Linear(nn.Linear):
     def _integers(self, x: Tensor) -> Tensor:
         specs = self.recipe.activation.spec, self.recipe.weight.spec
         bias = [] if self.bias is None else [self.bias]
-        y: Tensor = lowbit.low_bit_linear(x, [self.weight], bias, *specs, self.out_dtype(x))[0]
+        y: Tensor = low_bit_linear(x, [self.weight], bias, *specs, self.out_dtype(x))[0]
         return y
 
     def current(self) -> frozen.Frozen | None:

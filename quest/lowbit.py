@@ -1,11 +1,9 @@
-"""The operators of the integer path: exact products of low-bit operands, and the layer on them.
+"""The operators of the integer path: exact products of low-bit operands.
 
 quest::encode(x, spec, kind) -> (operand, scale, mask, sums)
 quest::decode(operand, scale, spec, kind, width, dtype) -> values
 quest::accumulate(a, b) -> int32                     exact products of operands
 quest::product(a, b, ...) -> y                       the same, dequantized
-quest::low_bit_linear(x, weights, biases, ...) -> [y, ...]   differentiable; saves operands and
-                                                     mask bits
 
 CPU: plain PyTorch (`eager`). CUDA: the kernels; products need Hopper (`unavailable` says why not).
 `kind` is one of `operands.KINDS`.
@@ -13,8 +11,8 @@ CPU: plain PyTorch (`eager`). CUDA: the kernels; products need Hopper (`unavaila
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -164,14 +162,24 @@ def _check_product(
     return operands.terms(forms[0], forms[1], width)
 
 
+@functools.lru_cache(maxsize=1024)
+def _plan(q: Quantizer, kind: str, like: tuple[torch.dtype, int, torch.device]) -> tuple[Any, Any]:
+    """(program, form) of `launch_encode` for rows of this dtype, width and device.
+
+    Made once: finding them takes longer than a launch.
+    """
+    dtype, d, device = like
+    form = operands.form_of(q, kind)
+    return ops.program(q, torch.empty((0, d), dtype=dtype, device=device)), form
+
+
 def launch_encode(x: Tensor, q: Quantizer, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`eager.encode` by the kernels; sparsity groups that they lack run in plain PyTorch."""
     from .kernels import blocks
     from .kernels import quantize as kernel
 
     q.check(x)
-    form = operands.form_of(q, kind)
-    program = ops.program(q, x)
+    program, form = _plan(q, kind, (x.dtype, x.shape[-1], x.device))
     if blocks.supports(program, x):
         chosen, bits = (blocks.PACKED, 1) if kind == "bits" else (blocks.FORMS[kind], 0)
         with ops.device_of(x):
@@ -214,10 +222,11 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 
 
 @product.register_kernel("cuda")
-def _(
+def launch_product(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, a_sums: Tensor, b_sums: Tensor,
     bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    """`eager_product` by the kernel."""
     from .kernels import product as kernel
 
     terms = _check_product(
@@ -280,124 +289,3 @@ def as_rows(x: Tensor) -> Tensor:
     """x (..., d) as (rows, d)."""
     # Not -1: it can't be told where another axis is empty.
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def _paired(
-    x: Tensor, weights: Sequence[Tensor], activation: str, weight: str
-) -> tuple[tuple[Quantizer, Quantizer], tuple[str, str]]:
-    """The quantizers and the kinds of their operands; ValueError where x and weights don't pair."""
-    q = ops.quantizer(activation), ops.quantizer(weight)
-    kinds = operands.kinds(*q)
-    if kinds is None:
-        raise ValueError(f"there is no integer product for {activation} x {weight}")
-    if q[0].transform != q[1].transform:
-        raise ValueError(
-            f"activation and weight must use the same transform, got {activation} and {weight}"
-        )
-    ops.check_input(x)
-    for w in weights:
-        ops.check_input(w)
-        if w.ndim != 2 or w.shape[1] != x.shape[-1] or w.device != x.device:
-            raise ValueError(
-                f"a weight must be (out, {x.shape[-1]}) on {x.device}, got shape {tuple(w.shape)} "
-                f"on {w.device}"
-            )
-    return q, kinds
-
-
-@torch.library.custom_op("quest::low_bit_linear", mutates_args=())
-def low_bit_linear(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    activation: str,
-    weight: str,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    """y = Q(x H) Q(w H)^T + b (..., out) of `dtype` for each weight, by products of integers.
-
-    x (..., in), quantized once; weights (out, in) each; biases: none at all, or one (out,) for each
-    weight; activation, weight: specs of quantizers that `operands.kinds` can pair. After the y's
-    come what the backward reads: operand, scale and packed mask of x, as rows, and of each weight.
-    """
-    q, kinds = _paired(x, weights, activation, weight)
-    if biases and len(biases) != len(weights):
-        raise ValueError(
-            f"biases must be none or one for each of {len(weights)} weights, got {len(biases)}"
-        )
-    names, pair = ",".join(t.require_grid().name for t in q), ",".join(kinds)
-    a, a_scale, a_mask, a_sums = encode(as_rows(x), activation, kinds[0])
-    made, read = [], [a, a_scale, a_mask]
-    for i, w in enumerate(weights):
-        b, b_scale, b_mask, b_sums = encode(w, weight, kinds[1])
-        bias = biases[i] if biases else None
-        y = product(
-            a, b, a_scale, b_scale, a_sums, b_sums, bias, names, pair, x.shape[-1], dtype
-        )  # fmt: skip
-        made.append(y.view(*x.shape[:-1], w.shape[0]))
-        read += [b, b_scale, b_mask]
-    return made + read
-
-
-@low_bit_linear.register_fake
-def _(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    activation: str,
-    weight: str,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    _, kinds = _paired(x, weights, activation, weight)
-    made = [x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype) for w in weights]
-    made += eager.encoded_like(as_rows(x), kinds[0])[:3]
-    for w in weights:
-        made += eager.encoded_like(w, kinds[1])[:3]
-    return made
-
-
-def _context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, biases, ctx.activation, ctx.weight, _ = inputs
-    read = output[len(weights) :]
-    ctx.save_for_backward(*read)
-    ctx.mark_non_differentiable(*read)
-    ctx.set_materialize_grads(False)
-    ctx.shape, ctx.dtype = x.shape, x.dtype
-    ctx.weights, ctx.biases = [w.dtype for w in weights], [b.dtype for b in biases]
-
-
-def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    # The gradients of y = x_hat w_hat^T, then the mask and H^T of each operand. Those that reach
-    # x_hat are summed first, and turned back once.
-    a, a_scale, a_mask, *rest = ctx.saved_tensors
-    q = ops.quantizer(ctx.activation), ops.quantizer(ctx.weight)
-    kinds = operands.kinds(*q)
-    assert kinds is not None  # the forward has checked it
-    d, n = ctx.shape[-1], len(ctx.weights)
-    order = q[0].transform.order(d)
-    rows = [None if g is None else as_rows(g) for g in grads[:n]]
-    given = [g for g in rows if g is not None]
-    dws: list[Tensor | None] = [None] * n
-    dbs: list[Tensor | None] = [None] * len(ctx.biases)
-    if not given:
-        return None, dws, dbs, None, None, None
-    dx = x_hat = None
-    if any(ctx.needs_input_grad[1]):
-        x_hat = decode(a, a_scale, ctx.activation, kinds[0], d, given[0].dtype)
-    for i, g in enumerate(rows):
-        if g is None:
-            continue
-        b, b_scale, b_mask = rest[3 * i : 3 * i + 3]
-        if ctx.needs_input_grad[0]:
-            w_hat = decode(b, b_scale, ctx.weight, kinds[1], d, g.dtype)
-            dx = g @ w_hat if dx is None else torch.addmm(dx, g, w_hat)
-        if x_hat is not None and ctx.needs_input_grad[1][i]:
-            dws[i] = ops.masked_transpose(g.t() @ x_hat, b_mask, order).to(ctx.weights[i])
-        if dbs and ctx.needs_input_grad[2][i]:
-            dbs[i] = g.sum(0).to(ctx.biases[i])
-    if dx is not None:
-        dx = ops.masked_transpose(dx, a_mask, order).to(ctx.dtype).view(ctx.shape)
-    return dx, dws, dbs, None, None, None
-
-
-low_bit_linear.register_autograd(_backward, setup_context=_context)

@@ -131,14 +131,16 @@ def launch_hadamard(x: Tensor, order: int, transpose: bool) -> Tensor:
         return kernel.hadamard(x, order, base, transpose)
 
 
-def launch_masked_transpose(grad: Tensor, mask: Tensor, order: int) -> Tensor:
-    """`masked_transpose` by the kernel."""
+def launch_masked_transpose(
+    grad: Tensor, mask: Tensor, order: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`eager.masked_transpose` by the kernel."""
     from .kernels import hadamard as kernel
 
     _check_order(grad, order, mask)
     base = transforms.base(transforms.split(order)[0], grad.device)
     with device_of(grad):
-        return kernel.hadamard(grad, order, base, transpose=True, mask=mask)
+        return kernel.hadamard(grad, order, base, transpose=True, mask=mask, dtype=dtype)
 
 
 def launch_quantize(
@@ -178,7 +180,11 @@ def _quantize_blocks(
 
 
 hadamard.register_kernel("cuda")(launch_hadamard)
-masked_transpose.register_kernel("cuda")(launch_masked_transpose)
+
+
+@masked_transpose.register_kernel("cuda")
+def _(grad: Tensor, mask: Tensor, order: int) -> Tensor:
+    return launch_masked_transpose(grad, mask, order)
 
 
 @fake_quantize.register_kernel("cuda")

@@ -167,20 +167,23 @@ def layer(
     static = {"recipe": made, "path": path} | ({"parts": parts} if parts else {})
     out = lane.call("linear", x, w, grad, *extra, **static)
     pairs = ((x, made.activation), (w, made.weight))
-    masks = tuple(
-        None if q.grid is None else lane.call("quantize", t, q=q)["mask"] for t, q in pairs
-    )
+    rows = ((), parts)  # x is one tensor; of w each layer has its own
+    codes = [
+        None if q.grid is None else _by_parts(lane, "quantize", t, each, q=q)
+        for (t, q), each in zip(pairs, rows, strict=True)
+    ]
+    masks = tuple(None if c is None else c["mask"] for c in codes)
     both, unit = (masks[0], masks[1]), accumulation(lane)
     found = judges.layer(x, w, grad, bias, made, out, both, unit, parts)
     if path == "integers":
         # The first verdict is of the values' product, rounded to the dtype first.
-        return _integers(lane, pairs, bias, out) + found[1:]
+        return _integers(pairs, bias, out, codes) + found[1:]
     # The operands themselves: what the quantizer's own judge admits, or the plain rotation.
-    for (t, q), name in zip(pairs, ("x_hat", "w_hat"), strict=True):
+    for (t, q), each, name in zip(pairs, rows, ("x_hat", "w_hat"), strict=True):
         if q.grid is None:
             found.append(judges.rotated(t, out[name], q.transform.order(t.shape[-1]), False))
         else:
-            values = lane.call("fake_quantize", t, q=q)["values"]
+            values = _by_parts(lane, "fake_quantize", t, each, q=q)["values"]
             found.append(judges.exact(f"layer {name}", judges.bits(out[name]), judges.bits(values)))
     return found
 
@@ -225,25 +228,32 @@ def _products(
     return [judges.multiplied((whole[0], whole[1]), (units[0], units[1]), scales, bias, out["y"])]
 
 
+def _by_parts(
+    lane: Lane, stage: str, t: Tensor, parts: tuple[int, ...], q: Quantizer
+) -> dict[str, Tensor]:
+    """A stage on each so many rows of t, put together: where a near tie goes may depend on them."""
+    made = [lane.call(stage, rows, q=q) for rows in torch.split(t, list(parts) or [len(t)])]
+    return {name: torch.cat([each[name] for each in made]) for name in made[0]}
+
+
 def _integers(
-    lane: Lane,
     pairs: tuple[tuple[Tensor, Quantizer], ...],
     bias: Tensor | None,
     out: dict[str, Tensor],
+    codes: list[dict[str, Tensor] | None],
 ) -> list[Verdict]:
     """T6 of y given its operands, T0 of these given the codes, T6 of what the backward reads."""
     kinds = operands.kinds(pairs[0][1], pairs[1][1])
     if kinds is None:
         raise ValueError(f"{pairs[0][1]} x {pairs[1][1]} has no integer product")
     found = [dataclasses.replace(v, stage="layer y") for v in _products(pairs, bias, out)]
-    for (t, q), kind, name, hat in zip(pairs, kinds, "ab", ("x_hat", "w_hat"), strict=True):
-        codes = lane.call("quantize", t, q=q)
-        keep = codes["keep"] if q.sparsity is not None else None
+    hats = ("x_hat", "w_hat")
+    for (t, q), kind, made, name, hat in zip(pairs, kinds, codes, "ab", hats, strict=True):
+        assert made is not None  # integers are quantized
+        keep = made["keep"] if q.sparsity is not None else None
         sums = judges.whole(out[name], kind, t.shape[-1]).sum(-1, keepdims=True)
-        found += judges.encoded(q, kind, codes["codes"], keep, out[name], torch.from_numpy(sums))[
-            :1
-        ]
-        found.append(judges.dequantized(q, codes["codes"], codes["scale"], keep, out[hat]))
+        found += judges.encoded(q, kind, made["codes"], keep, out[name], torch.from_numpy(sums))[:1]
+        found.append(judges.dequantized(q, made["codes"], made["scale"], keep, out[hat]))
     return found
 
 

@@ -16,7 +16,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -282,17 +282,19 @@ def _linear_module(
         y = _outputs(x, layers)
     torch.autograd.backward(y, grad)
     made: Outputs = {}
+    # The rows of each layer by themselves: where a near tie goes may depend on where they lie.
+    rows = [layer.weight for layer in layers]
     with torch.no_grad():
         if path == "integers":
             f, pair = operators(lane.backend), (recipe.activation, recipe.weight)
             kinds = operands.kinds(*pair) or ()
             hats: tuple[Tensor, ...] = ()
-            for name, t, q, kind in zip("ab", (x, w), pair, kinds, strict=True):
-                operand, scale = f.encode(t, q, kind)[:2]
-                hats += (f.decode(operand, scale, q, kind, t.shape[-1], grad.dtype),)
+            for name, t, q, kind in zip("ab", ((x,), rows), pair, kinds, strict=True):
+                operand, scale = _encoded(f, t, q, kind)
+                hats += (f.decode(operand, scale, q, kind, x.shape[-1], grad.dtype),)
                 made |= {name: operand, f"{name}_scale": scale}
         else:
-            hats = recipe.activation(x), recipe.weight(w)
+            hats = recipe.activation(x), torch.cat([recipe.weight(r) for r in rows])
     dx, dws = x.grad, [layer.weight.grad for layer in layers]
     if dx is None or any(dw is None for dw in dws):
         raise GuardError(f"{lane} linear: a gradient is missing")
@@ -302,6 +304,12 @@ def _linear_module(
     if bias:
         made["db"] = torch.cat([db for db in dbs if db is not None])
     return made
+
+
+def _encoded(f: Any, tensors: Sequence[Tensor], q: Any, kind: str) -> tuple[Tensor, Tensor]:
+    """Operand and scale of each of these, below each other."""
+    made = [f.encode(t, q, kind) for t in tensors]
+    return torch.cat([m[0] for m in made]), torch.cat([m[1] for m in made])
 
 
 def _layers(
@@ -347,10 +355,12 @@ def _frozen(
         made: Outputs = {"y": _outputs(x, layers)}
         if held.values is not None:
             # Not what was frozen: that is under judgement.
-            return made | {"x_hat": recipe.activation(x), "w_hat": recipe.weight(w)}
+            weights = torch.cat([recipe.weight(layer.weight) for layer in layers])
+            return made | {"x_hat": recipe.activation(x), "w_hat": weights}
         pair = (recipe.activation, recipe.weight)
-        for name, t, q, kind in zip("ab", (x, w), pair, operands.kinds(*pair) or (), strict=True):
-            operand, scale = operators(lane.backend).encode(t, q, kind)[:2]
+        tensors = (x,), [layer.weight for layer in layers]
+        for name, t, q, kind in zip("ab", tensors, pair, operands.kinds(*pair) or (), strict=True):
+            operand, scale = _encoded(operators(lane.backend), t, q, kind)
             made |= {name: operand, f"{name}_scale": scale}
     return made
 

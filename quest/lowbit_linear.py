@@ -1,0 +1,222 @@
+"""The differentiable layer on the integer path, for one weight or several that share an input.
+
+quest::low_bit_linear(x, weights, biases, ...) -> [y of each weight, ..., what the backward reads]
+quest::low_bit_linear_backward(...) -> [dx, dw of each weight, ...]
+
+The input is quantized once. Operands and mask bits are saved, not values. Inside, the parts are
+called as functions: an operator of their own each costs the host more than most take on a GPU.
+Source: method, section 5; QuEST (arXiv 2502.05003), Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import eager, lowbit, operands, ops
+
+if TYPE_CHECKING:
+    from .quantizer import Quantizer
+
+
+class _Parts(NamedTuple):
+    encode: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    decode: Callable[..., Tensor]
+    product: Callable[..., Tensor]
+    masked_transpose: Callable[..., Tensor]
+
+
+_CPU = _Parts(eager.encode, eager.decode, lowbit.eager_product, eager.masked_transpose)
+_CUDA = _Parts(
+    lowbit.launch_encode, lowbit.launch_decode, lowbit.launch_product, ops.launch_masked_transpose
+)
+
+
+class _Pair(NamedTuple):
+    """What two specs say: quantizers and kinds of activation and weight; names for a product."""
+
+    activation: Quantizer
+    weight: Quantizer
+    kinds: tuple[str, str]
+    names: str
+
+
+@functools.cache
+def _pair(activation: str, weight: str) -> _Pair:
+    """Raises ValueError where there is no product of these."""
+    q = ops.quantizer(activation), ops.quantizer(weight)
+    kinds = operands.kinds(*q)
+    if kinds is None:
+        raise ValueError(f"there is no integer product for {activation} x {weight}")
+    if q[0].transform != q[1].transform:
+        raise ValueError(
+            f"activation and weight must use the same transform, got {activation} and {weight}"
+        )
+    return _Pair(*q, kinds, ",".join(t.require_grid().name for t in q))
+
+
+def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+    ops.check_input(x)
+    for w in weights:
+        ops.check_input(w)
+        if w.ndim != 2 or w.shape[1] != x.shape[-1] or w.device != x.device:
+            raise ValueError(
+                f"a weight must be (out, {x.shape[-1]}) on {x.device}, got shape {tuple(w.shape)} "
+                f"on {w.device}"
+            )
+        if w.dtype != weights[0].dtype:
+            raise TypeError(f"weights must have one dtype, got {weights[0].dtype} and {w.dtype}")
+    if biases and len(biases) != len(weights):
+        raise ValueError(
+            f"biases must be none or one for each of {len(weights)} weights, got {len(biases)}"
+        )
+
+
+@torch.library.custom_op("quest::low_bit_linear", mutates_args=())
+def low_bit_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: str,
+    weight: str,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """y = Q(x H) Q(w H)^T + b (..., out) of `dtype` for each weight, by products of integers.
+
+    x (..., in), quantized once; weights (out, in) each, of one dtype; biases: none at all, or one
+    (out,) for each weight; activation, weight: specs of quantizers that `operands.kinds` can pair.
+    After the y's come what the backward reads: operand, scale and packed mask of x, as rows, and of
+    each weight.
+    """
+    made = _pair(activation, weight)
+    _check(x, weights, biases)
+    f = _CUDA if x.is_cuda else _CPU
+    d, kinds = x.shape[-1], ",".join(made.kinds)
+    a, a_scale, a_mask, a_sums = f.encode(lowbit.as_rows(x), made.activation, made.kinds[0])
+    ys, read = [], [a, a_scale, a_mask]
+    for i, w in enumerate(weights):
+        b, b_scale, b_mask, b_sums = f.encode(w, made.weight, made.kinds[1])
+        bias = biases[i] if biases else None
+        y = f.product(a, b, a_scale, b_scale, a_sums, b_sums, bias, made.names, kinds, d, dtype)
+        ys.append(y.view(*x.shape[:-1], w.shape[0]))
+        read += [b, b_scale, b_mask]
+    return ys + read
+
+
+@low_bit_linear.register_fake
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: str,
+    weight: str,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    made = _pair(activation, weight)
+    _check(x, weights, biases)
+    ys = [x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype) for w in weights]
+    read = list(eager.encoded_like(lowbit.as_rows(x), made.kinds[0])[:3])
+    for w in weights:
+        read += eager.encoded_like(w, made.kinds[1])[:3]
+    return ys + read
+
+
+@torch.library.custom_op("quest::low_bit_linear_backward", mutates_args=())
+def low_bit_linear_backward(
+    grads: Sequence[Tensor],
+    read: Sequence[Tensor],
+    activation: str,
+    weight: str,
+    width: int,
+    x_dtype: torch.dtype,
+    w_dtype: torch.dtype,
+    needs_x: bool,
+    needs_w: Sequence[bool],
+) -> list[Tensor]:
+    """dx (n, in) of x_dtype, and dw (out, in) of w_dtype of each weight, of those that are needed.
+
+    grads: (n, out) of each weight. read: what `low_bit_linear` returned for these weights.
+    The gradients of y = x_hat w_hat^T, then the mask and H^T of each operand. Those that reach
+    x_hat are summed first, and turned back once.
+    """
+    made = _pair(activation, weight)
+    f = _CUDA if grads[0].is_cuda else _CPU
+    order = made.activation.transform.order(width)
+    (a, a_scale, a_mask), rest = read[:3], read[3:]
+    out: list[Tensor] = []
+    if needs_x:
+        total: Tensor | None = None
+        for i, g in enumerate(grads):
+            w_hat = f.decode(*rest[3 * i : 3 * i + 2], made.weight, made.kinds[1], width, g.dtype)
+            total = g @ w_hat if total is None else total.addmm_(g, w_hat)
+        assert total is not None
+        out.append(f.masked_transpose(total, a_mask, order, x_dtype))
+    if any(needs_w):
+        x_hat = f.decode(a, a_scale, made.activation, made.kinds[0], width, grads[0].dtype)
+        for i, g in enumerate(grads):
+            if needs_w[i]:
+                out.append(f.masked_transpose(g.t() @ x_hat, rest[3 * i + 2], order, w_dtype))
+    return out
+
+
+@low_bit_linear_backward.register_fake
+def _(
+    grads: Sequence[Tensor],
+    read: Sequence[Tensor],
+    activation: str,
+    weight: str,
+    width: int,
+    x_dtype: torch.dtype,
+    w_dtype: torch.dtype,
+    needs_x: bool,
+    needs_w: Sequence[bool],
+) -> list[Tensor]:
+    out = [grads[0].new_empty((grads[0].shape[0], width), dtype=x_dtype)] if needs_x else []
+    for g, needed in zip(grads, needs_w, strict=True):
+        if needed:
+            out.append(g.new_empty((g.shape[1], width), dtype=w_dtype))
+    return out
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weights, biases, ctx.activation, ctx.weight, _ = inputs
+    read = output[len(weights) :]
+    ctx.save_for_backward(*read)
+    ctx.mark_non_differentiable(*read)
+    ctx.set_materialize_grads(False)
+    ctx.shape, ctx.dtype, ctx.count = x.shape, x.dtype, len(weights)
+    ctx.w_dtype = weights[0].dtype
+    ctx.biases = [b.dtype for b in biases]
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    n, d = ctx.count, ctx.shape[-1]
+    dws: list[Tensor | None] = [None] * n
+    dbs: list[Tensor | None] = [None] * len(ctx.biases)
+    # Outputs that nobody used have no gradient, and their weights nothing to do with x's.
+    used = [i for i in range(n) if grads[i] is not None]
+    rows = [lowbit.as_rows(g) for g in grads[:n] if g is not None]
+    needs_x, needs_w = ctx.needs_input_grad[0], [bool(ctx.needs_input_grad[1][i]) for i in used]
+    dx = None
+    if used and (needs_x or any(needs_w)):
+        read = list(ctx.saved_tensors[:3])
+        for i in used:
+            read += ctx.saved_tensors[3 + 3 * i : 6 + 3 * i]
+        made = low_bit_linear_backward(
+            rows, read, ctx.activation, ctx.weight, d, ctx.dtype, ctx.w_dtype, needs_x, needs_w
+        )
+        left = iter(made)
+        dx = next(left).view(ctx.shape) if needs_x else None
+        for i, needed in zip(used, needs_w, strict=True):
+            dws[i] = next(left) if needed else None
+    for i, g in zip(used, rows, strict=True):
+        if dbs and ctx.needs_input_grad[2][i]:
+            dbs[i] = g.sum(0).to(ctx.biases[i])
+    return dx, dws, dbs, None, None, None
+
+
+low_bit_linear.register_autograd(_backward, setup_context=_context)

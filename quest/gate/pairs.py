@@ -20,10 +20,13 @@ SLOWER = 1.03  # the lower bound of the ratio that a change must not exceed
 SEEN = 1.05  # the slowdown that a comparison is to tell from none
 PRECISION = 0.005  # half of the interval's width at which there is no need of more pairs
 FEWEST, MOST = 20, 150  # pairs
-STEP = 10  # pairs between two looks at the precision
+STEP = 26  # pairs between two looks at the precision
 BUDGET = 8.0  # seconds for the pairs of a case, once the fewest are there
 RESAMPLES = 1000
 LEVEL = 0.95
+# Where its memory lies can make one process a few percent slower than another of the same code.
+# Slower is what is slower in this many pairs of processes; a look that finds none is the last.
+LOOKS = 3
 TRIM = 0.25  # of the pairs at each end
 
 Turn = Callable[[int], float]  # seconds of the turn in a pair of this number
@@ -82,14 +85,3 @@ def compare(base: Turn, change: Turn, most: int = MOST, budget: float = BUDGET) 
         narrow = math.log(found[2] / found[1]) / 2 <= PRECISION
         if narrow or len(a) >= most or time.perf_counter() - started > budget:
             return Comparison(tuple(a), tuple(b), *found)
-
-
-def confirmed(first: Comparison, again: Callable[[], Comparison]) -> Comparison:
-    """The judgment of `first`; where it is slower, of a second look in other processes.
-
-    Where its memory lies can make one process a few percent slower than another of the same code.
-    Slower is what is slower in two pairs of processes: of both, the one with the lesser bound.
-    """
-    if first.verdict != "slower":
-        return first
-    return min(first, again(), key=lambda each: each.low)

@@ -339,7 +339,7 @@ def test_a_whole_run(
     assert verdicts == {"double[512]": "missing", "new": "new"}
     peaks = {report.short(row["name"]): row["peak"] for row in document["benchmarks"]}
     assert peaks["double[256]"] == 256 * 256 * 4
-    assert peaks["triple"] == 3 * 256 * 256 * 4
+    assert 0 <= peaks["triple"] - 3 * 256 * 256 * 4 < 64  # and a scalar
     assert len(document["same"]) == 1
     assert document["passed"] is False
 

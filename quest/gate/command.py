@@ -156,7 +156,8 @@ def run(request: Request) -> int:
             gate.faults += [f"{report.short(row.name)}: {w}: {told}" for w, told in row.faults]
         report.show(console, result, gate.faults)
     seconds = time.perf_counter() - started
-    verdict = f"FAIL, {len(gate.faults)} faults" if gate.faults else "PASS"
+    count = f"{len(gate.faults)} fault{'s' * (len(gate.faults) > 1)}"
+    verdict = f"FAIL, {count}" if gate.faults else "PASS"
     gate.say(f"{verdict}, in {seconds:.0f} s", "bold red" if gate.faults else "bold green")
     if path is not None:
         document: dict[str, Any] = {

@@ -317,7 +317,8 @@ def test_a_whole_run(
 ) -> None:
     monkeypatch.setattr(pairs, "LOOKS", 1)  # a process takes seconds to start
     # Uncommitted: one benchmark gone, one with more memory, one new and in a new file.
-    changed = BENCH.replace("[256, 512]", "[256]").replace("x * 3", "(torch.empty(2, *x.shape), x * 3)")
+    more = "(torch.empty(2, *x.shape), x * 3)"
+    changed = BENCH.replace("[256, 512]", "[256]").replace("x * 3", more)
     (repository / "benchmarks/bench_plain.py").write_text(changed)
     added = BENCH.replace("test_triple", "test_new").replace("[256, 512]", "[]")
     (repository / "benchmarks/bench_new.py").write_text(added)

@@ -152,5 +152,3 @@ def checked_out(where: Path, base: str, change: str | None) -> Iterator[tuple[Tr
                 with contextlib.suppress(GitError):  # it was not added yet
                     git(repository, "worktree", "remove", "--force", str(folder / name))
             shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(GitError):
-                git(repository, "worktree", "prune")

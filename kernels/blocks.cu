@@ -46,26 +46,7 @@ template <int COUNT> __device__ __forceinline__ int place(int block, int chunk) 
   return block * COUNT + (chunk ^ (COUNT > 8 ? block & 7 : block / (8 / COUNT) & (COUNT - 1)));
 }
 
-__device__ __forceinline__ float low(u32 pair) {
-  if (!HALF) return __uint_as_float(pair << 16);
-  float f;
-  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(f) : "r"(pair));
-  return f;
-}
-
-__device__ __forceinline__ float high(u32 pair) {
-  if (!HALF) return __uint_as_float(pair & 0xFFFF0000);
-  float f;
-  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(f) : "r"(pair));
-  return f;
-}
-
-__device__ __forceinline__ u32 pair_of(float low, float high) {
-  u32 both;
-  if (HALF) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
+#include "halves.cuh"
 
 // A block's chunk c, of 16.
 __device__ __forceinline__ const uint4 &chunk_of(const uint4 *tile, int block, int c) {

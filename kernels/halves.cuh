@@ -1,0 +1,21 @@
+// Pairs of 16-bit floats in a word. HALF: fp16 instead of bf16.
+__device__ __forceinline__ float low(u32 pair) {
+  if (!HALF) return __uint_as_float(pair << 16);
+  float f;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(f) : "r"(pair));
+  return f;
+}
+
+__device__ __forceinline__ float high(u32 pair) {
+  if (!HALF) return __uint_as_float(pair & 0xFFFF0000);
+  float f;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(f) : "r"(pair));
+  return f;
+}
+
+__device__ __forceinline__ u32 pair_of(float low, float high) {
+  u32 both;
+  if (HALF) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}

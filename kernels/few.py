@@ -196,8 +196,8 @@ def _ready(
     kernel = _loaded(bits, _row_tiles(rows), cluster, out, source, device)
     groups = max(1, cuda.clusters(kernel, cluster))
     p = plan(rows, columns, width, bits, cluster, groups, quantizes=quantizes)
-    kernel = dataclasses.replace(kernel, shared=p.shared)
-    return kernel, p.cluster * p.clusters, p.tiles, p.own, p.steps, p.warps, inverse(p, bits, source)
+    kernel, divisor = dataclasses.replace(kernel, shared=p.shared), inverse(p, bits, source)
+    return kernel, p.cluster * p.clusters, p.tiles, p.own, p.steps, p.warps, divisor
 
 
 def inverse(p: Plan, bits: int, source: Source) -> int:
@@ -214,9 +214,9 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 
 def _rows_of(x: torch.Tensor) -> torch.Tensor:
-    """x (rows, width) of 16 bits with rows that are contiguous and begin at multiples of 16 bytes."""
-    rows, width = x.shape
-    if x.stride(1) == 1 and x.data_ptr() % 16 == 0 and (rows == 1 or x.stride(0) % 8 == 0):
+    """x (rows, width) of 16 bits, its rows contiguous, beginning at multiples of 16 bytes."""
+    even = x.shape[0] == 1 or x.stride(0) % 8 == 0
+    if even and x.stride(1) == 1 and x.data_ptr() % 16 == 0:
         return x
     return _aligned(x)
 
@@ -271,9 +271,10 @@ class Grid:
     step: float
 
 
-def quantizes(x: torch.Tensor, width: int, rows: int, bits: int) -> bool:
-    """Whether `linear` takes `rows` rows of x's dtype for weights of so many bits."""
-    known = x.dtype in (torch.bfloat16, torch.float16)
+@functools.lru_cache(maxsize=1024)
+def quantizes(dtype: torch.dtype, rows: int, width: int, bits: int) -> bool:
+    """Whether `linear` takes so many rows of this dtype for weights of so many bits."""
+    known = dtype in (torch.bfloat16, torch.float16)
     return known and supports(rows, width, bits, quantizes=True)
 
 

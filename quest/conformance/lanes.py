@@ -291,8 +291,11 @@ def _linear_module(
 
 
 def _frozen(lane: Lane, x: Tensor, w: Tensor, *bias: Tensor, recipe: Any) -> Outputs:
-    """The forward of a layer with a frozen weight, and the operands that it multiplied."""
-    from quest import operands
+    """The forward of a layer with a frozen weight, and the operands that it multiplied.
+
+    a_sums: only where one kernel quantized x and multiplied it; a is then what that kernel shows.
+    """
+    from quest import operands, paths
     from quest.linear import Linear
 
     layer = Linear(
@@ -314,7 +317,24 @@ def _frozen(lane: Lane, x: Tensor, w: Tensor, *bias: Tensor, recipe: Any) -> Out
         for name, t, q, kind in zip("ab", (x, w), pair, operands.kinds(*pair) or (), strict=True):
             operand, scale = operators(lane.backend).encode(t, q, kind)[:2]
             made |= {name: operand, f"{name}_scale": scale}
+        if held.packed is not None and paths.fuses(x, held.few):
+            made |= _shown(lane, x, held, layer.bias, recipe, made["y"])
     return made
+
+
+def _shown(
+    lane: Lane, x: Tensor, held: Any, bias: Tensor | None, recipe: Any, y: Tensor
+) -> Outputs:
+    """What the kernel that quantizes and multiplies has made of x, its sums included."""
+    from quest import fused
+
+    names = recipe.activation.spec, recipe.weight.require_grid().name
+    again, a, scale, sums = fused.few_linear_shown(
+        x, held.packed, held.scale, held.sums, bias, *names, y.dtype
+    )
+    if _bytes(again) != _bytes(y):
+        raise GuardError(f"{lane} frozen: y is another where the operand is shown")
+    return {"a": a, "a_scale": scale, "a_sums": sums}
 
 
 _STAGES: dict[str, Callable[..., Outputs]] = {

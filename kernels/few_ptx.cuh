@@ -1,10 +1,11 @@
 // What few.cu asks of PTX. Macros: BITS, CLUSTER, HALF, OUT.
 
 // 16 bytes; nothing, and any values, unless `wanted`. Volatile: loads stay in the order written here.
+// Not .nc, which the assembler moves behind `wait_for_previous`.
 __device__ __forceinline__ void load_weights(uint4 &v, const char *from, bool wanted) {
   asm volatile(
       "{\n .reg .pred p;\n setp.ne.u32 p, %5, 0;\n"
-      " @p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      " @p ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
       : "l"(from), "r"((u32)wanted));
 }

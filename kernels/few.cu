@@ -193,6 +193,7 @@ __launch_bounds__(THREADS, 1)
 #if ROWS && !EARLY
   wait_for_previous();
   read_group(x, share, warp, lane);
+  __syncwarp();  // or the assembler puts the weights' loads first
 #endif
 #pragma unroll
   for (int i = 0; i < DEPTH; i++) fetch(ring[i]);

@@ -13,15 +13,14 @@
 //
 // Macros: REGISTERS (of a thread), IN (the input's dtype), LEVELS, EDGE (mask by threshold; else all
 // ones), FORM and BITS.
-#define FLOAT32 1
-#define BFLOAT16 2
-#define FLOAT16 3
 #define VALUES 0    // dequantized, in the input's dtype
 #define PACKED 1    // codes from 0, BITS each
 #define CODES 2     // int8: the code
 #define INTEGERS 3  // int8: 2 code + 1, or the code where LEVELS is odd
 typedef unsigned int u32;
 typedef long long i64;
+
+#include "halves.cuh"
 
 constexpr int IN_BITS = IN == FLOAT32 ? 32 : 16;
 constexpr int ORDER = 128, CHUNKS = IN_BITS;  // elements of a block; its 16-byte chunks
@@ -53,28 +52,6 @@ template <int COUNT> __device__ __forceinline__ int place(int block, int chunk) 
   return block * COUNT + (chunk ^ (COUNT > 8 ? block & 7 : block / (8 / COUNT) & (COUNT - 1)));
 }
 
-// The elements of four bytes: low and, of 16-bit floats, high.
-__device__ __forceinline__ float low(u32 pair) {
-  if (IN == FLOAT32) return __uint_as_float(pair);
-  if (IN == BFLOAT16) return __uint_as_float(pair << 16);
-  float f;
-  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(f) : "r"(pair));
-  return f;
-}
-
-__device__ __forceinline__ float high(u32 pair) {
-  if (IN == BFLOAT16) return __uint_as_float(pair & 0xFFFF0000);
-  float f;
-  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(f) : "r"(pair));
-  return f;
-}
-
-__device__ __forceinline__ u32 pair_of(float low, float high) {
-  u32 both;
-  if (IN == FLOAT16) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
 
 // A block's chunk c, of CHUNKS.
 __device__ __forceinline__ const uint4 &chunk_of(const uint4 *tile, int block, int c) {

@@ -2,7 +2,8 @@
 
 What a forward reads of it: on Hopper the operand of the integer product, and its packed codes for
 few rows; elsewhere the values in the weight's dtype. The numbers are those of the layer that
-quantizes its weight each time, on the same path.
+quantizes its weight each time, on the same path; but where one kernel quantizes few rows and
+multiplies them (`fused`), a row's scale may differ in its last bit.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import lowbit, operands, paths
+from . import fused, lowbit, operands, paths
 from .packed import odd, packed_product
 from .recipes import Recipe
 
@@ -25,9 +26,10 @@ class Frozen:
     values: (out, in), where layers multiply values. operand, scale, sums: see
     `quest.lowbit.encode`, where they multiply integers; packed: (out, bytes) uint8, its codes at 1,
     2 or 4 bits counted from 0, or None. names, kinds: of the grids and operands of activation and
-    weight, as `quest.lowbit.product` takes them. state: of the weight that it was made of; weight:
-    that one, held so that no other gets its address. whole, place: the stack of several that this
-    one's tensors are rows of, and which of them it is; see `stack`.
+    weight, as `quest.lowbit.product` takes them. few: rows that `fused.few_linear` takes with it,
+    at most. state: of the weight that it was made of; weight: that one, held so that no other gets
+    its address. whole, place: the stack of several that this one's tensors are rows of, and which
+    of them it is; see `stack`.
     """
 
     values: Tensor | None = None
@@ -37,6 +39,7 @@ class Frozen:
     packed: Tensor | None = None
     names: str = ""
     kinds: str = ""
+    few: int = 0
     weight: Tensor | None = None
     state: tuple[object, ...] = ()
     whole: Stack | None = None
@@ -66,7 +69,8 @@ class Stack:
     count: int
 
 
-_ROWS = ("values", "operand", "scale", "sums", "packed")
+# Packed codes are not the last to be written: `linear` counts on another kernel after them.
+_ROWS = ("values", "operand", "packed", "scale", "sums")
 
 
 def stack(parts: Sequence[Frozen]) -> list[Frozen]:
@@ -128,7 +132,15 @@ def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
         if all(map(odd, both)) and _can_be_read(weight, both[1].storage_bits):
             packed = recipe.weight.pack(weight).codes
     names = ",".join(q.require_grid().name for q in (recipe.activation, recipe.weight))
-    return Frozen(None, operand, scale, sums, packed, names, ",".join(pair), weight, _state(weight))
+    few = 0
+    if packed is not None and fused.pairs(recipe.activation, recipe.weight.require_grid()):
+        few = paths.few_rows(packed, weight.shape[1])
+        # The last kernel here, after the one that wrote the codes: see `linear`.
+        scale = scale.clone()
+    kinds = ",".join(pair)
+    return Frozen(
+        None, operand, scale, sums, packed, names, kinds, few, weight, _state(weight)
+    )  # fmt: skip
 
 
 def _can_be_read(weight: Tensor, bits: int) -> bool:
@@ -146,6 +158,12 @@ def linear(
         values = recipe.activation(x).to(dtype)
         b = None if bias is None else bias.to(dtype)
         return torch.nn.functional.linear(values, frozen.values.to(dtype), b)
+    if frozen.packed is not None and paths.fuses(x, frozen.few):
+        # Settled: `freeze` has queued another kernel after that which wrote the codes.
+        return fused.few_linear(
+            x, frozen.packed, frozen.scale, frozen.sums, bias, recipe.activation.spec,
+            recipe.weight.require_grid().name, dtype, True,
+        )  # fmt: skip
     rows = lowbit.as_rows(x)
     kind = frozen.kinds.partition(",")[0]
     a, a_scale, _, a_sums = lowbit.encode(rows, recipe.activation.spec, kind)

@@ -113,7 +113,7 @@ def _(
             a.contiguous(), w.contiguous(), bits, dtype, factor=terms.factor, length=terms.length,
             a_scale=a_scale.contiguous(), w_scale=w_scale.contiguous(),
             a_sum=a_sums.contiguous(), w_sum=w_sums.contiguous(),
-            bias=None if bias is None else bias.float().contiguous(),
+            bias=None if bias is None else bias.contiguous(),
         )  # fmt: skip
 
 

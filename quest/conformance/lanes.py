@@ -343,9 +343,11 @@ def _frozen(
 ) -> Outputs:
     """The forward of a layer with a frozen weight, and the operands that it multiplied.
 
-    parts: as in `_linear`.
+    parts: as in `_linear`. a_sums: only where one kernel quantized x and multiplied it; a is then
+    what that kernel shows.
     """
-    from quest import operands
+    from quest import operands, paths
+    from quest.frozen import stacked
 
     layers = [layer.freeze() for layer in _layers(w, bias, recipe, parts)]
     held = layers[0]._frozen
@@ -362,7 +364,27 @@ def _frozen(
         for name, t, q, kind in zip("ab", tensors, pair, operands.kinds(*pair) or (), strict=True):
             operand, scale = _encoded(operators(lane.backend), t, q, kind)
             made |= {name: operand, f"{name}_scale": scale}
+        # Several layers are called together, and their weights lie stacked.
+        parts_held = [layer.current() or held for layer in layers]
+        held = stacked(parts_held) or held
+        if held.packed is not None and paths.fuses(x, held.few):
+            made |= _shown(lane, x, held, bias[0] if bias else None, recipe, made["y"])
     return made
+
+
+def _shown(
+    lane: Lane, x: Tensor, held: Any, bias: Tensor | None, recipe: Any, y: Tensor
+) -> Outputs:
+    """What the kernel that quantizes and multiplies has made of x, its sums included."""
+    from quest import fused
+
+    names = recipe.activation.spec, recipe.weight.require_grid().name
+    again, a, scale, sums = fused.few_linear_shown(
+        x, held.packed, held.scale, held.sums, bias, *names, y.dtype
+    )
+    if _bytes(again) != _bytes(y):
+        raise GuardError(f"{lane} frozen: y is another where the operand is shown")
+    return {"a": a, "a_scale": scale, "a_sums": sums}
 
 
 _STAGES: dict[str, Callable[..., Outputs]] = {

@@ -81,7 +81,7 @@ class Ledger:
 
 
 def slowest(reports: Iterable[Any], count: int) -> list[str]:
-    """Lines: the tests that took longest, set-up included, from pytest's reports of their phases."""
+    """Lines: the tests that took longest, set-up included, from pytest's reports of phases."""
     seconds: Counter[str] = Counter()
     for report in reports:
         seconds[report.nodeid] += report.duration

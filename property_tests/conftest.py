@@ -49,7 +49,8 @@ _gathered = Ledger()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In the quick profile, one in QUICK_SHARE parameters of a test, and each test in each lane."""
+    """Promoted entries first; in the quick profile one in QUICK_SHARE parameters, in each lane."""
+    items.sort(key=lambda item: not item.nodeid.partition("[")[0].endswith("::test_promoted"))
     if settings.get_current_profile_name() != "quick":
         return
     seen: dict[tuple[str, str], int] = {}

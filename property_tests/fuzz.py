@@ -243,7 +243,8 @@ class Search:
             if ratio > 0:
                 hypothesis.target(math.log(ratio), label=f"log ratio, {stage}")
         ambiguous = sum(v.ambiguous for v in verdicts)
-        hypothesis.target(math.log1p(ambiguous), label="ambiguous elements")
+        if ambiguous:
+            hypothesis.target(math.log(ambiguous), label="log ambiguous elements")
 
 
 def judge(name: str, lane: Lane, entry: Entry) -> list[Verdict] | None:
@@ -280,7 +281,14 @@ def promote(search: Search, path: Path = PROMOTED) -> int:
 @click.option(
     "--target", "targets", multiple=True, type=click.Choice(tuple(TARGETS)), help="(repeatable)"
 )
-@click.option("--round", "size", default=200, show_default=True, help="Examples in a round.")
+@click.option(
+    "--round",
+    "size",
+    default=500,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Examples in a round; the second half of them climbs.",
+)
 @click.option(
     "--corpus",
     default=Path(".hypothesis/fuzz"),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import quest
+from property_tests.ledger import Ledger, slowest
 from property_tests.strategies import FORMATS
 from quest import cli
 from quest.conformance import lanes, oracle, pictures, report
@@ -186,3 +189,29 @@ def test_one_file_for_both_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     path = str(tmp_path / "report")
     assert cli.main(["verify", "--json", path, "--html", path]) == 2
     assert "--json and --html must be two files" in capsys.readouterr().err
+
+
+def test_closest_ratios_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What a worker sends is plain data; the controller adds it up.
+    gathered = Ledger()
+    for test, ratio in (("a.py::one[float32]", 0.3), ("b.py::two", 0.7), ("c.py::three", 0.5)):
+        monkeypatch.setenv("PYTEST_CURRENT_TEST", f"{test} (call)")
+        worker = Ledger()
+        worker.judge(CPU, [Verdict("scale", 10, ratio), Verdict("codes", 10)], "")
+        gathered.merge(json.loads(json.dumps(worker.dump())))
+    monkeypatch.setenv("PYTEST_CURRENT_TEST", "d.py::four (call)")
+    other = Ledger()
+    other.judge(CPU, [Verdict("values", 5, 0.6)], "")
+    gathered.merge(other.dump())
+    assert gathered.closest(5) == [
+        "0.700  torch-cpu, scale: b.py::two",
+        "0.600  torch-cpu, values: d.py::four",
+    ]
+    assert gathered.closest(1) == gathered.closest(5)[:1]
+    assert gathered.tallies["torch-cpu", "scale"].elements == 30
+
+
+def test_slowest_tests_add_up_their_phases() -> None:
+    phases = [("a", 1.0), ("b", 2.5), ("a", 2.0), ("c", 0.1)]
+    reports = [SimpleNamespace(nodeid=n, duration=s) for n, s in phases]
+    assert slowest(reports, 2) == ["   3.0 s  a", "   2.5 s  b"]

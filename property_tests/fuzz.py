@@ -309,6 +309,9 @@ def main(
         chosen = choose(names)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--lane") from None
+    if not path.parent.is_dir():
+        told = f"{path}: the folder {path.parent} does not exist"
+        raise click.BadParameter(told, param_hint="--promote-to")
     torch.set_num_threads(1)
     until = time.monotonic() + 60 * minutes
     searches = [Search(t, lane, corpus) for lane in chosen for t in targets or TARGETS]

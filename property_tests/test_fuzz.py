@@ -171,6 +171,7 @@ def test_every_target_runs_and_its_entries_are_json(name: str, tmp_path: Path) -
         (("--lane", "nonsense"), "lane must be one of torch-cpu"),
         (("--minutes", "-1"), "-1"),
         (("--target", "nonsense"), "nonsense"),
+        (("--promote-to", "/none/such/file.json"), "the folder /none/such does not exist"),
     ],
 )
 def test_wrong_options(options: tuple[str, ...], message: str) -> None:

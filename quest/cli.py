@@ -50,6 +50,13 @@ def quest() -> None:
     help="Also write the report as JSON.",
 )
 @click.option(
+    "--html",
+    "html_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Also write the report as one page with pictures.",
+)
+@click.option(
     "--lane",
     "lanes",
     multiple=True,
@@ -58,12 +65,18 @@ def quest() -> None:
 )
 @click.option("--quick", is_flag=True, help="A tenth of the rows.")
 @click.option("--record", is_flag=True, help="Keep the ratios of rows that pass as the new record.")
-def verify(json_path: Path | None, lanes: tuple[str, ...], quick: bool, record: bool) -> int:
+def verify(
+    json_path: Path | None,
+    html_path: Path | None,
+    lanes: tuple[str, ...],
+    quick: bool,
+    record: bool,
+) -> int:
     """Judge every kernel of this machine by the oracle."""
     from quest.conformance.verify import run
 
     try:
-        return run(json_path, lanes, quick, record)
+        return run(json_path, lanes, quick, record, html_path)
     except ValueError as error:
         raise FailedError(str(error), USAGE) from None
 

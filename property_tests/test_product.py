@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 import quest
 from property_tests.lane_marks import every_lane, fewer
 from property_tests.ledger import LEDGER
-from property_tests.strategies import SEEDS
 from quest import lowbit, operands, packing
 from quest.conformance import examine, inputs, judges
 from quest.conformance.lanes import Lane, no_product
+from quest.conformance.strategies import SEEDS
 from quest.kernels import cuda, product
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

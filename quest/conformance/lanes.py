@@ -17,6 +17,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -116,23 +117,40 @@ def run(lane: Lane, stage: str, tensors: tuple[Tensor, ...], static: dict[str, A
     """`Lane.call` in this process."""
     from quest.kernels import outputs
 
+    function = functools.partial(_STAGES[stage], lane, **static)
+    return guarded(f"{lane} {stage}", lane.device, function, tensors, outputs.poisoned)
+
+
+def guarded(
+    told: str,
+    device: str,
+    function: Callable[..., Outputs],
+    tensors: tuple[Tensor, ...],
+    poisoned: Callable[[int], AbstractContextManager[None]],
+    deterministic: bool = True,
+) -> Outputs:
+    """What `function` makes of copies of the tensors on `device`; raises GuardError.
+
+    told: the caller, for messages. poisoned: fills fresh memory with a byte while it is entered.
+    deterministic: both runs must agree; else the second one is given back.
+    """
     first: Outputs = {}
     for byte in POISON:
-        inputs = tuple(transfer(t, lane.device) for t in tensors)
+        inputs = tuple(transfer(t, device) for t in tensors)
         before = [_bytes(t) for t in inputs]
-        with outputs.poisoned(byte):
-            made = _STAGES[stage](lane, *inputs, **static)
+        with poisoned(byte):
+            made = function(*inputs)
         for i, (t, b) in enumerate(zip(inputs, before, strict=True)):
             if _bytes(t) != b:
-                raise GuardError(f"{lane} {stage}: input {i} was changed")
+                raise GuardError(f"{told}: input {i} was changed")
         for name, t in made.items():
-            if t.device.type != lane.device:
-                raise GuardError(f"{lane} {stage}: {name} is on {t.device}, not {lane.device}")
+            if t.device.type != device:
+                raise GuardError(f"{told}: {name} is on {t.device}, not {device}")
         made = {k: v.detach().cpu().contiguous() for k, v in made.items()}
         for name, t in first.items():
-            if _bytes(t) != _bytes(made[name]):
+            if deterministic and _bytes(t) != _bytes(made[name]):
                 raise GuardError(
-                    f"{lane} {stage}: {name} differs between two runs on the same inputs: "
+                    f"{told}: {name} differs between two runs on the same inputs: "
                     "part of it was never written, or the result is not deterministic"
                 )
         first = made

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +13,10 @@ from scipy.stats import binomtest
 # Level of the statistical rules: a false alarm in a million judgements (verification, T8).
 LEVEL = 1e-6
 AMBIGUOUS_SHARE = 1e-3
+
+
+# Who is told of every error and its bound, element by element; see `observed`.
+_observers: list[Callable[[np.ndarray, np.ndarray], None]] = []
 
 
 class Rejected(AssertionError):
@@ -92,10 +98,22 @@ class Tally:
         return found
 
 
+@contextlib.contextmanager
+def observed(observer: Callable[[np.ndarray, np.ndarray], None]) -> Iterator[None]:
+    """Call `observer(error, bound)` for the arrays of every judgement made inside."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
 def worst(error: np.ndarray, bound: np.ndarray) -> tuple[float, int]:
     """(largest error / bound, its flat index); 0 / 0 counts as 0, more than 0 / 0 as infinite."""
     if error.size == 0:
         return 0.0, -1
+    for observer in _observers:
+        observer(error, bound)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(error == 0, 0.0, error / bound)
     ratio = np.where(np.isnan(ratio), math.inf, ratio)

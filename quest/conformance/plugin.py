@@ -75,9 +75,7 @@ def _start(config: pytest.Config, spec: str) -> None:
 
     try:
         impl = adapter.load(spec)
-        skips, xfails = (
-            lists.read(o, config.getoption(o)) for o in ("--skips", "--xfails")
-        )
+        skips, xfails = (lists.read(o, config.getoption(o)) for o in ("--skips", "--xfails"))
     except (capabilities.AdapterError, lists.ListError) as error:
         raise pytest.UsageError(str(error)) from None
     for option in ("--report-json", "--report-html"):
@@ -94,7 +92,7 @@ def _start(config: pytest.Config, spec: str) -> None:
 
 
 def _profile(config: pytest.Config) -> None:
-    from hypothesis import HealthCheck, settings
+    from hypothesis import HealthCheck, Phase, settings
 
     if config.getoption("--hypothesis-profile", None):
         return
@@ -106,6 +104,7 @@ def _profile(config: pytest.Config) -> None:
         deadline=None,
         print_blob=False,
         report_multiple_bugs=False,
+        phases=[p for p in Phase if p is not Phase.explain],
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     settings.load_profile("quest-conformance")

@@ -56,14 +56,20 @@ class Case:
         )
         return inputs.lay_out(inputs.equal_rows(x) if self.layout == "expanded" else x, self.layout)
 
-    def code(self, name: str = "x") -> str:
+    def expression(self) -> str:
         """Python that makes the tensor."""
         drawn = f"inputs.draw({self.distribution!r}, {self.shape}, {self.dtype}, {self.seed})"
         if self.edits:
             drawn = f"inputs.edit({drawn}, {self.edits})"
+        if self.layout == "contiguous":
+            return drawn
         if self.layout == "expanded":
             drawn = f"inputs.equal_rows({drawn})"
-        return f"{name} = inputs.lay_out({drawn}, {self.layout!r})"
+        return f"inputs.lay_out({drawn}, {self.layout!r})"
+
+    def code(self, name: str = "x") -> str:
+        """Python that gives the tensor a name."""
+        return f"{name} = {self.expression()}"
 
 
 HEADER = "import torch, quest\nfrom quest.conformance import examine, inputs, lanes\n"

@@ -22,6 +22,7 @@ from .adapter import Implementation
 # Pairs of (bound, error) that a property keeps for its plot.
 POINTS = 400
 SMALL = 32  # entries of a tensor that a report still prints
+SPARSE = 4  # entries of a tensor of zeros that it names
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Court:
         tensors: for each tensor among the arguments, by its name, the Python that makes it.
         code: the other arguments, as Python. keywords: passed on.
         """
+        __tracebackhide__ = True
         made = [a for a in arguments if isinstance(a, torch.Tensor)]
         named = dict(zip(tensors, made, strict=True))
         try:
@@ -139,6 +141,13 @@ class Court:
 
 
 def _shown(t: torch.Tensor) -> str:
-    if t.numel() <= SMALL:
-        return f"{t.tolist()}, {str(t.dtype).removeprefix('torch.')}"
-    return f"{tuple(t.shape)}, {str(t.dtype).removeprefix('torch.')}"
+    kind = f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+    values = t.flatten().tolist()
+    if len(values) <= SMALL:
+        return f"{kind} {t.tolist()}"
+    if len(set(values)) == 1:
+        return f"{kind}, every entry {values[0]}"
+    entries = [f"{tuple(map(int, i))}: {t[tuple(i)].item()}" for i in t.nonzero()[: SPARSE + 1]]
+    if len(entries) <= SPARSE:
+        return f"{kind}, zeros but {', '.join(entries)}"
+    return f"{kind}, see the snippet"

@@ -40,7 +40,8 @@ class Results:
         """Take a report of a phase."""
         path, _, test = report.nodeid.partition("::")
         name = f"{Path(path).name}::{test}"
-        record = dict(report.user_properties).get("quest", {})
+        properties: dict[str, Any] = dict(report.user_properties)
+        record = properties.get("quest", {})
         if report.when == "setup" and report.skipped:
             reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else "")
             reason = reason.removeprefix("Skipped: ")

@@ -18,19 +18,24 @@ def counts(outcomes: Mapping[str, Outcome]) -> Counter[str]:
 def lines(results: Results) -> Iterator[tuple[str, str]]:
     """(line, color) of the summary."""
     heads = ("passed", "failed", "expected", "skipped", "not covered")
-    yield f"{'property':<40}" + "".join(f"{h:>{len(h) + 2}}" for h in heads) + (
-        f"{'elements':>12}{'worst r':>9}"
-    ), ""
+    yield (
+        f"{'property':<40}"
+        + "".join(f"{h:>{len(h) + 2}}" for h in heads)
+        + (f"{'elements':>12}{'worst r':>9}"),
+        "",
+    )
+    bare = []
     for name, outcomes in results.properties().items():
         number = counts(outcomes)
-        cells = "".join(
-            f"{number[c]:>{len(h) + 2}}" for c, h in zip(COLUMNS, heads, strict=True)
-        )
+        if number[NOT_COVERED] == len(outcomes):
+            bare.append(name)
+            continue
+        cells = "".join(f"{number[c]:>{len(h) + 2}}" for c, h in zip(COLUMNS, heads, strict=True))
         elements = sum(o.record.get("elements", 0) for o in outcomes.values())
         ratio = max((o.record.get("ratio", 0.0) for o in outcomes.values()), default=0.0)
-        covered = any(number[c] for c in COLUMNS[:3])
-        worst = f"{elements:>12,}{ratio:>9.3g}" if covered else f"{'-':>12}{'-':>9}"
-        yield f"{name:<40}{cells}{worst}", _color(number)
+        yield f"{name:<40}{cells}{elements:>12,}{ratio:>9.3g}", _color(number)
+    if bare:
+        yield f"not covered at all: {', '.join(bare)}", "yellow"
     yield from _notes(results)
     yield from _failures(results)
 
@@ -43,7 +48,10 @@ def uncovered(results: Results) -> list[str]:
         if outcome.outcome == NOT_COVERED:
             kind, _, value = outcome.reason.rpartition(" ")
             if kind.startswith("no function"):
-                kind, value = "no function", outcome.reason.removeprefix("no function ")
+                kind, value = (
+                    "no function",
+                    outcome.reason.removeprefix("no function ").partition("(")[0],
+                )
             number[kind] += 1
             if value not in kinds.setdefault(kind, []):
                 kinds[kind].append(value)

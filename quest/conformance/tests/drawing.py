@@ -51,7 +51,8 @@ def family(
 ) -> st.SearchStrategy[strategies.Case]:
     """One of the kinds of inputs of `capabilities.INPUTS`."""
     names = (*(TIED if ties else ()), *PLAIN)
-    lead, layouts = ROWS, ("contiguous",)
+    lead: st.SearchStrategy[tuple[int, ...]] = ROWS
+    layouts: tuple[str, ...] = ("contiguous",)
     if name == "extremes":
         names = EXTREMES if ties else EXTREMES[:3]
     elif name == "non_finite":

@@ -64,7 +64,5 @@ def test_wide_product(court: Court, kind: str, shape: tuple[int, int, int], seed
 
 @pytest.mark.judges("scaled_product", declares=("accumulator",))
 @given(kind=KINDS, shape=SHAPES, seed=SEEDS)
-def test_scaled_product(
-    court: Court, kind: str, shape: tuple[int, int, int], seed: int
-) -> None:
+def test_scaled_product(court: Court, kind: str, shape: tuple[int, int, int], seed: int) -> None:
     _judge(court, properties.scaled_product, kind, shape, seed, "a_scale", "b_scale")

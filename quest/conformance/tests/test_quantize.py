@@ -34,7 +34,7 @@ def _judge(court: Court, property_: Callable[..., Any], case: Case, q: quest.Qua
     # subnormal rows no code is certain.
     sure = case.layout != "expanded" and case.distribution in drawing.PLAIN
     code = f"{drawing.quantizer(q.spec)}, conclusive={sure}"
-    court.judge(property_, {"x": case.code()}, (case.make(), q), code, conclusive=sure)
+    court.judge(property_, {"x": case.expression()}, (case.make(), q), code, conclusive=sure)
 
 
 @pytest.mark.judges("quantize", declares=("blocks",), dtype=DTYPES, grid=GRIDS)
@@ -65,7 +65,7 @@ def test_mask(court: Court, dtype: str, estimator: str, data: st.DataObject) -> 
     q = quest.Quantizer(grid, quest.Hadamard(block), quest.estimators.parse(estimator))
     case = data.draw(drawing.plain(dtype, block, capabilities, ties=False))
     code = drawing.quantizer(q.spec)
-    court.judge(properties.mask, {"x": case.code()}, (case.make(), q), code)
+    court.judge(properties.mask, {"x": case.expression()}, (case.make(), q), code)
 
 
 @pytest.mark.judges("quantize", declares=("blocks", "ties"), dtype=DTYPES, grid=GRIDS)

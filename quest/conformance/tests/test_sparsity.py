@@ -30,7 +30,7 @@ def test_selection(court: Court, dtype: str, pattern: str, data: st.DataObject) 
     capabilities = court.impl.capabilities
     case = data.draw(drawing.plain(dtype, q.transform.order(0), capabilities, ties=True, group=8))
     code = drawing.quantizer(q.spec)
-    court.judge(properties.selection, {"x": case.code()}, (case.make(), q), code)
+    court.judge(properties.selection, {"x": case.expression()}, (case.make(), q), code)
 
 
 @pytest.mark.judges("select", "quantize", declares=("blocks", "grids"), dtype=DTYPES,
@@ -41,4 +41,4 @@ def test_codes(court: Court, dtype: str, pattern: str, data: st.DataObject) -> N
     capabilities = court.impl.capabilities
     case = data.draw(drawing.plain(dtype, q.transform.order(0), capabilities, ties=False, group=8))
     code = drawing.quantizer(q.spec)
-    court.judge(properties.codes, {"x": case.code()}, (case.make(), q), code)
+    court.judge(properties.codes, {"x": case.expression()}, (case.make(), q), code)

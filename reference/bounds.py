@@ -91,11 +91,13 @@ def exact_sums(x: Float64, order: int) -> Bool:
     return np.broadcast_to(good, blocks.shape).reshape(x.shape)
 
 
-def _rotation_in_range(x: Float64, order: int, transpose: bool = False) -> Float64:
+def _rotation_in_range(
+    x: Float64, order: int, transpose: bool = False, dot: bool = False
+) -> Float64:
     """Bound of x H, or x H^T, in float32 where nothing underflows."""
     if order == 1:
         return np.zeros_like(x)
-    k_norm, k_sum = normalisations(order), additions(order)
+    k_norm, k_sum = normalisations(order), order if dot else additions(order)
     full = gamma(k_sum + k_norm, U32) * absolute_sum(x, order)
     turn = hadamard.apply_transpose if transpose else hadamard.apply
     normalised = gamma(k_norm, U32) * np.abs(turn(x, order))
@@ -103,10 +105,13 @@ def _rotation_in_range(x: Float64, order: int, transpose: bool = False) -> Float
     return bound
 
 
-def rotation(x: Float64, order: int, transpose: bool = False) -> Float64:
-    """Bound of x H, or x H^T, computed in float32 and not yet stored (T1)."""
+def rotation(x: Float64, order: int, transpose: bool = False, dot: bool = False) -> Float64:
+    """Bound of x H, or x H^T, computed in float32 and not yet stored (T1).
+
+    dot: by products with the matrix's columns, n roundings, and not by a butterfly.
+    """
     # The product with the normalisation may land among the subnormals.
-    return _rotation_in_range(x, order, transpose) + (ETA32 / 2 if order > 1 else 0.0)
+    return _rotation_in_range(x, order, transpose, dot) + (ETA32 / 2 if order > 1 else 0.0)
 
 
 def scale(x: Float64, order: int, sigma: Float64) -> Float64:

@@ -86,14 +86,17 @@ def close(stage: str, actual: Tensor, expected: Array, bound: Array) -> Verdict:
     return Verdict(stage, a.size, ratio, failure=failure)
 
 
-def rotated(x: Tensor, y: Tensor, order: int, transpose: bool) -> Verdict:
-    """T1 for x H or x H^T, stored as y's dtype; infinities and NaN spread as sums spread them."""
+def rotated(x: Tensor, y: Tensor, order: int, transpose: bool, dot: bool = False) -> Verdict:
+    """T1 for x H or x H^T, stored as y's dtype; infinities and NaN spread as sums spread them.
+
+    dot: computed as a product with the matrix, which rounds more often than a butterfly.
+    """
     x64 = lift(x)
     turn = hadamard.apply_transpose if transpose else hadamard.apply
     with np.errstate(invalid="ignore", over="ignore"):
         expected = turn(x64, order)
         bound = bounds.output(
-            expected, bounds.rotation(x64, order, transpose), oracle.dtype_name(y.dtype)
+            expected, bounds.rotation(x64, order, transpose, dot), oracle.dtype_name(y.dtype)
         )
     return close("transform", y, expected, bound)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 TESTS = Path(__file__).parent / "tests"
 PACKAGE = "quest.conformance"
 NEEDED = ("hypothesis", "pytest")
-EXAMPLES = 50
+EXAMPLES = 30
 COURT = pytest.StashKey["Court"]()
 RESULTS = pytest.StashKey["Results"]()
 NOT_COVERED = "not covered: "

@@ -13,6 +13,7 @@ DECLARES = {
     "dtype": "dtypes",
     "block": "blocks",
     "grid": "grids",
+    "tied": "grids",
     "estimator": "estimators",
     "pattern": "sparsities",
     "bits": "bits",

@@ -33,6 +33,8 @@ ACCUMULATORS = {
     "float32": bounds.U32,
     "tensor-core": 2 * bounds.U32,  # float32 that is cut off and not rounded
 }
+# How x H is summed: by a butterfly, or as a product with the matrix, which rounds more often.
+ROTATIONS = ("butterfly", "product")
 TIES = ("up", "down", "even", "away", "zero")
 # Public names of an adapter, and what they are given.
 FUNCTIONS = {
@@ -63,7 +65,7 @@ class Capabilities:
     arrays: what the functions take and give. dtypes, blocks, grids, estimators, sparsities, bits
     (of packing): what they work for. inputs: keys of INPUTS. width_multiple, max_width: limits on
     the last axis. any_outer: grids may have an outermost point other than the optimal one. bias:
-    `linear` takes one. ties: where a midpoint goes. accumulator: what sums of products are kept in.
+    `linear` takes one. rotation: how `hadamard` sums, for its bound. ties: where a midpoint goes. accumulator: what sums of products are kept in.
     deterministic: the same inputs give the same bits.
     """
 
@@ -80,6 +82,7 @@ class Capabilities:
     max_width: int | None = None
     any_outer: bool = False
     bias: bool = False
+    rotation: str = "butterfly"
     ties: str | None = None
     accumulator: str | None = None
     deterministic: bool = False
@@ -152,6 +155,7 @@ def _lists(key: str, value: Any) -> tuple[Any, ...]:
 def _single(key: str, value: Any) -> Any:
     choices: dict[str, Any] = {
         "arrays": ARRAYS, "device": DEVICES, "accumulator": ACCUMULATORS, "ties": TIES,
+        "rotation": ROTATIONS,
         "any_outer": (True, False), "bias": (True, False), "deterministic": (True, False),
     }  # fmt: skip
     if key in choices:

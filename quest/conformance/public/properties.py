@@ -40,7 +40,9 @@ def _rotated(
 ) -> list[Verdict]:
     y = impl.call(function, x, order=block)["y"]
     form = judges.form("transform", y, tuple(x.shape), x.dtype)
-    return [form] if form.failure else [judges.rotated(x, y, block, turned)]
+    if form.failure:
+        return [form]
+    return [judges.rotated(x, y, block, turned, impl.capabilities.rotation == "product")]
 
 
 def scale(impl: Implementation, x: Tensor, block: int) -> list[Verdict]:

@@ -78,12 +78,12 @@ def test_ties(court: Court, dtype: str, grid: str, data: st.DataObject) -> None:
     _judge(court, properties.codes, case, q)
 
 
-@pytest.mark.judges("quantize", declares=("ties", "any_outer"), dtype=DTYPES, grid=TIED_GRIDS)
+@pytest.mark.judges("quantize", declares=("ties", "any_outer"), dtype=DTYPES, tied=TIED_GRIDS)
 @given(seed=SEEDS)
-def test_every_tie(court: Court, dtype: str, grid: str, seed: int) -> None:
+def test_every_tie(court: Court, dtype: str, tied: str, seed: int) -> None:
     """Dyadic scales and steps, values on every midpoint and on the outer points."""
-    levels, step = quest.grids.parse(grid).levels, 0.25
-    q = quest.Quantizer(quest.grids.parse(f"{grid}:{step * (levels - 1) / 2!r}"),
+    levels, step = quest.grids.parse(tied).levels, 0.25
+    q = quest.Quantizer(quest.grids.parse(f"{tied}:{step * (levels - 1) / 2!r}"),
                         quest.Identity(), quest.STE())  # fmt: skip
     x = torch.from_numpy(exact_rows.rows(1, 32, 8, seed)).to(drawing.dtype_of(dtype))
     makes = f"torch.from_numpy(exact_rows.rows(1, 32, 8, {seed})).to(torch.{dtype})"

@@ -70,7 +70,7 @@ class Lane:
 
 
 def all_lanes() -> tuple[Lane, ...]:
-    """Every lane there is, available here or not."""
+    """Every lane there is."""
     return (
         Lane("torch-cpu", "cpu", "dispatch"),
         Lane("triton-interpreter", "cpu", "launch", remote=True),
@@ -129,10 +129,9 @@ def guarded(
     poisoned: Callable[[int], AbstractContextManager[None]],
     deterministic: bool = True,
 ) -> Outputs:
-    """What `function` makes of copies of the tensors on `device`; raises GuardError.
+    """What `function` makes of copies of the tensors; GuardError. told: names it in messages.
 
-    told: the caller, for messages. poisoned: fills fresh memory with a byte while it is entered.
-    deterministic: both runs must agree; else the second one is given back.
+    poisoned: fills fresh memory with a byte while entered. deterministic: both runs must agree.
     """
     first: Outputs = {}
     for byte in POISON:

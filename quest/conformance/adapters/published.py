@@ -32,7 +32,7 @@ def rotate(x: Tensor, block: int) -> Tensor:
     Sums of ±x first and the factor last, so that what cancels is exactly 0.
     """
     y = x.double().reshape(-1, block) @ sylvester(block)
-    return (y * block**-0.5).reshape(x.shape)
+    return y.mul(block**-0.5).reshape(x.shape)
 
 
 class Paper:
@@ -142,7 +142,8 @@ class Paper:
 
     def scaled_product(self, a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
         """a b^T with a scale for each row of a and of b, float32 (n, m)."""
-        return (self.product(a, b) * a_scale.double() * b_scale.double().T).float()
+        y = self.product(a, b) * a_scale.double() * b_scale.double().T
+        return y.float()
 
     def linear(
         self, x: Tensor, w: Tensor, bias: Tensor | None, activation: Format, weight: Format
@@ -194,7 +195,7 @@ class Released:
 
     def _rotate(self, x: Tensor, block: int) -> Tensor:
         # Not judged apart: what it adds is in the codes and values.
-        matrix = (sylvester(block) * block**-0.5).to(x.dtype)
+        matrix = sylvester(block).mul(block**-0.5).to(x.dtype)
         return (x.reshape(-1, block) @ matrix).reshape(x.shape)
 
     def scale(self, x: Tensor, block: int) -> Tensor:

@@ -40,7 +40,7 @@ class Adapter:
     departures: ClassVar[list[str]] = [
         "the scale is the row's largest magnitude, not its root mean square times the optimal "
         "factor for a Gaussian",
-        "the grid holds 0 and is not symmetric: integers, where the specification has half integers",
+        "the grid holds 0 and is not symmetric: integers, and not the odd multiples of a half",
         "no rotation, and the gradient's mask is that of clamping",
     ]
 

@@ -86,6 +86,8 @@ def _start(config: pytest.Config, spec: str) -> None:
         raise pytest.UsageError(
             f"--max-examples must be positive, got {config.getoption('--max-examples')}"
         )
+    if config.option.tbstyle == "auto":
+        config.option.tbstyle = "short"  # the examples say more than the court's own source
     config.stash[COURT] = Court(impl)
     config.stash[RESULTS] = Results(impl, skips, xfails)
     _profile(config)

@@ -31,8 +31,8 @@ def rotate(x: Tensor, block: int) -> Tensor:
 
     Sums of ±x first and the factor last, so that what cancels is exactly 0.
     """
-    y = x.double().reshape(-1, block) @ sylvester(block)
-    return y.mul(block**-0.5).reshape(x.shape)
+    y: Tensor = x.double().reshape(-1, block) @ sylvester(block) * block**-0.5
+    return y.reshape(x.shape)
 
 
 class Paper:
@@ -129,12 +129,14 @@ class Paper:
         per = 8 // bits
         padded = torch.nn.functional.pad(codes.int(), (0, -codes.shape[-1] % per))
         groups = padded.reshape(*padded.shape[:-1], padded.shape[-1] // per, per)
-        return (groups << (torch.arange(per) * bits)).sum(-1).to(torch.uint8)
+        made: Tensor = (groups << (torch.arange(per) * bits)).sum(-1)
+        return made.to(torch.uint8)
 
     def unpack(self, packed: Tensor, bits: int, width: int) -> Tensor:
         """The inverse of `pack`, for rows of `width` codes."""
         shifted = packed.int().unsqueeze(-1) >> torch.arange(0, 8, bits)
-        return (shifted & (2**bits - 1)).flatten(-2)[..., :width]
+        made: Tensor = (shifted & (2**bits - 1)).flatten(-2)
+        return made[..., :width]
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """a b^T of int8 (n, k) and (m, k), int32."""

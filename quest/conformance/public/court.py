@@ -143,11 +143,11 @@ class Court:
 def _shown(t: torch.Tensor) -> str:
     kind = f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
     values = t.flatten().tolist()
-    if len(values) <= SMALL:
+    if len(values) <= 2 * SPARSE:
         return f"{kind} {t.tolist()}"
     if len(set(values)) == 1:
         return f"{kind}, every entry {values[0]}"
     entries = [f"{tuple(map(int, i))}: {t[tuple(i)].item()}" for i in t.nonzero()[: SPARSE + 1]]
     if len(entries) <= SPARSE:
         return f"{kind}, zeros but {', '.join(entries)}"
-    return f"{kind}, see the snippet"
+    return f"{kind} {t.tolist()}" if len(values) <= SMALL else f"{kind}, see the snippet"

@@ -265,6 +265,23 @@ def test_the_paper_s_formulas_hold(property_: str, dtype: torch.dtype) -> None:
         assert failures(property_, Paper(), seed, dtype) == []
 
 
+class OneByOne(Paper):
+    """Each entry by a sum in float32, one term after the other."""
+
+    def hadamard(self, x: torch.Tensor, block: int) -> torch.Tensor:
+        y = super().hadamard(x, block)
+        y[..., 0] = torch.from_numpy(np.cumsum(x.numpy(), -1)[..., -1] / np.float32(block**0.5))
+        return y
+
+
+def test_a_product_rounds_more_often_than_a_butterfly() -> None:
+    made, x = OneByOne(), torch.full((1, 1024), 0.1)
+    assert properties.transform(implementation(made), x, 1024)[0].failure is not None
+    made.capabilities = Paper.capabilities | {"rotation": "product"}
+    assert properties.transform(implementation(made), x, 1024)[0].failure is None
+    assert properties.transform(implementation(made), x * 0 + 0.25, 1024)[0].failure is None
+
+
 def planted(function: str, fault: Any) -> Any:
     """`Paper` with one function that changes what the right one gives."""
     right = getattr(Paper, function)

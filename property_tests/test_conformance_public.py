@@ -377,6 +377,15 @@ def test_guards(how: str, told: str) -> None:
         failures("transform", Rude(how))
 
 
+def test_what_python_allocates_is_poisoned() -> None:
+    x = torch.zeros(3)
+    with adapter.poisoned(0x55):
+        made = [torch.empty(3), torch.empty_like(x), x.new_empty(3)]
+        arrays = [np.empty(3, np.float32), np.empty_like(x.numpy())]
+    for t in (*made, *map(torch.from_numpy, arrays)):
+        assert (t.view(torch.uint8) == 0x55).all()
+
+
 def test_determinism_counts_where_it_is_declared() -> None:
     rude = Rude("random")
     rude.capabilities = Paper.capabilities | {"deterministic": False}

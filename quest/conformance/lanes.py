@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 
 Outputs = dict[str, Tensor]
 POISON = (0xFF, 0x55)
+WHY = "part of it was never written, or the result is not deterministic"
 
 
 class GuardError(AssertionError):
@@ -117,8 +119,8 @@ def run(lane: Lane, stage: str, tensors: tuple[Tensor, ...], static: dict[str, A
     """`Lane.call` in this process."""
     from quest.kernels import outputs
 
-    function = functools.partial(_STAGES[stage], lane, **static)
-    return guarded(f"{lane} {stage}", lane.device, function, tensors, outputs.poisoned)
+    made = functools.partial(_STAGES[stage], lane, **static)
+    return guarded(f"{lane} {stage}", lane.device, made, tensors, outputs.poisoned)
 
 
 def guarded(
@@ -148,9 +150,9 @@ def guarded(
         made = {k: v.detach().cpu().contiguous() for k, v in made.items()}
         for name, t in first.items():
             if deterministic and _bytes(t) != _bytes(made[name]):
+                why = "part of it was never written, or the result is not deterministic"
                 raise GuardError(
-                    f"{told}: {name} differs between two runs on the same inputs: "
-                    "part of it was never written, or the result is not deterministic"
+                    f"{told}: {name} differs between two runs on the same inputs: {why}"
                 )
         first = made
     return first
@@ -159,8 +161,6 @@ def guarded(
 @functools.cache
 def operators(backend: str) -> Any:
     """The functions of a backend by operator name."""
-    from types import SimpleNamespace
-
     from quest import eager, lowbit, ops
 
     if backend == "dispatch":

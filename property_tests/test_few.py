@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from property_tests.lane_marks import fewer
-from property_tests.strategies import SEEDS
 from quest import packing
 from quest.conformance import judges
+from quest.conformance.strategies import SEEDS
 from quest.kernels import cuda, few, outputs, product
 
 HOPPER = torch.cuda.is_available() and product.unavailable(torch.device("cuda")) is None

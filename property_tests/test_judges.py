@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import quest
-from property_tests import exact_rows
-from quest.conformance import examine, inputs, judges, lanes, oracle
+from quest.conformance import exact_rows, examine, inputs, judges, lanes, oracle
 from quest.conformance.verdict import Rejected, Verdict
 from quest.kernels import outputs
 from quest.reference import bounds, hadamard, quantize

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 import quest
 from property_tests.lane_marks import every_lane, fewer
 from property_tests.ledger import LEDGER
-from property_tests.strategies import SEEDS
 from quest import lowbit, operands, packing
 from quest.conformance import examine, inputs, judges
 from quest.conformance.lanes import Lane, no_product
+from quest.conformance.strategies import SEEDS
 from quest.kernels import cuda, product
 from quest.lowbit_linear import low_bit_linear
 

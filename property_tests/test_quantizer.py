@@ -9,10 +9,11 @@ from hypothesis import assume, currently_in_test_context, given, target
 from hypothesis import strategies as st
 
 import quest
-from property_tests import exact_rows
 from property_tests.lane_marks import every_dtype, every_lane, fewer
 from property_tests.ledger import LEDGER
-from property_tests.strategies import (
+from quest.conformance import exact_rows, examine, inputs, judges, oracle
+from quest.conformance.lanes import Lane
+from quest.conformance.strategies import (
     ESTIMATORS,
     FORMATS,
     HEADER,
@@ -24,8 +25,6 @@ from property_tests.strategies import (
     lane_code,
     widths,
 )
-from quest.conformance import examine, inputs, judges, oracle
-from quest.conformance.lanes import Lane
 from quest.reference import hadamard, quantize
 
 

@@ -88,8 +88,9 @@ def close(
     failure = None
     if ratio > 1:
         failure = (
-            f"at {_at(a.shape, i)} it is {a.flat[i]!r}, expected {expected.flat[i]!r} within "
-            f"{bound.flat[i]:.3e}: {ratio:.3g} times the bound"
+            f"at {_at(a.shape, i)} it is {float(a.flat[i])!r}, "
+            f"expected {float(expected.flat[i])!r} within {bound.flat[i]:.3e}: "
+            f"{ratio:.3g} times the bound"
         )
     return Verdict(stage, a.size, ratio, failure=failure, spread=shares)
 
@@ -176,7 +177,7 @@ def coded(
         i = int(wrong[0])
         failure = (
             f"{wrong.size} of {c.size} codes are wrong; at {_at(c.shape, i)} it is {c.flat[i]} for "
-            f"y / sigma = {z.flat[i]!r} within {delta.flat[i]:.3e}, admissible "
+            f"y / sigma = {float(z.flat[i])!r} within {delta.flat[i]:.3e}, admissible "
             f"{lowest.flat[i]} to {highest.flat[i]}"
         )
         ratio = max(ratio, math.nextafter(1.0, 2.0))
@@ -250,8 +251,8 @@ def masked(
         i = int(bad[0])
         failure = (
             f"{bad.size} of {m.size} mask bits are wrong; at {_at(m.shape, i)} it is "
-            f"{bool(m.flat[i])} for y / sigma = {z.flat[i]!r}, code {c.flat[i]}, threshold "
-            f"{threshold.flat[i]!r}"
+            f"{bool(m.flat[i])} for y / sigma = {float(z.flat[i])!r}, code {c.flat[i]}, threshold "
+            f"{float(threshold.flat[i])!r}"
         )
         peak = max(peak, math.nextafter(1.0, 2.0))
     else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +14,10 @@ from scipy.stats import binomtest
 LEVEL = 1e-6
 AMBIGUOUS_SHARE = 1e-3
 BINS = 20  # of a spread: twentieths of the bound
+
+
+# Who is told of every error and its bound, element by element; see `observed`.
+_observers: list[Callable[[np.ndarray, np.ndarray], None]] = []
 
 
 class Rejected(AssertionError):
@@ -110,11 +115,23 @@ class Tally:
         return found
 
 
+@contextlib.contextmanager
+def observed(observer: Callable[[np.ndarray, np.ndarray], None]) -> Iterator[None]:
+    """Call `observer(error, bound)` for the arrays of every judgement made inside."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
 def worst(error: np.ndarray, bound: np.ndarray) -> tuple[float, int]:
     """(largest error / bound, its flat index); 0 / 0 counts as 0, more than 0 / 0 as infinite."""
     ratio = ratios(error, bound)
     if ratio.size == 0:
         return 0.0, -1
+    for observer in _observers:
+        observer(error, bound)
     index = int(np.argmax(ratio))
     return float(ratio.flat[index]), index
 

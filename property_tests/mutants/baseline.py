@@ -63,21 +63,19 @@ def source_key() -> str:
     )  # fmt: skip
 
 
-def _key(file: str, profile: str) -> str:
+def _key(file: str) -> str:
     """Changes with a file of tests, with what it imports, and with the kind of machine."""
     helpers = [p for p in (ROOT / "property_tests").glob("*.py") if not p.name.startswith("test_")]
-    return _digest([*helpers, ROOT / file], source_key(), profile, str(has_gpu()))
+    return _digest([*helpers, ROOT / file], source_key(), str(has_gpu()))
 
 
-def measure(
-    folder: Path, cache: Path, slots: int, profile: str, told: Callable[[str], None]
-) -> Baseline:
+def measure(folder: Path, cache: Path, slots: int, told: Callable[[str], None]) -> Baseline:
     """Run every file of tests and look; `told` hears of each. What `cache` knows is not run."""
     known = json.loads(cache.read_text()) if cache.exists() else {}
     parts: dict[str, Any] = {}
     missing = []
     for file in _test_files():
-        if known.get(file, {}).get("key") == _key(file, profile):
+        if known.get(file, {}).get("key") == _key(file):
             parts[file] = known[file]
         else:
             missing.append(file)
@@ -85,13 +83,13 @@ def measure(
     def jobs() -> Iterator[child.Job]:
         for n, file in enumerate(missing):
             yield child.Job(
-                folder / "template", folder / f"baseline{n}", "", b"", (file,), {}, profile, True,
+                folder / "template", folder / f"baseline{n}", "", b"", (file,), {}, "quick", True,
                 not has_gpu(),
             )  # fmt: skip
 
     def ended(end: pool.Ended) -> Iterator[child.Job]:
         file = end.job.paths[0]
-        parts[file] = {"key": _key(file, profile)} | _part(end)
+        parts[file] = {"key": _key(file)} | _part(end)
         told(f"{file}: {len(parts[file]['tests'])} tests in {end.seconds:.0f} s")
         return iter(())
 

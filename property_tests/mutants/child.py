@@ -23,8 +23,8 @@ PRELOAD = [
     "triton.language", "numpy", "scipy.stats", "scipy.optimize", "scipy.special", "scipy.linalg",
     "pytest", "hypothesis", "hypothesis.strategies", "click", "rich.console", "matplotlib",
 ]  # fmt: skip
-# Each test may take this long, and this many times what it takes without a fault.
-PATIENCE, FACTOR = 30.0, 10.0
+# Besides its patience, a test may take this many times what it takes without a fault.
+FACTOR = 10.0
 # A fault in a size must not take the machine's memory; CUDA reserves more addresses than that.
 MEMORY = 24 * 2**30
 
@@ -36,7 +36,7 @@ class Job:
     template: the copied project. folder: for this process alone, to be made. file, source: what is
     planted; "" for nothing. tests: node ids in the order in which they run, with their usual
     seconds; empty for all of `paths`. trace: note the lines that tests execute. limited: bound the
-    memory.
+    memory. patience: seconds that a test may take and be no failure.
     """
 
     template: Path
@@ -48,6 +48,7 @@ class Job:
     profile: str
     trace: bool
     limited: bool
+    patience: float = 30.0
 
     @property
     def report(self) -> Path:
@@ -161,7 +162,7 @@ class Watch:
         else:
             usual = self.job.tests.get(nodeid, 0.0)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.setitimer(signal.ITIMER_REAL, PATIENCE + FACTOR * usual)
+            signal.setitimer(signal.ITIMER_REAL, self.job.patience + FACTOR * usual)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:

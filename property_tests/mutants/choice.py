@@ -3,11 +3,15 @@
 Only tests that execute a mutated line can notice it, so those come first, the file's own tests
 before all others and cheap ones before dear ones. A value that was made once, while modules were
 imported or by a cache, reaches further: then tests that touch the file follow, and at last all.
+
+The quick profile takes one in 16 parameters of a test. What survives it meets the ci profile, in
+the files that are about the mutated one: a mutant that only this kills is told apart.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from .baseline import IMPORT, Baseline
 from .mutant import ROOT, Mutant, read
@@ -42,15 +46,18 @@ OWN = {
     "quest/sparsity.py": ("api", "errors"),
     "quest/transforms.py": ("api", "hadamard", "errors"),
     "property_tests/ledger.py": ("verdict", "judges"),
+    "quest/conformance/examine.py": ("judges",),
     "quest/conformance/judges.py": ("judges",),
+    "quest/conformance/lanes.py": ("judges",),
     "quest/conformance/verdict.py": ("verdict",),
+    "quest/conformance/verify.py": ("verify",),
     "reference/bounds.py": ("bounds", "judges"),
 }
 # The court must be held by the tests of the court: those that run production code can't tell a
 # bound that is too wide.
 HELPERS = (
-    "judges", "bounds", "verdict", "verify", "inputs", "suite", "reference_estimators",
-    "reference_grids", "reference_hadamard", "reference_linear", "reference_packing",
+    "judges", "bounds", "verdict", "inputs", "reference_estimators", "reference_grids",
+    "reference_hadamard", "reference_linear", "reference_packing",
     "reference_quantize", "reference_sparsity",
 )  # fmt: skip
 # A first process stays small: what it imports and runs is paid by every mutant.
@@ -63,12 +70,20 @@ def test_file(test: str) -> str:
     return found[1] if found else ""
 
 
-def stages(mutant: Mutant, baseline: Baseline) -> list[dict[str, float]]:
-    """Tests in the order in which they run, with their usual seconds: one process for each stage.
+@dataclass(frozen=True)
+class Part:
+    """What one process runs: `tests` in order, with their usual seconds; all of `paths` if none."""
 
-    Empty where nothing executes the mutated lines on this machine.
-    """
+    profile: str
+    paths: tuple[str, ...]
+    tests: dict[str, float]
+
+
+def stages(mutant: Mutant, baseline: Baseline) -> list[Part]:
+    """What runs on a mutant until something kills it; nothing where no test executes its lines."""
     order = _order(mutant, baseline)
+    if not order:
+        return []
     first: list[str] = []
     files: set[str] = set()
     left = FIRST_SECONDS
@@ -79,7 +94,15 @@ def stages(mutant: Mutant, baseline: Baseline) -> list[dict[str, float]]:
             files.add(file)
             left -= seconds
     rest = [t for t in order if t not in set(first)]
-    return [{t: baseline.tests[t] for t in part} for part in (first, rest) if part]
+    parts = [quick({t: baseline.tests[t] for t in part}) for part in (first, rest) if part]
+    touched = {test_file(t) for t in order}
+    own = tuple(f"property_tests/test_{n}.py" for n in OWN.get(mutant.file, ()) if n in touched)
+    return [*parts, Part("ci", own, {})] if own else parts
+
+
+def quick(tests: dict[str, float]) -> Part:
+    """These tests in the quick profile."""
+    return Part("quick", tuple(dict.fromkeys(t.partition("::")[0] for t in tests)), tests)
 
 
 def _order(mutant: Mutant, baseline: Baseline) -> list[str]:
@@ -98,7 +121,7 @@ def _order(mutant: Mutant, baseline: Baseline) -> list[str]:
         order |= dict.fromkeys(ranked)
     chosen = [t for t in order if t not in baseline.failed]
     if mutant.family == "court":
-        chosen = [t for t in chosen if test_file(t) in HELPERS]
+        chosen = [t for t in chosen if test_file(t) in (*HELPERS, *own)]
     return chosen
 
 

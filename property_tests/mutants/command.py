@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import baseline, cuda_source, patches, pool, runner, systematic, table
+from . import baseline, choice, cuda_source, patches, pool, runner, systematic, table
 from .mutant import FAMILIES, ROOT, Mutant, read
 
 KERNELS = ("blocks", "cuda", "decode", "few", "hadamard", "outputs", "product", "quantize")
@@ -42,8 +43,6 @@ def all_mutants() -> list[Mutant]:
 @click.option("--seed", default=0, show_default=True, help="Of --sample.")
 @click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True,
               help="Processes side by side.")  # fmt: skip
-@click.option("--profile", type=click.Choice(["quick", "ci"]), default="quick", show_default=True,
-              help="Of the property tests.")  # fmt: skip
 @click.option("--again", type=click.Choice(runner.OUTCOMES), multiple=True,
               help="Run these once more, and not only what the journal lacks.")  # fmt: skip
 @click.option("--fresh", is_flag=True, help="Forget what earlier runs have found.")
@@ -59,7 +58,6 @@ def main(
     sample: int | None,
     seed: int,
     jobs: int,
-    profile: str,
     again: tuple[str, ...],
     fresh: bool,
     listed: bool,
@@ -71,7 +69,8 @@ def main(
     A run goes on where the last one stopped, as long as no source has changed. Exit status 1 where
     a mutant survives that is not proven equivalent, or where a proof is stale.
     """
-    console = Console(soft_wrap=True)
+    # IDs are long, and a file has no width.
+    console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=160)
     known = all_mutants()
     chosen = _choose(known, families, files, ids, sample, seed)
     if listed:
@@ -91,12 +90,12 @@ def main(
         if (old := journal.known(m)) is None or old.outcome in again
     ]  # fmt: skip
     if missing:
-        _run(console, missing, journal, work, jobs, profile)
+        _run(console, missing, journal, work, jobs)
     results = {m.id: r for m in chosen if (r := journal.known(m)) is not None}
     judged = table.Table([m for m in chosen if m.id in results], results, proofs)
     judged.show(console)
     if save:
-        for path in judged.save(jobs, profile):
+        for path in judged.save(jobs):
             console.print(f"wrote {path}")
     raise SystemExit(1 if judged.problems() else 0)
 
@@ -126,12 +125,9 @@ def _choose(
 
 def _run(
     console: Console, missing: list[Mutant], journal: runner.Journal, work: Path, jobs: int,
-    profile: str,
 ) -> None:  # fmt: skip
     with pool.workshop() as folder:
-        seen = baseline.measure(
-            folder, work / f"baseline-{profile}.json", jobs, profile, console.print
-        )
+        seen = baseline.measure(folder, work / "baseline.json", jobs, console.print)
         for test in seen.failed:
             console.print(f"[red]fails without a fault, and is left out:[/] {test}")
         bar = Progress(
@@ -151,4 +147,4 @@ def _run(
 
             # Across files: what the same test kills comes together otherwise, and waits together.
             random.Random(0).shuffle(missing)
-            runner.run(missing, seen, folder, jobs, profile, told)
+            runner.run(missing, lambda m: choice.stages(m, seen), folder, jobs, told)

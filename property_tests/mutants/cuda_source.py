@@ -20,14 +20,14 @@ OPERATORS = {
 _SILENT = re.compile(
     r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\])*\"|^[ \t]*#(?:\\\n|[^\n])*", re.DOTALL | re.MULTILINE
 )
-_OPERATOR = re.compile(
-    r"(?<= )(" + "|".join(re.escape(o) for o in sorted(OPERATORS, key=len, reverse=True)) + r")(?= )"
-)
+_SIGNS = "|".join(re.escape(o) for o in sorted(OPERATORS, key=len, reverse=True))
+_OPERATOR = re.compile(rf"(?<= )({_SIGNS})(?= )")
 _INTEGER = re.compile(r"(?<![\w.])(0x[0-9A-Fa-f]+|\d+)(?=u?(?:ll)?\b)(?![.\w]*[.])")
 _FLOAT = re.compile(r"(?<![\w.])(\d+\.\d+(?:e[+-]?\d+)?)(?=f\b)")
 _CALL = re.compile(r"^[ \t]*((?!return|else|for|if|while)[a-z_]\w*(?:\.\w+)?\([^;{}]*\);)", re.M)
-_STEP = re.compile(r"^[ \t]*((?!const|return|int|float|u32|u64|i64|bool)[a-z_]\w* [-+*|&]?= [^;{}]+;)",
-                   re.M)  # fmt: skip
+_STEP = re.compile(
+    r"^[ \t]*((?!const|return|int|float|u32|u64|i64|bool)[a-z_]\w* [-+*|&]?= [^;{}]+;)", re.M
+)
 _CHOICE = re.compile(r"(?<=\? )([\w.()+-]+)( : )([\w.()+-]+)")
 
 

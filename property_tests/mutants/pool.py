@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 from . import child
 from .mutant import ROOT
+from .trace import WATCHED
 
 # Above what any choice of tests takes; each test has a limit of its own.
 WHOLE = 3600.0
@@ -47,6 +49,9 @@ def workshop() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="mutants-"))
     try:
         child.copy(ROOT, folder / "template")
+        # Once for all copies: byte code is known by the time and size of its source.
+        for name in (*WATCHED, "property_tests"):
+            compileall.compile_dir(folder / "template" / name, quiet=1, force=True)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import child, choice, pool
-from .baseline import Baseline, has_gpu
+from . import child, pool
+from .baseline import has_gpu
+from .choice import Part
 from .mutant import Mutant, read
 
 # killed: by a test that failed; crash: by the process' death; timeout: by a test that took FACTOR
-# times its usual time and PATIENCE seconds more. survived: every test passed. not run: nothing on
+# times its usual time and `patience` more. survived: every test passed. not run: nothing on
 # this machine executes the line. refused: NVRTC does not compile it.
 OUTCOMES = ("killed", "crash", "timeout", "survived", "not run", "refused")
 DEAD = frozenset({"killed", "crash", "timeout"})
@@ -23,7 +24,7 @@ DEAD = frozenset({"killed", "crash", "timeout"})
 class Result:
     """What became of a mutant. by: the test that killed it. seconds: to the kill, or in all.
 
-    tests: how many were to be run.
+    tests: how many of the quick profile could notice.
     """
 
     id: str
@@ -40,33 +41,35 @@ class HarnessError(RuntimeError):
 
 def run(
     mutants: list[Mutant],
-    baseline: Baseline,
+    plan: Callable[[Mutant], list[Part]],
     folder: Path,
     slots: int,
-    profile: str,
     told: Callable[[Mutant, Result], None],
+    patience: float = 30.0,
 ) -> None:
-    """Run all; `told` hears of each as it ends."""
-    names = iter(range(10**9))
-    state: dict[Path, tuple[Mutant, list[dict[str, float]], float, int]] = {}
+    """Run all; `told` hears of each as it ends.
 
-    def job(
-        mutant: Mutant, stages: list[dict[str, float]], spent: float, tests: int
-    ) -> child.Job:
+    plan: the tests of a mutant, a process for each part; see `choice`.
+    patience: seconds that a test may take besides.
+    """
+    names = iter(range(10**9))
+    state: dict[Path, tuple[Mutant, list[Part], float, int]] = {}
+
+    def job(mutant: Mutant, stages: list[Part], spent: float, tests: int) -> child.Job:
         made = child.Job(
             folder / "template", folder / f"mutant{next(names)}", mutant.file,
             mutant.apply(read(mutant.file)),
-            tuple(dict.fromkeys(t.partition("::")[0] for t in stages[0])), stages[0], profile,
-            False, not has_gpu(),
+            stages[0].paths, stages[0].tests, stages[0].profile, False, not has_gpu(),
+            patience if stages[0].tests else 10 * patience,  # no test's usual time is known
         )  # fmt: skip
         state[made.folder] = mutant, stages, spent, tests
         return made
 
     def jobs() -> Iterator[child.Job]:
         for mutant in mutants:
-            stages = choice.stages(mutant, baseline)
+            stages = plan(mutant)
             if stages:
-                yield job(mutant, stages, 0.0, sum(map(len, stages)))
+                yield job(mutant, stages, 0.0, sum(len(part.tests) for part in stages))
             else:
                 told(mutant, Result(mutant.id, mutant.what, "not run"))
 
@@ -77,6 +80,8 @@ def run(
         if outcome == "survived" and len(stages) > 1:
             yield job(mutant, stages[1:], spent, tests)
             return
+        if by and end.job.profile != "quick":
+            by += f" ({end.job.profile})"
         told(mutant, Result(mutant.id, mutant.what, outcome, by, round(spent, 2), tests))
 
     pool.run_all(jobs(), slots, ended)
@@ -98,8 +103,8 @@ def verdict(end: pool.Ended) -> tuple[str, str]:
         # The plugin's alarm is signal 14.
         return ("timeout" if end.code == -14 else "crash"), running[-1] if running else "the end"
     gathered = end.first("gathered")
-    if gathered is None or gathered["gathered"] != len(end.job.tests):
-        found = gathered and gathered["gathered"]
+    found = gathered and gathered["gathered"]
+    if not found or (end.job.tests and found != len(end.job.tests)):
         raise HarnessError(f"{found} of {len(end.job.tests)} tests were found in {end.job.paths}")
     # Tests passed and the run failed: what the ledger's sums show.
     return ("survived", "") if end.code == 0 else ("killed", "the sums over the run")

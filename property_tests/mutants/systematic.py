@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -237,7 +238,7 @@ def _call(node: ast.AST) -> Iterator[Change]:
     if not isinstance(node, ast.Call):
         return
     args, name = node.args, _name(node.func)
-    for i, (a, b) in enumerate(zip(args, args[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(args)):
         if not isinstance(a, ast.Starred) and not isinstance(b, ast.Starred):
             swapped = [*args[:i], b, a, *args[i + 2 :]]
             yield "swap", node, _with(node, args=swapped)

@@ -106,15 +106,16 @@ def test_an_id_stays_where_lines_move() -> None:
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("a = b + c;", {"a = b - c;"}),
+        ("int a = b + c;", {"int a = b - c;"}),
+        ("a = b;", {";"}),
         ("if (a < b) f<2>(x);", {"if (a <= b) f<2>(x);", "if (a < b) f<3>(x);",
                                  "if (a < b) f<1>(x);"}),
         ("  wait(bar, 1);", {"  ;", "  wait(bar, 2);", "  wait(bar, 0);"}),
         ("  sum += x;", {"  ;", "  sum -= x;"}),
-        ("y = 0xFFu;", {"y = 0x100u;", "y = 0xfeu;"}),
-        ("y = 0.5f;", {"y = 1.5f;"}),
-        ("y = a ? b : c;", {"y = a ? c : b;"}),
-        ('asm("add %0, 1;"); // a + 1', set()),
+        ("int y = 0xFFu;", {"int y = 0x100u;", "int y = 0xfeu;"}),
+        ("float y = 0.5f;", {"float y = 1.5f;"}),
+        ("int y = a ? b : c;", {"int y = a ? c : b;"}),
+        ('int y = f("a + 1"); // a + 1', set()),
         ("#define N 4 + 4", set()),
     ],
 )  # fmt: skip
@@ -123,13 +124,14 @@ def test_mutants_of_cuda_text(source: str, expected: set[str]) -> None:
     assert {m.apply(source.encode()).decode() for m in found} == expected
 
 
-def test_every_mutant_has_a_name_and_parses() -> None:
+def test_every_mutant_has_a_name_of_its_own_and_parses() -> None:
     assert len(KNOWN) == len(all_mutants()) > 5000
-    for m in KNOWN.values():
-        # Patches wholly; of the others, made of syntax trees, a few.
-        if m.file.endswith(".py") and (m.family != "systematic" or hash(m.what) % 50 == 0):
-            ast.parse(m.apply(read(m.file)))
-        assert m.apply(read(m.file)) != read(m.file), m.id
+    sources = {m.file: read(m.file) for m in KNOWN.values()}
+    for i, m in enumerate(KNOWN.values()):
+        assert sources[m.file][m.start : m.end].decode() != m.new, m.id
+        # Patches, and some of those made of syntax trees.
+        if m.file.endswith(".py") and (m.family != "systematic" or i % 100 == 0):
+            ast.parse(m.apply(sources[m.file]))
 
 
 def test_proofs_are_of_mutants_that_exist() -> None:
@@ -186,29 +188,33 @@ def nothing(file: str, new: str) -> Mutant:
 
 
 T = "property_tests/test_"
-# A mutant of each kind, and what must kill it within a few seconds.
+# Mutants of three families, and the test that must kill each within a few seconds.
 KILLED = {
-    "semantic:transform/sign": [f"{T}hadamard.py::test_layouts[gaussian-contiguous-torch-cpu]"],
-    "semantic:codes/half-even": [f"{T}quantizer.py::test_ties_exactly[2-torch-cpu]"],
-    "semantic:sparsity/ties": [f"{T}quantizer.py::test_layouts[equal-contiguous-torch-cpu]"],
-    "quest/packing.py:pack:arithmetic:4": [f"{T}packing.py::test_layout"],
-    "court:judges/close": [f"{T}judges.py::test_transform_at_the_bound"],
-    "court:verdict/share": [f"{T}verdict.py::test_share"],
-}
+    "semantic:transform/transpose": f"{T}hadamard.py::test_layouts[gaussian-contiguous-torch-cpu]",
+    "semantic:codes/odd-width": f"{T}packing.py::test_inputs_stay_and_need_not_be_contiguous",
+    "semantic:product/fp16": f"{T}product.py::test_the_judges_of_the_product_bite",
+    "quest/lowbit.py:check_decode:constant:7":
+        f"{T}product.py::test_layer_with_an_empty_axis[3-0-4]",
+    "kernels/quantize.py:_emit:negate:5":
+        f"{T}quantizer.py::test_two_of_four_in_a_row_of_eight[uniform1-triton-interpreter]",
+    "court:verdict/require": f"{T}verdict.py::test_require",
+    "court:bounds/margin": f"{T}bounds.py::test_code_margin_leaves_codes_decided",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, runner.Result]:
     """What becomes of KILLED, of nothing, of a loop without end and of a process that dies."""
-    packing = f"{T}packing.py"
+    first = f"{T}packing.py::test_the_first_element_is_in_the_lowest_bits"
     special = {
         "nothing": nothing("quest/packing.py", "\n# Nothing.\n"),
         "loop": nothing("quest/packing.py", "\n\ndef _check(bits):\n    while True: pass\n"),
         "death": nothing("quest/packing.py", "\n\ndef _check(bits):\n    import os; os.abort()\n"),
         "import": nothing("quest/packing.py", "\n\n1 / 0\n"),
     }
-    plans = {name: dict.fromkeys(tests, 1.0) for name, tests in KILLED.items()}
-    plans |= {name: dict.fromkeys([f"{packing}::test_wrong_input"], 0.0) for name in special}
+    # Usual seconds that leave a busy machine its time.
+    plans = {name: {test: 10.0} for name, test in KILLED.items()}
+    plans |= {name: {first: 0.0} for name in special}
     chosen = [KNOWN[name] for name in KILLED]
     chosen += [dataclasses.replace(m, id=name) for name, m in special.items()]
     found: dict[str, runner.Result] = {}
@@ -222,7 +228,7 @@ def outcomes() -> dict[str, runner.Result]:
 
 @pytest.mark.parametrize("name", KILLED)
 def test_a_mutant_is_killed(outcomes: dict[str, runner.Result], name: str) -> None:
-    assert (outcomes[name].outcome, outcomes[name].by) == ("killed", KILLED[name][0])
+    assert (outcomes[name].outcome, outcomes[name].by) == ("killed", KILLED[name])
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def workshop() -> Iterator[Path]:
 def run_all(
     jobs: Iterator[child.Job], slots: int, ended: Callable[[Ended], Iterator[child.Job]]
 ) -> None:
-    """Run jobs, `slots` at a time; `ended` is told of each end and may give jobs that go next."""
+    """Run jobs, `slots` at a time; `ended` is told of each end and may give jobs that go last."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Of semaphores that killed processes have left, which are gone with them.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
@@ -68,13 +68,11 @@ def run_all(
     context.set_forkserver_preload(child.PRELOAD)
     alive: dict[int, tuple[BaseProcess, child.Job, float]] = {}
     waiting: list[child.Job] = []
-    more = True
     try:
         while True:
-            while len(alive) < slots and (waiting or more):
-                job = waiting.pop() if waiting else next(jobs, None)
+            while len(alive) < slots:
+                job = next(jobs, None) or (waiting.pop(0) if waiting else None)
                 if job is None:
-                    more = False
                     break
                 process = context.Process(target=child.run, args=(job,))
                 process.start()

@@ -99,7 +99,8 @@ def verdict(end: pool.Ended) -> tuple[str, str]:
     if end.first("done") is None:
         running = [e["start"] for e in end.events if "start" in e]
         if end.first("gathered") is None:
-            return "crash", "import"
+            # pytest itself ended before any test: helpers that all tests import did not load.
+            return ("crash" if end.code < 0 else "killed"), "import"
         # The plugin's alarm is signal 14.
         return ("timeout" if end.code == -14 else "crash"), running[-1] if running else "the end"
     gathered = end.first("gathered")

@@ -83,6 +83,8 @@ class _Walk(ast.NodeVisitor):
 
     def visit(self, node: ast.AST) -> None:
         """Changes of this node, then those inside it."""
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return
         if isinstance(node, ast.stmt):
             body = getattr(node, "body", None)
             last = body[0].lineno - 1 if body else node.end_lineno or node.lineno
@@ -151,11 +153,6 @@ class _Walk(ast.NodeVisitor):
         for target in node.targets:
             if not isinstance(target, ast.Name):
                 self.visit(target)
-
-    def visit_If(self, node: ast.If) -> None:
-        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            return
-        self.generic_visit(node)
 
     def visit_Raise(self, node: ast.Raise) -> None:
         """Nothing of a message."""

@@ -1169,6 +1169,15 @@ def test_close_at_the_edge_of_its_bound() -> None:
         judges.close("y", torch.tensor([1.5, -2.5]), expected, bound).require()
 
 
+def test_close_compares_shapes() -> None:
+    # Those that NumPy would spread over each other, too.
+    for shape in ((3,), (1, 3), (3, 1)):
+        ones = np.ones(shape)
+        for other in ((3,), (1, 3), (3, 1)):
+            failure = judges.close("y", torch.ones(other), ones, ones).failure
+            assert (failure is None) == (other == shape)
+
+
 @pytest.mark.parametrize(
     ("actual", "expected", "good"),
     [
@@ -1559,36 +1568,35 @@ def written(x: Tensor, q: quest.Quantizer) -> dict[str, dict[str, Tensor]]:
     }
 
 
-@pytest.mark.parametrize(
-    ("stage", "name", "judge_"),
-    [
-        ("quantize", "codes", "codes"),
-        ("quantize", "scale", "scale"),
-        ("quantize", "mask", "mask"),
-        ("quantize", "keep", "selection"),
-        ("pack", "codes", "packed codes"),
-        ("pack", "scale", "packed scale"),
-        ("pack", "mask", "packed mask"),
-        ("pack", "keep", "packed keep"),
-        ("fake_quantize", "values", "values"),
-        ("fake_quantize", "mask", "values' mask"),
-    ],
+# Stage, output, and the judge that must notice.
+HEARD = (
+    ("quantize", "codes", "codes"),
+    ("quantize", "scale", "scale"),
+    ("quantize", "mask", "mask"),
+    ("quantize", "keep", "selection"),
+    ("pack", "codes", "packed codes"),
+    ("pack", "scale", "packed scale"),
+    ("pack", "mask", "packed mask"),
+    ("pack", "keep", "packed keep"),
+    ("fake_quantize", "values", "values"),
+    ("fake_quantize", "mask", "values' mask"),
 )
+
+
 @pytest.mark.parametrize(
     ("grid", "sparsity"), [(UNIFORM[1], NM24), (UNIFORM[4], PAIRS), (quest.grids.e2m1(), NM24)]
 )
-def test_quantizer_that_does_not_hear_its_input(
-    grid: Any, sparsity: Any, stage: str, name: str, judge_: str
-) -> None:
+def test_quantizer_that_does_not_hear_its_input(grid: Any, sparsity: Any) -> None:
     """Every element has a bound on both sides, so "not constant" needs no judge of its own."""
     q = Q(grid, quest.Hadamard(16), quest.Clip(0.6), sparsity)
     x, another = (inputs.draw("heavy", (8, 48), torch.float32, seed) for seed in (0, 1))
     honest, other = written(x, q), written(another, q)
     assert not failing(examine.quantizer(Scripted(lambda at, _: honest[at]), x, q))
-    for wrong in deaf(honest[stage][name], other[stage][name]):
-        out = honest | {stage: honest[stage] | {name: wrong}}
-        found = examine.quantizer(Scripted(lambda at, _, out=out: out[at]), x, q)
-        assert judge_ in failing(found), wrong
+    for stage, name, judge_ in HEARD:
+        for wrong in deaf(honest[stage][name], other[stage][name]):
+            out = honest | {stage: honest[stage] | {name: wrong}}
+            found = examine.quantizer(Scripted(lambda at, _, out=out: out[at]), x, q)
+            assert judge_ in failing(found), (stage, name, wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -31,6 +31,21 @@ def _require_product(lane: Lane) -> None:
 
 
 @every_lane
+def test_one_of_each(lane: Lane) -> None:
+    """In one test, since the quick profile takes one in 16 parameters."""
+    for seed, name in enumerate(("w1a1", "w2a4", "w8a8", "w1a8", "w8a1.58", "fp4", "w4a4-4:8")):
+        made, width = quest.recipe(name), (40, 72, 1032)[seed % 3]
+        pair = (made.activation, made.weight)
+        x, w = (inputs.draw("outlier", (n, width), torch.float32, seed) for n in (5, 3))
+        for q, kind, t in zip(pair, operands.kinds(*pair) or (), (x, w), strict=True):
+            LEDGER.judge(lane, examine.encoded(lane, t, q, kind), f"{name}, {width}, {kind}")
+        if no_product(lane) is None:
+            bias = inputs.draw("gaussian", (3,), torch.float32, seed)
+            found = examine.product(lane, x, w, bias, made, torch.float32)
+            LEDGER.judge(lane, found, f"{name}, {width}")
+
+
+@every_lane
 @pytest.mark.parametrize("name", RECIPES)
 @fewer
 @given(data=st.data())

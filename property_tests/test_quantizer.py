@@ -37,6 +37,33 @@ def check(lane: Lane, case: Case, q: quest.Quantizer, conclusive: bool = True) -
         target(max((v.ratio for v in found), default=0.0), label=f"worst ratio, {lane}")
 
 
+# format, order, sparsity, estimator, dtype, distribution, shape: each kind of part at least once.
+ONE_OF_EACH = (
+    ("uniform1", 128, None, quest.Clip(1.3), torch.bfloat16, "gaussian", (5, 384)),
+    ("uniform1", 2, quest.Pairwise(4, 8), quest.Trust(1.5), torch.float32, "equal", (3, 16)),
+    ("uniform2", 12, quest.Pairwise(4, 8), quest.Trust(), torch.float32, "heavy", (3, 24)),
+    ("uniform3", 16, quest.NM(1, 2), quest.Trust(0.5), torch.float16, "gaussian", (7, 48)),
+    ("uniform4", 128, quest.NM(2, 4), quest.Trust(), torch.float32, "mixed_rows", (17, 1280)),
+    ("uniform4", 1, quest.NM(2, 4), quest.Trust(), torch.float32, "alternating", (2, 3, 8)),
+    ("uniform4", 128, quest.NM(2, 4), quest.Trust(), torch.float32, "gaussian", (2, 20480)),
+    ("uniform8", 32, None, quest.Trust(), torch.bfloat16, "gaussian", (64, 256)),
+    ("uniform8", 1, None, quest.Trust(0.5), torch.float32, "zeros", (2, 9)),
+    ("ternary", 20, quest.NM(2, 4), quest.Clip(0.6), torch.float32, "outlier", (3, 60)),
+    ("e2m1", 1, None, quest.Trust(0.5), torch.float32, "gaussian", (4, 33)),
+    ("e2m1", 16, quest.Pairwise(4, 8), quest.Trust(), torch.float16, "non_finite", (9, 48)),
+    ("lloyd_max3", 8, quest.NM(1, 4), quest.Trust(), torch.float32, "tiny", (2, 40)),
+    ("lloyd_max8", 2, None, quest.STE(), torch.bfloat16, "huge", (3, 18)),
+)
+
+
+@every_lane
+def test_one_of_each(lane: Lane) -> None:
+    """In one test, since the quick profile takes one in 16 parameters."""
+    for seed, (format_, order, sparsity, estimator, dtype, kind, shape) in enumerate(ONE_OF_EACH):
+        q = quest.Quantizer(FORMATS[format_], quest.Hadamard(order), estimator, sparsity)
+        check(lane, Case(kind, shape, dtype, "contiguous", seed), q, conclusive=False)
+
+
 @every_lane
 @every_dtype
 @pytest.mark.parametrize("format_", FORMATS)
@@ -190,11 +217,11 @@ def test_near_ties(lane: Lane, format_: str, seed: int) -> None:
 
 
 @every_lane
-@pytest.mark.parametrize("format_", FORMATS)
-def test_interior_gradient_survives(lane: Lane, format_: str) -> None:
+@every_dtype
+def test_interior_gradient_survives(lane: Lane, dtype: torch.dtype) -> None:
     """At the default trust no entry inside the grid is masked, whatever the dtype."""
-    q = quest.Quantizer(FORMATS[format_], quest.Hadamard(128), quest.Trust())
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for format_ in FORMATS:
+        q = quest.Quantizer(FORMATS[format_], quest.Hadamard(128), quest.Trust())
         x = inputs.draw("gaussian", (64, 256), dtype, 7)
         out = lane.call("quantize", x, q=q)
         y = hadamard.apply(oracle.lift(x), 128) / oracle.lift(out["scale"])

@@ -1206,6 +1206,35 @@ def test_close_places_infinities_and_nan(actual: float, expected: float, good: b
     assert (found.failure is None) == good, found
 
 
+def off(exact: Array, roundings: Array | float) -> Tensor:
+    """float32 values that are so many units of roundoff, or one more or less, off."""
+    return torch.from_numpy(np.asarray(exact) * (1 + roundings * bounds.U32)).float()
+
+
+@pytest.mark.parametrize(("roundings", "good"), [(0, True), (3, True), (14, False)])
+def test_roundings_after_the_transform_are_few(roundings: int, good: bool) -> None:
+    """What the counts in `bounds` say at the most, 4 to 7, and far less than 10 times that."""
+    grid = quest.grids.uniform(4)
+    q = Q(grid, quest.Identity(), quest.Clip(1.0))
+    one = torch.ones(1, 1)
+    codes = torch.arange(-8, 8, dtype=torch.int8)[None]
+    points = np.array([grid.points])
+    found = {"values": judges.dequantized(q, codes, one, None, off(points, roundings))}
+    # An upper code below its midpoint, and a lower one above.
+    mids = np.array([grid.midpoints])
+    mids = mids[np.abs(mids) > 0.1][None]
+    upper = torch.from_numpy(quantize.encode(mids, oracle.grid(grid))).to(torch.int8)
+    x = off(mids, -roundings * np.sign(mids))
+    found["codes"] = judges.coded(x, q, upper, one, conclusive=False)
+    x = off(np.array([[grid.outer, -grid.outer]]), roundings)
+    ends = torch.tensor([[7, -8]], dtype=torch.int8)
+    found["mask"] = judges.masked(x, q, ends, one, torch.ones(1, 2, dtype=torch.bool))
+    numbers = (np.array([[3, -5, 7]]), np.array([[1, 2, -4], [6, -1, 5]]))
+    y = off(numbers[0] @ numbers[1].T * 0.75, roundings)
+    found["product"] = judges.multiplied(numbers, (0.5, 1.5), (one, torch.ones(2, 1)), None, y)
+    assert {name: v.failure is None for name, v in found.items()} == dict.fromkeys(found, good)
+
+
 # --- backward ---------------------------------------------------------------------------------
 
 

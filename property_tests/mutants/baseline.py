@@ -19,6 +19,7 @@ from . import child, pool
 from .mutant import ROOT
 
 IMPORT = ""  # the name of no test
+ALL: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,19 @@ def _key(file: str) -> str:
     return _digest([*helpers, ROOT / file], source_key(), str(has_gpu()))
 
 
-def measure(folder: Path, cache: Path, slots: int, told: Callable[[str], None]) -> Baseline:
-    """Run every file of tests and look; `told` hears of each. What `cache` knows is not run."""
+def measure(
+    folder: Path, cache: Path, slots: int, told: Callable[[str], None], names: frozenset[str] = ALL
+) -> Baseline:
+    """Run the files of tests of these names, or all, and look; `told` hears of each.
+
+    What `cache` knows is not run, and what is run goes there as it ends.
+    """
     known = json.loads(cache.read_text()) if cache.exists() else {}
     parts: dict[str, Any] = {}
     missing = []
     for file in _test_files():
+        if names and file.removeprefix("property_tests/test_").removesuffix(".py") not in names:
+            continue
         if known.get(file, {}).get("key") == _key(file):
             parts[file] = known[file]
         else:
@@ -91,11 +99,11 @@ def measure(folder: Path, cache: Path, slots: int, told: Callable[[str], None]) 
         file = end.job.paths[0]
         parts[file] = {"key": _key(file)} | _part(end)
         told(f"{file}: {len(parts[file]['tests'])} tests in {end.seconds:.0f} s")
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.write_text(json.dumps(known | parts))
         return iter(())
 
     pool.run_all(jobs(), slots, ended)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    cache.write_text(json.dumps(parts))
     return _merged(parts)
 
 

@@ -20,15 +20,15 @@ from .trace import WATCHED
 # The tests that are about a file.
 OWN = {
     "kernels/blocks.py": ("blocks",),
-    "kernels/blocks.cu": ("blocks",),
+    "kernels/blocks.cu": ("blocks", "quantizer", "product", "layer"),
     "kernels/cuda.py": ("product", "few", "blocks"),
     "kernels/decode.py": ("product",),
     "kernels/few.py": ("few",),
-    "kernels/few.cu": ("few",),
+    "kernels/few.cu": ("few", "packed_product", "frozen"),
     "kernels/hadamard.py": ("hadamard", "backward"),
     "kernels/outputs.py": ("api", "errors"),
     "kernels/product.py": ("product",),
-    "kernels/product.cu": ("product",),
+    "kernels/product.cu": ("product", "layer", "frozen"),
     "kernels/quantize.py": ("quantizer", "product"),
     "quest/eager.py": ("hadamard", "backward", "product", "quantizer", "operators"),
     "quest/estimators.py": ("api", "errors"),

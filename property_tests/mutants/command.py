@@ -45,6 +45,8 @@ def all_mutants() -> list[Mutant]:
               help="Processes side by side.")  # fmt: skip
 @click.option("--again", type=click.Choice(runner.OUTCOMES), multiple=True,
               help="Run these once more, and not only what the journal lacks.")  # fmt: skip
+@click.option("--quick", is_flag=True,
+              help="No ci profile for survivors: later, --again survived.")  # fmt: skip
 @click.option("--fresh", is_flag=True, help="Forget what earlier runs have found.")
 @click.option("--list", "listed", is_flag=True, help="Print the chosen mutants and run nothing.")
 @click.option("--work", type=click.Path(path_type=Path, file_okay=False),
@@ -59,6 +61,7 @@ def main(
     seed: int,
     jobs: int,
     again: tuple[str, ...],
+    quick: bool,
     fresh: bool,
     listed: bool,
     work: Path,
@@ -90,7 +93,7 @@ def main(
         if (old := journal.known(m)) is None or old.outcome in again
     ]  # fmt: skip
     if missing:
-        _run(console, missing, journal, work, jobs)
+        _run(console, missing, journal, work, jobs, quick)
     results = {m.id: r for m in chosen if (r := journal.known(m)) is not None}
     judged = table.Table([m for m in chosen if m.id in results], results, proofs)
     judged.show(console)
@@ -125,9 +128,13 @@ def _choose(
 
 def _run(
     console: Console, missing: list[Mutant], journal: runner.Journal, work: Path, jobs: int,
+    quick: bool,
 ) -> None:  # fmt: skip
     with pool.workshop() as folder:
-        seen = baseline.measure(folder, work / "baseline.json", jobs, console.print)
+        # Nothing but launches counts for CUDA C++, and few files of tests make them.
+        text = all(m.file.endswith(".cu") for m in missing)
+        names = frozenset(n for m in missing for n in choice.OWN[m.file]) if text else baseline.ALL
+        seen = baseline.measure(folder, work / "baseline.json", jobs, console.print, names)
         for test in seen.failed:
             console.print(f"[red]fails without a fault, and is left out:[/] {test}")
         bar = Progress(
@@ -145,6 +152,10 @@ def _run(
                         f"survived: {mutant.id}  {mutant.what}", markup=False, highlight=False
                     )
 
+            def plan(mutant: Mutant) -> list[choice.Part]:
+                parts = choice.stages(mutant, seen)
+                return [p for p in parts if p.profile == "quick"] if quick else parts
+
             # Across files: what the same test kills comes together otherwise, and waits together.
             random.Random(0).shuffle(missing)
-            runner.run(missing, lambda m: choice.stages(m, seen), folder, jobs, told)
+            runner.run(missing, plan, folder, jobs, told)

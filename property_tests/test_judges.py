@@ -1235,6 +1235,20 @@ def test_roundings_after_the_transform_are_few(roundings: int, good: bool) -> No
     assert {name: v.failure is None for name, v in found.items()} == dict.fromkeys(found, good)
 
 
+def test_a_mask_must_agree_with_its_code() -> None:
+    # Within its error the value is either side of a midpoint, and either side of a threshold that
+    # lies a little below; but not above the one and below the other.
+    grid = quest.grids.uniform(4)
+    middle = oracle.grid(grid).midpoints[10]
+    q = Q(grid, quest.Identity(), quest.Clip(middle * (1 - 4 * bounds.U32) / grid.outer))
+    x, one = off(np.array([[middle]]), -2.5), torch.ones(1, 1)
+    for code, flag, good in ((3, True, False), (3, False, True), (2, True, True), (2, False, True)):
+        codes = torch.tensor([[code]], dtype=torch.int8)
+        judges.coded(x, q, codes, one, conclusive=False).require()
+        found = judges.masked(x, q, codes, one, torch.tensor([[flag]]))
+        assert (found.failure is None) == good, found
+
+
 # --- backward ---------------------------------------------------------------------------------
 
 

@@ -143,10 +143,12 @@ def _run(
         )  # fmt: skip
         with bar:
             task = bar.add_task("mutants", total=len(missing))
+            heard: set[str] = set()
 
             def told(mutant: Mutant, result: runner.Result) -> None:
                 journal.add(result)
-                bar.advance(task)
+                heard.add(mutant.id)
+                bar.update(task, completed=len(heard))
                 if result.outcome == "survived":
                     bar.console.print(
                         f"survived: {mutant.id}  {mutant.what}", markup=False, highlight=False

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import quest
 from property_tests import exact_rows
+from quest import operands
 from quest.conformance import examine, inputs, judges, lanes, oracle
 from quest.conformance.verdict import Rejected, Verdict
 from quest.kernels import outputs
@@ -1640,6 +1641,73 @@ def test_quantizer_that_does_not_hear_its_input(grid: Any, sparsity: Any) -> Non
             out = honest | {stage: honest[stage] | {name: wrong}}
             found = examine.quantizer(Scripted(lambda at, _, out=out: out[at]), x, q)
             assert judge_ in failing(found), (stage, name, wrong)
+
+
+def test_pruned_codes_have_a_verdict_of_their_own() -> None:
+    q = Q(UNIFORM[4], quest.Hadamard(16), quest.Clip(0.6), NM24)
+    x = inputs.draw("heavy", (8, 48), torch.float32, 0)
+    honest = written(x, q)
+    codes = torch.where(honest["quantize"]["keep"], honest["quantize"]["codes"], 1)
+    out = honest | {"quantize": honest["quantize"] | {"codes": codes.to(torch.int8)}}
+    assert "pruned codes" in failing(examine.quantizer(Scripted(lambda at, _: out[at]), x, q))
+
+
+def test_a_transform_in_another_dtype_is_refused() -> None:
+    # By its values alone it would be more than good enough.
+    x = inputs.draw("gaussian", (8, 48), torch.bfloat16, 0)
+    y = tensor(hadamard.apply(oracle.lift(x), 16), torch.float32)
+    assert failing(examine.transform(Scripted(lambda *_: {"y": y}), x, 16)) == {"transform"}
+
+
+@pytest.mark.parametrize("name", ["w1a1", "w4a4", "w8a8", "w4a4-2:4"])
+def test_operand_and_product_that_do_not_hear_their_input(name: str) -> None:
+    made = quest.recipe(name, estimator=quest.Clip(0.6))  # which masks some
+    q = made.weight
+    kinds = operands.kinds(made.activation, q)
+    assert kinds is not None
+    static = {"q": q, "kind": kinds[1], "width": 48, "dtype": torch.float32}
+    cpu = lanes.all_lanes()[0]
+
+    def honest_of(x: Tensor, w: Tensor) -> dict[str, dict[str, Tensor]]:
+        a = cpu.call("encode", x, q=made.activation, kind=kinds[0])
+        b = cpu.call("encode", w, q=q, kind=kinds[1])
+        names = ",".join(p.require_grid().name for p in (made.activation, q))
+        vectors = (a["scale"], b["scale"], a["sums"], b["sums"])
+        return {
+            "quantize": cpu.call("quantize", w, q=q),
+            "encode": b,
+            "decode": cpu.call("decode", b["operand"], b["scale"], **static),
+            "left": a,
+            "accumulate": cpu.call("accumulate", a["operand"], b["operand"]),
+            "product": cpu.call("product", a["operand"], b["operand"], *vectors, grids=names,
+                                kinds=",".join(kinds), width=48, dtype=torch.float32),
+        }  # fmt: skip
+
+    x, w, x2, w2 = (inputs.draw("heavy", (8, 48), torch.float32, seed) for seed in range(4))
+    honest, other = honest_of(x, w), honest_of(x2, w2)
+    for stage, output, judge_ in (
+        ("encode", "operand", "operand"),
+        ("encode", "scale", "operand scale"),
+        ("encode", "mask", "operand mask"),
+        ("encode", "sums", "operand sums"),
+        ("decode", "values", "values"),
+        ("accumulate", "accumulators", "accumulators"),
+        ("product", "y", "product"),
+    ):
+        for wrong in (honest[stage][output], *deaf(honest[stage][output], other[stage][output])):
+            out = honest | {stage: honest[stage] | {output: wrong}}
+
+            def write(at: str, t: Tensor, out: dict[str, dict[str, Tensor]] = out) -> Any:
+                return out["left" if at == "encode" and t is x else at]
+
+            lane = Scripted(write)
+            found = (
+                examine.encoded(lane, w, q, kinds[1])
+                if stage in ("encode", "decode")
+                else examine.product(lane, x, w, None, made, torch.float32)
+            )
+            good = wrong is honest[stage][output]
+            assert (judge_ not in failing(found)) == good, (stage, output, wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -153,6 +153,13 @@ def test_a_patch_that_does_not_fit_is_an_error() -> None:
         patches._made("semantic", entry | {"old": "_check(bits)\n    if"})
 
 
+def test_a_patch_at_a_comment_is_about_the_line_behind_it() -> None:
+    entry = {"id": "x", "file": "quest/eager.py", "new": "x = 1", "says": ""}
+    made = patches._made("semantic", entry | {"old": "    # float64 holds every sum exactly"})
+    lines = read("quest/eager.py").decode().splitlines()
+    assert "a.double()" in lines[made.lines[1] - 1]
+
+
 def test_a_proof_of_a_mutant_that_dies_is_a_problem() -> None:
     m = KNOWN["quest/packing.py:pack:remove:0"]
     for outcome, problems in (

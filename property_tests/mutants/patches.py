@@ -37,8 +37,13 @@ def _made(family: str, entry: dict[str, str]) -> Mutant:
         )
     start = source.index(old.encode())
     first = source[:start].count(b"\n") + 1
+    last = first + old.count("\n")
+    # A patch that stands before a line, at its comment, is about that line.
+    lines = source.decode().splitlines()
+    while all(t.lstrip().startswith("#") for t in lines[first - 1 : last]):
+        last += 1
     return Mutant(
-        f"{family}:{entry['id']}", family, entry["file"], (first, first + old.count("\n")), start,
+        f"{family}:{entry['id']}", family, entry["file"], (first, last), start,
         start + len(old.encode()), new, f"{flat(old)} -> {flat(new)}", entry["says"],
     )  # fmt: skip
 

@@ -1212,9 +1212,8 @@ def off(exact: Array, roundings: Array | float) -> Tensor:
     return torch.from_numpy(np.asarray(exact) * (1 + roundings * bounds.U32)).float()
 
 
-@pytest.mark.parametrize(("roundings", "good"), [(0, True), (3, True), (14, False)])
-def test_roundings_after_the_transform_are_few(roundings: int, good: bool) -> None:
-    """What the counts in `bounds` say at the most, 4 to 7, and far less than 10 times that."""
+def after_the_transform(roundings: int) -> dict[str, Verdict]:
+    """Verdicts on values, codes, a mask and a product that are so many roundings off."""
     grid = quest.grids.uniform(4)
     q = Q(grid, quest.Identity(), quest.Clip(1.0))
     one = torch.ones(1, 1)
@@ -1233,7 +1232,14 @@ def test_roundings_after_the_transform_are_few(roundings: int, good: bool) -> No
     numbers = (np.array([[3, -5, 7]]), np.array([[1, 2, -4], [6, -1, 5]]))
     y = off(numbers[0] @ numbers[1].T * 0.75, roundings)
     found["product"] = judges.multiplied(numbers, (0.5, 1.5), (one, torch.ones(2, 1)), None, y)
-    assert {name: v.failure is None for name, v in found.items()} == dict.fromkeys(found, good)
+    return found
+
+
+def test_roundings_after_the_transform_are_few() -> None:
+    """What the counts in `bounds` say at the most, 4 to 7, and far less than 10 times that."""
+    for roundings, good in ((0, True), (3, True), (14, False)):
+        found = after_the_transform(roundings)
+        assert {name: v.failure is None for name, v in found.items()} == dict.fromkeys(found, good)
 
 
 def test_a_mask_must_agree_with_its_code() -> None:

@@ -44,7 +44,7 @@ ONE_OF_EACH = (
     ("uniform2", 12, quest.Pairwise(4, 8), quest.Trust(), torch.float32, "heavy", (3, 24)),
     ("uniform3", 16, quest.NM(1, 2), quest.Trust(0.5), torch.float16, "gaussian", (7, 48)),
     ("uniform4", 128, quest.NM(2, 4), quest.Trust(), torch.float32, "mixed_rows", (17, 1280)),
-    ("uniform4", 1, quest.NM(2, 4), quest.Trust(), torch.float32, "alternating", (2, 3, 8)),
+    ("uniform4", 1, quest.NM(1, 4), quest.Trust(), torch.float32, "alternating", (2, 3, 8)),
     ("uniform4", 128, quest.NM(2, 4), quest.Trust(), torch.float32, "gaussian", (2, 20480)),
     ("uniform8", 32, None, quest.Trust(), torch.bfloat16, "gaussian", (64, 256)),
     ("uniform8", 1, None, quest.Trust(0.5), torch.float32, "zeros", (2, 9)),

@@ -65,8 +65,9 @@ class Capabilities:
     arrays: what the functions take and give. dtypes, blocks, grids, estimators, sparsities, bits
     (of packing): what they work for. inputs: keys of INPUTS. width_multiple, max_width: limits on
     the last axis. any_outer: grids may have an outermost point other than the optimal one. bias:
-    `linear` takes one. rotation: how a transform is summed, for its bounds. ties: where a midpoint goes.
-    accumulator: what sums of products are kept in. deterministic: the same inputs, the same bits.
+    `linear` takes one. rotation: how transforms are summed, for their bounds. ties: where a midpoint
+    goes. accumulator: what sums of products are kept in. deterministic: the same inputs, the same
+    bits.
     """
 
     arrays: str = "torch"

@@ -22,9 +22,9 @@ from torch import Tensor
 
 import quest
 from property_tests import variants
-from property_tests.strategies import ORDERS
 from property_tests.variants import ROTATIONS, SCALINGS, SUMS, Rotation, Scaling
 from quest.conformance import inputs, judges, oracle
+from quest.conformance.strategies import ORDERS
 from quest.conformance.verdict import Tally, Verdict
 from quest.reference.bounds import Sums
 

@@ -29,7 +29,9 @@ from hypothesis import strategies as st
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 import quest
-from property_tests.strategies import (
+from quest.conformance import examine, inputs, oracle
+from quest.conformance.lanes import Lane
+from quest.conformance.strategies import (
     DTYPES,
     ESTIMATORS,
     FORMATS,
@@ -39,8 +41,6 @@ from property_tests.strategies import (
     leads,
     widths,
 )
-from quest.conformance import examine, inputs, oracle
-from quest.conformance.lanes import Lane
 from quest.conformance.verdict import Rejected, Verdict
 from quest.reference import hadamard
 

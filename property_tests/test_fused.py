@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import quest
 from property_tests.lane_marks import fewer
-from property_tests.strategies import SEEDS
 from quest import lowbit, operands, packing
 from quest.conformance import inputs, judges
+from quest.conformance.strategies import SEEDS
 from quest.fused import few_linear, few_linear_shown
 from quest.kernels import few, outputs
 from quest.kernels.product import unavailable

@@ -16,9 +16,9 @@ import pytest
 
 import quest
 from property_tests.ledger import Ledger, slowest
-from property_tests.strategies import FORMATS
 from quest import cli
 from quest.conformance import lanes, oracle, pictures, report
+from quest.conformance.strategies import FORMATS
 from quest.conformance.verdict import BINS, Tally, Verdict, spread
 
 CPU = lanes.all_lanes()[0]

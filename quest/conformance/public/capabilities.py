@@ -62,12 +62,12 @@ class AdapterError(ValueError):
 class Capabilities:
     """The declarations of an adapter, checked; empty or None means undeclared.
 
-    arrays: what the functions take and give. dtypes, blocks, grids, estimators, sparsities, bits
-    (of packing): what they work for. inputs: keys of INPUTS. width_multiple, max_width: limits on
-    the last axis. any_outer: grids may have an outermost point other than the optimal one. bias:
-    `linear` takes one. rotation: how transforms are summed, for their bounds. ties: where a midpoint
-    goes. accumulator: what sums of products are kept in. deterministic: the same inputs, the same
-    bits.
+    arrays: what the functions take and give. dtypes, blocks, grids, estimators, sparsities,
+    bits (of packing): what they work for. inputs: keys of INPUTS. width_multiple, max_width:
+    limits on the last axis. any_outer: grids may have an outermost point other than the optimal
+    one. bias: `linear` takes one. rotation: how transforms are summed, for their bounds. ties:
+    where a midpoint goes. accumulator: what sums of products are kept in. deterministic: the
+    same inputs, the same bits.
     """
 
     arrays: str = "torch"

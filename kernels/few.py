@@ -313,13 +313,13 @@ def linear(
         return y, a, scale, sums
     kernel, blocks, *split_ = _ready(rows, columns, width, bits, out_dtype, x.dtype, device.index)
     x = _rows_of(x if x.ndim == 2 else x.reshape(rows, width))
-    w = _aligned(w)
+    given, w = w, _aligned(w)
     at = cuda.pointer
     kernel.launch(
         blocks,
         y.data_ptr(), x.data_ptr(), w.data_ptr(), at(scale), w_scale.data_ptr(), at(bias),
         at(sums), w_sum.data_ptr(), at(a), 2 * x.stride(0), rows, columns, width * bits // CHUNK,
         width, *split_, factor, 0 if bias is None else OUT[bias.dtype], grid.levels, grid.step,
-        overlap=settled,
+        overlap=settled and w is given,  # a copy has just been written
     )  # fmt: skip
     return y, a, scale, sums

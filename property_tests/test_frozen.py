@@ -232,7 +232,7 @@ def test_few_rows_take_one_kernel(
     operand, scale, _, sums = lowbit.encode(w, made.weight.spec, "integers")
     held = frozen.Frozen(
         operand=operand, scale=scale, sums=sums, packed=made.weight.pack(w).codes, few=few,
-        names="uniform4,uniform4", kinds="integers,integers",
+        names="uniform4,uniform4", kinds="integers,integers", spec=made.activation.spec,
     )  # fmt: skip
     called = []
     real = fused.few_linear

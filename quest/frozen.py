@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import fused, lowbit, operands, paths
-from .packed import odd, packed_product
+from . import fused, lowbit, operands, ops, paths
+from .estimators import STE
+from .packed import launch_packed, odd, packed_product
 from .recipes import Recipe
 
 
@@ -26,7 +27,8 @@ class Frozen:
     values: (out, in), where layers multiply values. operand, scale, sums: see
     `quest.lowbit.encode`, where they multiply integers; packed: (out, bytes) uint8, its codes at 1,
     2 or 4 bits counted from 0, or None. names, kinds: of the grids and operands of activation and
-    weight, as `quest.lowbit.product` takes them. few: rows that `fused.few_linear` takes with it,
+    weight, as `quest.lowbit.product` takes them. spec: of the activation's
+    quantizer, without a mask. few: rows that `fused.few_linear` takes with it,
     at most. state: of the weight that it was made of; weight: that one, held so that no other gets
     its address. whole, place: the stack of several that this one's tensors are rows of, and which
     of them it is; see `stack`.
@@ -39,6 +41,7 @@ class Frozen:
     packed: Tensor | None = None
     names: str = ""
     kinds: str = ""
+    spec: str = ""
     few: int = 0
     weight: Tensor | None = None
     state: tuple[object, ...] = ()
@@ -138,9 +141,18 @@ def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
         # The last kernel here, after the one that wrote the codes: see `linear`.
         scale = scale.clone()
     kinds = ",".join(pair)
+    # Nothing asks for a mask, and its bits are a tenth of the quantizer's work.
+    spec = replace(recipe.activation, estimator=STE()).spec
     return Frozen(
-        None, operand, scale, sums, packed, names, kinds, few, weight, _state(weight)
+        None, operand, scale, sums, packed, names, kinds, spec, few, weight, _state(weight)
     )  # fmt: skip
+
+
+def _plain(bias: Tensor | None, x: Tensor) -> bool:
+    """Whether a kernel can read a bias as it is."""
+    return bias is None or (
+        bias.dtype in ops.DTYPES and bias.is_contiguous() and bias.device == x.device
+    )
 
 
 def _can_be_read(weight: Tensor, bits: int) -> bool:
@@ -160,16 +172,21 @@ def linear(
         return torch.nn.functional.linear(values, frozen.values.to(dtype), b)
     if frozen.packed is not None and paths.fuses(x, frozen.few):
         # Settled: `freeze` has queued another kernel after that which wrote the codes.
-        return fused.few_linear(
-            x, frozen.packed, frozen.scale, frozen.sums, bias, recipe.activation.spec,
-            recipe.weight.require_grid().name, dtype, True,
+        few = fused.unchecked if ops.direct(x) and _plain(bias, x) else fused.few_linear
+        return few(
+            x, frozen.packed, frozen.scale, frozen.sums, bias, frozen.spec,
+            frozen.names.partition(",")[2], dtype, True,
         )  # fmt: skip
     rows = lowbit.as_rows(x)
     kind = frozen.kinds.partition(",")[0]
-    a, a_scale, _, a_sums = lowbit.encode(rows, recipe.activation.spec, kind)
     multiply, b = lowbit.product, frozen.operand
     if frozen.packed is not None and paths.reads_packed(len(rows), frozen.packed, x.shape[-1]):
         multiply, b = packed_product, frozen.packed
+    if ops.direct(x):
+        a, a_scale, _, a_sums = lowbit.launch_encode(rows, ops.quantizer(frozen.spec), kind)
+        multiply = launch_packed if multiply is packed_product else lowbit.launch_product
+    else:
+        a, a_scale, _, a_sums = lowbit.encode(rows, frozen.spec, kind)
     y: Tensor = multiply(
         a, b, a_scale, frozen.scale, a_sums, frozen.sums, bias, frozen.names, frozen.kinds,
         x.shape[-1], dtype,

@@ -119,7 +119,7 @@ def _on_cuda(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     from .kernels import few
 
-    _, bits, factor, grid = _parts(activation, weight_grid)
+    bits = _parts(activation, weight_grid)[1]
     _check(x, w, w_scale, w_sums, bias, bits, dtype)
     lowbit.require_product(x.device)
     width = x.shape[-1]
@@ -129,12 +129,37 @@ def _on_cuda(
             f"one kernel quantizes and multiplies up to {few.LIMIT} rows of bfloat16 or float16 "
             f"that fit shared memory, got {rows} of {width} entries of {x.dtype}"
         )
+    return _launch(
+        x, w, w_scale.contiguous(), w_sums.contiguous(),
+        None if bias is None else bias.contiguous(), activation, weight_grid, dtype, settled, show,
+    )  # fmt: skip
+
+
+def _launch(
+    x: Tensor, w: Tensor, w_scale: Tensor, w_sums: Tensor, bias: Tensor | None, activation: str,
+    weight_grid: str, dtype: torch.dtype, settled: bool, show: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    from .kernels import few
+
+    _, bits, factor, grid = _parts(activation, weight_grid)
     with ops.device_of(x):
         return few.linear(
-            x, w, bits, dtype, grid=grid, factor=factor, w_scale=w_scale.contiguous(),
-            w_sum=w_sums.contiguous(), bias=None if bias is None else bias.contiguous(),
+            x, w, bits, dtype, grid=grid, factor=factor, w_scale=w_scale, w_sum=w_sums, bias=bias,
             settled=settled, show=show,
         )  # fmt: skip
+
+
+def unchecked(
+    x: Tensor, w: Tensor, w_scale: Tensor, w_sums: Tensor, bias: Tensor | None, activation: str,
+    weight_grid: str, dtype: torch.dtype, settled: bool,
+) -> Tensor:  # fmt: skip
+    """`few_linear` on CUDA for arguments that are known to fit, contiguous vectors among them.
+
+    Checking and dispatching them takes longer than the kernel.
+    """
+    return _launch(
+        x, w, w_scale, w_sums, bias, activation, weight_grid, dtype, settled, False
+    )[0]  # fmt: skip
 
 
 def _fake(

@@ -90,7 +90,7 @@ def _check(
 
 
 @packed_product.register_kernel("cuda")
-def _(
+def launch_packed(
     a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor, a_sums: Tensor, w_sums: Tensor,
     bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip

@@ -40,8 +40,7 @@
 typedef unsigned int u32;
 typedef long long i64;
 
-// NT (tiles of 8 rows of A), CLUSTER, WARPS, DEPTH and EARLY (weights are asked for before x) come from
-// few.py.
+// NT (tiles of 8 rows of A), CLUSTER, WARPS and DEPTH come from few.py.
 constexpr int THREADS = 32 * WARPS;
 constexpr int CHUNK = 16, STEP = 4 * CHUNK;           // bytes of a row of W: of a lane, of a fragment
 constexpr int PARTS = BITS == 1 ? 1 : 8 / BITS;       // chunks of A that meet a chunk of W
@@ -191,19 +190,16 @@ __launch_bounds__(THREADS, 1)
                        row_inverse, row_field, row_sum, cluster ? nullptr : shown, a_scale};
   u32 x[16];
 #endif
-#if ROWS && !EARLY
-  wait_for_previous();
-  read_group(x, share, warp, lane);
-  __syncwarp();  // or the assembler puts the weights' loads first
-#endif
 #pragma unroll
   for (int i = 0; i < DEPTH; i++) fetch(ring[i]);
-#if !ROWS || EARLY
-  wait_for_previous();
+#if ROWS
+  // Answered before the first write to another block's memory: that block must have begun.
+  if (CLUSTER > 1) cluster_arrive();
 #endif
+  wait_for_previous();
 
   // While they come: A, what the output needs, and zeros.
-#if ROWS && EARLY
+#if ROWS
   read_group(x, share, warp, lane);
 #elif !ROWS
   const u32 a_chunks = chunks * PARTS, a_first = first_step * 4 * PARTS, a_own = steps * 4 * PARTS;

@@ -32,7 +32,6 @@ ARCHITECTURE = "sm_90a"
 TILES = (1, 2, 4, 8)  # of eight rows of A: what is compiled
 CLUSTERS = (1, 2, 4, 8)
 WARPS = 16
-EARLY = 1  # weights are asked for before the rows that are quantized
 SHARED = 227 * 1024  # bytes that a block can have
 # Bytes of A that a block holds, at most: beyond it K is split over a cluster.
 HELD = SHARED
@@ -158,7 +157,7 @@ def macros(
     """What few.cu is compiled with."""
     return {
         "BITS": bits, "NT": tiles, "CLUSTER": cluster, "OUT": OUT[out], "WARPS": WARPS,
-        "DEPTH": _depth(tiles), "ROWS": 0 if source is None else OUT[source], "EARLY": EARLY,
+        "DEPTH": _depth(tiles), "ROWS": 0 if source is None else OUT[source],
     }  # fmt: skip
 
 
@@ -297,8 +296,9 @@ def linear(
     x H, H the Hadamard transform in blocks of 128, is quantized to `grid` (of 2 levels for bits 1,
     of 4 or 16 otherwise) as `blocks.quantize` does it. y (..., N). show: a (..., K/8) uint8 or
     (..., K) int8, a_scale (..., 1) float32 and a_sum (..., 1) int32 are given, too; else None.
-    settled: w was written by nothing later than the kernel before the last one in this stream. The
-    launch then overlaps with the end of that last one, and w is asked for before it has ended.
+    settled: between what wrote w and this launch, another launch that did not overlap has been
+    queued on this stream. This one then overlaps with the end of the kernel before it, and asks for
+    w before that has ended.
     """
     lead, width, columns, device = x.shape[:-1], x.shape[-1], w.shape[0], x.device
     rows = math.prod(lead)

@@ -281,6 +281,7 @@ __device__ __forceinline__ void quantize_rows(u32 (&w)[16], const Share &s, int 
     read_group(w, s, group, lane);
   }
   __syncthreads();
+  if (CLUSTER > 1) cluster_wait();  // all blocks have begun
   share_rows(s, rank, warp, lane);
   if (CLUSTER > 1) {
     cluster_arrive();  // zeros, too, are seen by all before anything is added

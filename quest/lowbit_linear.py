@@ -59,8 +59,10 @@ def _pair(activation: str, weight: str) -> _Pair:
     return _Pair(*q, kinds, ",".join(t.require_grid().name for t in q))
 
 
-def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
-    ops.check_input(x)
+def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], made: _Pair) -> None:
+    if not weights:
+        raise ValueError("weights must hold at least one weight, got none")
+    made.activation.check(x)
     for w in weights:
         ops.check_input(w)
         if w.ndim != 2 or w.shape[1] != x.shape[-1] or w.device != x.device:
@@ -70,6 +72,7 @@ def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> No
             )
         if w.dtype != weights[0].dtype:
             raise TypeError(f"weights must have one dtype, got {weights[0].dtype} and {w.dtype}")
+    made.weight.check(weights[0])
     if biases and len(biases) != len(weights):
         raise ValueError(
             f"biases must be none or one for each of {len(weights)} weights, got {len(biases)}"
@@ -93,7 +96,7 @@ def low_bit_linear(
     each weight.
     """
     made = _pair(activation, weight)
-    _check(x, weights, biases)
+    _check(x, weights, biases, made)
     f = _CUDA if x.is_cuda else _CPU
     d, kinds = x.shape[-1], ",".join(made.kinds)
     a, a_scale, a_mask, a_sums = f.encode(lowbit.as_rows(x), made.activation, made.kinds[0])
@@ -117,7 +120,7 @@ def _(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     made = _pair(activation, weight)
-    _check(x, weights, biases)
+    _check(x, weights, biases, made)
     ys = [x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype) for w in weights]
     read = list(eager.encoded_like(lowbit.as_rows(x), made.kinds[0])[:3])
     for w in weights:
@@ -143,7 +146,22 @@ def low_bit_linear_backward(
     The gradients of y = x_hat w_hat^T, then the mask and H^T of each operand. Those that reach
     x_hat are summed first, and turned back once.
     """
-    made = _pair(activation, weight)
+    with torch.autocast(grads[0].device.type, enabled=False):
+        return _gradients(
+            grads, read, _pair(activation, weight), width, x_dtype, w_dtype, needs_x, needs_w
+        )
+
+
+def _gradients(
+    grads: Sequence[Tensor],
+    read: Sequence[Tensor],
+    made: _Pair,
+    width: int,
+    x_dtype: torch.dtype,
+    w_dtype: torch.dtype,
+    needs_x: bool,
+    needs_w: Sequence[bool],
+) -> list[Tensor]:
     f = _CUDA if grads[0].is_cuda else _CPU
     order = made.activation.transform.order(width)
     (a, a_scale, a_mask), rest = read[:3], read[3:]

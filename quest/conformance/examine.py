@@ -262,7 +262,9 @@ def _by_parts(
     lane: Lane, stage: str, t: Tensor, parts: tuple[int, ...], q: Quantizer
 ) -> dict[str, Tensor]:
     """A stage on each so many rows of t, put together: where a near tie goes may depend on them."""
-    made = [lane.call(stage, rows, q=q) for rows in torch.split(t, list(parts) or [len(t)])]
+    if not parts:
+        return lane.call(stage, t, q=q)
+    made = [lane.call(stage, rows, q=q) for rows in torch.split(t, list(parts))]
     return {name: torch.cat([each[name] for each in made]) for name in made[0]}
 
 

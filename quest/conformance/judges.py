@@ -69,7 +69,7 @@ def close(
     """T1: |actual - expected| <= bound for each element, with the dtype's own infinities and NaN.
 
     NaN must stand exactly where it is expected. Where the expected value reaches the end of the
-    dtype's range within its bound, an infinity of its sign is admissible. free: where anything is.
+    dtype's range within its bound, an infinity of its sign is admissible. free: where any infinity or NaN is.
     """
     a = lift(actual)
     if a.shape != expected.shape:
@@ -80,7 +80,7 @@ def close(
             np.isinf(a) & (np.abs(expected) + bound >= largest) & (np.sign(a) == np.sign(expected))
         )
         same = (np.isnan(a) & np.isnan(expected)) | (a == expected) | over
-        same = same if free is None else same | free
+        same = same if free is None else same | (free & ~np.isfinite(a))
         error = np.where(same, 0.0, np.abs(a - expected))
     error = np.where(np.isnan(error), math.inf, error)
     ratio, i = worst(error, bound)

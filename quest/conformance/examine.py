@@ -11,6 +11,7 @@ from quest import operands
 from quest.estimators import STE
 from quest.quantizer import Quantizer
 from quest.recipes import Recipe, recipe
+from quest.sparsity import NM
 
 from . import judges
 from .lanes import Lane
@@ -96,12 +97,20 @@ def encoded(lane: Lane, x: Tensor, q: Quantizer, kind: str) -> list[Verdict]:
         judges.exact("operand scale", judges.bits(out["scale"]), judges.bits(codes["scale"])),
         judges.packed_bits("operand mask", codes["mask"], out["mask"]),
     ]
+    if q.sparsity == NM(2, 4):
+        found += compressed(lane, out["operand"].reshape(-1, d))
     static = {"q": q, "kind": kind, "width": d, "dtype": x.dtype}
     values = lane.call("decode", out["operand"], out["scale"], **static)["values"]
     form = judges.form("decoded", values, tuple(x.shape), x.dtype)
     if form.failure is None:
         found.append(judges.dequantized(q, codes["codes"], out["scale"], keep, values))
     return [*found, form]
+
+
+def compressed(lane: Lane, operand: Tensor) -> list[Verdict]:
+    """T0 of the compressed form of a 2:4 sparse operand (rows, d) int8."""
+    out = lane.call("compress", operand)
+    return judges.compressed(operand, out["values"], out["metadata"])
 
 
 def product(

@@ -147,10 +147,11 @@ def operators(backend: str) -> Any:
     """The functions of a backend by operator name."""
     from types import SimpleNamespace
 
-    from quest import eager, lowbit, ops
+    from quest import compression, eager, lowbit, ops
 
     if backend == "dispatch":
         return SimpleNamespace(
+            compress=compression.compress,
             encode=lambda x, q, kind: lowbit.encode(x, q.spec, kind),
             decode=lambda a, scale, q, *rest: lowbit.decode(a, scale, q.spec, *rest),
             accumulate=lowbit.accumulate,
@@ -161,14 +162,18 @@ def operators(backend: str) -> Any:
             quantize=lambda x, q, packed: ops.quantize(x, q.spec, packed),
         )
     functions = (
-        (eager.hadamard, eager.masked_transpose, eager.quantize, eager.encode, eager.decode)
+        (
+            eager.hadamard, eager.masked_transpose, eager.quantize, eager.encode, eager.decode,
+            compression.eager_compress,
+        )
         if backend == "eager"
         else (
             ops.launch_hadamard, ops.launch_masked_transpose, ops.launch_quantize,
-            lowbit.launch_encode, lowbit.launch_decode,
+            lowbit.launch_encode, lowbit.launch_decode, compression.launch_compress,
         )
     )  # fmt: skip
     return SimpleNamespace(
+        compress=functions[5],
         encode=functions[3],
         decode=functions[4],
         accumulate=eager.accumulate,
@@ -208,6 +213,11 @@ def _encode(lane: Lane, x: Tensor, *, q: Any, kind: str) -> Outputs:
 def _decode(lane: Lane, operand: Tensor, scale: Tensor, *, q: Any, **static: Any) -> Outputs:
     f = operators(lane.backend).decode
     return {"values": f(operand, scale, q, static["kind"], static["width"], static["dtype"])}
+
+
+def _compress(lane: Lane, operand: Tensor) -> Outputs:
+    values, metadata = operators(lane.backend).compress(operand)
+    return {"values": values, "metadata": metadata}
 
 
 def _accumulate(lane: Lane, a: Tensor, b: Tensor) -> Outputs:
@@ -375,6 +385,7 @@ _STAGES: dict[str, Callable[..., Outputs]] = {
     "frozen": _frozen,
     "encode": _encode,
     "decode": _decode,
+    "compress": _compress,
     "accumulate": _accumulate,
     "product": _product,
 }

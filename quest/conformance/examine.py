@@ -114,9 +114,18 @@ def compressed(lane: Lane, operand: Tensor) -> list[Verdict]:
 
 
 def product(
-    lane: Lane, x: Tensor, w: Tensor, bias: Tensor | None, made: Recipe, dtype: torch.dtype
+    lane: Lane,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    made: Recipe,
+    dtype: torch.dtype,
+    compressed: bool = False,
 ) -> list[Verdict]:
-    """T0 of the accumulators and T6 of the product of two operands, x (n, in), w (out, in)."""
+    """T0 of the accumulators and T6 of the product of two operands, x (n, in), w (out, in).
+
+    compressed: the product reads w, 2:4 sparse, in its compressed form.
+    """
     kinds = operands.kinds(made.activation, made.weight)
     if kinds is None:
         raise ValueError(f"recipe {made} has no integer product")
@@ -126,8 +135,13 @@ def product(
     )
     acc = lane.call("accumulate", a["operand"], b["operand"])["accumulators"]
     extra = () if bias is None else (bias,)
+    stage = "product"
+    weight: tuple[Tensor, ...] = (b["operand"],)
+    if compressed:
+        form = lane.call("compress", b["operand"])
+        stage, weight = "sparse_product", (form["values"], form["metadata"])
     y = lane.call(
-        "product", a["operand"], b["operand"], a["scale"], b["scale"], a["sums"], b["sums"], *extra,
+        stage, a["operand"], *weight, a["scale"], b["scale"], a["sums"], b["sums"], *extra,
         grids=",".join(q.require_grid().name for q, _ in pairs), kinds=",".join(kinds),
         width=x.shape[-1], dtype=dtype,
     )["y"]  # fmt: skip

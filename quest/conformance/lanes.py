@@ -57,7 +57,7 @@ class Lane:
         """Whether the lane has an implementation of its own for this call."""
         if self.backend != "dispatch" and (stage == "frozen" or static.get("path") == "integers"):
             return False  # the layer of the other lanes is composed, of values
-        if stage in ("accumulate", "product") or static.get("path") == "integers":
+        if stage in ("accumulate", "product", "sparse_product") or static.get("path") == "integers":
             return self.backend != "launch" and no_product(self) is None
         q = static.get("q")
         if self.backend == "launch" and q is not None and q.sparsity is not None:
@@ -147,7 +147,7 @@ def operators(backend: str) -> Any:
     """The functions of a backend by operator name."""
     from types import SimpleNamespace
 
-    from quest import compression, eager, lowbit, ops
+    from quest import compression, eager, lowbit, ops, sparse_product
 
     if backend == "dispatch":
         return SimpleNamespace(
@@ -156,6 +156,7 @@ def operators(backend: str) -> Any:
             decode=lambda a, scale, q, *rest: lowbit.decode(a, scale, q.spec, *rest),
             accumulate=lowbit.accumulate,
             product=lowbit.product,
+            sparse_product=sparse_product.sparse_product,
             hadamard=ops.hadamard,
             masked_transpose=ops.masked_transpose,
             fake_quantize=lambda x, q: ops.fake_quantize(x, q.spec),
@@ -178,6 +179,7 @@ def operators(backend: str) -> Any:
         decode=functions[4],
         accumulate=eager.accumulate,
         product=lowbit.eager_product,
+        sparse_product=sparse_product.eager_sparse_product,
         hadamard=functions[0],
         masked_transpose=functions[1],
         fake_quantize=lambda x, q: functions[2](x, q, values=True, codes=False, packed=True)[::3],
@@ -229,6 +231,15 @@ def _product(lane: Lane, *tensors: Tensor, **static: Any) -> Outputs:
     bias = tensors[6] if len(tensors) > 6 else None
     y = operators(lane.backend).product(
         *tensors[:6], bias, static["grids"], static["kinds"], static["width"], static["dtype"]
+    )
+    return {"y": y}
+
+
+def _sparse_product(lane: Lane, a: Tensor, *tensors: Tensor, **static: Any) -> Outputs:
+    # As for `_product`, but for b: its values and metadata.
+    bias = tensors[6] if len(tensors) > 6 else None
+    y = operators(lane.backend).sparse_product(
+        a, *tensors[:6], bias, static["grids"], static["kinds"], static["width"], static["dtype"]
     )
     return {"y": y}
 
@@ -388,6 +399,7 @@ _STAGES: dict[str, Callable[..., Outputs]] = {
     "compress": _compress,
     "accumulate": _accumulate,
     "product": _product,
+    "sparse_product": _sparse_product,
 }
 
 

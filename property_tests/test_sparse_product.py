@@ -202,7 +202,7 @@ def test_empty(shape: tuple[int, int, int], device: str) -> None:
         (7, torch.ones(23), ValueError, "bias must be torch.float32 of shape"),
         (8, "uniform4", ValueError, "grid_names and kinds must name two of each"),
         (9, "integers,codes", ValueError, "kinds must be integers or codes, and integers, got"),
-        (10, 254, ValueError, "for a width of 254, a multiple of 4"),
+        (10, 252, ValueError, r"values must be .* of shape \(24, 126\) .* a width of 252"),
         (11, torch.int32, TypeError, "dtype must be float32, bfloat16 or float16"),
     ],
 )
@@ -212,6 +212,15 @@ def test_errors(
     _, arguments = _arguments("w4a4-2:4", device)
     arguments[position] = value.to(device) if isinstance(value, torch.Tensor) else value
     with pytest.raises(error, match=told):
+        sparse_product(*arguments)
+
+
+def test_a_width_that_is_no_multiple_of_four() -> None:
+    _, arguments = _arguments("w4a4-2:4", "cpu")
+    for position, width in ((0, 254), (1, 127)):
+        arguments[position] = arguments[position][:, :width]  # type: ignore[index]
+    arguments[10] = 254
+    with pytest.raises(ValueError, match="for a width of 254, a multiple of 4"):
         sparse_product(*arguments)
 
 
@@ -261,6 +270,11 @@ def test_a_frozen_layer_gives_the_same_numbers_with_it(
                 y = frozen.linear(x, each, layer.bias, made, torch.float32)
                 assert torch.equal(y, expected)
                 assert called.pop()[1] is each.kept
+    monkeypatch.setattr(paths, "SPARSE_ROWS", 10)
+    whole = frozen.stacked(stacked)
+    assert whole is not None
+    both = [frozen.linear(x, part, None, made, torch.float32) for part in parts]
+    assert torch.equal(frozen.linear(x, whole, None, made, torch.float32), torch.cat(both, -1))
     assert sum(t.numel() for t in parts[0].read()) == 48 * (256 + 16 + 1)
 
 

@@ -82,11 +82,12 @@ def _check(
 
 
 @sparse_product.register_kernel("cuda")
-def _(
+def launch_sparse_product(
     a: Tensor, values: Tensor, metadata: Tensor, a_scale: Tensor, w_scale: Tensor, a_sums: Tensor,
     w_sums: Tensor, bias: Tensor | None, grid_names: str, kinds: str, width: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    """`eager_sparse_product` by the kernel."""
     from .kernels import sparse
 
     terms = _check(

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test quick bench verify lint format clean
+.PHONY: demo test quick mutants bench verify lint format clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -27,6 +27,10 @@ test: $(READY)
 
 quick: $(READY)
 	$(BIN)/python -m pytest property_tests/ --hypothesis-profile=quick -n 2
+
+# Hours on two cores; goes on where it stopped. ARGUMENTS: see CONTRIBUTING.md.
+mutants: $(READY)
+	$(BIN)/python -m property_tests.mutants $(ARGUMENTS)
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-compare

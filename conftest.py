@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# The public court's options; an installation registers them, a bare checkout does not.
+pytest_plugins = ["quest.conformance.plugin"]
+
 BENCHMARKS = Path(__file__).parent / "benchmarks" / "conftest.py"
 OPTIONS = ("--benchmark-compare", "--benchmark-save", "--benchmark-autosave")
 

@@ -91,6 +91,16 @@ def frozen() -> list[Any]:
     return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made]
 
 
+def peers() -> list[Any]:
+    """(tokens, in_features, out_features) of an int8 layer."""
+    made = [
+        (tokens, inside, outside)
+        for outside, inside in (FROZEN[0], FROZEN[-2 if CUDA else 0])
+        for tokens in ((16, 1024, 16384) if CUDA else (64,))
+    ]
+    return [pytest.param(*case, id=_size(*case)) for case in dict.fromkeys(made)]
+
+
 # Sequences of so many tokens: the step of training, and each prefill.
 TRAINED = (SIZES["800M"].architecture(32000), 16, 512) if CUDA else (TINY, 2, 64)
 PREFILLED = (LlamaConfig(32000, 24, 2048, 16), 512) if CUDA else (TINY, 64)

@@ -12,6 +12,8 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
+from quest.gate.clock import input_sets, size
+
 from . import cases, gate, records, timing
 
 
@@ -72,9 +74,9 @@ class Timed:
             inputs = _sets(shapes, 1)[0]
             more = prepare(*inputs) if prepare else ()
             first = inputs + more
-            moved = sum(map(timing.size, (more or inputs, constant, run(*first))))
+            moved = sum(map(size, (more or inputs, constant, run(*first))))
             if self.benchmark.enabled:
-                sets = _sets(shapes, timing.input_sets(timing.size(more or inputs), cases.DEVICE))
+                sets = _sets(shapes, input_sets(size(more or inputs), cases.DEVICE))
                 if prepare:
                     sets = [each + prepare(*each) for each in sets]
                 times = timing.measure(run, baseline, sets, moved, cases.DEVICE)

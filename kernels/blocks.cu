@@ -4,18 +4,15 @@
 // A thread holds a block of 128 floats in registers, so that the butterfly is additions and nothing
 // else. (Two threads a block leave room for more warps; what they exchange costs more than that gains.)
 // A team of `warps` warps holds a row (or, where `segment` < 32, a warp holds 32 / segment rows).
-// Rows come to shared memory by asynchronous copies, the next while this one is computed; both ways a
-// block's 16-byte chunks lie swizzled, so that threads read their own blocks, and warps write whole
-// lines, without bank conflicts.
+// Rows come to shared memory by asynchronous copies, the next while this one is computed (of float32,
+// where a second buffer would halve the warps, after it); both ways a block's 16-byte chunks lie
+// swizzled, so that threads read their own blocks, and warps write whole lines, without bank conflicts.
 //
 // Formulas and special rows are those of quantize.py. A row whose sum of squares is far from 1 (or
 // zero, or not finite) is computed again, brought near 1 by a power of two: the RARE path.
 //
 // Macros: REGISTERS (of a thread), IN (the input's dtype), LEVELS, EDGE (mask by threshold; else all
 // ones), FORM and BITS.
-#define FLOAT32 1
-#define BFLOAT16 2
-#define FLOAT16 3
 #define VALUES 0    // dequantized, in the input's dtype
 #define PACKED 1    // codes from 0, BITS each
 #define CODES 2     // int8: the code
@@ -23,9 +20,12 @@
 typedef unsigned int u32;
 typedef long long i64;
 
+#include "halves.cuh"
+
 constexpr int IN_BITS = IN == FLOAT32 ? 32 : 16;
 constexpr int ORDER = 128, CHUNKS = IN_BITS;  // elements of a block; its 16-byte chunks
 constexpr int WORD = 32 / IN_BITS;            // elements of 4 bytes
+constexpr int BUFFERS = WORD;                 // tiles that a warp has room for
 constexpr int TILE = 32;                 // blocks of a warp
 constexpr int MAX_WARPS = 12, MAX_TEAMS = 4;
 // Of an element; also the chunks of 16 bytes that a block becomes.
@@ -52,28 +52,6 @@ template <int COUNT> __device__ __forceinline__ int place(int block, int chunk) 
   return block * COUNT + (chunk ^ (COUNT > 8 ? block & 7 : block / (8 / COUNT) & (COUNT - 1)));
 }
 
-// The elements of four bytes: low and, of 16-bit floats, high.
-__device__ __forceinline__ float low(u32 pair) {
-  if (IN == FLOAT32) return __uint_as_float(pair);
-  if (IN == BFLOAT16) return __uint_as_float(pair << 16);
-  float f;
-  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(f) : "r"(pair));
-  return f;
-}
-
-__device__ __forceinline__ float high(u32 pair) {
-  if (IN == BFLOAT16) return __uint_as_float(pair & 0xFFFF0000);
-  float f;
-  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(f) : "r"(pair));
-  return f;
-}
-
-__device__ __forceinline__ u32 pair_of(float low, float high) {
-  u32 both;
-  if (IN == FLOAT16) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
 
 // A block's chunk c, of CHUNKS.
 __device__ __forceinline__ const uint4 &chunk_of(const uint4 *tile, int block, int c) {
@@ -236,7 +214,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
   __shared__ Exchange<int> counts[MAX_TEAMS];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int team = warp / warps, part = warp % warps;
-  uint4 *own = tiles + warp * 2 * TILE * CHUNKS;
+  uint4 *own = tiles + warp * BUFFERS * TILE * CHUNKS;
   const i64 stride = (i64)gridDim.x * teams;
   const bool packs = segment < TILE;  // rows into a warp
   auto first_block = [&](i64 unit) { return packs ? unit * TILE : unit * blocks + part * TILE; };
@@ -277,9 +255,9 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
   i64 unit = (i64)blockIdx.x * teams + team;
   fetch(unit, 0);
   for (; unit < units; unit += stride, turn++) {
-    const int buffer = turn & 1;
-    fetch(unit + stride, buffer ^ 1);
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    const int buffer = BUFFERS == 1 ? 0 : turn & 1;
+    if (BUFFERS > 1) fetch(unit + stride, buffer ^ 1);
+    asm volatile("cp.async.wait_group %0;" ::"n"(BUFFERS - 1) : "memory");
     __syncwarp();
     uint4 *tile = own + buffer * TILE * CHUNKS;
     const i64 start = first_block(unit);
@@ -360,6 +338,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
       // Of 2 code + 1 (L odd: of codes), from codes counted from 0.
       if (leads) sums[row] = EVEN ? 2 * sum - (LEVELS - 1) * 128 * blocks : sum + LOWEST * 128 * blocks;
     }
-    __syncwarp();  // the tile is free for the copy of the unit after next
+    __syncwarp();  // the tile is free for the copy of the unit after next, or of the next
+    if (BUFFERS == 1) fetch(unit + stride, 0);
   }
 }

@@ -19,20 +19,15 @@ from .quantize import DISTANCE, STE, Program
 
 ORDER = 128
 TILE = 32  # blocks that a warp holds
-# Of an element's bytes: warps that a multiprocessor holds, and registers of a thread. Registers set
-# the first; blocks of float32 fill the shared memory at half as many warps.
-RESIDENT = {2: 12, 4: 6}
-REGISTERS = {2: 168, 4: 255}
+# Warps whose threads hold a row, at most; and that a multiprocessor's registers hold.
+WARP_LIMIT = RESIDENT = 12
+REGISTERS = 168
+SHARED_OF_WARP = 2 * TILE * 2 * ORDER  # two buffers of 16-bit blocks, or one of float32
 STATIC = 4096  # more than what blocks.cu declares besides
 # The numbers of blocks.cu.
 VALUES, PACKED, CODES, INTEGERS = range(4)
 FORMS = {"codes": CODES, "integers": INTEGERS}
 INPUTS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-
-
-def shared_of_warp(size: int) -> int:
-    """Bytes of a warp's two buffers, for elements of `size` bytes."""
-    return 2 * TILE * ORDER * size
 
 
 def supports(program: Program, x: torch.Tensor) -> bool:
@@ -44,37 +39,35 @@ def supports(program: Program, x: torch.Tensor) -> bool:
         and program.group is None
         and program.estimator != DISTANCE
         and x.dtype in INPUTS
-        and 0 < x.shape[-1] <= RESIDENT[x.element_size()] * TILE * ORDER
+        and 0 < x.shape[-1] <= WARP_LIMIT * TILE * ORDER
         # y / (sigma step), at most sqrt(d) / step, is rounded beside 1.5 * 2^23.
         and math.sqrt(x.shape[-1]) < 2**22 * program.step
         and cuda.unavailable(x.device) is None
-        and _shared(x.shape[-1] // ORDER, x.element_size()) + STATIC <= cuda.shared(x.device.index)
+        and _shared(x.shape[-1] // ORDER) + STATIC <= cuda.shared(x.device.index)
     )
 
 
-def _shared(blocks: int, size: int) -> int:
-    """Bytes of a thread block's buffers, for rows of so many blocks of elements of `size` bytes."""
-    warps, _, teams, _ = _shape(blocks, size)
-    return warps * teams * shared_of_warp(size)
+def _shared(blocks: int) -> int:
+    """Bytes of a thread block's buffers, for rows of so many blocks."""
+    warps, _, teams, _ = _shape(blocks)
+    return warps * teams * SHARED_OF_WARP
 
 
-def _shape(blocks: int, size: int) -> tuple[int, int, int, int]:
+def _shape(blocks: int) -> tuple[int, int, int, int]:
     """(warps of a team, blocks of a row that share a warp or TILE, teams of a thread block, thread
-    blocks of a multiprocessor) for rows of so many blocks of elements of `size` bytes.
+    blocks of a multiprocessor) for rows of so many blocks.
     """
-    resident = RESIDENT[size]
-    most = resident // 3  # three thread blocks: one computes while another waits
     if blocks < TILE and blocks & (blocks - 1) == 0:
-        return 1, blocks, most, resident // most
+        return 1, blocks, 4, RESIDENT // 4
     warps = -(-blocks // TILE)
-    teams = max(1, most // warps)
-    return warps, TILE, teams, resident // (warps * teams)
+    teams = max(1, 4 // warps)
+    return warps, TILE, teams, RESIDENT // (warps * teams)
 
 
 def macros(dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int) -> dict[str, int]:
     """What blocks.cu is compiled with, for an input of `dtype`."""
     return {
-        "REGISTERS": REGISTERS[dtype.itemsize], "IN": INPUTS[dtype], "LEVELS": levels,
+        "REGISTERS": REGISTERS, "IN": INPUTS[dtype], "LEVELS": levels,
         "EDGE": int(edge), "FORM": form, "BITS": bits,
     }  # fmt: skip
 
@@ -87,7 +80,7 @@ def _kernel(
     code = cuda.compile_("blocks.cu", cuda.architecture(device), made)
     return cuda.load(
         code, "quantize", device, threads=32 * warps,
-        shared=warps * shared_of_warp(dtype.itemsize), layout="5P2q4i2f",
+        shared=warps * SHARED_OF_WARP, layout="5P2q4i2f",
     )  # fmt: skip
 
 
@@ -115,7 +108,7 @@ def quantize(
     mask = outputs.empty((*lead, d // 8), torch.uint8, device)
     sum_ = outputs.empty((*lead, 1) if sums else (0,), torch.int32, device)
     if rows:
-        warps, segment, teams, resident = _shape(blocks, x.element_size())
+        warps, segment, teams, resident = _shape(blocks)
         kernel = _kernel(
             warps * teams, x.dtype, program.levels, program.estimator != STE, form, bits,
             device.index,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import struct
 import threading
 from dataclasses import dataclass
@@ -56,6 +57,12 @@ def _toolchain() -> str | None:
     return None
 
 
+def _text(source: str) -> str:
+    """A source with the headers that it includes: the cache then knows all of it."""
+    text = Path(__file__).with_name(source).read_text(encoding="utf-8")
+    return re.sub(r'(?m)^#include "(.*)"\n', lambda found: _text(found[1]), text)
+
+
 def compile_(
     source: str, architecture: str, macros: dict[str, int], *, cached: bool = True
 ) -> ObjectCode:
@@ -72,7 +79,7 @@ def compile_(
         arch=architecture,
         define_macro=[(name, str(value)) for name, value in macros.items()],
     )
-    text = Path(__file__).with_name(source).read_text(encoding="utf-8")
+    text = _text(source)
     try:
         cache = FileStreamProgramCache() if cached else None
     except OSError:  # a home that can't be written: compile every time
@@ -139,27 +146,73 @@ class Kernel:
     def _local(self) -> threading.local:
         return threading.local()
 
-    def launch(self, blocks: int, *values: Any) -> None:
-        """Queue `blocks` blocks with these parameters; RuntimeError where the driver refuses."""
+    def launch(self, blocks: int, *values: Any, overlap: bool = False) -> None:
+        """Queue `blocks` blocks with these parameters; RuntimeError where the driver refuses.
+
+        overlap: it may start before the kernel before it in the stream has ended, and waits for
+        that itself.
+        """
         from cuda.bindings import driver
 
         local = self._local
         packed = getattr(local, "packed", None)
         if packed is None:
             packed = local.packed = _Parameters(self.layout)
+            local.configs = {}
         packed.fill(*values)
         stream = torch._C._cuda_getCurrentRawStream(self.device)
-        values = (
-            self.function, blocks, 1, 1, self.threads, 1, 1, self.shared, stream,
-            packed.pointers, 0,
-        )  # fmt: skip
-        (status,) = driver.cuLaunchKernel(*values)
+        if overlap:
+            config = local.configs.get(blocks)
+            if config is None:
+                config = local.configs[blocks] = self._config(blocks, _overlapping())
+            config.hStream = stream
+            queue = functools.partial(
+                driver.cuLaunchKernelEx, config, self.function, packed.pointers, 0
+            )
+        else:
+            queue = functools.partial(
+                driver.cuLaunchKernel, self.function, blocks, 1, 1, self.threads, 1, 1, self.shared,
+                stream, packed.pointers, 0,
+            )  # fmt: skip
+        (status,) = queue()
         if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
             # A thread of autograd's that has not used this device yet.
             done(driver.cuCtxSetCurrent(self.context))
-            (status,) = driver.cuLaunchKernel(*values)
+            (status,) = queue()
         if status:
             done((status,))
+
+    def _config(self, blocks: int, attribute: Any) -> Any:
+        from cuda.bindings import driver
+
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
+        config.sharedMemBytes = self.shared
+        config.attrs, config.numAttrs = [attribute], 1
+        return config
+
+
+def _overlapping() -> Any:
+    """The attribute of a launch that does not wait for the kernel before it to end."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    return attribute
+
+
+def clusters(kernel: Kernel, size: int) -> int:
+    """Clusters of `size` blocks of a kernel that run at once, with its shared memory."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    dimension = attribute.value.clusterDim
+    dimension.x, dimension.y, dimension.z = size, 1, 1
+    config = kernel._config(size, attribute)
+    return int(done(driver.cuOccupancyMaxActiveClusters(kernel.function, config)))
 
 
 class _Parameters:

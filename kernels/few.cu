@@ -1,8 +1,8 @@
 // y = A W^T for few rows of A (1 to 64) and packed low-bit W, which is read from memory once.
 //
-// A: (rows, bytes), signs as single bits (BITS 1) or int8 of odd integers. W: (columns, bytes), codes
-// from 0 of BITS bits, little-endian within a byte. Both row-major, K a multiple of 128, so that a
-// row of W is whole chunks of 16 bytes. The tensor cores multiply W's codes as they are, unsigned,
+// A: (rows, bytes), signs as single bits (BITS 1) or int8 of odd integers; or, ROWS, what they are
+// quantized from here, see few_rows.cuh. W: (columns, bytes), codes from 0 of BITS bits, little-endian
+// within a byte. Both row-major, K a multiple of 128, so that a row of W is whole chunks of 16 bytes. The tensor cores multiply W's codes as they are, unsigned,
 // with A: m16n8k32 (or, BITS 1, m16n8k256) with 16 rows of W as its rows and 8 rows of A as its
 // columns. What the codes lack of integers, the sums of A's rows supply.
 //
@@ -31,11 +31,17 @@
 #ifndef OUT
 #define OUT BFLOAT16
 #endif
+#ifndef ROWS  // of A, BFLOAT16 or FLOAT16, to be quantized; 0: an operand
+#define ROWS 0
+#endif
+#define IN ROWS
+#define HALF (ROWS == FLOAT16)
 
 typedef unsigned int u32;
 typedef long long i64;
 
-// NT (tiles of 8 rows of A), CLUSTER, WARPS and DEPTH come from few.py.
+// NT (tiles of 8 rows of A), CLUSTER, WARPS, DEPTH and EARLY (weights are asked for before x) come from
+// few.py.
 constexpr int THREADS = 32 * WARPS;
 constexpr int CHUNK = 16, STEP = 4 * CHUNK;           // bytes of a row of W: of a lane, of a fragment
 constexpr int PARTS = BITS == 1 ? 1 : 8 / BITS;       // chunks of A that meet a chunk of W
@@ -47,70 +53,15 @@ constexpr bool TIGHT = NT >= 4;                       // no registers to spare f
 constexpr u32 MASK = BITS == 4 ? 0x0F0F0F0F : 0x03030303;
 constexpr float BIG = 18446744073709551616.0f;        // 2^64; see product.cu
 
-// 16 bytes; nothing, and any values, unless `wanted`. Volatile: loads stay in the order written here.
-__device__ __forceinline__ void load_weights(uint4 &v, const char *from, bool wanted) {
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.u32 p, %5, 0;\n"
-      " @p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(from), "r"((u32)wanted));
-}
-
-__device__ __forceinline__ void load_rows(uint4 &v, const char *from) {
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from));
-}
-
-// d (16 rows of W x 8 of A) += a b.
-__device__ __forceinline__ void multiply(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-#if BITS == 1
-  asm volatile("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc"
-#else
-  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
-#endif
-               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ u32 cluster_rank() {
-  u32 rank = 0;
-  if (CLUSTER > 1) asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// The same place in the shared memory of another block of the cluster.
-__device__ __forceinline__ u32 remote(u32 address, u32 block) {
-  if (CLUSTER > 1) asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(block));
-  return address;
-}
-
-__device__ __forceinline__ void add_to(u32 address, int value) {
-  if (CLUSTER > 1)
-    asm volatile("red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-  else
-    asm volatile("red.relaxed.cta.shared::cta.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ unsigned short narrow(float value) {
-  unsigned short half;
-  if (OUT == BFLOAT16) asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));
-  else asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
-  return half;
-}
+#include "few_ptx.cuh"
 
 __device__ __forceinline__ void store(void *out, i64 at, float value) {
   if (OUT == FLOAT32) ((float *)out)[at] = value;
   else ((unsigned short *)out)[at] = narrow(value);
+}
+
+__device__ __forceinline__ float bias_at(const void *bias, int at, int type) {
+  return type == FLOAT32 ? ((const float *)bias)[at] : widen(((const unsigned short *)bias)[at], type == BFLOAT16);
 }
 
 // Codes of a chunk of W as the words of two fragments: of each word 0 and 1 of the first, then of the
@@ -147,6 +98,11 @@ __device__ __forceinline__ u32 place(u32 row, u32 q) {
   return chunk / 4 * STEP_CHUNKS + (row / 8 * PARTS + part) * 32 + (lane ^ part * SWING);
 }
 
+#if ROWS
+#include "halves.cuh"
+#include "few_rows.cuh"
+#endif
+
 // Chunks of the two rows of W that a lane has in a fragment.
 struct Unit { uint4 low, high; };
 
@@ -165,26 +121,31 @@ __device__ __forceinline__ void step(const Unit &unit, const uint4 *rows, int la
   }
 }
 
+// bias: of dtype `bias_type`, as OUT counts them, or null. a_scale, a_sum: of A; of ROWS they, and `shown`
+// for the operand, are written where they are not null. stride: of rows of A, in bytes (ROWS).
 // chunks: of a row of W. tiles: of a cluster; own: those that a block writes out, ceil(tiles /
-// CLUSTER). steps: of a block. k_warps: a power of two. inverse: ceil(2^32 / chunks of A in `steps`).
+// CLUSTER). steps: of a block. k_warps: a power of two. inverse: ceil(2^32 / chunks of A in `steps`), or, ROWS,
+// of its blocks of 128, 0 for one. levels, unit: of the grid of A, and its step (ROWS).
 extern "C" __global__ void
 #if CLUSTER > 1
 __cluster_dims__(CLUSTER, 1, 1)
 #endif
 __launch_bounds__(THREADS, 1)
-    few(void *out, const char *a, const char *w, const float *a_scale, const float *w_scale,
-        const float *bias, const int *a_sum, const int *w_sum, int rows, int columns, int chunks,
-        int length, int tiles, int own, int steps, int k_warps, u32 inverse, float factor) {
+    few(void *out, const char *a, const char *w, float *a_scale, const float *w_scale, const void *bias,
+        int *a_sum, const int *w_sum, char *shown, i64 stride, int rows, int columns, int chunks,
+        int length, int tiles, int own, int steps, int k_warps, u32 inverse, float factor, int bias_type,
+        int levels, float unit) {
   extern __shared__ uint4 raw[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int rank = cluster_rank(), cluster = blockIdx.x / CLUSTER;
-  const int span = 16 * own, stride = span + 4;  // of a row of sums: warps that add meet no bank twice
+  const int span = 16 * own, hop_of_sums = span + 4;  // of a row of sums: warps that add meet no bank twice
   uint4 *const held = raw;
   int *const sums = (int *)(held + steps * STEP_CHUNKS);
-  float *const column_scale = (float *)(sums + rows * stride), *const column_bias = column_scale + span;
+  float *const column_scale = (float *)(sums + rows * hop_of_sums), *const column_bias = column_scale + span;
   int *const column_sum = (int *)(column_bias + span);
   float *const row_scale = (float *)(column_sum + span);
   int *const row_sum = (int *)(row_scale + rows);
+  let_next_start();
 
   // The warp's list of units, by tile and then step. What lies beyond the last row is not written
   // out, and beyond the last chunk A is 0: registers may hold anything there.
@@ -218,11 +179,33 @@ __launch_bounds__(THREADS, 1)
   };
   begin();
   Unit ring[DEPTH];
+  const int t = threadIdx.x;
+#if ROWS
+  const int blocks = steps * STEP_BLOCKS, first_block = rank * blocks;
+  int *const row_field = row_sum + rows;
+  float *const row_inverse = (float *)(row_field + rows);
+  u32 *const parts = (u32 *)(row_inverse + rows);
+  float *const squares = (float *)(parts + 2 * CLUSTER * rows);
+  const Share share = {a, stride, rows, blocks, first_block, length / ORDER - first_block, length, levels,
+                       inverse, unit, held, squares, (int *)(squares + rows * blocks), parts, row_scale,
+                       row_inverse, row_field, row_sum, cluster ? nullptr : shown, a_scale};
+  u32 x[16];
+#endif
+#if ROWS && !EARLY
+  wait_for_previous();
+  read_group(x, share, warp, lane);
+  __syncwarp();  // or the assembler puts the weights' loads first
+#endif
 #pragma unroll
   for (int i = 0; i < DEPTH; i++) fetch(ring[i]);
+#if !ROWS || EARLY
+  wait_for_previous();
+#endif
 
   // While they come: A, what the output needs, and zeros.
-  const int t = threadIdx.x;
+#if ROWS && EARLY
+  read_group(x, share, warp, lane);
+#elif !ROWS
   const u32 a_chunks = chunks * PARTS, a_first = first_step * 4 * PARTS, a_own = steps * 4 * PARTS;
   const u32 all = rows * a_own;
   auto bring = [&](u32 first) {
@@ -242,38 +225,55 @@ __launch_bounds__(THREADS, 1)
     };
   };
   auto put = bring(t);
+#endif
   const int column0 = (cluster * tiles + rank * own) * 16;
   const int wide = min(16 * min(own, here - rank * own), columns - column0);  // written here; may be < 0
-  float scale_of_column = 0.0f, bias_of_column = 0.0f, scale_of_row = 0.0f;
-  int sum_of_column = 0, sum_of_row = 0;
+  float scale_of_column = 0.0f, bias_of_column = 0.0f;
+  int sum_of_column = 0;
   if (t < wide) {
     scale_of_column = w_scale[column0 + t];
-    if (bias) bias_of_column = bias[column0 + t];
+    if (bias) bias_of_column = bias_at(bias, column0 + t, bias_type);
     if (BITS == 1) sum_of_column = w_sum[column0 + t];
   }
+#if ROWS
+  if (t < rows) row_sum[t] = 0;
+#else
+  float scale_of_row = 0.0f;
+  int sum_of_row = 0;
   if (t < rows) scale_of_row = a_scale[t], sum_of_row = a_sum[t];
+#endif
 #pragma unroll 1
-  for (int i = t; i < rows * stride; i += THREADS) sums[i] = 0;
+  for (int i = t; i < rows * hop_of_sums; i += THREADS) sums[i] = 0;
+#if !ROWS
   if (CLUSTER > 1) cluster_arrive();
+#endif
   auto settle = [&] {
 #pragma unroll 1
     for (int i = t; i < wide; i += THREADS) {
       const bool again = i != t;  // more columns than threads
       column_scale[i] = again ? w_scale[column0 + i] : scale_of_column;
-      column_bias[i] = again ? bias ? bias[column0 + i] : 0.0f : bias_of_column;
+      column_bias[i] = again ? bias ? bias_at(bias, column0 + i, bias_type) : 0.0f : bias_of_column;
       if (BITS == 1) column_sum[i] = again ? w_sum[column0 + i] : sum_of_column;
     }
+#if !ROWS
     if (t < rows) row_scale[t] = scale_of_row, row_sum[t] = sum_of_row;
+#endif
   };
+#if ROWS
+  if (TIGHT) settle();
+  quantize_rows(x, share, rank);
+  __syncthreads();
+#else
   put();
 #pragma unroll 1
   for (u32 i = t + TOGETHER * THREADS; i < all; i += TOGETHER * THREADS) bring(i)();
   if (TIGHT) settle();
   __syncthreads();
   if (CLUSTER > 1) cluster_wait();  // nothing is added before it is 0
+#endif
 
   int d[CHAINS][NT][4] = {};
-  const u32 base = (u32)__cvta_generic_to_shared(sums);
+  const u32 base = shared_address(sums);
   const uint4 *const first = held + k_warp * STEP_CHUNKS, *at = first;
   int tile = turns ? slot : here, turn = 0, skipped = 0;
   while (tile < here) {
@@ -303,7 +303,7 @@ __launch_bounds__(THREADS, 1)
       for (int r = 0; r < 4; r++) {
         const int row = 8 * n + 2 * (lane % 4) + r % 2;
         const int value = d[0][n][r] + (CHAINS > 1 ? d[CHAINS - 1][n][r] : 0);
-        if (row < rows) add_to(to + 4 * (row * stride + 8 * (r / 2)), value);
+        if (row < rows) add_to(to + 4 * (row * hop_of_sums + 8 * (r / 2)), value);
         for (int c = 0; c < CHAINS; c++) d[c][n][r] = 0;
       }
     }
@@ -319,6 +319,9 @@ __launch_bounds__(THREADS, 1)
   } else {
     __syncthreads();
   }
+#if ROWS
+  if (a_sum && blockIdx.x == 0 && t < rows) a_sum[t] = row_sum[t];
+#endif
   // 32, 64 or 128 threads a row.
   const int shift = span <= 32 ? 5 : span <= 64 ? 6 : 7;
 #pragma unroll 1
@@ -330,7 +333,7 @@ __launch_bounds__(THREADS, 1)
     const int sum = row_sum[row];
 #pragma unroll 1
     for (int i = t & ((1 << shift) - 1); i < wide; i += 1 << shift) {
-      const int acc = sums[row * stride + i];
+      const int acc = sums[row * hop_of_sums + i];
       const int whole = BITS == 1 ? 4 * acc - sum - column_sum[i] - length : 2 * acc - ((1 << BITS) - 1) * sum;
       const float p = (float)whole * scale;
       const float y = large ? fmaf(p * column_scale[i], up, column_bias[i]) : fmaf(p, column_scale[i], column_bias[i]);

@@ -1,9 +1,10 @@
 """y = A W^T for few rows of A and packed weights: CUDA C++ for Hopper, from few.cu.
 
 With few rows the time is that of reading the weights, which lie packed at 1, 2 or 4 bits and are
-read once. A holds signs as single bits, or int8 of odd integers 2 code + 1. The weights' codes are
-counted from 0 and multiplied as they are: the sums of A's rows supply the rest. The epilogue is
-`product`'s, with the same roundings.
+read once. A holds signs as single bits, or int8 of odd integers 2 code + 1 (`product`); or it is
+quantized by the same kernel, while the weights come (`linear`). The weights' codes are counted from
+0 and multiplied as they are: the sums of A's rows supply the rest. The epilogue is `product`'s,
+with the same roundings.
 
 Source: QuEST (arXiv 2502.05003), section 4; PTX ISA, `mma.sync` m16n8k32 and m16n8k256.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,10 +32,16 @@ ARCHITECTURE = "sm_90a"
 TILES = (1, 2, 4, 8)  # of eight rows of A: what is compiled
 CLUSTERS = (1, 2, 4, 8)
 WARPS = 16
+EARLY = 1  # weights are asked for before the rows that are quantized
 SHARED = 227 * 1024  # bytes that a block can have
-# Bytes of A that a block holds, at most: beyond it K is split over a cluster. Measured: clusters
-# cost more than reading more of A from the L2 cache, so only what does not fit is split.
+# Bytes of A that a block holds, at most: beyond it K is split over a cluster.
 HELD = SHARED
+# Elements of A that a block quantizes, at most, where a cluster is large enough: one group of eight
+# Hadamard blocks a warp. Every cluster quantizes all of A.
+QUANTIZED = WARPS * 8 * CHUNK
+ORDER = 128  # of the Hadamard transform that it has
+
+Source = torch.dtype | None  # of rows that are quantized; None for an operand
 
 
 @dataclass(frozen=True)
@@ -71,10 +79,13 @@ def _parts(bits: int) -> int:
     return 1 if bits == 1 else 8 // bits
 
 
-def _shared(rows: int, steps: int, own: int, bits: int) -> int:
+def _shared(rows: int, steps: int, own: int, bits: int, cluster: int, quantizes: bool) -> int:
     """Bytes of shared memory, as few.cu lays them out."""
     held = 8 * _row_tiles(rows) * 64 * _parts(bits) * steps
-    return held + 4 * (rows * (16 * own + 4) + 3 * 16 * own + 2 * rows)
+    words = rows * (16 * own + 4) + 3 * 16 * own + 2 * rows
+    if quantizes:
+        words += 2 * rows + 2 * cluster * rows + 2 * rows * _blocks(steps, bits)
+    return held + 4 * words
 
 
 def _steps(width: int, bits: int, cluster: int) -> int:
@@ -83,85 +94,131 @@ def _steps(width: int, bits: int, cluster: int) -> int:
     return -(-whole // cluster)
 
 
-def supports(rows: int, width: int, bits: int) -> bool:
+def _blocks(steps: int, bits: int) -> int:
+    """Hadamard blocks in so many steps."""
+    return steps * (4 // bits)
+
+
+def supports(rows: int, width: int, bits: int, *, quantizes: bool = False) -> bool:
     """Whether the kernel does this: K a multiple of 128 and at most 65536, 1 to 64 rows.
 
     More than 32 rows of int8 fit shared memory up to a K of about 27000, 17 to 32 up to 55000.
     """
+    last = CLUSTERS[-1]
     return (
         bits in (1, 2, 4)
         and 1 <= rows <= LIMIT
         and 0 < width <= MAX_WIDTH
         and width % CHUNK == 0
-        and _shared(rows, _steps(width, bits, CLUSTERS[-1]), 1, bits) <= SHARED
+        and _shared(rows, _steps(width, bits, last), 1, bits, last, quantizes) <= SHARED
     )
 
 
-def plan(
-    rows: int, columns: int, width: int, bits: int, processors: int, held: int | None = None
-) -> Plan:
-    """The split of K and N for what `supports` allows; `held` in place of HELD."""
-    held = HELD if held is None else held
+def split(rows: int, width: int, bits: int, *, quantizes: bool = False) -> int:
+    """Blocks of a cluster, which share K, for what `supports` allows: the fewest that will do."""
     row = 64 * _parts(bits)  # bytes of A in a step
     for cluster in CLUSTERS:
         steps = _steps(width, bits, cluster)
-        if rows * row * steps <= held and _shared(rows, steps, 1, bits) <= SHARED:
+        fits = _shared(rows, steps, 1, bits, cluster, quantizes) <= SHARED
+        # A cluster of more blocks than steps would leave some without work.
+        most = cluster >= _steps(width, bits, 1)
+        if quantizes:
+            enough = most or rows * _blocks(steps, bits) * ORDER <= QUANTIZED
+        else:
+            enough = rows * row * steps <= HELD
+        if fits and enough:
             break
-    # The processors of a group share clusters of four and more among 16 of them.
-    groups = max(1, processors // cluster if cluster <= 2 else processors // 16 * (16 // cluster))
+    return cluster
+
+
+def plan(
+    rows: int, columns: int, width: int, bits: int, cluster: int, groups: int,
+    *, quantizes: bool = False,
+) -> Plan:  # fmt: skip
+    """The split of K and N over clusters of so many blocks, `groups` of which run at once."""
+    steps = _steps(width, bits, cluster)
     total = waves = -(-columns // 16)
     for waves in range(1, total + 1):
         tiles = -(-total // (waves * groups))
-        shared = _shared(rows, steps, -(-tiles // cluster), bits)
+        shared = _shared(rows, steps, -(-tiles // cluster), bits, cluster, quantizes)
         if shared <= SHARED:
             break
-    # A warp's units, and half a unit for each tile's sums.
+    # A warp's units, and half a unit for each tile's sums; those for other blocks cost more.
+    flush = 0.5 if cluster == 1 else 1.5
     warps = min(
         (1 << i for i in range(WARPS.bit_length())),
-        key=lambda n: -(-tiles * n // WARPS) * (-(-steps // n) + 0.5),
+        key=lambda n: -(-tiles * n // WARPS) * (-(-steps // n) + flush),
     )
     return Plan(cluster, tiles, steps, warps, -(-total // tiles), shared)
 
 
-def macros(bits: int, tiles: int, cluster: int, out: torch.dtype) -> dict[str, int]:
+def macros(
+    bits: int, tiles: int, cluster: int, out: torch.dtype, source: Source = None
+) -> dict[str, int]:
     """What few.cu is compiled with."""
     return {
-        "BITS": bits, "NT": tiles, "CLUSTER": cluster, "OUT": OUT[out],
-        "WARPS": WARPS, "DEPTH": _depth(tiles),
+        "BITS": bits, "NT": tiles, "CLUSTER": cluster, "OUT": OUT[out], "WARPS": WARPS,
+        "DEPTH": _depth(tiles), "ROWS": 0 if source is None else OUT[source], "EARLY": EARLY,
     }  # fmt: skip
 
 
 def compile_(
-    bits: int, tiles: int, cluster: int, out: torch.dtype, *, cached: bool = True
+    bits: int,
+    tiles: int,
+    cluster: int,
+    out: torch.dtype,
+    source: Source = None,
+    *,
+    cached: bool = True,
 ) -> ObjectCode:
     """The binary of a variant for sm_90a; see `cuda.compile_`."""
-    return cuda.compile_("few.cu", ARCHITECTURE, macros(bits, tiles, cluster, out), cached=cached)
+    made = macros(bits, tiles, cluster, out, source)
+    return cuda.compile_("few.cu", ARCHITECTURE, made, cached=cached)
 
 
 @functools.cache
-def _loaded(bits: int, tiles: int, cluster: int, out: torch.dtype, device: int) -> cuda.Kernel:
-    code = compile_(bits, tiles, cluster, out)
-    return cuda.load(code, "few", device, threads=32 * WARPS, shared=SHARED, layout="8P9if")
+def _loaded(
+    bits: int, tiles: int, cluster: int, out: torch.dtype, source: Source, device: int
+) -> cuda.Kernel:
+    code = compile_(bits, tiles, cluster, out, source)
+    return cuda.load(code, "few", device, threads=32 * WARPS, shared=SHARED, layout="9Pq8iIf2if")
 
 
 @functools.lru_cache(maxsize=1024)
 def _ready(
-    rows: int, columns: int, width: int, bits: int, out: torch.dtype, device: int
+    rows: int, columns: int, width: int, bits: int, out: torch.dtype, source: Source, device: int
 ) -> tuple[cuda.Kernel, int, int, int, int, int, int]:
     """The kernel with its shared memory, the blocks, and what few.cu is told of the split."""
-    if not supports(rows, width, bits):
+    quantizes = source is not None
+    if not supports(rows, width, bits, quantizes=quantizes):
         raise ValueError(f"there is no product of {rows} rows of {width} entries at {bits} bits")
-    p = plan(rows, columns, width, bits, cuda.processors(device))
-    kernel = dataclasses.replace(
-        _loaded(bits, _row_tiles(rows), p.cluster, out, device), shared=p.shared
-    )
-    inverse = -(-(2**32) // (4 * _parts(bits) * p.steps))
-    return kernel, p.cluster * p.clusters, p.tiles, p.own, p.steps, p.warps, inverse
+    cluster = split(rows, width, bits, quantizes=quantizes)
+    kernel = _loaded(bits, _row_tiles(rows), cluster, out, source, device)
+    groups = max(1, cuda.clusters(kernel, cluster))
+    p = plan(rows, columns, width, bits, cluster, groups, quantizes=quantizes)
+    kernel, divisor = dataclasses.replace(kernel, shared=p.shared), inverse(p, bits, source)
+    return kernel, p.cluster * p.clusters, p.tiles, p.own, p.steps, p.warps, divisor
+
+
+def inverse(p: Plan, bits: int, source: Source) -> int:
+    """What few.cu divides by the length of a block's share of a row with."""
+    if source is None:
+        return -(-(2**32) // (4 * _parts(bits) * p.steps))
+    blocks = _blocks(p.steps, bits)
+    return 0 if blocks == 1 else -(-(2**32) // blocks)
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _rows_of(x: torch.Tensor) -> torch.Tensor:
+    """x (rows, width) of 16 bits, its rows contiguous, beginning at multiples of 16 bytes."""
+    even = x.shape[0] == 1 or x.stride(0) % 8 == 0
+    if even and x.stride(1) == 1 and x.data_ptr() % 16 == 0:
+        return x
+    return _aligned(x)
 
 
 def product(
@@ -186,19 +243,83 @@ def product(
     bits 2, 4: a (M, K) int8; w (N, K bits/8) uint8, codes from 0 as `packing.pack` lays them out,
     each for the integer 2 code - (2**bits - 1); a_sum (M,) int32 the sums of a's rows. p is the sum
     of products of integers; `length` and w_sum don't count. Entries past a row's end are 0 in a.
-    a_scale (M,), w_scale (N,), bias (N,) float32. Vectors are contiguous.
+    a_scale (M,), w_scale (N,) float32; bias (N,) float32, bfloat16 or float16. Vectors are
+    contiguous.
     """
     rows, columns = a.shape[0], w.shape[0]
     y = outputs.empty((rows, columns), out_dtype, a.device)
     if y.numel() == 0:
         return y
     width = a.shape[1] * (8 if bits == 1 else 1)
-    kernel, blocks, *split = _ready(rows, columns, width, bits, out_dtype, a.device.index)
+    kernel, blocks, *split_ = _ready(rows, columns, width, bits, out_dtype, None, a.device.index)
     a, w = _aligned(a), _aligned(w)
     at = cuda.pointer
     kernel.launch(
         blocks,
         y.data_ptr(), a.data_ptr(), w.data_ptr(), a_scale.data_ptr(), w_scale.data_ptr(), at(bias),
-        a_sum.data_ptr(), at(w_sum), rows, columns, width * bits // CHUNK, length, *split, factor,
+        a_sum.data_ptr(), at(w_sum), 0, 0, rows, columns, width * bits // CHUNK, length, *split_,
+        factor, 0 if bias is None else OUT[bias.dtype], 0, 0.0,
     )  # fmt: skip
     return y
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A uniform grid of rows that are quantized: 2, 4 or 16 levels, and its step."""
+
+    levels: int
+    step: float
+
+
+@functools.lru_cache(maxsize=1024)
+def quantizes(dtype: torch.dtype, rows: int, width: int, bits: int) -> bool:
+    """Whether `linear` takes so many rows of this dtype for weights of so many bits."""
+    known = dtype in (torch.bfloat16, torch.float16)
+    return known and supports(rows, width, bits, quantizes=True)
+
+
+def linear(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bits: int,
+    out_dtype: torch.dtype,
+    *,
+    grid: Grid,
+    factor: float,
+    w_scale: torch.Tensor,
+    w_sum: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    settled: bool = False,
+    show: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(y, a, a_scale, a_sum): `product` of the operand of x (..., K), see `quantizes`.
+
+    x H, H the Hadamard transform in blocks of 128, is quantized to `grid` (of 2 levels for bits 1,
+    of 4 or 16 otherwise) as `blocks.quantize` does it. y (..., N). show: a (..., K/8) uint8 or
+    (..., K) int8, a_scale (..., 1) float32 and a_sum (..., 1) int32 are given, too; else None.
+    settled: w was written by nothing later than the kernel before the last one in this stream. The
+    launch then overlaps with the end of that last one, and w is asked for before it has ended.
+    """
+    lead, width, columns, device = x.shape[:-1], x.shape[-1], w.shape[0], x.device
+    rows = math.prod(lead)
+    y = outputs.empty((*lead, columns), out_dtype, device)
+    a = scale = sums = None
+    if show:
+        bytes_, kind = (width // 8, torch.uint8) if bits == 1 else (width, torch.int8)
+        a = outputs.empty((*lead, bytes_), kind, device)
+        scale = outputs.empty((*lead, 1), torch.float32, device)
+        sums = outputs.empty((*lead, 1), torch.int32, device)
+    if rows == 0 or columns == 0:
+        return y, a, scale, sums
+    kernel, blocks, *split_ = _ready(rows, columns, width, bits, out_dtype, x.dtype, device.index)
+    x = _rows_of(x if x.ndim == 2 else x.reshape(rows, width))
+    given, w = w, _aligned(w)
+    at = cuda.pointer
+    kernel.launch(
+        blocks,
+        y.data_ptr(), x.data_ptr(), w.data_ptr(), at(scale), w_scale.data_ptr(), at(bias),
+        at(sums), w_sum.data_ptr(), at(a), 2 * x.stride(0), rows, columns, width * bits // CHUNK,
+        width, *split_, factor, 0 if bias is None else OUT[bias.dtype], grid.levels, grid.step,
+        overlap=settled and w is given,  # a copy has just been written
+    )  # fmt: skip
+    return y, a, scale, sums

@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, Phase, Verbosity, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
-from property_tests.ledger import LEDGER, Ledger
+from property_tests.ledger import LEDGER, Ledger, slowest
 from quest.conformance import lanes
 
 torch.set_num_threads(1)
@@ -42,13 +42,15 @@ settings.register_profile(
 settings.load_profile("ci")
 
 QUICK_SHARE = 16
+SHOWN = 5  # lines of each list at the end of a run
 
 _started = time.perf_counter()
 _gathered = Ledger()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In the quick profile, one in QUICK_SHARE parameters of a test, and each test in each lane."""
+    """Promoted entries first; in the quick profile one in QUICK_SHARE parameters, in each lane."""
+    items.sort(key=lambda item: not item.nodeid.partition("[")[0].endswith("::test_promoted"))
     if settings.get_current_profile_name() != "quick":
         return
     seen: dict[tuple[str, str], int] = {}
@@ -80,11 +82,19 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Elements judged and worst ratio of each lane; lanes that did not run; the suite's time."""
+    """What was judged, the worst ratios, the slowest tests, lanes that did not run, the time."""
     write = terminalreporter.write_line
     terminalreporter.section("judged against the oracle")
     for line in _gathered.table():
         write(line)
+    reports = [r for found in terminalreporter.stats.values() for r in found]
+    timed = [r for r in reports if hasattr(r, "duration") and hasattr(r, "nodeid")]
+    for title, lines in (
+        ("closest to their bounds (error over bound)", _gathered.closest(SHOWN)),
+        ("slowest tests", slowest(timed, SHOWN)),
+    ):
+        for line in [f"{title}:", *lines] if lines else []:
+            write(line)
     for lane in lanes.all_lanes():
         reason = lanes.missing(lane)
         if reason is not None:

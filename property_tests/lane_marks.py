@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from property_tests.strategies import DTYPES, LANES
 from quest.conformance import lanes
+from quest.conformance.strategies import DTYPES, LANES
 
 
 def every_lane(function: Any) -> Any:

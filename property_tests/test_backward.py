@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from property_tests.lane_marks import every_dtype, every_lane, fewer
 from property_tests.ledger import LEDGER
-from property_tests.strategies import HEADER, ORDERS, SEEDS, Case, cases, lane_code, widths
 from quest.conformance import examine, inputs
 from quest.conformance.lanes import Lane
+from quest.conformance.strategies import HEADER, ORDERS, SEEDS, Case, cases, lane_code, widths
 
 
 @every_lane

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from property_tests.lane_marks import every_lane, fewer
 from property_tests.ledger import LEDGER
-from property_tests.strategies import SEEDS
 from quest import compression
 from quest.conformance import examine, judges
 from quest.conformance.lanes import Lane
+from quest.conformance.strategies import SEEDS
 from quest.kernels import compress as kernel
 from quest.reference import compression as reference
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from property_tests.lane_marks import fewer
-from property_tests.strategies import SEEDS
 from quest import packing
 from quest.conformance import judges
+from quest.conformance.strategies import SEEDS
 from quest.kernels import cuda, few, outputs, product
 
 HOPPER = torch.cuda.is_available() and product.unavailable(torch.device("cuda")) is None
@@ -18,18 +20,43 @@ on_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU and cuda-c
 BITS = (1, 2, 4)
 
 
+needs_nvrtc = pytest.mark.skipif(
+    importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None,
+    reason="cuda-core is not installed: pip install 'quest-lowbit[hopper]'",
+)
+
+
+def _compiles(*variant: object) -> None:
+    made = few.compile_(*variant, cached=False)
+    assert made.code[:4] == b"\x7fELF"
+    assert b"few" in made.code
+
+
+@needs_nvrtc
 @pytest.mark.parametrize("out", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tiles", few.TILES)
 @pytest.mark.parametrize("bits", BITS)
 def test_every_variant_compiles_without_a_gpu(bits: int, tiles: int, out: torch.dtype) -> None:
     """With and without a cluster: the size of one only counts in a division and an attribute."""
-    pytest.importorskip(
-        "cuda.core", reason="cuda-core is not installed: pip install 'quest-lowbit[hopper]'"
-    )
-    for cluster in (1, 8):
-        made = few.compile_(bits, tiles, cluster, out, cached=False)
-        assert made.code[:4] == b"\x7fELF"
-        assert b"few" in made.code
+    for cluster in (1, 8) if out == torch.bfloat16 else (1,):
+        _compiles(bits, tiles, cluster, out)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("tiles", few.TILES)
+@pytest.mark.parametrize("bits", BITS)
+def test_every_variant_that_quantizes_compiles_without_a_gpu(bits: int, tiles: int) -> None:
+    _compiles(bits, tiles, 8 if tiles > 1 else 1, torch.bfloat16, torch.bfloat16)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("out", "source"),
+    [(torch.float32, torch.bfloat16), (torch.float16, torch.float16)],
+    ids=["float32", "float16"],
+)
+def test_other_dtypes_compile_without_a_gpu(out: torch.dtype, source: torch.dtype) -> None:
+    _compiles(4, 1, 1, out, source)
 
 
 @pytest.mark.parametrize(
@@ -61,17 +88,53 @@ def test_plan(data: st.DataObject) -> None:
     columns = data.draw(st.integers(1, 200_000), label="columns")
     width = few.CHUNK * data.draw(st.integers(1, 512), label="chunks")
     bits = data.draw(st.sampled_from(BITS), label="bits")
+    quantizes = data.draw(st.booleans(), label="quantizes")
     processors = data.draw(st.sampled_from((1, 114, 132)), label="processors")
-    if not few.supports(rows, width, bits):
+    if not few.supports(rows, width, bits, quantizes=quantizes):
         return
-    p = few.plan(rows, columns, width, bits, processors)
+    cluster = few.split(rows, width, bits, quantizes=quantizes)
+    assert cluster in few.CLUSTERS
+    p = few.plan(
+        rows, columns, width, bits, cluster, max(1, processors // cluster), quantizes=quantizes
+    )
+    assert p.cluster == cluster
     assert p.shared <= few.SHARED
-    assert p.cluster in few.CLUSTERS
     assert p.clusters * p.tiles * 16 >= columns
     assert (p.clusters - 1) * p.tiles * 16 < columns
     assert p.own * p.cluster >= p.tiles
     assert p.cluster * p.steps * 64 >= width * bits // 8
     assert few.WARPS % p.warps == 0
+
+
+@given(data=st.data())
+def test_the_divisor_of_a_share(data: st.DataObject) -> None:
+    """The upper half of i times `inverse` is i over a share's length, for every i of it."""
+    bits = data.draw(st.sampled_from(BITS), label="bits")
+    width = few.CHUNK * data.draw(st.integers(1, 512), label="chunks")
+    rows = data.draw(st.integers(1, few.LIMIT), label="rows")
+    for source in (None, torch.bfloat16):
+        quantizes = source is not None
+        if not few.supports(rows, width, bits, quantizes=quantizes):
+            continue
+        cluster = few.split(rows, width, bits, quantizes=quantizes)
+        p = few.plan(rows, 16, width, bits, cluster, 1, quantizes=quantizes)
+        inverse = few.inverse(p, bits, source)
+        length = p.steps * (4 // bits if quantizes else 4 if bits == 1 else 32 // bits)
+        assert inverse < 2**32
+        if inverse == 0:  # for a length of one, in the kernel
+            assert length == 1
+            continue
+        for row in range(rows):
+            for i in (row * length, (row + 1) * length - 1):
+                assert i * inverse >> 32 == row
+
+
+def test_rows_that_are_quantized_share_their_work() -> None:
+    """A cluster grows until a block has one group of blocks a warp, and no further than K goes."""
+    few_rows = [few.split(rows, 4096, 4, quantizes=True) for rows in (1, 4, 5, 8, 9, 16, 17, 64)]
+    assert few_rows == [1, 1, 2, 2, 4, 4, 8, 8]
+    assert few.split(64, 128, 4, quantizes=True) == 1
+    assert few.split(64, 512, 1, quantizes=True) == 1
 
 
 def _operands(
@@ -208,4 +271,4 @@ def test_operands_that_are_not_aligned() -> None:
 def test_what_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "processors", lambda device: 132)
     with pytest.raises(ValueError, match="no product of 65 rows of 128 entries at 4 bits"):
-        few._ready(65, 16, 128, 4, torch.float32, 0)
+        few._ready(65, 16, 128, 4, torch.float32, None, 0)

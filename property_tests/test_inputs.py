@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from property_tests.strategies import cases
 from quest.conformance import inputs
 from quest.conformance.lanes import _bytes
+from quest.conformance.strategies import cases
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEEDS = st.integers(0, 2**32 - 1)

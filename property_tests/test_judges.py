@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import quest
-from property_tests import exact_rows
-from quest.conformance import examine, inputs, judges, lanes, oracle
+from quest import operands
+from quest.conformance import exact_rows, examine, inputs, judges, lanes, oracle
 from quest.conformance.verdict import Rejected, Verdict
 from quest.kernels import outputs
 from quest.reference import bounds, hadamard, quantize
@@ -1169,6 +1169,15 @@ def test_close_at_the_edge_of_its_bound() -> None:
         judges.close("y", torch.tensor([1.5, -2.5]), expected, bound).require()
 
 
+def test_close_compares_shapes() -> None:
+    # Those that NumPy would spread over each other, too.
+    for shape in ((3,), (1, 3), (3, 1)):
+        ones = np.ones(shape)
+        for other in ((3,), (1, 3), (3, 1)):
+            failure = judges.close("y", torch.ones(other), ones, ones).failure
+            assert (failure is None) == (other == shape)
+
+
 @pytest.mark.parametrize(
     ("actual", "expected", "good"),
     [
@@ -1195,6 +1204,55 @@ def test_close_places_infinities_and_nan(actual: float, expected: float, good: b
         np.array([abs(expected) * 2.0**-11]),
     )
     assert (found.failure is None) == good, found
+
+
+def off(exact: Array, roundings: Array | float) -> Tensor:
+    """float32 values that are so many units of roundoff, or one more or less, off."""
+    return torch.from_numpy(np.asarray(exact) * (1 + roundings * bounds.U32)).float()
+
+
+def after_the_transform(roundings: int) -> dict[str, Verdict]:
+    """Verdicts on values, codes, a mask and a product that are so many roundings off."""
+    grid = quest.grids.uniform(4)
+    q = Q(grid, quest.Identity(), quest.Clip(1.0))
+    one = torch.ones(1, 1)
+    codes = torch.arange(-8, 8, dtype=torch.int8)[None]
+    points = np.array([grid.points])
+    found = {"values": judges.dequantized(q, codes, one, None, off(points, roundings))}
+    # An upper code below its midpoint, and a lower one above.
+    mids = np.array([grid.midpoints])
+    mids = mids[np.abs(mids) > 0.1][None]
+    upper = torch.from_numpy(quantize.encode(mids, oracle.grid(grid))).to(torch.int8)
+    x = off(mids, -roundings * np.sign(mids))
+    found["codes"] = judges.coded(x, q, upper, one, conclusive=False)
+    x = off(np.array([[grid.outer, -grid.outer]]), roundings)
+    ends = torch.tensor([[7, -8]], dtype=torch.int8)
+    found["mask"] = judges.masked(x, q, ends, one, torch.ones(1, 2, dtype=torch.bool))
+    numbers = (np.array([[3, -5, 7]]), np.array([[1, 2, -4], [6, -1, 5]]))
+    y = off(numbers[0] @ numbers[1].T * 0.75, roundings)
+    found["product"] = judges.multiplied(numbers, (0.5, 1.5), (one, torch.ones(2, 1)), None, y)
+    return found
+
+
+def test_roundings_after_the_transform_are_few() -> None:
+    """What the counts in `bounds` say at the most, 4 to 7, and far less than 10 times that."""
+    for roundings, good in ((0, True), (3, True), (14, False)):
+        found = after_the_transform(roundings)
+        assert {name: v.failure is None for name, v in found.items()} == dict.fromkeys(found, good)
+
+
+def test_a_mask_must_agree_with_its_code() -> None:
+    # Within its error the value is either side of a midpoint, and either side of a threshold that
+    # lies a little below; but not above the one and below the other.
+    grid = quest.grids.uniform(4)
+    middle = oracle.grid(grid).midpoints[10]
+    q = Q(grid, quest.Identity(), quest.Clip(middle * (1 - 4 * bounds.U32) / grid.outer))
+    x, one = off(np.array([[middle]]), -2.5), torch.ones(1, 1)
+    for code, flag, good in ((3, True, False), (3, False, True), (2, True, True), (2, False, True)):
+        codes = torch.tensor([[code]], dtype=torch.int8)
+        judges.coded(x, q, codes, one, conclusive=False).require()
+        found = judges.masked(x, q, codes, one, torch.tensor([[flag]]))
+        assert (found.failure is None) == good, found
 
 
 # --- backward ---------------------------------------------------------------------------------
@@ -1559,36 +1617,102 @@ def written(x: Tensor, q: quest.Quantizer) -> dict[str, dict[str, Tensor]]:
     }
 
 
-@pytest.mark.parametrize(
-    ("stage", "name", "judge_"),
-    [
-        ("quantize", "codes", "codes"),
-        ("quantize", "scale", "scale"),
-        ("quantize", "mask", "mask"),
-        ("quantize", "keep", "selection"),
-        ("pack", "codes", "packed codes"),
-        ("pack", "scale", "packed scale"),
-        ("pack", "mask", "packed mask"),
-        ("pack", "keep", "packed keep"),
-        ("fake_quantize", "values", "values"),
-        ("fake_quantize", "mask", "values' mask"),
-    ],
+# Stage, output, and the judge that must notice.
+HEARD = (
+    ("quantize", "codes", "codes"),
+    ("quantize", "scale", "scale"),
+    ("quantize", "mask", "mask"),
+    ("quantize", "keep", "selection"),
+    ("pack", "codes", "packed codes"),
+    ("pack", "scale", "packed scale"),
+    ("pack", "mask", "packed mask"),
+    ("pack", "keep", "packed keep"),
+    ("fake_quantize", "values", "values"),
+    ("fake_quantize", "mask", "values' mask"),
 )
+
+
 @pytest.mark.parametrize(
     ("grid", "sparsity"), [(UNIFORM[1], NM24), (UNIFORM[4], PAIRS), (quest.grids.e2m1(), NM24)]
 )
-def test_quantizer_that_does_not_hear_its_input(
-    grid: Any, sparsity: Any, stage: str, name: str, judge_: str
-) -> None:
+def test_quantizer_that_does_not_hear_its_input(grid: Any, sparsity: Any) -> None:
     """Every element has a bound on both sides, so "not constant" needs no judge of its own."""
     q = Q(grid, quest.Hadamard(16), quest.Clip(0.6), sparsity)
     x, another = (inputs.draw("heavy", (8, 48), torch.float32, seed) for seed in (0, 1))
     honest, other = written(x, q), written(another, q)
     assert not failing(examine.quantizer(Scripted(lambda at, _: honest[at]), x, q))
-    for wrong in deaf(honest[stage][name], other[stage][name]):
-        out = honest | {stage: honest[stage] | {name: wrong}}
-        found = examine.quantizer(Scripted(lambda at, _, out=out: out[at]), x, q)
-        assert judge_ in failing(found), wrong
+    for stage, name, judge_ in HEARD:
+        for wrong in deaf(honest[stage][name], other[stage][name]):
+            out = honest | {stage: honest[stage] | {name: wrong}}
+            found = examine.quantizer(Scripted(lambda at, _, out=out: out[at]), x, q)
+            assert judge_ in failing(found), (stage, name, wrong)
+
+
+def test_pruned_codes_have_a_verdict_of_their_own() -> None:
+    q = Q(UNIFORM[4], quest.Hadamard(16), quest.Clip(0.6), NM24)
+    x = inputs.draw("heavy", (8, 48), torch.float32, 0)
+    honest = written(x, q)
+    codes = torch.where(honest["quantize"]["keep"], honest["quantize"]["codes"], 1)
+    out = honest | {"quantize": honest["quantize"] | {"codes": codes.to(torch.int8)}}
+    assert "pruned codes" in failing(examine.quantizer(Scripted(lambda at, _: out[at]), x, q))
+
+
+def test_a_transform_in_another_dtype_is_refused() -> None:
+    # By its values alone it would be more than good enough.
+    x = inputs.draw("gaussian", (8, 48), torch.bfloat16, 0)
+    y = tensor(hadamard.apply(oracle.lift(x), 16), torch.float32)
+    assert failing(examine.transform(Scripted(lambda *_: {"y": y}), x, 16)) == {"transform"}
+
+
+@pytest.mark.parametrize("name", ["w1a1", "w4a4", "w8a8", "w4a4-2:4"])
+def test_operand_and_product_that_do_not_hear_their_input(name: str) -> None:
+    made = quest.recipe(name, estimator=quest.Clip(0.6))  # which masks some
+    q = made.weight
+    kinds = operands.kinds(made.activation, q)
+    assert kinds is not None
+    static = {"q": q, "kind": kinds[1], "width": 48, "dtype": torch.float32}
+    cpu = lanes.all_lanes()[0]
+
+    def honest_of(x: Tensor, w: Tensor) -> dict[str, dict[str, Tensor]]:
+        a = cpu.call("encode", x, q=made.activation, kind=kinds[0])
+        b = cpu.call("encode", w, q=q, kind=kinds[1])
+        names = ",".join(p.require_grid().name for p in (made.activation, q))
+        vectors = (a["scale"], b["scale"], a["sums"], b["sums"])
+        return {
+            "quantize": cpu.call("quantize", w, q=q),
+            "encode": b,
+            "decode": cpu.call("decode", b["operand"], b["scale"], **static),
+            "left": a,
+            "accumulate": cpu.call("accumulate", a["operand"], b["operand"]),
+            "product": cpu.call("product", a["operand"], b["operand"], *vectors, grids=names,
+                                kinds=",".join(kinds), width=48, dtype=torch.float32),
+        }  # fmt: skip
+
+    x, w, x2, w2 = (inputs.draw("heavy", (8, 48), torch.float32, seed) for seed in range(4))
+    honest, other = honest_of(x, w), honest_of(x2, w2)
+    for stage, output, judge_ in (
+        ("encode", "operand", "operand"),
+        ("encode", "scale", "operand scale"),
+        ("encode", "mask", "operand mask"),
+        ("encode", "sums", "operand sums"),
+        ("decode", "values", "values"),
+        ("accumulate", "accumulators", "accumulators"),
+        ("product", "y", "product"),
+    ):
+        for wrong in (honest[stage][output], *deaf(honest[stage][output], other[stage][output])):
+            out = honest | {stage: honest[stage] | {output: wrong}}
+
+            def write(at: str, t: Tensor, out: dict[str, dict[str, Tensor]] = out) -> Any:
+                return out["left" if at == "encode" and t is x else at]
+
+            lane = Scripted(write)
+            found = (
+                examine.encoded(lane, w, q, kinds[1])
+                if stage in ("encode", "decode")
+                else examine.product(lane, x, w, None, made, torch.float32)
+            )
+            good = wrong is honest[stage][output]
+            assert (judge_ not in failing(found)) == good, (stage, output, wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 import quest
 from property_tests.lane_marks import every_dtype, every_lane, fewer
 from property_tests.ledger import LEDGER
-from property_tests.strategies import SEEDS
 from quest.conformance import examine, inputs
 from quest.conformance.lanes import Lane, no_product
+from quest.conformance.strategies import SEEDS
 
 RECIPES = (
     "w1a1", "w2a2", "w4a4", "w8a8", "w1.58a1.58", "w1a8", "w4a16", "fp4", "w4a4-2:4", "w4a4-4:8",

@@ -103,8 +103,13 @@ def test_opcheck_integer_path(device: str, recipe: str) -> None:
         read = torch.ops.quest.low_bit_linear(x, [w, more], [], *pair_of_specs)[2:]
     grads = [torch.ones(len(x), n, device=x.device) for n in (len(w), 3)]
     static = (pair[0].spec, pair[1].spec, 48, torch.float32, torch.bfloat16)
-    for needs_x, needs_w in ((True, [True, False]), (False, [True, True]), (True, [False, False])):
-        check(torch.ops.quest.low_bit_linear_backward, (grads, read, *static, needs_x, needs_w))
+    backward = torch.ops.quest.low_bit_linear_backward
+    check(backward, (grads, read, *static, True, [True, False]))
+    for needs_x, needs_w in ((False, [True, True]), (True, [False, False])):
+        made_now = backward(grads, read, *static, needs_x, needs_w)
+        assert [t.dtype for t in made_now] == [torch.float32] * needs_x + [torch.bfloat16] * sum(
+            needs_w
+        )
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 import quest
 from property_tests.lane_marks import every_lane, fewer
 from property_tests.ledger import LEDGER
-from property_tests.strategies import SEEDS
 from quest import lowbit, operands, packing
 from quest.conformance import examine, inputs, judges
 from quest.conformance.lanes import Lane, no_product
+from quest.conformance.strategies import SEEDS
 from quest.kernels import cuda, product
 from quest.lowbit_linear import low_bit_linear
 
@@ -29,6 +29,25 @@ def _require_product(lane: Lane) -> None:
     reason = no_product(lane)
     if reason is not None:
         pytest.skip(reason)
+
+
+@every_lane
+def test_one_of_each(lane: Lane) -> None:
+    """In one test, since the quick profile takes one in 16 parameters."""
+    # The interpreter takes rows of up to 8192 at a time: sums of the last go over two turns.
+    for seed, (name, width) in enumerate((
+        ("w1a1", 40), ("w2a4", 72), ("w8a8", 1032), ("w1a8", 40), ("w8a1.58", 72), ("fp4", 1032),
+        ("w4a4-4:8", 40), ("w2a2", 8320),
+    )):  # fmt: skip
+        made = quest.recipe(name)
+        pair = (made.activation, made.weight)
+        x, w = (inputs.draw("outlier", (n, width), torch.float32, seed) for n in (5, 3))
+        for q, kind, t in zip(pair, operands.kinds(*pair) or (), (x, w), strict=True):
+            LEDGER.judge(lane, examine.encoded(lane, t, q, kind), f"{name}, {width}, {kind}")
+        if no_product(lane) is None:
+            bias = inputs.draw("gaussian", (3,), torch.float32, seed)
+            found = examine.product(lane, x, w, bias, made, torch.float32)
+            LEDGER.judge(lane, found, f"{name}, {width}")
 
 
 @every_lane

@@ -9,10 +9,11 @@ from hypothesis import assume, currently_in_test_context, given, target
 from hypothesis import strategies as st
 
 import quest
-from property_tests import exact_rows
 from property_tests.lane_marks import every_dtype, every_lane, fewer
 from property_tests.ledger import LEDGER
-from property_tests.strategies import (
+from quest.conformance import exact_rows, examine, inputs, judges, oracle
+from quest.conformance.lanes import Lane
+from quest.conformance.strategies import (
     ESTIMATORS,
     FORMATS,
     HEADER,
@@ -24,8 +25,6 @@ from property_tests.strategies import (
     lane_code,
     widths,
 )
-from quest.conformance import examine, inputs, judges, oracle
-from quest.conformance.lanes import Lane
 from quest.reference import hadamard, quantize
 
 
@@ -35,6 +34,33 @@ def check(lane: Lane, case: Case, q: quest.Quantizer, conclusive: bool = True) -
     LEDGER.judge(lane, found, f"{HEADER}{lane_code(lane)}{case.code()}\n{code}", conclusive)
     if currently_in_test_context():
         target(max((v.ratio for v in found), default=0.0), label=f"worst ratio, {lane}")
+
+
+# format, order, sparsity, estimator, dtype, distribution, shape: each kind of part at least once.
+ONE_OF_EACH = (
+    ("uniform1", 128, None, quest.Clip(1.3), torch.bfloat16, "gaussian", (5, 384)),
+    ("uniform1", 2, quest.Pairwise(4, 8), quest.Trust(1.5), torch.float32, "equal", (3, 16)),
+    ("uniform2", 12, quest.Pairwise(4, 8), quest.Trust(), torch.float32, "heavy", (3, 24)),
+    ("uniform3", 16, quest.NM(1, 2), quest.Trust(0.5), torch.float16, "gaussian", (7, 48)),
+    ("uniform4", 128, quest.NM(2, 4), quest.Trust(), torch.float32, "mixed_rows", (17, 1280)),
+    ("uniform4", 1, quest.NM(1, 4), quest.Trust(), torch.float32, "alternating", (2, 3, 8)),
+    ("uniform4", 128, quest.NM(2, 4), quest.Trust(), torch.float32, "gaussian", (2, 20480)),
+    ("uniform8", 32, None, quest.Trust(), torch.bfloat16, "gaussian", (64, 256)),
+    ("uniform8", 1, None, quest.Trust(0.5), torch.float32, "zeros", (2, 9)),
+    ("ternary", 20, quest.NM(2, 4), quest.Clip(0.6), torch.float32, "outlier", (3, 60)),
+    ("e2m1", 1, None, quest.Trust(0.5), torch.float32, "gaussian", (4, 33)),
+    ("e2m1", 16, quest.Pairwise(4, 8), quest.Trust(), torch.float16, "non_finite", (9, 48)),
+    ("lloyd_max3", 8, quest.NM(1, 4), quest.Trust(), torch.float32, "tiny", (2, 40)),
+    ("lloyd_max8", 2, None, quest.STE(), torch.bfloat16, "huge", (3, 18)),
+)
+
+
+@every_lane
+def test_one_of_each(lane: Lane) -> None:
+    """In one test, since the quick profile takes one in 16 parameters."""
+    for seed, (format_, order, sparsity, estimator, dtype, kind, shape) in enumerate(ONE_OF_EACH):
+        q = quest.Quantizer(FORMATS[format_], quest.Hadamard(order), estimator, sparsity)
+        check(lane, Case(kind, shape, dtype, "contiguous", seed), q, conclusive=False)
 
 
 @every_lane
@@ -125,20 +151,21 @@ def test_all_bit_patterns(lane: Lane, dtype: torch.dtype, format_: str) -> None:
     LEDGER.judge(lane, found, f"inputs.all_patterns({dtype}, 64), {q.spec}", conclusive=False)
 
 
+# Steps and points that are dyadic: midpoints are multiples of an eighth of sigma. Not parameters,
+# of which the quick profile would take the first alone.
+DYADIC = (
+    *(quest.grids.uniform(bits, (2**bits - 1) / 8) for bits in (1, 2, 4)),
+    quest.grids.ternary(0.25),
+    quest.grids.e2m1(0.5),
+)
+
+
 @every_lane
 @every_dtype
-@pytest.mark.parametrize("levels", ["uniform1", "uniform2", "uniform4", "ternary"])
 @fewer
 @given(seed=SEEDS)
-def test_exact_lane(lane: Lane, dtype: torch.dtype, levels: str, seed: int) -> None:
+def test_exact_lane(lane: Lane, dtype: torch.dtype, seed: int) -> None:
     """Dyadic scales and steps, values on midpoints, zero and the edges: ties bit for bit."""
-    step, n = 0.25, FORMATS[levels].levels
-    alpha = step * (n - 1) / 2
-    grid = (
-        quest.grids.ternary(alpha) if levels == "ternary" else quest.grids.uniform(
-            int(levels.removeprefix("uniform")), alpha
-        )
-    )  # fmt: skip
     # In half steps; rms is a power of two in these units, so sigma and t are exact.
     z = exact_rows.rows(3, 32, half_steps_per_sigma=8, seed=seed) / 8
     # Hadamard of a power of four and float32: the rotation is exact, too.
@@ -147,20 +174,23 @@ def test_exact_lane(lane: Lane, dtype: torch.dtype, levels: str, seed: int) -> N
     assert np.array_equal(hadamard.apply(oracle.lift(x), order), z * 2.0 ** (seed % 21 - 10)), (
         "the construction is not exact"
     )
-    for estimator in (quest.Trust(), quest.Trust(0.5), quest.Clip(1.0), quest.Clip(2.0)):
-        q = quest.Quantizer(grid, quest.Hadamard(order), estimator)
-        out = lane.call("quantize", x, q=q)
-        expected = quantize.quantize(oracle.lift(x), **oracle.arguments(q, 32))
-        told = f"exact rows of seed {seed}, {q.spec}"
-        LEDGER.judge(
-            lane,
-            [
-                judges.exact("exact scale", oracle.lift(out["scale"]), expected.scale),
-                judges.exact("exact codes", oracle.lift(out["codes"]), expected.codes),
-                judges.exact("exact mask", oracle.lift(out["mask"]), expected.mask),
-            ],
-            told,
-        )
+    estimators = (quest.Trust(), quest.Trust(0.5), quest.Clip(1.0), quest.Clip(2.0))
+    for i, grid in enumerate(DYADIC):
+        assert np.isin(z, grid.midpoints).any(), "the construction has no ties"
+        for estimator in (estimators[(seed + i) % 4], estimators[(seed + i + 1) % 4]):
+            q = quest.Quantizer(grid, quest.Hadamard(order), estimator)
+            out = lane.call("quantize", x, q=q)
+            expected = quantize.quantize(oracle.lift(x), **oracle.arguments(q, 32))
+            told = f"exact rows of seed {seed}, {q.spec}"
+            LEDGER.judge(
+                lane,
+                [
+                    judges.exact("exact scale", oracle.lift(out["scale"]), expected.scale),
+                    judges.exact("exact codes", oracle.lift(out["codes"]), expected.codes),
+                    judges.exact("exact mask", oracle.lift(out["mask"]), expected.mask),
+                ],
+                told,
+            )
 
 
 @every_lane
@@ -186,11 +216,11 @@ def test_near_ties(lane: Lane, format_: str, seed: int) -> None:
 
 
 @every_lane
-@pytest.mark.parametrize("format_", FORMATS)
-def test_interior_gradient_survives(lane: Lane, format_: str) -> None:
+@every_dtype
+def test_interior_gradient_survives(lane: Lane, dtype: torch.dtype) -> None:
     """At the default trust no entry inside the grid is masked, whatever the dtype."""
-    q = quest.Quantizer(FORMATS[format_], quest.Hadamard(128), quest.Trust())
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for format_ in FORMATS:
+        q = quest.Quantizer(FORMATS[format_], quest.Hadamard(128), quest.Trust())
         x = inputs.draw("gaussian", (64, 256), dtype, 7)
         out = lane.call("quantize", x, q=q)
         y = hadamard.apply(oracle.lift(x), 128) / oracle.lift(out["scale"])

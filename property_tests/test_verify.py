@@ -18,11 +18,12 @@ def row(judge: object) -> verify.Row:
     return verify.Row(CPU, "kernel", "format", torch.float32, judge)  # type: ignore[arg-type]
 
 
-def test_quick_run_passes_and_writes_json(
+def test_quick_run_passes_and_writes_json_and_html(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "report.json"
-    assert verify.run(path, ("torch-cpu",), quick=True) == 0
+    path, page = tmp_path / "report.json", tmp_path / "report.html"
+    assert verify.run(path, ("torch-cpu",), quick=True, html_path=page) == 0
+    assert "all 20 rows pass" in page.read_text()
     report = json.loads(path.read_text())
     assert len(report["rows"]) == len(list(verify.rows(CPU, quick=True)))
     assert all(r["verdict"] == "pass" and r["elements"] > 10_000 for r in report["rows"])

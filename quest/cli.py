@@ -50,6 +50,13 @@ def quest() -> None:
     help="Also write the report as JSON.",
 )
 @click.option(
+    "--html",
+    "html_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Also write the report as one page with pictures.",
+)
+@click.option(
     "--lane",
     "lanes",
     multiple=True,
@@ -58,12 +65,18 @@ def quest() -> None:
 )
 @click.option("--quick", is_flag=True, help="A tenth of the rows.")
 @click.option("--record", is_flag=True, help="Keep the ratios of rows that pass as the new record.")
-def verify(json_path: Path | None, lanes: tuple[str, ...], quick: bool, record: bool) -> int:
+def verify(
+    json_path: Path | None,
+    html_path: Path | None,
+    lanes: tuple[str, ...],
+    quick: bool,
+    record: bool,
+) -> int:
     """Judge every kernel of this machine by the oracle."""
     from quest.conformance.verify import run
 
     try:
-        return run(json_path, lanes, quick, record)
+        return run(json_path, lanes, quick, record, html_path)
     except ValueError as error:
         raise FailedError(str(error), USAGE) from None
 
@@ -176,6 +189,85 @@ def train(
             "interrupted: --resume goes on from the last checkpoint", INTERRUPTED
         ) from error
     return 0
+
+
+@quest.command()
+@click.option("--base", metavar="REV", help="The revision to compare with: main, HEAD~1, a tag.")
+@click.option("--change", metavar="REV", help="Default: the working tree, uncommitted changes too.")
+@click.option(
+    "--filter",
+    "expression",
+    default="",
+    metavar="EXPR",
+    help="Only these benchmarks, as pytest's -k takes them: hadamard, 'quantize and uniform4'.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=10),
+    default=150,
+    show_default=True,
+    help="Pairs of a benchmark at the most; fewer where they tell enough.",
+)
+@click.option("--full", is_flag=True, help="All of quest verify, not its quick form.")
+@click.option("--lane", "lanes", multiple=True, metavar="NAME", help="Of quest verify, repeatable.")
+@click.option(
+    "--aa",
+    "same",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    help="Benchmarks on which base is timed against itself.",
+)
+@click.option(
+    "--allow-old-base",
+    is_flag=True,
+    help="Judge the change alone where base can't be verified or timed.",
+)
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Also write the report as JSON.",
+)
+@click.option(
+    "--power",
+    is_flag=True,
+    help="Instead: false alarms and slowdowns found, by simulation.",
+)
+def gate(
+    base: str | None,
+    change: str | None,
+    expression: str,
+    rounds: int,
+    full: bool,
+    lanes: tuple[str, ...],
+    same: int,
+    allow_old_base: bool,
+    json_path: Path | None,
+    power: bool,
+) -> int:
+    """Is a change still right, and still as fast as its base?
+
+    quest verify first, then the benchmarks of both in turn, in two worktrees. Status 1 where a
+    check is red, an error ratio or peak memory grew, a benchmark is missing, or one is slower by
+    more than 3% with the whole of its 95% interval.
+    """
+    if base is None and not power:
+        raise click.UsageError("missing option '--base'")
+    from quest.gate import command
+
+    if base is None or power:
+        return command.run_power()
+    options = [*(() if full else ("--quick",)), *(f"--lane={name}" for name in lanes)]
+    try:
+        return command.run(
+            command.Request(
+                base, change, expression, rounds, tuple(options), same, allow_old_base, json_path
+            )
+        )
+    except ValueError as error:
+        raise FailedError(str(error), USAGE) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

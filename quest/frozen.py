@@ -2,7 +2,9 @@
 
 What a forward reads of it: on Hopper the operand of the integer product, its packed codes for few
 rows, and its compressed form for many where it is 2:4 sparse; elsewhere the values in the weight's
-dtype. The numbers are those of the layer that quantizes its weight each time, on the same path.
+dtype. The numbers are those of the layer that quantizes its weight each time, on the same path; but
+where one kernel quantizes few rows and multiplies them (`fused`), a row's scale may differ in its
+last bit.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import lowbit, operands, paths
+from . import fused, lowbit, operands, ops, paths
 from .compression import compress
-from .packed import odd, packed_product
+from .estimators import STE
+from .packed import launch_packed, odd, packed_product
 from .recipes import Recipe
-from .sparse_product import sparse_product
+from .sparse_product import launch_sparse_product, sparse_product
 from .sparsity import NM
 
 
@@ -29,9 +32,11 @@ class Frozen:
     `quest.lowbit.encode`, where they multiply integers; packed: (out, bytes) uint8, its codes at 1,
     2 or 4 bits counted from 0, or None. kept, metadata: the compressed form of an operand that is
     2:4 sparse, see `quest.compression`, or None. names, kinds: of the grids and operands of
-    activation and weight, as `quest.lowbit.product` takes them. state: of the weight that it was
-    made of; weight: that one, held so that no other gets its address. whole, place: the stack of
-    several that this one's tensors are rows of, and which of them it is; see `stack`.
+    activation and weight, as `quest.lowbit.product` takes them. spec: of the activation's
+    quantizer, without a mask. few: rows that `fused.few_linear` takes with it, at most. state: of
+    the weight that it was made of; weight: that one, held so that no other gets its address. whole,
+    place: the stack of several that this one's tensors are rows of, and which of them it is; see
+    `stack`.
     """
 
     values: Tensor | None = None
@@ -43,6 +48,8 @@ class Frozen:
     metadata: Tensor | None = None
     names: str = ""
     kinds: str = ""
+    spec: str = ""
+    few: int = 0
     weight: Tensor | None = None
     state: tuple[object, ...] = ()
     whole: Stack | None = None
@@ -75,7 +82,8 @@ class Stack:
     count: int
 
 
-_ROWS = ("values", "operand", "scale", "sums", "packed", "kept", "metadata")
+# Packed codes are not the last to be written: `linear` counts on another kernel after them.
+_ROWS = ("values", "operand", "packed", "scale", "sums", "kept", "metadata")
 
 
 def stack(parts: Sequence[Frozen]) -> list[Frozen]:
@@ -139,10 +147,25 @@ def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
     elif recipe.weight.sparsity == NM(2, 4):
         kept, metadata = compress(operand)
     names = ",".join(q.require_grid().name for q in (recipe.activation, recipe.weight))
+    few = 0
+    if packed is not None and fused.pairs(recipe.activation, recipe.weight.require_grid()):
+        few = paths.few_rows(packed, weight.shape[1])
+        # The last kernel here, after the one that wrote the codes: see `linear`.
+        scale = scale.clone()
+    kinds = ",".join(pair)
+    # Nothing asks for a mask, and its bits are a tenth of the quantizer's work.
+    spec = replace(recipe.activation, estimator=STE()).spec
     return Frozen(
-        None, operand, scale, sums, packed, kept, metadata, names, ",".join(pair), weight,
+        None, operand, scale, sums, packed, kept, metadata, names, kinds, spec, few, weight,
         _state(weight),
     )  # fmt: skip
+
+
+def _plain(bias: Tensor | None, x: Tensor) -> bool:
+    """Whether a kernel can read a bias as it is."""
+    return bias is None or (
+        bias.dtype in ops.DTYPES and bias.is_contiguous() and bias.device == x.device
+    )
 
 
 def _can_be_read(weight: Tensor, bits: int) -> bool:
@@ -160,16 +183,28 @@ def linear(
         values = recipe.activation(x).to(dtype)
         b = None if bias is None else bias.to(dtype)
         return torch.nn.functional.linear(values, frozen.values.to(dtype), b)
+    if frozen.packed is not None and paths.fuses(x, frozen.few):
+        # Settled: `freeze` has queued another kernel after that which wrote the codes.
+        few = fused.unchecked if ops.direct(x) and _plain(bias, x) else fused.few_linear
+        return few(
+            x, frozen.packed, frozen.scale, frozen.sums, bias, frozen.spec,
+            frozen.names.partition(",")[2], dtype, True,
+        )  # fmt: skip
     rows = lowbit.as_rows(x)
     kind = frozen.kinds.partition(",")[0]
-    a, a_scale, _, a_sums = lowbit.encode(rows, recipe.activation.spec, kind)
     weight: tuple[Tensor, ...] = (frozen.operand,)
-    multiply = lowbit.product
+    multiply, launch = lowbit.product, lowbit.launch_product
     if frozen.kept is not None and frozen.metadata is not None:
         if paths.reads_compressed(len(rows)):
-            multiply, weight = sparse_product, (frozen.kept, frozen.metadata)
+            multiply, launch = sparse_product, launch_sparse_product
+            weight = (frozen.kept, frozen.metadata)
     elif frozen.packed is not None and paths.reads_packed(len(rows), frozen.packed, x.shape[-1]):
-        multiply, weight = packed_product, (frozen.packed,)
+        multiply, launch, weight = packed_product, launch_packed, (frozen.packed,)
+    if ops.direct(x):
+        a, a_scale, _, a_sums = lowbit.launch_encode(rows, ops.quantizer(frozen.spec), kind)
+        multiply = launch
+    else:
+        a, a_scale, _, a_sums = lowbit.encode(rows, frozen.spec, kind)
     y: Tensor = multiply(
         a, *weight, a_scale, frozen.scale, a_sums, frozen.sums, bias, frozen.names, frozen.kinds,
         x.shape[-1], dtype,

@@ -11,6 +11,7 @@ its input before anything runs.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,9 +117,27 @@ def program(q: Quantizer, x: Tensor) -> Any:
     )
 
 
-def device_of(t: Tensor) -> torch.cuda.device:
-    """Make t's device the current one, which is where Triton launches; nothing for the CPU."""
-    return torch.cuda.device(t.device.index if t.is_cuda else -1)
+_HERE: AbstractContextManager[None] = nullcontext()
+
+
+def device_of(t: Tensor) -> AbstractContextManager[None]:
+    """Make t's device the current one, which is where kernels launch; nothing for the CPU."""
+    if not t.is_cuda or t.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(t.device.index)
+
+
+def direct(x: Tensor) -> bool:
+    """Whether a kernel may be launched on x without the dispatcher, which costs the host more.
+
+    Nothing watches calls of operators: no compiler, no tensor subclass, no dispatch mode.
+    """
+    return (
+        x.is_cuda
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 def launch_hadamard(x: Tensor, order: int, transpose: bool) -> Tensor:

@@ -90,7 +90,7 @@ def _check(
 
 
 @packed_product.register_kernel("cuda")
-def _(
+def launch_packed(
     a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor, a_sums: Tensor, w_sums: Tensor,
     bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
@@ -113,7 +113,7 @@ def _(
             a.contiguous(), w.contiguous(), bits, dtype, factor=terms.factor, length=terms.length,
             a_scale=a_scale.contiguous(), w_scale=w_scale.contiguous(),
             a_sum=a_sums.contiguous(), w_sum=w_sums.contiguous(),
-            bias=None if bias is None else bias.float().contiguous(),
+            bias=None if bias is None else bias.contiguous(),
         )  # fmt: skip
 
 

@@ -38,6 +38,10 @@ FEW_ROWS = {1: 16, 4: 32}
 # four 7B shapes (kernels/README.md); at 384 rows it is at 0.93 to 1.19, below mostly slower.
 SPARSE_ROWS = 512
 
+# Elements of rows that the kernel of few rows quantizes itself: 16 rows of 4096, 4 of 14336. With
+# more, every block's quantizing outweighs the launch that it saves (tuning.txt).
+FUSED_ELEMENTS = 2**16
+
 _forced: str | None = None
 
 
@@ -101,6 +105,25 @@ def reads_compressed(rows: int) -> bool:
     Fewer rows are multiplied with its dense operand, which a frozen weight holds beside it.
     """
     return rows >= SPARSE_ROWS
+
+
+def few_rows(packed: Tensor, width: int) -> int:
+    """The most rows that one kernel quantizes and multiplies with these packed codes; or 0."""
+    from .kernels import few
+
+    bits = packed.shape[1] * 8 // width if width else 0
+    fit = (
+        rows
+        for rows in range(min(few.LIMIT, FUSED_ELEMENTS // width if width else 0), 0, -1)
+        if few.quantizes(torch.bfloat16, rows, width, bits)
+    )
+    return next(fit, 0)
+
+
+def fuses(x: Tensor, few: int) -> bool:
+    """Whether one kernel quantizes x (..., d) and multiplies it; few: what `few_rows` says."""
+    halves = x.dtype is torch.bfloat16 or x.dtype is torch.float16
+    return halves and 0 < math.prod(x.shape[:-1]) <= few
 
 
 def choose(x: Tensor, recipe: Recipe) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -39,6 +40,23 @@ VALUE_ROUNDINGS = 4
 # An integer product: the factor of both units, its product with the row's scale, the accumulator to
 # float32 (a second time where it has a fraction), and the products with both scales.
 PRODUCT_ROUNDINGS = 6
+
+
+@dataclass(frozen=True)
+class Sums:
+    """How an implementation takes the sums of a transform.
+
+    roundings: the most on any term's way through them; None for a butterfly's. A dot product in any
+    order has `order`. last: whether the normalisation comes after the sums, so that sums of
+    integers are exact. A wider bound than the arithmetic needs would hide errors: this is what an
+    implementation declares, not what makes it pass.
+    """
+
+    roundings: int | None = None
+    last: bool = True
+
+
+BUTTERFLY = Sums()
 
 
 def gamma(k: float, u: float) -> float:
@@ -105,37 +123,46 @@ def exact_sums(x: Float64, order: int) -> Bool:
     return np.broadcast_to(good, blocks.shape).reshape(x.shape)
 
 
-def _rotation_in_range(x: Float64, order: int, transpose: bool = False) -> Float64:
+def settled(x: Float64, order: int, sums: Sums) -> Bool:
+    """Where these sums are exact: `exact_sums`, unless normalised terms are added."""
+    whole = exact_sums(x, order)
+    return whole if sums.last or not normalisations(order) else np.zeros_like(whole)
+
+
+def _rotation_in_range(
+    x: Float64, order: int, transpose: bool = False, sums: Sums = BUTTERFLY
+) -> Float64:
     """Bound of x H, or x H^T, in float32 where nothing underflows."""
     if order == 1:
         return np.zeros_like(x)
-    k_norm, k_sum = normalisations(order), additions(order)
+    k_norm = normalisations(order)
+    k_sum = additions(order) if sums.roundings is None else sums.roundings
     full = gamma(k_sum + k_norm, U32) * absolute_sum(x, order)
     turn = hadamard.apply_transpose if transpose else hadamard.apply
     normalised = gamma(k_norm, U32) * np.abs(turn(x, order))
-    bound: Float64 = np.where(exact_sums(x, order), normalised, full)
+    bound: Float64 = np.where(settled(x, order, sums), normalised, full)
     return bound
 
 
-def rotation(x: Float64, order: int, transpose: bool = False) -> Float64:
+def rotation(x: Float64, order: int, transpose: bool = False, sums: Sums = BUTTERFLY) -> Float64:
     """Bound of x H, or x H^T, computed in float32 and not yet stored (T1)."""
     # The product with the normalisation may land among the subnormals.
-    return _rotation_in_range(x, order, transpose) + (ETA32 / 2 if order > 1 else 0.0)
+    return _rotation_in_range(x, order, transpose, sums) + (ETA32 / 2 if order > 1 else 0.0)
 
 
-def scale(x: Float64, order: int, sigma: Float64) -> Float64:
+def scale(x: Float64, order: int, sigma: Float64, sums: Sums = BUTTERFLY) -> Float64:
     """Bound of sigma (..., 1) stored in float32, from x or from a rotated x (T2).
 
     d squares and their sum: gamma_{d+2}, halved by the root; the root, the division by d and the
     power of two that undoes a scaling round once each, and storing once more.
     """
     d = x.shape[-1]
-    propagated = np.sqrt(np.mean(rotation(x, order) ** 2, axis=-1, keepdims=True))
+    propagated = np.sqrt(np.mean(rotation(x, order, sums=sums) ** 2, axis=-1, keepdims=True))
     bound: Float64 = sigma * (gamma(d + 2, U32) / 2 + 4 * U32) + propagated + ETA32
     return bound
 
 
-def code_margin(x: Float64, order: int, sigma: Float64) -> Float64:
+def code_margin(x: Float64, order: int, sigma: Float64, sums: Sums = BUTTERFLY) -> Float64:
     """delta of T3: how far t = y / sigma may be from its exact value; sigma (..., 1) as stored.
 
     The scale is part of the result, so y is held to its row's magnitude: an implementation brings
@@ -146,6 +173,7 @@ def code_margin(x: Float64, order: int, sigma: Float64) -> Float64:
     z = hadamard.apply(x, order) / sigma
     lost = (math.sqrt(order) + 2) * 2 * math.sqrt(max(x.shape[-1], 1)) * ETA32
     # Sums that are exactly 0 are 0 in any order.
-    zero = exact_sums(x, order) & (z == 0)
-    margin = _rotation_in_range(x, order) / sigma + gamma(CODE_ROUNDINGS, U32) * np.abs(z) + lost
+    zero = settled(x, order, sums) & (z == 0)
+    turned = _rotation_in_range(x, order, sums=sums)
+    margin = turned / sigma + gamma(CODE_ROUNDINGS, U32) * np.abs(z) + lost
     return np.asarray(np.where(zero, 0.0, margin), dtype=np.float64)

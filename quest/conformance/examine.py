@@ -222,6 +222,7 @@ def frozen(
     """The forward of a layer whose weight (out, in) is frozen, on rows x (n, in): T6, or T1.
 
     parts: as in `layer`.
+    Where one kernel quantized and multiplied, T2, T3 and T0 of the operand that it shows, too.
     """
     extra = () if bias is None else (bias,)
     static = {"recipe": made} | ({"parts": parts} if parts else {})
@@ -231,8 +232,37 @@ def frozen(
         return [form]
     pairs = ((x, made.activation), (w, made.weight))
     if "a" in out:
-        return [dataclasses.replace(v, stage="frozen y") for v in _products(pairs, bias, out)]
+        found = [dataclasses.replace(v, stage="frozen y") for v in _products(pairs, bias, out)]
+        return found + (_quantized_inside(x, made, out) if "a_sums" in out else [])
     return [judges.values_product(x.dtype, bias, out, accumulation(lane), "frozen y")]
+
+
+def _quantized_inside(x: Tensor, made: Recipe, out: dict[str, Tensor]) -> list[Verdict]:
+    """T2, T3 and T0 of an operand, its scale and its sums; of grids with as many + as - points."""
+    kinds = operands.kinds(made.activation, made.weight)
+    if kinds is None:
+        raise ValueError(f"recipe {made} has no integer product")
+    bits, dtype = kinds[0] == "bits", torch.uint8 if kinds[0] == "bits" else torch.int8
+    columns = x.shape[-1] // 8 if bits else x.shape[-1]
+    forms = [
+        judges.form("frozen operand", out["a"], (x.shape[0], columns), dtype),
+        judges.form("frozen scale", out["a_scale"], (x.shape[0], 1), torch.float32),
+        judges.form("frozen sums", out["a_sums"], (x.shape[0], 1), torch.int32),
+    ]
+    if any(v.failure for v in forms):
+        return forms
+    whole = judges.whole(out["a"], kinds[0], x.shape[-1])
+    codes = torch.from_numpy((whole - 1) // 2).to(torch.int8)
+    order = made.activation.transform.order(x.shape[-1])
+    return [
+        *forms,
+        dataclasses.replace(judges.scaled(x, out["a_scale"], order), stage="frozen scale"),
+        dataclasses.replace(
+            judges.coded(x, made.activation, codes, out["a_scale"], conclusive=False),
+            stage="frozen codes",
+        ),
+        judges.exact("frozen sums", out["a_sums"].numpy(), whole.sum(-1, keepdims=True)),
+    ]
 
 
 def _products(

@@ -6,7 +6,7 @@ Hypothesis shrinks is the shape, the seed and the choice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -108,6 +108,38 @@ def draw(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Te
     x = DISTRIBUTIONS[name](shape, g)
     largest = torch.finfo(dtype).max
     return torch.where(x.isfinite(), x.clamp(-largest, largest), x).to(dtype)
+
+
+INTEGERS = ("one_hot", "random", "lowest", "highest")
+
+
+def integers(kind: str, rows: int, width: int, seed: int) -> Tensor:
+    """(rows, width) int8 for products; "lowest" and "highest" are coherent: sums grow fastest."""
+    g = torch.Generator().manual_seed(seed)
+    if kind == "random":
+        return torch.randint(-127, 128, (rows, width), generator=g).to(torch.int8)
+    if kind == "one_hot":
+        at = torch.randint(width, (rows, 1), generator=g)
+        return torch.zeros(rows, width, dtype=torch.int8).scatter(-1, at, 1)
+    if kind not in INTEGERS:
+        raise ValueError(f"kind must be one of {INTEGERS}, got {kind!r}")
+    return torch.full((rows, width), -128 if kind == "lowest" else 127, dtype=torch.int8)
+
+
+def unsigned(bits: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Integers in [0, 2^bits), uint8: codes to be packed."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(2**bits, shape, generator=g).to(torch.uint8)
+
+
+def edit(x: Tensor, edits: Sequence[tuple[int, float]]) -> Tensor:
+    """x (contiguous) with some entries replaced: (flat index modulo its size, value)."""
+    if not edits or not x.numel():
+        return x
+    x = x.clone()
+    for index, value in edits:
+        x.view(-1)[index % x.numel()] = value
+    return x
 
 
 def all_patterns(dtype: torch.dtype, width: int) -> Tensor:

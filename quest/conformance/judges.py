@@ -3,10 +3,13 @@
 Each takes what the lane really produced in the stage before, lifts it to float64, asks the oracle
 what the stage should be, and gives a `Verdict`. There is one place where right and wrong are
 decided, and this is it.
+
+`sums` says how an implementation takes the sums of a transform; our lanes are butterflies.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -19,10 +22,11 @@ from quest.quantizer import Quantizer
 from quest.recipes import Recipe
 from quest.reference import bounds, compression, hadamard, packing, quantize
 from quest.reference import grids as reference_grids
+from quest.reference.bounds import BUTTERFLY, Sums
 
 from . import oracle
 from .oracle import Array, lift
-from .verdict import Verdict, inconclusive, one_sided, worst
+from .verdict import Verdict, inconclusive, one_sided, ratios, spread, worst
 
 
 def _at(shape: tuple[int, ...], index: int) -> str:
@@ -59,11 +63,13 @@ def bits(t: Tensor) -> Array:
     return lift(t.contiguous().view(kind))
 
 
-def close(stage: str, actual: Tensor, expected: Array, bound: Array) -> Verdict:
+def close(
+    stage: str, actual: Tensor, expected: Array, bound: Array, free: Array | None = None
+) -> Verdict:
     """T1: |actual - expected| <= bound for each element, with the dtype's own infinities and NaN.
 
     NaN must stand exactly where it is expected. Where the expected value reaches the end of the
-    dtype's range within its bound, an infinity of its sign is admissible.
+    dtype's range within its bound, an infinity of its sign is admissible. free: where anything is.
     """
     a = lift(actual)
     if a.shape != expected.shape:
@@ -74,36 +80,39 @@ def close(stage: str, actual: Tensor, expected: Array, bound: Array) -> Verdict:
             np.isinf(a) & (np.abs(expected) + bound >= largest) & (np.sign(a) == np.sign(expected))
         )
         same = (np.isnan(a) & np.isnan(expected)) | (a == expected) | over
+        same = same if free is None else same | free
         error = np.where(same, 0.0, np.abs(a - expected))
     error = np.where(np.isnan(error), math.inf, error)
     ratio, i = worst(error, bound)
+    shares = spread(ratios(error, bound))
     failure = None
     if ratio > 1:
         failure = (
-            f"at {_at(a.shape, i)} it is {a.flat[i]!r}, expected {expected.flat[i]!r} within "
-            f"{bound.flat[i]:.3e}: {ratio:.3g} times the bound"
+            f"at {_at(a.shape, i)} it is {float(a.flat[i])!r}, "
+            f"expected {float(expected.flat[i])!r} within {bound.flat[i]:.3e}: "
+            f"{ratio:.3g} times the bound"
         )
-    return Verdict(stage, a.size, ratio, failure=failure)
+    return Verdict(stage, a.size, ratio, failure=failure, spread=shares)
 
 
-def rotated(x: Tensor, y: Tensor, order: int, transpose: bool) -> Verdict:
+def rotated(x: Tensor, y: Tensor, order: int, transpose: bool, sums: Sums = BUTTERFLY) -> Verdict:
     """T1 for x H or x H^T, stored as y's dtype; infinities and NaN spread as sums spread them."""
     x64 = lift(x)
     turn = hadamard.apply_transpose if transpose else hadamard.apply
     with np.errstate(invalid="ignore", over="ignore"):
         expected = turn(x64, order)
         bound = bounds.output(
-            expected, bounds.rotation(x64, order, transpose), oracle.dtype_name(y.dtype)
+            expected, bounds.rotation(x64, order, transpose, sums), oracle.dtype_name(y.dtype)
         )
     return close("transform", y, expected, bound)
 
 
-def scaled(x: Tensor, scale: Tensor, order: int) -> Verdict:
+def scaled(x: Tensor, scale: Tensor, order: int, sums: Sums = BUTTERFLY) -> Verdict:
     """T2: sigma, with zero, non-finite and underflowing rows by their rule."""
     x64 = oracle.rows(lift(x))
     sigma = quantize.scale(x64)
     with np.errstate(invalid="ignore"):
-        bound = bounds.scale(np.where(np.isnan(sigma), 0.0, x64), order, sigma)
+        bound = bounds.scale(np.where(np.isnan(sigma), 0.0, x64), order, sigma, sums)
     bound = np.where(sigma == 0, 0.0, bound)
     return close("scale", scale.reshape(-1, 1), sigma, bound)
 
@@ -128,6 +137,7 @@ def coded(
     keep: Tensor | None = None,
     *,
     conclusive: bool = True,
+    sums: Sums = BUTTERFLY,
 ) -> Verdict:
     """T3: every code is the code of some t within delta of the exact y / sigma.
 
@@ -145,7 +155,7 @@ def coded(
     safe = np.where(regular, s, 1.0)
     x64 = np.where(regular, x64, 0.0)
     z = hadamard.apply(x64, order) / safe
-    delta = np.where(regular, bounds.code_margin(x64, order, safe), 0.0)
+    delta = np.where(regular, bounds.code_margin(x64, order, safe, sums), 0.0)
     if keep is not None:
         kept = oracle.rows(lift(keep))
         z, delta = np.where(kept, z, 0.0), np.where(kept, delta, 0.0)
@@ -167,7 +177,7 @@ def coded(
         i = int(wrong[0])
         failure = (
             f"{wrong.size} of {c.size} codes are wrong; at {_at(c.shape, i)} it is {c.flat[i]} for "
-            f"y / sigma = {z.flat[i]!r} within {delta.flat[i]:.3e}, admissible "
+            f"y / sigma = {float(z.flat[i])!r} within {delta.flat[i]:.3e}, admissible "
             f"{lowest.flat[i]} to {highest.flat[i]}"
         )
         ratio = max(ratio, math.nextafter(1.0, 2.0))
@@ -185,6 +195,7 @@ def masked(
     scale: Tensor,
     mask: Tensor,
     keep: Tensor | None = None,
+    sums: Sums = BUTTERFLY,
 ) -> Verdict:
     """T4: (code, mask) is a pair that some t within delta, and some threshold within its own error,
     produces. Rows without a scale follow their rule: 1 for zeros, 0 for non-finite (1 under STE).
@@ -199,7 +210,7 @@ def masked(
     safe = np.where(regular, s, 1.0)
     x64 = np.where(regular, x64, 0.0)
     z = hadamard.apply(x64, order) / safe
-    delta = np.where(regular, bounds.code_margin(x64, order, safe), 0.0)
+    delta = np.where(regular, bounds.code_margin(x64, order, safe, sums), 0.0)
     # The t within delta that also have this code; a pruned entry's code says nothing of t.
     begin, end = _cell(c, grid)
     low = np.where(kept, np.maximum(z - delta, begin), z - delta)
@@ -240,8 +251,8 @@ def masked(
         i = int(bad[0])
         failure = (
             f"{bad.size} of {m.size} mask bits are wrong; at {_at(m.shape, i)} it is "
-            f"{bool(m.flat[i])} for y / sigma = {z.flat[i]!r}, code {c.flat[i]}, threshold "
-            f"{threshold.flat[i]!r}"
+            f"{bool(m.flat[i])} for y / sigma = {float(z.flat[i])!r}, code {c.flat[i]}, threshold "
+            f"{float(threshold.flat[i])!r}"
         )
         peak = max(peak, math.nextafter(1.0, 2.0))
     else:
@@ -249,15 +260,15 @@ def masked(
     return Verdict("mask", m.size, peak, ambiguous, failure=failure)
 
 
-def selected(x: Tensor, q: Quantizer, keep: Tensor) -> Verdict:
+def selected(x: Tensor, q: Quantizer, keep: Tensor, sums: Sums = BUTTERFLY) -> Verdict:
     """T5: exact counts, min(kept) >= max(dropped) within the bound, exact ties by the rule."""
     name, n, m = oracle.pattern(q) or ("", 0, 0)
     order = q.transform.order(x.shape[-1])
     x64, k = oracle.rows(lift(x)), oracle.rows(lift(keep)).astype(bool)
     finite = np.isfinite(x64).all(-1, keepdims=True)
     x64 = np.where(finite, x64, 0.0)
-    y, b = hadamard.apply(x64, order), bounds.rotation(x64, order)
-    sums_exact = bounds.exact_sums(x64, order)
+    y, b = hadamard.apply(x64, order), bounds.rotation(x64, order, sums=sums)
+    sums_exact = bounds.settled(x64, order, sums)
     unit = 2 if name == "pairwise" else 1
     groups = (len(k), k.shape[1] // m, m // unit, unit)
     count = k.reshape(groups)
@@ -333,12 +344,14 @@ def packed_bits(stage: str, flags: Tensor, data: Tensor) -> Verdict:
     return exact(stage, lift(data), packing.pack_mask(lift(flags)).astype(np.int64))
 
 
-def transposed(grad: Tensor, mask: Tensor, dx: Tensor, order: int) -> Verdict:
+def transposed(
+    grad: Tensor, mask: Tensor, dx: Tensor, order: int, sums: Sums = BUTTERFLY
+) -> Verdict:
     """T7 for the fused backward, given the packed mask: (grad * mask) H^T."""
     bits = packing.unpack_mask(mask.numpy(), grad.shape[-1]).astype(bool)
     taken = torch.where(torch.from_numpy(bits), grad.double(), 0.0)
-    verdict = rotated(taken, dx, order, True)
-    return Verdict("backward", verdict.elements, verdict.ratio, failure=verdict.failure)
+    verdict = rotated(taken, dx, order, True, sums)
+    return dataclasses.replace(verdict, stage="backward")
 
 
 def encoded(
@@ -470,11 +483,15 @@ def layer(
         # several layers reach x, each of them and each of their sums.
         ends = np.cumsum(parts)[:-1] if name == "dx" else ()
         pieces = list(zip(np.split(a, ends, -1), np.split(m, ends), strict=True))
+        products = [p @ r for p, r in pieces]
         first = bounds.stored_sum(
-            [p @ r for p, r in pieces],
+            products,
             [bounds.gamma(p.shape[-1], unit) * (np.abs(p) @ np.abs(r)) for p, r in pieces],
             dtype,
         )
+        # An infinity on the way makes a whole block infinite or NaN.
+        over = chosen & (sum(map(np.abs, products)) + first >= bounds.LARGEST[dtype])
+        free = bounds.absolute_sum(over.astype(np.float64), order) > 0
         first = np.where(chosen, first, 0.0)
         spread = bounds.absolute_sum(first, order)
         largest = np.abs(inner) + first
@@ -482,7 +499,7 @@ def layer(
         turn = bounds.gamma(k, bounds.U32) * bounds.absolute_sum(largest, order) if k else 0.0
         expected = hadamard.apply_transpose(inner, order)
         bound = bounds.output(expected, spread + turn, dtype)
-        found.append(close(f"layer {name}", out[name], expected, bound))
+        found.append(close(f"layer {name}", out[name], expected, bound, free))
     if bias is not None:
         total = g.sum(0)
         error = bounds.gamma(len(g), unit) * np.abs(g).sum(0)

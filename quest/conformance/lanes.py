@@ -17,7 +17,9 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
@@ -72,7 +74,7 @@ class Lane:
 
 
 def all_lanes() -> tuple[Lane, ...]:
-    """Every lane there is, available here or not."""
+    """Every lane there is."""
     return (
         Lane("torch-cpu", "cpu", "dispatch"),
         Lane("triton-interpreter", "cpu", "launch", remote=True),
@@ -119,24 +121,40 @@ def run(lane: Lane, stage: str, tensors: tuple[Tensor, ...], static: dict[str, A
     """`Lane.call` in this process."""
     from quest.kernels import outputs
 
+    made = functools.partial(_STAGES[stage], lane, **static)
+    return guarded(f"{lane} {stage}", lane.device, made, tensors, outputs.poisoned)
+
+
+def guarded(
+    told: str,
+    device: str,
+    function: Callable[..., Outputs],
+    tensors: tuple[Tensor, ...],
+    poisoned: Callable[[int], AbstractContextManager[None]],
+    deterministic: bool = True,
+) -> Outputs:
+    """What `function` makes of copies of the tensors; GuardError. told: names it in messages.
+
+    poisoned: fills fresh memory with a byte while entered. deterministic: both runs must agree.
+    """
     first: Outputs = {}
     for byte in POISON:
-        inputs = tuple(transfer(t, lane.device) for t in tensors)
+        inputs = tuple(transfer(t, device) for t in tensors)
         before = [_bytes(t) for t in inputs]
-        with outputs.poisoned(byte):
-            made = _STAGES[stage](lane, *inputs, **static)
+        with poisoned(byte):
+            made = function(*inputs)
         for i, (t, b) in enumerate(zip(inputs, before, strict=True)):
             if _bytes(t) != b:
-                raise GuardError(f"{lane} {stage}: input {i} was changed")
+                raise GuardError(f"{told}: input {i} was changed")
         for name, t in made.items():
-            if t.device.type != lane.device:
-                raise GuardError(f"{lane} {stage}: {name} is on {t.device}, not {lane.device}")
+            if t.device.type != device:
+                raise GuardError(f"{told}: {name} is on {t.device}, not {device}")
         made = {k: v.detach().cpu().contiguous() for k, v in made.items()}
         for name, t in first.items():
-            if _bytes(t) != _bytes(made[name]):
+            if deterministic and _bytes(t) != _bytes(made[name]):
+                why = "part of it was never written, or the result is not deterministic"
                 raise GuardError(
-                    f"{lane} {stage}: {name} differs between two runs on the same inputs: "
-                    "part of it was never written, or the result is not deterministic"
+                    f"{told}: {name} differs between two runs on the same inputs: {why}"
                 )
         first = made
     return first
@@ -145,8 +163,6 @@ def run(lane: Lane, stage: str, tensors: tuple[Tensor, ...], static: dict[str, A
 @functools.cache
 def operators(backend: str) -> Any:
     """The functions of a backend by operator name."""
-    from types import SimpleNamespace
-
     from quest import compression, eager, lowbit, ops, sparse_product
 
     if backend == "dispatch":
@@ -364,9 +380,11 @@ def _frozen(
 ) -> Outputs:
     """The forward of a layer with a frozen weight, and the operands that it multiplied.
 
-    parts: as in `_linear`.
+    parts: as in `_linear`. a_sums: only where one kernel quantized x and multiplied it; a is then
+    what that kernel shows.
     """
-    from quest import operands
+    from quest import operands, paths
+    from quest.frozen import stacked
 
     layers = [layer.freeze() for layer in _layers(w, bias, recipe, parts)]
     held = layers[0]._frozen
@@ -383,7 +401,27 @@ def _frozen(
         for name, t, q, kind in zip("ab", tensors, pair, operands.kinds(*pair) or (), strict=True):
             operand, scale = _encoded(operators(lane.backend), t, q, kind)
             made |= {name: operand, f"{name}_scale": scale}
+        # Several layers are called together, and their weights lie stacked.
+        parts_held = [layer.current() or held for layer in layers]
+        held = stacked(parts_held) or held
+        if held.packed is not None and paths.fuses(x, held.few):
+            made |= _shown(lane, x, held, bias[0] if bias else None, recipe, made["y"])
     return made
+
+
+def _shown(
+    lane: Lane, x: Tensor, held: Any, bias: Tensor | None, recipe: Any, y: Tensor
+) -> Outputs:
+    """What the kernel that quantizes and multiplies has made of x, its sums included."""
+    from quest import fused
+
+    names = recipe.activation.spec, recipe.weight.require_grid().name
+    again, a, scale, sums = fused.few_linear_shown(
+        x, held.packed, held.scale, held.sums, bias, *names, y.dtype
+    )
+    if _bytes(again) != _bytes(y):
+        raise GuardError(f"{lane} frozen: y is another where the operand is shown")
+    return {"a": a, "a_scale": scale, "a_sums": sums}
 
 
 _STAGES: dict[str, Callable[..., Outputs]] = {

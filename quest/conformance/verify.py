@@ -31,7 +31,7 @@ from rich.table import Table
 import quest
 from quest import operands
 
-from . import examine, inputs, oracle
+from . import examine, inputs, oracle, report
 from .lanes import Lane, all_lanes, missing, no_product
 from .verdict import Tally, Verdict
 
@@ -248,16 +248,26 @@ def _table(title: str, results: list[dict[str, Any]]) -> Table:
 
 
 def run(
-    json_path: Path | None, lanes: tuple[str, ...] = (), quick: bool = False, record: bool = False
+    json_path: Path | None,
+    lanes: tuple[str, ...] = (),
+    quick: bool = False,
+    record: bool = False,
+    html_path: Path | None = None,
 ) -> int:
-    """Judge, print the table, write the JSON; 0 where everything passes, else 1.
+    """Judge, print the table, write the JSON and the page; 0 where everything passes, else 1.
 
     record: write the ratios of rows that pass to `ratios.json`. Raises ValueError for a lane that
-    is unknown or can't run here, and for a file in a folder that does not exist.
+    is unknown or can't run here, and for a file that can't be written.
     """
     chosen = choose(lanes)
-    if json_path is not None and not json_path.parent.is_dir():
-        raise ValueError(f"--json {json_path}: the folder {json_path.parent} does not exist")
+    report.check("--json", json_path)
+    report.check("--html", html_path)
+    if (
+        json_path is not None
+        and html_path is not None
+        and json_path.resolve() == html_path.resolve()
+    ):
+        raise ValueError(f"--json and --html must be two files, got {html_path} twice")
     recorded: dict[str, float] = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
     todo = [row for lane in chosen for row in rows(lane, quick)]
     console = Console()
@@ -291,6 +301,7 @@ def run(
                         "verdict": "FAIL" if problems else "pass",
                         "problems": problems,
                         "stages": stages,
+                        "spread": {k: t.spread for k, t in tallies.items() if any(t.spread)},
                     }
                 )
                 if not problems:
@@ -301,10 +312,9 @@ def run(
         console.print(_table(lane.name, [r for r in results if r["lane"] == lane.name]))
     for failure in failures:
         console.print(f"FAIL {failure}", style="red", highlight=False, markup=False)
-    for lane in all_lanes():
-        reason = missing(lane)
-        if reason is not None:
-            console.print(f"not run: {lane} ({reason})", style="yellow")
+    absent = {lane.name: reason for lane in all_lanes() if (reason := missing(lane)) is not None}
+    for name, reason in absent.items():
+        console.print(f"not run: {name} ({reason})", style="yellow")
     elements = sum(r["elements"] for r in results)
     seconds = time.perf_counter() - started
     console.print(
@@ -312,8 +322,11 @@ def run(
         f"in {seconds:.0f} s",
         highlight=False,
     )
+    document = {"machine": _machine(), "seconds": round(seconds, 1), "rows": results}
+    if html_path is not None:
+        page = report.page(document, chosen[0], absent, FORMATS)
+        html_path.write_text(page, encoding="utf-8")
     if json_path is not None:
-        document = {"machine": _machine(), "seconds": round(seconds, 1), "rows": results}
         json_path.write_text(json.dumps(document, indent=1) + "\n")
     if record:
         RECORDED.write_text(json.dumps(dict(sorted((recorded | fresh).items())), indent=1) + "\n")

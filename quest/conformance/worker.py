@@ -1,6 +1,7 @@
 """The process behind the interpreter lane: `python -m quest.conformance.worker`, over a pipe.
 
-It runs with TRITON_INTERPRET=1, which has to be set before Triton is imported.
+It runs with TRITON_INTERPRET=1, which has to be set before Triton is imported, and with an eye on
+every address (`addresses`).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
+from . import addresses
 from .lanes import receive, run, send
 
 
@@ -21,6 +23,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    addresses.watch()
     while True:
         try:
             lane, stage, tensors, static = receive(stream_in)

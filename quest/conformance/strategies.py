@@ -1,7 +1,12 @@
-"""What the property tests draw: a shape, a seed, a distribution and a layout, never the array."""
+"""What the property tests draw: a shape, a seed, a distribution and a layout, never the array.
+
+Arrays that are drawn element by element hold very few distinct values; a few edits on top of a
+drawn one are enough to shrink a failure to the entries that matter.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,24 +38,38 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 @dataclass(frozen=True)
 class Case:
-    """One input; its repr is the call that makes it again."""
+    """One input; its repr is the call that makes it again.
+
+    edits: (index, value), written into the drawn tensor, flat and modulo its size.
+    """
 
     distribution: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     layout: str
     seed: int
+    edits: tuple[tuple[int, float], ...] = ()
 
     def make(self) -> torch.Tensor:
-        x = inputs.draw(self.distribution, self.shape, self.dtype, self.seed)
+        x = inputs.edit(
+            inputs.draw(self.distribution, self.shape, self.dtype, self.seed), self.edits
+        )
         return inputs.lay_out(inputs.equal_rows(x) if self.layout == "expanded" else x, self.layout)
 
-    def code(self, name: str = "x") -> str:
+    def expression(self) -> str:
         """Python that makes the tensor."""
         drawn = f"inputs.draw({self.distribution!r}, {self.shape}, {self.dtype}, {self.seed})"
+        if self.edits:
+            drawn = f"inputs.edit({drawn}, {self.edits})"
+        if self.layout == "contiguous":
+            return drawn
         if self.layout == "expanded":
             drawn = f"inputs.equal_rows({drawn})"
-        return f"{name} = inputs.lay_out({drawn}, {self.layout!r})"
+        return f"inputs.lay_out({drawn}, {self.layout!r})"
+
+    def code(self, name: str = "x") -> str:
+        """Python that gives the tensor a name."""
+        return f"{name} = {self.expression()}"
 
 
 HEADER = "import torch, quest\nfrom quest.conformance import examine, inputs, lanes\n"
@@ -80,16 +99,29 @@ def leads() -> st.SearchStrategy[tuple[int, ...]]:
     return st.sampled_from([(3,), (), (1,), (7,), (17,), (2, 3), (0,), (1, 1, 2)])
 
 
+def edits() -> st.SearchStrategy[tuple[tuple[int, float], ...]]:
+    """Up to three entries of a tensor, set to values that every dtype holds."""
+    values = st.sampled_from((1.0, 0.0, -1.0, 0.5, 3.0, -0.0))
+    return st.lists(st.tuples(st.integers(0, 15), values), max_size=3).map(tuple)
+
+
 @st.composite
 def cases(
-    draw: st.DrawFn, dtype: torch.dtype, width: st.SearchStrategy[int], finite: bool = False
+    draw: st.DrawFn,
+    dtype: torch.dtype,
+    width: st.SearchStrategy[int],
+    *,
+    distributions: Sequence[str] = tuple(inputs.DISTRIBUTIONS),
+    lead: st.SearchStrategy[tuple[int, ...]] | None = None,
+    layouts: Sequence[str] = inputs.LAYOUTS,
+    edited: bool = False,
 ) -> Case:
-    """Inputs of a width."""
-    names = [n for n in inputs.DISTRIBUTIONS if not (finite and n == "non_finite")]
+    """Inputs of a width; what stands first in a sequence is what failures shrink to."""
     return Case(
-        distribution=draw(st.sampled_from(names)),
-        shape=(*draw(leads()), draw(width)),
+        distribution=draw(st.sampled_from(tuple(distributions))),
+        shape=(*draw(leads() if lead is None else lead), draw(width)),
         dtype=dtype,
-        layout=draw(st.sampled_from(inputs.LAYOUTS)),
+        layout=draw(st.sampled_from(tuple(layouts))),
         seed=draw(SEEDS),
+        edits=draw(edits()) if edited else (),
     )

@@ -1,0 +1,99 @@
+// What few.cu asks of PTX. Macros: BITS, CLUSTER, HALF, OUT.
+
+// 16 bytes; nothing, and any values, unless `wanted`. Volatile: loads stay in the order written here.
+// Not .nc, which the assembler moves behind `wait_for_previous`.
+__device__ __forceinline__ void load_weights(uint4 &v, const char *from, bool wanted) {
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.u32 p, %5, 0;\n"
+      " @p ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(from), "r"((u32)wanted));
+}
+
+// Not .nc: the kernel before may still be writing when this one starts.
+__device__ __forceinline__ void load_rows(uint4 &v, const char *from) {
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+}
+
+// d (16 rows of W x 8 of A) += a b.
+__device__ __forceinline__ void multiply(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if BITS == 1
+  asm volatile("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc"
+#else
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
+#endif
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// d (16 x 8) = a (16 x 16) b, of 16-bit floats, summed in float32.
+__device__ __forceinline__ void rotate(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if HALF
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#else
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#endif
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
+
+__device__ __forceinline__ u32 cluster_rank() {
+  u32 rank = 0;
+  if (CLUSTER > 1) asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+// The same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ u32 remote(u32 address, u32 block) {
+  if (CLUSTER > 1) asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(block));
+  return address;
+}
+
+__device__ __forceinline__ void add_to(u32 address, int value) {
+  if (CLUSTER > 1)
+    asm volatile("red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+  else
+    asm volatile("red.relaxed.cta.shared::cta.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void put_at(u32 address, u32 first, u32 second) {
+  if (CLUSTER > 1)
+    asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(first), "r"(second) : "memory");
+  else
+    asm volatile("st.shared::cta.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(first), "r"(second) : "memory");
+}
+
+// The kernel after this one may start where there is room for it.
+__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Until the kernel before this one has ended, and what it wrote can be seen.
+__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+__device__ __forceinline__ unsigned short narrow(float value) {
+  unsigned short half;
+  if (OUT == BFLOAT16) asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  else asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return half;
+}
+
+__device__ __forceinline__ float widen(unsigned short half, bool brain) {
+  if (brain) return __uint_as_float((u32)half << 16);
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(half));
+  return f;
+}

@@ -1,0 +1,149 @@
+"""The suite without a fault: what each test takes, and which lines it executes.
+
+One process for each file of tests. A test's lines include those of the processes that it starts,
+Triton's interpreter for one: its rewritten kernels keep their line numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import child, pool
+from .mutant import ROOT
+
+IMPORT = ""  # the name of no test
+ALL: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """tests: usual seconds by node id. lines: of a file, by number: the tests that execute it;
+    `IMPORT` for what runs while no test does. failed: tests that fail without a fault.
+    """
+
+    tests: dict[str, float]
+    lines: dict[str, dict[int, set[str]]]
+    failed: list[str]
+
+    def covering(self, file: str, first: int, last: int) -> set[str]:
+        """Tests that execute any of these lines."""
+        of_file = self.lines.get(file, {})
+        return {t for n in range(first, last + 1) for t in of_file.get(n, ())}
+
+    def touching(self, file: str) -> set[str]:
+        """Tests that execute any line of a file, outside of imports."""
+        return {t for tests in self.lines.get(file, {}).values() for t in tests} - {IMPORT}
+
+
+def _test_files() -> list[str]:
+    # Not the test of the mutants themselves.
+    paths = sorted((ROOT / "property_tests").glob("test_*.py"))
+    return [f"property_tests/{p.name}" for p in paths if p.name != "test_mutants.py"]
+
+
+def _digest(paths: Iterable[Path], *more: str) -> str:
+    digest = hashlib.sha256(" ".join(more).encode())
+    for path in sorted(paths):
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def source_key() -> str:
+    """Changes with every file that is tested."""
+    suffixes = (".py", ".cu", ".json")
+    return _digest(
+        p for folder in ("quest", "kernels", "reference") for p in (ROOT / folder).rglob("*")
+        if p.suffix in suffixes and p.is_file()
+    )  # fmt: skip
+
+
+def _key(file: str) -> str:
+    """Changes with a file of tests, with what it imports, and with the kind of machine."""
+    helpers = [p for p in (ROOT / "property_tests").glob("*.py") if not p.name.startswith("test_")]
+    return _digest([*helpers, ROOT / file], source_key(), str(has_gpu()))
+
+
+def measure(
+    folder: Path, cache: Path, slots: int, told: Callable[[str], None], names: frozenset[str] = ALL
+) -> Baseline:
+    """Run the files of tests of these names, or all, and look; `told` hears of each.
+
+    What `cache` knows is not run, and what is run goes there as it ends.
+    """
+    known = json.loads(cache.read_text()) if cache.exists() else {}
+    parts: dict[str, Any] = {}
+    missing = []
+    for file in _test_files():
+        if names and file.removeprefix("property_tests/test_").removesuffix(".py") not in names:
+            continue
+        if known.get(file, {}).get("key") == _key(file):
+            parts[file] = known[file]
+        else:
+            missing.append(file)
+
+    def jobs() -> Iterator[child.Job]:
+        for n, file in enumerate(missing):
+            yield child.Job(
+                folder / "template", folder / f"baseline{n}", "", b"", (file,), {}, "quick", True,
+                not has_gpu(),
+            )  # fmt: skip
+
+    def ended(end: pool.Ended) -> Iterator[child.Job]:
+        file = end.job.paths[0]
+        parts[file] = {"key": _key(file)} | _part(end)
+        told(f"{file}: {len(parts[file]['tests'])} tests in {end.seconds:.0f} s")
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.write_text(json.dumps(known | parts))
+        return iter(())
+
+    pool.run_all(jobs(), slots, ended)
+    return _merged(parts)
+
+
+def _part(end: pool.Ended) -> dict[str, Any]:
+    """What one process saw: tests with their seconds, failures, lines by test."""
+    named = end.first("names")
+    if named is None:
+        log = end.job.log.read_text()[-3000:] if end.job.log.exists() else ""
+        raise RuntimeError(f"{end.job.paths[0]} ends with {end.code} without a fault:\n{log}")
+    names = named["names"]
+    tests, failed = dict.fromkeys(names, 0.0), []
+    for event in end.events:
+        if "took" in event:
+            tests[event["took"]] += event["seconds"]
+            if event["outcome"] == "failed":
+                failed.append(event["took"])
+    lines: defaultdict[str, defaultdict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for written in (end.job.folder / "trace").glob("*.json"):
+        for number, path, seen in json.loads(written.read_text()):
+            for n in seen:
+                lines[path][n].add(number - 1)
+    kept = {path: {n: sorted(t) for n, t in of.items()} for path, of in lines.items()}
+    return {"tests": tests, "failed": failed, "lines": kept}
+
+
+def _merged(parts: dict[str, Any]) -> Baseline:
+    tests: dict[str, float] = {}
+    failed: list[str] = []
+    lines: defaultdict[str, defaultdict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for file in sorted(parts):
+        part = parts[file]
+        names = [*part["tests"], IMPORT]  # -1 is the last
+        tests |= part["tests"]
+        failed += part["failed"]
+        for path, of in part["lines"].items():
+            for n, indices in of.items():
+                lines[path][int(n)] |= {names[i] for i in indices}
+    return Baseline(tests, {k: dict(v) for k, v in lines.items()}, failed)
+
+
+def has_gpu() -> bool:
+    """Whether there is an NVIDIA GPU: without asking CUDA, which must not start before a fork."""
+    return os.path.exists("/dev/nvidiactl")

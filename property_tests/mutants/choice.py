@@ -1,0 +1,143 @@
+"""Which tests are run on a mutant, and in which order.
+
+Only tests that execute a mutated line can notice it, so those come first, the file's own tests
+before all others and cheap ones before dear ones. A value that was made once, while modules were
+imported or by a cache, reaches further: then tests that touch the file follow, and at last all.
+
+The quick profile takes one in 16 parameters of a test. What survives it meets the ci profile, in
+the files that are about the mutated one: a mutant that only this kills is told apart.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .baseline import IMPORT, Baseline
+from .mutant import ROOT, Mutant, read
+from .trace import WATCHED
+
+# The tests that are about a file.
+OWN = {
+    "kernels/blocks.py": ("blocks",),
+    "kernels/blocks.cu": ("blocks", "quantizer", "product", "layer"),
+    "kernels/cuda.py": ("product", "few", "blocks"),
+    "kernels/compress.py": ("compress",),
+    "kernels/decode.py": ("product",),
+    "kernels/few.py": ("few",),
+    "kernels/few.cu": ("few", "packed_product", "frozen"),
+    "kernels/hadamard.py": ("hadamard", "backward"),
+    "kernels/outputs.py": ("api", "errors"),
+    "kernels/product.py": ("product",),
+    "kernels/product.cu": ("product", "layer", "frozen"),
+    "kernels/quantize.py": ("quantizer", "product"),
+    "kernels/sparse.cu": ("sparse_product",),
+    "kernels/sparse.py": ("sparse_product",),
+    "quest/compression.py": ("compress", "sparse_product"),
+    "quest/eager.py": ("hadamard", "backward", "product", "quantizer", "operators"),
+    "quest/estimators.py": ("api", "errors"),
+    "quest/frozen.py": ("frozen", "sparse_product"),
+    "quest/grids.py": ("api", "constants", "errors"),
+    "quest/linear.py": ("linear", "quantize_model", "layer"),
+    "quest/lowbit.py": ("product", "errors"),
+    "quest/operands.py": ("product", "errors"),
+    "quest/ops.py": ("operators", "errors", "hadamard"),
+    "quest/packed.py": ("packed_product", "few"),
+    "quest/packing.py": ("packing", "errors"),
+    "quest/paths.py": ("frozen", "linear"),
+    "quest/quantizer.py": ("api", "errors", "quantizer"),
+    "quest/recipes.py": ("api", "errors"),
+    "quest/sparse_product.py": ("sparse_product",),
+    "quest/sparsity.py": ("api", "errors"),
+    "quest/transforms.py": ("api", "hadamard", "errors"),
+    "property_tests/ledger.py": ("verdict", "judges"),
+    "quest/conformance/examine.py": ("judges",),
+    "quest/conformance/judges.py": ("judges",),
+    "quest/conformance/lanes.py": ("judges",),
+    "quest/conformance/verdict.py": ("verdict",),
+    "quest/conformance/verify.py": ("verify",),
+    "reference/bounds.py": ("bounds", "judges"),
+    "reference/compression.py": ("compress",),
+}
+# The court must be held by the tests of the court: those that run production code can't tell a
+# bound that is too wide.
+HELPERS = (
+    "judges", "bounds", "verdict", "inputs", "reference_estimators", "reference_grids",
+    "reference_hadamard", "reference_linear", "reference_packing",
+    "reference_quantize", "reference_sparsity",
+)  # fmt: skip
+# A first process stays small: what it imports and runs is paid by every mutant.
+FIRST_FILES, FIRST_SECONDS = 2, 15.0
+
+
+def test_file(test: str) -> str:
+    """hadamard, of property_tests/test_hadamard.py::test_transform[...]."""
+    found = re.match(r"property_tests/test_(\w+)\.py", test)
+    return found[1] if found else ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process runs: `tests` in order, with their usual seconds; all of `paths` if none."""
+
+    profile: str
+    paths: tuple[str, ...]
+    tests: dict[str, float]
+
+
+def stages(mutant: Mutant, baseline: Baseline) -> list[Part]:
+    """What runs on a mutant until something kills it; nothing where no test executes its lines."""
+    order = _order(mutant, baseline)
+    if not order:
+        return []
+    first: list[str] = []
+    files: set[str] = set()
+    left = FIRST_SECONDS
+    for test in order:
+        file, seconds = test_file(test), baseline.tests[test]
+        if (file in files or len(files) < FIRST_FILES) and (seconds <= left or not first):
+            first.append(test)
+            files.add(file)
+            left -= seconds
+    rest = [t for t in order if t not in set(first)]
+    parts = [quick({t: baseline.tests[t] for t in part}) for part in (first, rest) if part]
+    touched = {test_file(t) for t in order}
+    own = tuple(f"property_tests/test_{n}.py" for n in OWN.get(mutant.file, ()) if n in touched)
+    return [*parts, Part("ci", own, {})] if own else parts
+
+
+def quick(tests: dict[str, float]) -> Part:
+    """These tests in the quick profile."""
+    return Part("quick", tuple(dict.fromkeys(t.partition("::")[0] for t in tests)), tests)
+
+
+def _order(mutant: Mutant, baseline: Baseline) -> list[str]:
+    covering = _covering(mutant, baseline)
+    if not covering:
+        return []
+    own = {f: i for i, f in enumerate(OWN.get(mutant.file, ()))}
+    groups = [covering - {IMPORT}, baseline.touching(mutant.file)]
+    if IMPORT in covering:
+        groups.append(set(baseline.tests))
+    order: dict[str, None] = {}
+    for group in groups:
+        ranked = sorted(
+            group, key=lambda t: (own.get(test_file(t), len(own)), baseline.tests[t], t)
+        )
+        order |= dict.fromkeys(ranked)
+    chosen = [t for t in order if t not in baseline.failed]
+    if mutant.family == "court":
+        chosen = [t for t in chosen if test_file(t) in (*HELPERS, *own)]
+    return chosen
+
+
+def _covering(mutant: Mutant, baseline: Baseline) -> set[str]:
+    if mutant.file.partition("/")[0] not in WATCHED:
+        return {IMPORT}  # a helper of the tests: any of them may need it
+    if not mutant.file.endswith(".cu"):
+        return baseline.covering(mutant.file, *mutant.lines)
+    # What a test executes of a CUDA C++ kernel is not seen; that it is launched is.
+    python = str((ROOT / mutant.file).with_suffix(".py").relative_to(ROOT))
+    lines = read(python).decode().splitlines()
+    launches = [n for n, line in enumerate(lines, 1) if ".launch(" in line]
+    return set().union(*(baseline.covering(python, n, n) for n in launches)) - {IMPORT}

@@ -1,0 +1,111 @@
+"""Many processes side by side, forked from one server that has imported what is slow to import."""
+
+from __future__ import annotations
+
+import compileall
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from . import child
+from .mutant import ROOT
+from .trace import WATCHED
+
+# Above what any choice of tests takes; each test has a limit of its own.
+WHOLE = 3600.0
+
+
+@dataclass
+class Ended:
+    """How a process went. events: what it reported. code: its exit status, negative for a signal.
+
+    seconds: wall-clock time, from its start.
+    """
+
+    job: child.Job
+    code: int
+    seconds: float
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    def first(self, key: str) -> dict[str, Any] | None:
+        """The first event that has this key."""
+        return next((e for e in self.events if key in e), None)
+
+
+@contextmanager
+def workshop() -> Iterator[Path]:
+    """A folder with a copy of the project in `template`, for as long as it is needed."""
+    folder = Path(tempfile.mkdtemp(prefix="mutants-"))
+    try:
+        child.copy(ROOT, folder / "template")
+        # Once for all copies: byte code is known by the time and size of its source.
+        for name in (*WATCHED, "property_tests"):
+            compileall.compile_dir(folder / "template" / name, quiet=1, force=True)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_all(
+    jobs: Iterator[child.Job], slots: int, ended: Callable[[Ended], Iterator[child.Job]]
+) -> None:
+    """Run jobs, `slots` at a time; `ended` is told of each end and may give jobs that go last."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Of semaphores that killed processes have left, which are gone with them.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(child.PRELOAD)
+    alive: dict[int, tuple[BaseProcess, child.Job, float]] = {}
+    waiting: list[child.Job] = []
+    try:
+        while True:
+            while len(alive) < slots:
+                job = next(jobs, None) or (waiting.pop(0) if waiting else None)
+                if job is None:
+                    break
+                process = context.Process(target=child.run, args=(job,))
+                process.start()
+                alive[process.sentinel] = process, job, time.perf_counter()
+            if not alive:
+                return
+            for sentinel in wait(list(alive), timeout=1.0):
+                process, job, began = alive.pop(sentinel)  # type: ignore[call-overload]
+                process.join()
+                _kill(process)
+                taken = time.perf_counter() - began
+                waiting += ended(Ended(job, process.exitcode or 0, taken, _events(job)))
+                process.close()
+                shutil.rmtree(job.folder, ignore_errors=True)
+            for process, _, began in alive.values():
+                if time.perf_counter() - began > WHOLE:
+                    _kill(process)
+    finally:
+        for process, _, _ in alive.values():
+            _kill(process)
+
+
+def _kill(process: BaseProcess) -> None:
+    """End a process and all that it has started: they are one session."""
+    try:
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        if process.is_alive():
+            process.kill()
+
+
+def _events(job: child.Job) -> list[dict[str, Any]]:
+    if not job.report.exists():
+        return []
+    lines = job.report.read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]

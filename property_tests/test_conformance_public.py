@@ -1,0 +1,422 @@
+"""The public court itself: it holds, it bites, and it passes nothing that was not declared."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import quest
+from quest.conformance import exact_rows, inputs, lanes, propagated
+from quest.conformance.adapters.published import Paper
+from quest.conformance.lanes import GuardError
+from quest.conformance.public import adapter, capabilities, formats, lists, properties
+from quest.conformance.strategies import FORMATS
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# A right transform, packing with swapped nibbles, an unpacking that fails only where it is listed.
+USER = """
+import numpy as np
+
+
+class Adapter:
+    capabilities = {"arrays": "numpy", "dtypes": ["float32"], "blocks": [2, 16], "bits": [4],
+                    "rotation": "product", "deterministic": True}
+    departures = ["nibbles are swapped"]
+
+    def hadamard(self, x, block):
+        h = np.ones((1, 1), np.float32)
+        while len(h) < block:
+            h = np.block([[h, h], [h, -h]])
+        return ((x.reshape(-1, block) @ h) * np.float32(block**-0.5)).reshape(x.shape)
+
+    def hadamard_transpose(self, x, block):
+        y = self.hadamard(x, block)
+        y[..., -1:] *= -1
+        return y
+
+    def pack(self, codes, bits):
+        codes = np.pad(codes, ((0, 0), (0, -codes.shape[-1] % 2)))
+        return codes[:, 1::2] | codes[:, ::2] << 4
+
+    def unpack(self, packed, bits, width):
+        return np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1)[:, :width]
+
+    def scail(self, x, block):
+        return x
+"""
+
+
+def court(where: Path, *arguments: str, plugin: bool = True) -> subprocess.CompletedProcess[str]:
+    """pytest's run of the court in a folder."""
+    loaded = ["-p", "quest.conformance.plugin"] if plugin else []
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *loaded, "--pyargs",
+         "quest.conformance", "--max-examples=5", *arguments],
+        cwd=where, capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str]:
+    """(folder, JSON, output) of a run on USER, outside the checkout."""
+    where = tmp_path_factory.mktemp("user")
+    (where / "mine.py").write_text(USER)
+    (where / "xfails").write_text(
+        "# planted\ntest_packing.py::test_pack\ntest_hadamard.py::test_transform[2-float32]\n"
+    )
+    (where / "skips").write_text("test_hadamard.py::test_transform[16-float32] # slow\n")
+    done = court(where, "--impl=mine:Adapter", "--xfails=xfails", "--skips=skips",
+                 "--report-json=out.json", "--report-html=out.html")  # fmt: skip
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
+    return where, json.loads((where / "out.json").read_text()), done.stdout
+
+
+def outcomes(document: Any) -> dict[str, Any]:
+    return {
+        f"{p['property']}[{c['parameters']}]": c for p in document["properties"] for c in p["cases"]
+    }
+
+
+def test_each_property_has_its_own_outcome(judged: tuple[Path, Any, str]) -> None:
+    found = outcomes(judged[1])
+    # The right transform passes, and is listed as an expected failure: the entry is stale.
+    stale = found.pop("test_hadamard.py::test_transform[2-float32]")
+    assert stale["outcome"] == "stale expected failure"
+    assert found.pop("test_hadamard.py::test_transform[16-float32]")["outcome"] == "skipped"
+    assert found.pop("test_packing.py::test_pack[4]")["outcome"] == "expected failure"
+    assert found.pop("test_packing.py::test_unpack[4]")["outcome"] == "passed"
+    for block in (2, 16):
+        turned = found.pop(f"test_hadamard.py::test_transpose[{block}-float32]")
+        assert turned["outcome"] == "failed"
+        assert turned["failure"]["stage"] == "transform"
+    assert {c["outcome"] for c in found.values()} == {"not covered"}
+    assert found["test_packing.py::test_pack[2]"]["reason"] == "capabilities['bits'] lacks 2"
+    reason = found["test_hadamard.py::test_transform[2-float16]"]["reason"]
+    assert reason == "capabilities['dtypes'] lacks float16"
+
+
+def test_the_smallest_example_and_its_snippet(judged: tuple[Path, Any, str]) -> None:
+    where, document, told = judged
+    failure = outcomes(document)["test_hadamard.py::test_transpose[2-float32]"]["failure"]
+    assert failure["tensors"]["x"].startswith("(1, 2) float32 [[")
+    assert f"smallest example: x = {failure['tensors']['x']}" in told
+    # The snippet runs where the adapter is, and says the same.
+    done = subprocess.run([sys.executable, "-c", failure["snippet"]], cwd=where, check=True,
+                          capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert failure["told"] in done.stdout
+
+
+def test_what_is_told(judged: tuple[Path, Any, str]) -> None:
+    where, document, told = judged
+    assert "departs from the specification: nibbles are swapped" in told
+    assert "not a function that is judged: scail" in told
+    assert "stale: test_hadamard.py::test_transform[2-float32] is listed in xfails" in told
+    assert "bias" in document["undeclared"]
+    page = (where / "out.html").read_text()
+    assert page.count("<svg") == 2, "a picture for each transform, none for what is exact"
+    assert "Smallest failing example" in page
+    assert not re.search(r'(src|href)="(?!#)', page.partition("<svg")[0]), "nothing from elsewhere"
+
+
+def test_stale_entries_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(USER)
+    (tmp_path / "xfails").write_text("test_packing.py::test_pack[2]\n")
+    (tmp_path / "skips").write_text("test_hadamard.py::test_gone\n")
+    done = court(tmp_path, "--impl=mine:Adapter", "--xfails=xfails", "--skips=skips")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    for entry in (
+        "xfails: 'test_packing.py::test_pack[2]'",
+        "skips: 'test_hadamard.py::test_gone'",
+    ):
+        assert f"{entry} is no property that this adapter covers" in done.stdout + done.stderr
+
+
+def test_from_the_checkout_and_nothing_covered() -> None:
+    # The root's conftest.py brings the options; warnings are errors there.
+    spec = "quest.conformance.adapters.fast_hadamard:Adapter"
+    missing = adapter.load(spec).missing
+    if missing is None:
+        pytest.skip("fast_hadamard_transform is installed: this is about what is not")
+    done = court(ROOT, f"--impl={spec}", plugin=False)
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout + done.stderr
+    assert f"nothing is covered: {missing}" in done.stdout
+    assert " passed" not in done.stdout.splitlines()[-1]
+
+
+def test_an_implementation_is_asked_for(tmp_path: Path) -> None:
+    done = court(tmp_path)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    told = "--pyargs quest.conformance needs --impl package.module:Adapter"
+    assert told in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ("mine", "must be package.module:Adapter, got 'mine'"),
+        ("no_such_module:A", "no module 'no_such_module'"),
+        ("quest.conformance.adapters.published:Papper", "has no 'Papper'; it has Paper, Released"),
+        ("quest.grids:Grid", r"Grid\(\) raised TypeError"),
+        ("quest.conformance.public.lists:ListError", "has no capabilities: a dict is needed"),
+    ],
+)
+def test_wrong_names(spec: str, told: str) -> None:
+    with pytest.raises(capabilities.AdapterError, match=told):
+        adapter.load(spec)
+
+
+@pytest.mark.parametrize(
+    ("declared", "told"),
+    [
+        ({"dtype": ["float32"]}, "has the key 'dtype'; allowed are arrays, device, dtypes"),
+        ({"dtypes": "float32"}, r"capabilities\['dtypes'\] must be a list, got 'float32'"),
+        ({"dtypes": ["float64"]}, "may hold float32, bfloat16, float16; got 'float64'"),
+        ({"blocks": [24, 36]}, "Hadamard order must be 2"),
+        ({"grids": ["uniform9"]}, "bits must be an integer from 1 to 8"),
+        ({"ties": "upp"}, "must be one of 'up', 'down', 'even', 'away', 'zero'; got 'upp'"),
+        ({"max_width": 0}, "must be a positive integer, got 0"),
+        ({"arrays": "numpy", "dtypes": [torch.bfloat16]}, "NumPy has no bfloat16"),
+    ],
+)
+def test_wrong_capabilities(declared: dict[str, Any], told: str) -> None:
+    with pytest.raises(capabilities.AdapterError, match=told):
+        capabilities.check(declared, "Adapter")
+
+
+def test_lists(tmp_path: Path) -> None:
+    path = tmp_path / "list"
+    path.write_text("# all\na.py::b # one\n\na.py::c[1]\n")
+    found = lists.read("--skips", str(path))
+    assert found.match("a.py::b[2]")
+    assert not found.match("a.py::c[2]")
+    assert found.stale() == ["--skips list: 'a.py::c[1]' is no property that this adapter covers"]
+    shipped = lists.read("--xfails", "quest.conformance.adapters:published.xfails")
+    assert "test_quantize.py::test_ties" in shipped.entries
+    path.write_text("a\na\n")
+    for given, told in (
+        (str(path), "'a' stands there twice"),
+        (str(tmp_path / "none"), "No such file"),
+        ("no_such_package:file", "there is no package 'no_such_package'"),
+    ):
+        with pytest.raises(lists.ListError, match=told):
+            lists.read("--skips", given)
+
+
+def implementation(made: Any) -> adapter.Implementation:
+    return adapter.Implementation(
+        "test", made, capabilities.check(made.capabilities, "test"), None, (), ()
+    )
+
+
+def failures(property_: str, made: Any, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """What a property finds wrong, on a few inputs of a fixed seed."""
+    impl, judge = implementation(made), getattr(properties, property_)
+    x, w = (inputs.draw("gaussian", (n, 384), dtype, seed + n) for n in (9, 5))
+    q = quest.quantizer.parse("uniform4/hadamard16/trust1.0/dense")
+    if property_ in ("transform", "transpose", "scale"):
+        calls: list[tuple[Any, ...]] = [(x, 16), (x.abs() * 0, 16)]
+    elif property_ in ("packed", "unpacked"):
+        calls = [(inputs.unsigned(b, (3, 13), seed), b) for b in (1, 2, 4, 8)]
+    elif property_ in ("product", "scaled_product"):
+        a, b = inputs.integers("random", 5, 33, seed), inputs.integers("lowest", 7, 33, seed)
+        scales = tuple(w[:n, :1].abs().float() for n in (5, 7)) if "scaled" in property_ else ()
+        scales = (x[:5, :1].abs().float(), x[:7, 1:2].abs().float()) if scales else ()
+        calls = [(a, b, *scales)]
+    elif property_ == "selection":
+        calls = [(t, quest.quantizer.parse(f"uniform4/hadamard16/trust1.0/{s}"))
+                 for s in ("2:4", "pairs4:8") for t in (x, x.round())]  # fmt: skip
+    elif property_ == "exact":
+        q = quest.quantizer.parse("uniform4:1.875/identity/ste/dense")
+        calls = [(torch.from_numpy(exact_rows.rows(1, 32, 8, seed)).to(dtype), q)]
+    elif property_ == "forward":
+        made_recipe = quest.recipe("bf16", weight=q, activation=q)
+        calls = [(x, w, None, made_recipe), (x, w, w[:, 0], made_recipe)]
+    elif property_ == "backward":
+        calls = [(x, w, x[:, :5], quest.recipe("bf16", weight=q, activation=q))]
+    else:
+        calls = [(x, q), (x, quest.quantizer.parse("e2m1/hadamard16/trust0.5/dense"))]
+        calls += [(x, quest.quantizer.parse("uniform1/hadamard16/clip1.3/dense"))]
+    return [v for arguments in calls for v in judge(impl, *arguments) if v.failure is not None]
+
+
+PROPERTIES = (
+    "transform", "transpose", "scale", "codes", "exact", "values", "mask", "selection", "packed",
+    "unpacked", "product", "scaled_product", "forward", "backward",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("property_", PROPERTIES)
+def test_the_paper_s_formulas_hold(property_: str, dtype: torch.dtype) -> None:
+    for seed in range(3):
+        assert failures(property_, Paper(), seed, dtype) == []
+
+
+class OneByOne(Paper):
+    """Each entry by a sum in float32, one term after the other."""
+
+    def hadamard(self, x: torch.Tensor, block: int) -> torch.Tensor:
+        y = super().hadamard(x, block)
+        y[..., 0] = torch.from_numpy(np.cumsum(x.numpy(), -1)[..., -1] / np.float32(block**0.5))
+        return y
+
+
+def test_a_product_rounds_more_often_than_a_butterfly() -> None:
+    made, x = OneByOne(), torch.full((1, 1024), 0.1)
+    assert properties.transform(implementation(made), x, 1024)[0].failure is not None
+    made.capabilities = Paper.capabilities | {"rotation": "product"}
+    assert properties.transform(implementation(made), x, 1024)[0].failure is None
+    assert properties.transform(implementation(made), x * 0 + 0.25, 1024)[0].failure is None
+
+
+def planted(function: str, fault: Any) -> Any:
+    """`Paper` with one function that changes what the right one gives."""
+    right = getattr(Paper, function)
+
+    def wrong(self: Any, *arguments: Any) -> Any:
+        return fault(right(self, *arguments))
+
+    return type("Planted", (Paper,), {function: wrong})()
+
+
+FAULTS = {
+    "a sign": ("transform", "hadamard", lambda y: torch.cat([-y[..., :1], y[..., 1:]], -1)),
+    "twice normalised": ("transform", "hadamard", lambda y: y / 4),
+    "another dtype": ("transform", "hadamard", lambda y: y.double()),
+    "transpose": ("transpose", "hadamard_transpose", lambda y: y.flip(-1)),
+    "an epsilon": ("scale", "scale", lambda s: s + 1e-6),
+    "a flat scale": ("scale", "scale", lambda s: s[..., 0]),
+    "codes up": ("codes", "quantize", lambda r: (r[0].clamp_max(6) + 1, r[1])),
+    "stored scale": ("codes", "quantize", lambda r: (r[0], r[1] * 1.001)),
+    "float codes": ("codes", "quantize", lambda r: (r[0].float(), r[1])),
+    "values": ("values", "fake_quantize", lambda v: v * (1 + 2**-10)),
+    "mask": ("mask", "mask", lambda m: torch.ones_like(m)),
+    "selection": ("selection", "select", lambda k: ~k),
+    "nibbles": ("packed", "pack", lambda p: (p << 4) | (p >> 4)),
+    "unsigned": ("unpacked", "unpack", lambda c: c.clamp_max(14)),
+    "accumulator": ("product", "product", lambda a: a.half().int()),
+    "scales": ("scaled_product", "scaled_product", lambda y: y * (1 + 2**-18)),
+    "layer": ("forward", "linear", lambda y: y * (1 + 2**-12)),
+    "bias": ("forward", "linear", lambda y: y - 2**-6),
+    "dx": ("backward", "linear_backward", lambda g: (g[0].roll(1, -1), g[1])),
+    "dw": ("backward", "linear_backward", lambda g: (g[0], g[1] * 0)),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_faults_are_found(name: str) -> None:
+    property_, function, fault = FAULTS[name]
+    assert failures(property_, planted(function, fault))
+
+
+def test_ties_are_exact() -> None:
+    class Even(Paper):
+        def quantize(self, x: torch.Tensor, format: formats.Format) -> Any:
+            t, _, sigma = self._places(x, format)
+            half = format.levels // 2
+            return (t / format.step - 0.5).round().clamp(-half, half - 1).long(), sigma
+
+    x = inputs.draw("gaussian", (9, 384), torch.float32, 0)
+    q = quest.quantizer.parse("uniform4/hadamard16/ste/dense")
+    apart = properties.codes(implementation(Even()), x, q)
+    assert all(v.failure is None for v in apart), "only ties tell them apart"
+    assert failures("exact", Even())
+
+
+class Rude(Paper):
+    """Breaks what holds for every function."""
+
+    def __init__(self, how: str) -> None:
+        self.how, self.calls = how, 0
+
+    def hadamard(self, x: torch.Tensor, block: int) -> Any:
+        self.calls += 1
+        y = super().hadamard(x, block)
+        if self.how == "input":
+            x += 1
+        elif self.how == "unwritten":
+            out = torch.empty_like(y)
+            out[:-1] = y[:-1]
+            return out
+        elif self.how == "unwritten, NumPy":
+            array = np.empty(y.shape, np.float32)
+            array[:-1] = y[:-1]
+            return array
+        elif self.how == "random":
+            return y * (1 + self.calls * 2.0**-23)
+        elif self.how == "list":
+            return y.tolist()
+        return y
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("input", "hadamard: input 0 was changed"),
+        ("unwritten", "y differs between two runs"),
+        ("unwritten, NumPy", "y differs between two runs"),
+        ("random", "y differs between two runs"),
+        ("list", "hadamard must be a torch tensor or a NumPy array"),
+    ],
+)
+def test_guards(how: str, told: str) -> None:
+    with pytest.raises((GuardError, TypeError), match=told):
+        failures("transform", Rude(how))
+
+
+def test_what_python_allocates_is_poisoned() -> None:
+    x = torch.zeros(3)
+    with adapter.poisoned(0x55):
+        made = [torch.empty(3), torch.empty_like(x), x.new_empty(3)]
+        arrays = [np.empty(3, np.float32), np.empty_like(x.numpy())]
+    for t in (*made, *map(torch.from_numpy, arrays)):
+        assert (t.view(torch.uint8) == 0x55).all()
+
+
+def test_determinism_counts_where_it_is_declared() -> None:
+    rude = Rude("random")
+    rude.capabilities = Paper.capabilities | {"deterministic": False}
+    assert failures("transform", rude) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format_", FORMATS)
+def test_values_without_codes_hold(format_: str, dtype: torch.dtype) -> None:
+    lane = lanes.Lane("torch-cpu", "cpu", "dispatch")
+    q = quest.Quantizer(FORMATS[format_], quest.Hadamard(32), quest.STE())
+    for seed, kind in enumerate(inputs.DISTRIBUTIONS):
+        x = inputs.draw(kind, (7, 96), dtype, seed)
+        made = lane.call("fake_quantize", x, q=q)["values"]
+        propagated.valued(x, q, made, conclusive=False).require()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda x, v, q: v * (1 + 2.0**-17),
+        lambda x, v, q: torch.where(v == v.amax(), v.amin(), v),
+        lambda x, v, q: quest.Quantizer(quest.grids.uniform(5), q.transform, q.estimator)(x),
+        lambda x, v, q: quest.Quantizer(q.grid, quest.Hadamard(16), q.estimator)(x),
+        lambda x, v, q: v + 2 * q.grid.step * (x == x.amax()),
+        lambda x, v, q: torch.where(v == 0, v, torch.nan),
+    ],
+    ids=("scale", "one value", "other bits", "other block", "two steps", "NaN"),
+)
+def test_values_without_codes_bite(fault: Any) -> None:
+    q = quest.Quantizer(quest.grids.uniform(4), quest.Hadamard(32), quest.STE())
+    x = inputs.draw("gaussian", (7, 96), torch.float32, 0)
+    assert propagated.valued(x, q, q(x)).failure is None
+    assert propagated.valued(x, q, fault(x, q(x), q)).failure is not None

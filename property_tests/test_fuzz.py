@@ -1,0 +1,180 @@
+"""What the fuzzer found is replayed in every lane, before all else; and the fuzzer finds."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import strategies as st
+
+import quest
+from property_tests import fuzz
+from property_tests.lane_marks import every_lane
+from quest.conformance import examine, inputs, lanes
+from quest.conformance.lanes import Lane
+from quest.conformance.verdict import Rejected, Verdict
+
+CPU = lanes.all_lanes()[0]
+ENTRY = {
+    "distribution": "gaussian", "shape": [3, 128], "dtype": "float32", "layout": "padded",
+    "seed": 5, "edits": [[7, 2.0]],
+}  # fmt: skip
+
+
+def replay(lane: Lane, path: Path = fuzz.PROMOTED) -> int:
+    """Judge every promoted entry in a lane; how many."""
+    entries = fuzz.promoted(path)
+    for found in entries:
+        try:
+            fuzz.judge(found["target"], lane, found["entry"])
+        except Exception as error:
+            error.add_note(f"promoted entry: {json.dumps(found)}")
+            raise
+    return len(entries)
+
+
+@every_lane
+def test_promoted(lane: Lane) -> None:
+    replay(lane)
+
+
+def broken(lane: Lane, entry: fuzz.Entry) -> list[Verdict]:
+    """Wrong where a row has 40 columns or more."""
+    width = entry["shape"][-1]
+    if width >= 40:
+        return [Verdict("planted", 1, 2.0, failure=f"{width} columns")]
+    return [Verdict("planted", 1, width / 40)]
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = fuzz.Target(fuzz.TARGETS["transform"].entries, broken)
+    monkeypatch.setitem(fuzz.TARGETS, "transform", target)
+
+
+def run(*options: str) -> Any:
+    return CliRunner().invoke(fuzz.main, ["--lane", "torch-cpu", *options])
+
+
+@pytest.mark.usefixtures("planted")
+def test_what_is_found_is_shrunk_promoted_and_replayed(tmp_path: Path) -> None:
+    path, corpus = tmp_path / "promoted.json", tmp_path / "corpus"
+    options = ("--target", "transform", "--promote-to", str(path), "--corpus", str(corpus))
+    told = run(*options, "--minutes", "1")
+    assert told.exit_code == 1, told.output
+    assert "FOUND transform: Rejected: torch-cpu, planted: " in told.output
+    [found] = fuzz.promoted(path)
+    assert found["target"] == "transform"
+    assert found["lane"] == "torch-cpu"
+    # Shrunk: the first of each choice, no edits, the smallest seed.
+    assert found["entry"]["shape"][-1] >= 40
+    assert found["entry"]["edits"] == []
+    assert found["entry"]["seed"] == 0
+    assert any(corpus.rglob("*")), "no corpus"
+    with pytest.raises(Rejected, match=r"planted: \d+ columns") as caught:
+        replay(CPU, path)
+    assert "promoted entry" in caught.value.__notes__[0]
+    # Found again, and not promoted twice.
+    assert "0 new in" in run(*options, "--minutes", "0.01").output
+    assert len(fuzz.promoted(path)) == 1
+
+
+def test_a_promoted_entry_is_judged_by_the_real_judges(tmp_path: Path) -> None:
+    entry = ENTRY | {"order": 128, "transpose": False}
+    path = tmp_path / "promoted.json"
+    path.write_text(
+        json.dumps([{"target": "transform", "lane": "any", "told": "", "entry": entry}])
+    )
+    assert replay(CPU, path) == 1
+
+
+@pytest.mark.usefixtures("planted")
+def test_the_corpus_is_read_again(tmp_path: Path) -> None:
+    first = fuzz.Search("transform", CPU, tmp_path)
+    first.round(200, time.monotonic() + 60)
+    assert first.found
+    second = fuzz.Search("transform", CPU, tmp_path)
+    second.round(1, time.monotonic() + 60)
+    assert second.found[0][0] == first.found[0][0]
+
+
+def test_the_search_climbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A hidden height, away from the ends that any search tries: with the ratio to follow, the
+    # search comes nearer to it than the draws alone.
+    hidden = 0x5A5A5
+
+    def steep(lane: Lane, entry: fuzz.Entry) -> list[Verdict]:
+        return [Verdict("planted", 1, 1 / (1 + abs(entry["height"] - hidden)))]
+
+    heights = st.fixed_dictionaries({"height": st.integers(0, 2**20 - 1)})
+    monkeypatch.setitem(fuzz.TARGETS, "transform", fuzz.Target(heights, steep))
+
+    def reached(name: str) -> float:
+        search = fuzz.Search("transform", CPU, tmp_path / name)
+        search.round(600, time.monotonic() + 60)
+        return search.ratio
+
+    assert reached("steered") == 1
+    monkeypatch.setattr(fuzz.hypothesis, "target", lambda *_, **__: None)
+    assert reached("blind") < 0.5
+
+
+def test_time_is_kept(tmp_path: Path) -> None:
+    started = time.monotonic()
+    told = run("--minutes", "0", "--corpus", str(tmp_path), "--promote-to", str(tmp_path / "p"))
+    assert told.exit_code == 0, told.output
+    assert time.monotonic() - started < 20
+    assert not (tmp_path / "p").exists()
+
+
+def test_ties_are_near() -> None:
+    q = quest.Quantizer(quest.grids.uniform(4), quest.Hadamard(128), quest.Trust())
+    x = inputs.draw("gaussian", (8, 256), torch.float32, 1)
+    plain = examine.quantizer(CPU, x, q, conclusive=False)
+    found = examine.quantizer(CPU, fuzz._tied(x, q, 16), q, conclusive=False)
+    assert all(v.failure is None for v in found)
+    codes = {
+        name: v.ambiguous for v in found for name in [v.stage] if name == "codes" and v.elements
+    }
+    assert codes["codes"] > 100
+    assert sum(v.ambiguous for v in plain if v.stage == "codes") < 5
+
+
+@pytest.mark.parametrize("name", fuzz.TARGETS)
+def test_every_target_runs_and_its_entries_are_json(name: str, tmp_path: Path) -> None:
+    search = fuzz.Search(name, CPU, tmp_path)
+    seen = []
+
+    def judge(lane: Lane, entry: fuzz.Entry) -> list[Verdict] | None:
+        assert json.loads(json.dumps(entry)) == entry
+        verdicts = kept.judge(lane, entry)
+        seen.append(verdicts)
+        return verdicts
+
+    kept = fuzz.TARGETS[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(fuzz.TARGETS, name, fuzz.Target(kept.entries, judge))
+        search.round(8, time.monotonic() + 60)
+    assert search.found == []
+    assert len(seen) >= 5
+    assert search.elements > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--lane", "nonsense"), "lane must be one of torch-cpu"),
+        (("--minutes", "-1"), "-1"),
+        (("--target", "nonsense"), "nonsense"),
+        (("--promote-to", "/none/such/file.json"), "the folder /none/such does not exist"),
+    ],
+)
+def test_wrong_options(options: tuple[str, ...], message: str) -> None:
+    told = CliRunner().invoke(fuzz.main, list(options))
+    assert told.exit_code == 2
+    assert message in told.output

@@ -1,0 +1,248 @@
+"""The mutants themselves: what is planted, what is said of it, and a few of them killed.
+
+All of them: `make mutants`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from property_tests.mutants import cuda_source, patches, pool, runner, systematic, table
+from property_tests.mutants.baseline import IMPORT, Baseline
+from property_tests.mutants.choice import Part, quick, stages
+from property_tests.mutants.command import all_mutants
+from property_tests.mutants.mutant import Mutant, read
+
+KNOWN = {m.id: m for m in all_mutants()}
+
+
+def made(source: str) -> dict[str, list[str]]:
+    """Mutants of a snippet: by operator, the mutated sources."""
+    found: dict[str, list[str]] = {}
+    for m in systematic.mutants("x.py", source.encode()):
+        found.setdefault(m.id.split(":")[2], []).append(m.apply(source.encode()).decode())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "operator", "expected"),
+    [
+        ("y = a + b", "arithmetic", ["y = (a - b)"]),
+        ("y = a << b", "arithmetic", ["y = (a >> b)"]),
+        ("y = a + b", "left", ["y = (a)"]),
+        ("y = a + b", "right", ["y = (b)"]),
+        ("y = a & b", "right", ["y = (b)"]),
+        ("y = a < b", "compare", ["y = (a <= b)"]),
+        ("y = a == b", "compare", ["y = (a != b)"]),
+        ("y = a is b", "compare", ["y = (a is not b)"]),
+        ("y = 0 < a <= 4", "compare", ["y = (0 <= a <= 4)", "y = (0 < a < 4)"]),
+        ("y = a and b", "boolean", ["y = (a or b)"]),
+        ("y = a and b", "term", ["y = (b)", "y = (a)"]),
+        ("y = not a", "unary", ["y = (a)"]),
+        ("y = -a", "unary", ["y = (a)"]),
+        ("if a:\n    f()", "negate", ["if (not (a)):\n    f()"]),
+        ("y = b if a else c", "negate", ["y = b if (not (a)) else c"]),
+        ("y = 7", "constant", ["y = 8", "y = 6"]),
+        ("y = 0.5", "constant", ["y = 1.5", "y = (-0.5)"]),
+        ("y = 1e38", "constant", ["y = 2e+38", "y = 5e+37"]),
+        ("y = True", "constant", ["y = False"]),
+        ("f(a, b, c)", "swap", ["(f(b, a, c))", "(f(a, c, b))"]),
+        ("y = tl.load(p, mask=m)", "keyword", ["y = (tl.load(p))"]),
+        ("y = tl.load(p, other=0.0)", "other", ["y = tl.load(p, other=77)"]),
+        ("y = tl.minimum(a, b)", "call", ["y = tl.maximum(a, b)"]),
+        ("y = x.abs()", "bare", ["y = (x)"]),
+        ("y = tl.abs(x)", "bare", ["y = (x)"]),
+        ("y = tl.where(c, a, b)", "where", ["y = (a)", "y = (b)"]),
+        ("for i in range(n):\n    f()", "range",
+         ["for i in range((n - 1)):\n    f()", "for i in range((n + 1)):\n    f()"]),
+        ("y = x[a:b]", "slice", ["y = x[(a + 1):b]", "y = x[a:(b + 1)]"]),
+        ("f(a)", "remove", ["pass"]),
+        ("y += a", "remove", ["pass"]),
+        ("y += a", "arithmetic", ["y -= a"]),
+        ("def f(x):\n    x = g(x)\n    z = x", "remove", ["def f(x):\n    pass\n    z = x"]),
+    ],
+)  # fmt: skip
+def test_each_operator_makes_what_it_says(source: str, operator: str, expected: list[str]) -> None:
+    assert made(source)[operator] == expected
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '"""Text."""',
+        "import a",
+        "def f(x: int | None) -> a.b[1]: ...",
+        "if TYPE_CHECKING:\n    f(1, 2)",
+        "assert x > 0",
+        '__all__ = ["a" + "b"]',
+        "Union = A | B",
+        'y = f"{a + 1}"',
+        "@cache(maxsize=64)\ndef f(): return x",
+    ],
+)
+def test_what_can_t_change_a_result_is_left_alone(source: str) -> None:
+    assert made(source) == {}
+
+
+def test_messages_of_errors_are_left_alone() -> None:
+    assert made('if a:\n    raise ValueError(f"{b}" + c)').keys() == {"negate", "remove"}
+
+
+def test_a_mutant_stands_where_its_text_does_beside_wide_letters() -> None:
+    assert made('s = "±∞"; y = a + b')["left"] == ['s = "±∞"; y = (a)']
+
+
+def test_an_id_stays_where_lines_move() -> None:
+    source = "def f(x):\n    return x + 1\n"
+    for other in ("\n\n" + source, "def g(x):\n    return x + 2\n" + source):
+        ids = {m.id: m.what for m in systematic.mutants("x.py", other.encode())}
+        assert ids["x.py:f:arithmetic:0"] == "x + 1 -> (x - 1)"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("int a = b + c;", {"int a = b - c;"}),
+        ("a = b;", {";"}),
+        ("if (a < b) f<2>(x);", {"if (a <= b) f<2>(x);", "if (a < b) f<3>(x);",
+                                 "if (a < b) f<1>(x);"}),
+        ("  wait(bar, 1);", {"  ;", "  wait(bar, 2);", "  wait(bar, 0);"}),
+        ("  sum += x;", {"  ;", "  sum -= x;"}),
+        ("int y = 0xFFu;", {"int y = 0x100u;", "int y = 0xfeu;"}),
+        ("float y = 0.5f;", {"float y = 1.5f;"}),
+        ("int y = a ? b : c;", {"int y = a ? c : b;"}),
+        ('int y = f("a + 1"); // a + 1', set()),
+        ("#define N 4 + 4", set()),
+    ],
+)  # fmt: skip
+def test_mutants_of_cuda_text(source: str, expected: set[str]) -> None:
+    found = cuda_source.mutants("x.cu", source.encode())
+    assert {m.apply(source.encode()).decode() for m in found} == expected
+
+
+def test_every_mutant_has_a_name_of_its_own_and_parses() -> None:
+    assert len(KNOWN) == len(all_mutants()) > 5000
+    sources = {m.file: read(m.file) for m in KNOWN.values()}
+    for i, m in enumerate(KNOWN.values()):
+        assert sources[m.file][m.start : m.end].decode() != m.new, m.id
+        # Patches, and some of those made of syntax trees.
+        if m.file.endswith(".py") and (m.family != "systematic" or i % 100 == 0):
+            ast.parse(m.apply(sources[m.file]))
+
+
+def test_proofs_are_of_mutants_that_exist() -> None:
+    proofs = patches.equivalent()
+    assert patches.stale(proofs, list(KNOWN.values())) == []
+    assert all(len(because) > 40 for _, because in proofs.values())
+    told = patches.stale({"no:such": ("a -> b", "")}, list(KNOWN.values()))
+    assert told == ["no:such is not a mutant"]
+    name = "quest/packing.py:pack:remove:0"
+    told = patches.stale({name: ("a -> b", "")}, list(KNOWN.values()))
+    assert told == [f"{name} is '_check(bits) -> pass', and not 'a -> b'"]
+
+
+def test_a_patch_that_does_not_fit_is_an_error() -> None:
+    entry = {"id": "x", "file": "quest/packing.py", "old": "no such text", "new": "", "says": ""}
+    with pytest.raises(ValueError, match=r"x: the old text stands 0 times in quest/packing\.py"):
+        patches._made("semantic", entry)
+    with pytest.raises(ValueError, match="stands 2 times"):
+        patches._made("semantic", entry | {"old": "_check(bits)\n    if"})
+
+
+def test_a_patch_at_a_comment_is_about_the_line_behind_it() -> None:
+    entry = {"id": "x", "file": "quest/eager.py", "new": "x = 1", "says": ""}
+    made = patches._made("semantic", entry | {"old": "    # float64 holds every sum exactly"})
+    lines = read("quest/eager.py").decode().splitlines()
+    assert "a.double()" in lines[made.lines[1] - 1]
+
+
+def test_a_proof_of_a_mutant_that_dies_is_a_problem() -> None:
+    m = KNOWN["quest/packing.py:pack:remove:0"]
+    for outcome, problems in (
+        ("survived", []),
+        ("killed", [f"{m.id} is listed as equivalent, but t kills it"]),
+    ):
+        result = runner.Result(m.id, m.what, outcome, "t")
+        assert table.Table([m], {m.id: result}, {m.id: (m.what, "")}).problems() == problems
+    result = runner.Result(m.id, m.what, "survived")
+    assert table.Table([m], {m.id: result}, {}).problems() == [f"{m.id} survives: {m.what}"]
+
+
+def test_tests_that_execute_the_line_come_first() -> None:
+    m = dataclasses.replace(KNOWN["quest/packing.py:pack:remove:0"], lines=(5, 6))
+    names = [f"property_tests/test_{n}.py::t" for n in ("packing", "api", "train", "errors")]
+    tests = dict(zip(names, (2.0, 1.0, 3.0, 0.5), strict=True))
+    of = {5: {names[0], names[1]}, 9: {names[2]}}
+    planned = stages(m, Baseline(tests, {m.file: of}, []))
+    # Its own tests before cheaper ones; then what touches the file; never what does not.
+    assert [list(part.tests) for part in planned] == [[names[0], names[1]], [names[2]], []]
+    assert planned[-1] == Part("ci", ("property_tests/test_packing.py",), {})
+    assert stages(dataclasses.replace(m, lines=(7, 8)), Baseline(tests, {m.file: of}, [])) == []
+    everywhere = stages(m, Baseline(tests, {m.file: of | {6: {IMPORT}}}, []))
+    assert [t for part in everywhere for t in part.tests] == names
+    failing = stages(m, Baseline(tests, {m.file: of}, [names[0]]))
+    assert list(failing[0].tests) == [names[1], names[2]]
+
+
+def nothing(file: str, new: str) -> Mutant:
+    """A mutant that puts a text before the end of a file."""
+    end = len(read(file))
+    return Mutant("x", "systematic", file, (1, 1), end, end, new, "")
+
+
+T = "property_tests/test_"
+# Mutants of three families, and the test that must kill each within a few seconds.
+KILLED = {
+    "semantic:transform/transpose": f"{T}hadamard.py::test_layouts[gaussian-contiguous-torch-cpu]",
+    "semantic:codes/odd-width": f"{T}packing.py::test_inputs_stay_and_need_not_be_contiguous",
+    "semantic:product/fp16": f"{T}product.py::test_the_judges_of_the_product_bite",
+    "quest/lowbit.py:check_decode:constant:7":
+        f"{T}product.py::test_layer_with_an_empty_axis[3-0-4]",
+    "kernels/quantize.py:_emit:negate:5":
+        f"{T}quantizer.py::test_two_of_four_in_a_row_of_eight[uniform1-triton-interpreter]",
+    "court:verdict/require": f"{T}verdict.py::test_require",
+    "court:bounds/margin": f"{T}bounds.py::test_code_margin_leaves_codes_decided",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, runner.Result]:
+    """What becomes of KILLED, of nothing, of a loop without end and of a process that dies."""
+    first = f"{T}packing.py::test_the_first_element_is_in_the_lowest_bits"
+    special = {
+        "nothing": nothing("quest/packing.py", "\n# Nothing.\n"),
+        "loop": nothing("quest/packing.py", "\n\ndef _check(bits):\n    while True: pass\n"),
+        "death": nothing("quest/packing.py", "\n\ndef _check(bits):\n    import os; os.abort()\n"),
+        "import": nothing("quest/packing.py", "\n\n1 / 0\n"),
+    }
+    # Usual seconds that leave a busy machine its time.
+    plans = {name: {test: 10.0} for name, test in KILLED.items()}
+    plans |= {name: {first: 0.0} for name in special}
+    chosen = [KNOWN[name] for name in KILLED]
+    chosen += [dataclasses.replace(m, id=name) for name, m in special.items()]
+    found: dict[str, runner.Result] = {}
+    with pool.workshop() as folder:
+        runner.run(
+            chosen, lambda m: [quick(plans[m.id])], Path(folder), 2,
+            lambda m, result: found.__setitem__(m.id, result), patience=4.0,
+        )  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("name", KILLED)
+def test_a_mutant_is_killed(outcomes: dict[str, runner.Result], name: str) -> None:
+    assert (outcomes[name].outcome, outcomes[name].by) == ("killed", KILLED[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "outcome"),
+    [("nothing", "survived"), ("loop", "timeout"), ("death", "crash"), ("import", "killed")],
+)
+def test_what_else_becomes_of_a_mutant(
+    outcomes: dict[str, runner.Result], name: str, outcome: str
+) -> None:
+    assert outcomes[name].outcome == outcome, outcomes[name]

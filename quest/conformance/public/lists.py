@@ -1,0 +1,73 @@
+"""Files of properties to skip, or that must fail: one name a line, # begins a comment.
+
+A name is that of the summary, `test_hadamard.py::test_transform[float32-12]`; without the brackets
+it stands for all parameters. An entry that matches nothing that is covered is stale, and so is an
+expected failure that passes (pytest's strict xfail).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+class ListError(ValueError):
+    """A list can't be read; the message names the option."""
+
+
+@dataclass
+class Listed:
+    """The entries of one file, and which of them matched."""
+
+    option: str
+    origin: str
+    entries: tuple[str, ...]
+    matched: set[str] = field(default_factory=set)
+
+    def match(self, name: str) -> bool:
+        """Whether a property is listed; notes the entries that say so."""
+        found = {e for e in self.entries if e in (name, name.partition("[")[0])}
+        self.matched |= found
+        return bool(found)
+
+    def stale(self) -> list[str]:
+        """What to say of each entry that matched nothing."""
+        return [
+            f"{self.option} {self.origin}: {e!r} is no property that this adapter covers"
+            for e in self.entries
+            if e not in self.matched
+        ]
+
+
+def read(option: str, given: str | None) -> Listed:
+    """The list of an option; empty where it was not given. ListError for a file that is not there.
+
+    given: a path, or package:file for a file in an installed package.
+    """
+    if given is None:
+        return Listed(option, "", ())
+    path = _path(option, given)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ListError(f"{option} {given}: {error.strerror}") from None
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    entries = [line for line in lines if line]
+    twice = sorted({e for e in entries if entries.count(e) > 1})
+    if twice:
+        raise ListError(f"{option} {given}: {twice[0]!r} stands there twice")
+    return Listed(option, path.name, tuple(entries))
+
+
+def _path(option: str, given: str) -> Path:
+    package, colon, name = given.partition(":")
+    if not colon or Path(given).exists():
+        return Path(given)
+    try:
+        found = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        found = None
+    if found is None or found.origin is None:
+        raise ListError(f"{option} {given}: there is no package {package!r}")
+    return Path(found.origin).parent / name

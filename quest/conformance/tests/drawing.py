@@ -1,0 +1,81 @@
+"""What the properties draw: small first, so that failures shrink to what a reader takes in."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+
+import quest
+from quest.conformance import inputs, strategies
+from quest.conformance.public.capabilities import Capabilities
+from quest.estimators import Estimator
+
+# Finite, of moderate size, and without values on a midpoint but by chance.
+PLAIN = ("gaussian", "heavy", "outlier")
+# Rows whose sums are exact: zeros, equal magnitudes and cancellation, midpoints at 0.
+TIED = ("zeros", "one_hot", "equal", "alternating", "integers")
+EXTREMES = ("tiny", "subnormal", "huge", "mixed_rows")
+ROWS = st.sampled_from(((1,), (3,), (7,), (17,)))
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The torch dtype of a name."""
+    made: torch.dtype = getattr(torch, name)
+    return made
+
+
+def widths(block: int, capabilities: Capabilities, group: int = 1) -> st.SearchStrategy[int]:
+    """Widths that the block, the group and the adapter's own multiple divide, within its limit."""
+    limit = capabilities.max_width
+    step = torch.tensor([block, group, capabilities.width_multiple])
+    least = int(torch.lcm(torch.lcm(step[0], step[1]), step[2]))
+    if limit is not None and least > limit:
+        return st.nothing()
+    found = strategies.widths(least)
+    return found if limit is None else found.filter(lambda n: n <= limit)
+
+
+def plain(
+    dtype: str, block: int, capabilities: Capabilities, *, ties: bool, group: int = 1
+) -> st.SearchStrategy[strategies.Case]:
+    """Contiguous finite matrices; ties: with rows whose entries fall on midpoints."""
+    return strategies.cases(
+        dtype_of(dtype), widths(block, capabilities, group),
+        distributions=(*(TIED if ties else ()), *PLAIN), lead=ROWS,
+        layouts=("contiguous",), edited=ties,
+    )  # fmt: skip
+
+
+def family(
+    name: str, dtype: str, block: int, capabilities: Capabilities, *, ties: bool
+) -> st.SearchStrategy[strategies.Case]:
+    """One of the kinds of inputs of `capabilities.INPUTS`."""
+    names = (*(TIED if ties else ()), *PLAIN)
+    lead: st.SearchStrategy[tuple[int, ...]] = ROWS
+    layouts: tuple[str, ...] = ("contiguous",)
+    if name == "extremes":
+        names = EXTREMES if ties else EXTREMES[:3]
+    elif name == "non_finite":
+        names = ("non_finite",)
+    elif name == "empty":
+        lead = st.just((0,))
+    elif name == "axes":
+        lead = st.sampled_from(((), (1, 1, 2), (2, 3)))
+    else:
+        layouts = inputs.LAYOUTS[1:]
+    return strategies.cases(
+        dtype_of(dtype), widths(block, capabilities), distributions=names, lead=lead,
+        layouts=layouts,
+    )  # fmt: skip
+
+
+def estimator(grid: str, capabilities: Capabilities) -> Estimator:
+    """The published estimator of a grid where it is declared, else the first that is, else STE."""
+    parsed = [quest.estimators.parse(e) for e in capabilities.estimators]
+    published = quest.Clip(1.3) if quest.grids.parse(grid).levels == 2 else quest.Trust()
+    return published if published in parsed else next(iter(parsed), quest.STE())
+
+
+def quantizer(spec: str) -> str:
+    """Python that makes a quantizer again."""
+    return f"quest.quantizer.parse({spec!r})"

@@ -1,0 +1,114 @@
+"""Codes with their scale, ties, dequantized values and the gradient's mask (T2 to T4, T6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import quest
+from quest.conformance import exact_rows
+from quest.conformance.public import properties
+from quest.conformance.public.capabilities import DTYPES, ESTIMATORS, GRIDS, INPUTS
+from quest.conformance.public.court import Court
+from quest.conformance.strategies import SEEDS, Case
+
+from . import drawing
+
+TIED_GRIDS = ("uniform1", "uniform2", "uniform4", "ternary")
+
+
+def _quantizer(court: Court, grid: str, data: st.DataObject) -> quest.Quantizer:
+    capabilities = court.impl.capabilities
+    block = data.draw(st.sampled_from(sorted(capabilities.blocks)), label="block")
+    estimator = drawing.estimator(grid, capabilities)
+    return quest.Quantizer(quest.grids.parse(grid), quest.Hadamard(block), estimator)
+
+
+def _judge(court: Court, property_: Callable[..., Any], case: Case, q: quest.Quantizer) -> None:
+    # Equal rows flip together, and the rules on ambiguous codes count independent ones; of
+    # subnormal rows no code is certain.
+    sure = case.layout != "expanded" and case.distribution in drawing.PLAIN
+    code = f"{drawing.quantizer(q.spec)}, conclusive={sure}"
+    court.judge(property_, {"x": case.expression()}, (case.make(), q), code, conclusive=sure)
+
+
+@pytest.mark.judges("quantize", declares=("blocks",), dtype=DTYPES, grid=GRIDS)
+@given(data=st.data())
+def test_codes(court: Court, dtype: str, grid: str, data: st.DataObject) -> None:
+    q = _quantizer(court, grid, data)
+    case = data.draw(drawing.plain(dtype, q.transform.order(0), court.impl.capabilities,
+                                   ties=False))  # fmt: skip
+    _judge(court, properties.codes, case, q)
+
+
+@pytest.mark.judges("fake_quantize", declares=("blocks",), dtype=DTYPES, grid=GRIDS)
+@given(data=st.data())
+def test_values(court: Court, dtype: str, grid: str, data: st.DataObject) -> None:
+    q = _quantizer(court, grid, data)
+    case = data.draw(drawing.plain(dtype, q.transform.order(0), court.impl.capabilities,
+                                   ties=False))  # fmt: skip
+    _judge(court, properties.values, case, q)
+
+
+@pytest.mark.judges("quantize", "mask", declares=("blocks", "grids"), dtype=DTYPES,
+                    estimator=ESTIMATORS)  # fmt: skip
+@given(data=st.data())
+def test_mask(court: Court, dtype: str, estimator: str, data: st.DataObject) -> None:
+    capabilities = court.impl.capabilities
+    grid = quest.grids.parse(data.draw(st.sampled_from(capabilities.grids), label="grid"))
+    block = data.draw(st.sampled_from(sorted(capabilities.blocks)), label="block")
+    q = quest.Quantizer(grid, quest.Hadamard(block), quest.estimators.parse(estimator))
+    case = data.draw(drawing.plain(dtype, block, capabilities, ties=False))
+    code = drawing.quantizer(q.spec)
+    court.judge(properties.mask, {"x": case.expression()}, (case.make(), q), code)
+
+
+@pytest.mark.judges("quantize", declares=("blocks", "ties"), dtype=DTYPES, grid=GRIDS)
+@given(data=st.data())
+def test_ties(court: Court, dtype: str, grid: str, data: st.DataObject) -> None:
+    """Rows of zeros, and entries that rotate to exactly 0: the midpoint of grids of even L."""
+    q = _quantizer(court, grid, data)
+    case = data.draw(drawing.plain(dtype, q.transform.order(0), court.impl.capabilities,
+                                   ties=True))  # fmt: skip
+    _judge(court, properties.codes, case, q)
+
+
+@pytest.mark.judges("quantize", declares=("ties", "any_outer"), dtype=DTYPES, tied=TIED_GRIDS)
+@given(seed=SEEDS)
+def test_every_tie(court: Court, dtype: str, tied: str, seed: int) -> None:
+    """Dyadic scales and steps, values on every midpoint and on the outer points."""
+    levels, step = quest.grids.parse(tied).levels, 0.25
+    q = quest.Quantizer(quest.grids.parse(f"{tied}:{step * (levels - 1) / 2!r}"),
+                        quest.Identity(), quest.STE())  # fmt: skip
+    x = torch.from_numpy(exact_rows.rows(1, 32, 8, seed)).to(drawing.dtype_of(dtype))
+    makes = f"torch.from_numpy(exact_rows.rows(1, 32, 8, {seed})).to(torch.{dtype})"
+    court.judge(properties.exact, {"x": makes}, (x, q), drawing.quantizer(q.spec))
+
+
+@pytest.mark.judges("quantize", declares=("blocks", "grids"), dtype=DTYPES, family=tuple(INPUTS))
+@given(data=st.data())
+def test_inputs_of_codes(court: Court, dtype: str, family: str, data: st.DataObject) -> None:
+    _family(court, properties.codes, dtype, family, data)
+
+
+@pytest.mark.judges("fake_quantize", declares=("blocks", "grids"), dtype=DTYPES,
+                    family=tuple(INPUTS))  # fmt: skip
+@given(data=st.data())
+def test_inputs_of_values(court: Court, dtype: str, family: str, data: st.DataObject) -> None:
+    _family(court, properties.values, dtype, family, data)
+
+
+def _family(
+    court: Court, property_: Callable[..., Any], dtype: str, family: str, data: st.DataObject
+) -> None:
+    capabilities = court.impl.capabilities
+    q = _quantizer(court, data.draw(st.sampled_from(capabilities.grids), label="grid"), data)
+    ties = capabilities.ties == "up"
+    block = q.transform.order(0)
+    _judge(court, property_, data.draw(drawing.family(family, dtype, block, capabilities,
+                                                      ties=ties)), q)  # fmt: skip

@@ -1,4 +1,7 @@
-"""The product of two low-bit operands, dequantized, against bf16's product of the same shape."""
+"""The product of two low-bit operands, dequantized, against bf16's product of the same shape.
+
+A 2:4 sparse weight is read in its compressed form; its operations are counted as if it were dense.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,12 @@ import torch
 from torch import Tensor
 
 import quest
-from quest import lowbit, operands
+from quest import compression, lowbit, operands
 from quest.conformance import examine
 from quest.conformance.lanes import Lane, no_product
 from quest.conformance.verdict import Verdict
+from quest.sparse_product import sparse_product
+from quest.sparsity import NM
 
 from . import cases, gate
 from .timed import Timed
@@ -29,12 +34,15 @@ def test_product(timed: Timed, rows: int, width: int, columns: int, recipe: str)
     names = ",".join(q.require_grid().name for q in pair)
     dense = torch.randn(columns, width, device=cases.DEVICE, dtype=cases.DTYPE)
     b, b_scale, _, b_sums = lowbit.encode(dense, pair[1].spec, kinds[1])
+    compressed = pair[1].sparsity == NM(2, 4)
+    weight = compression.compress(b) if compressed else (b,)
+    multiply = sparse_product if compressed else lowbit.product
 
     def judge(lane: Lane, name: str) -> list[Verdict]:
         x = gate.normal(GATE_ROWS, width, name)
         w = gate.normal(GATE_COLUMNS, width, "gaussian", seed=1)
         with gate.tiles_of(made, rows, columns):
-            return examine.product(lane, x, w, None, made, cases.DTYPE)
+            return examine.product(lane, x, w, None, made, cases.DTYPE, compressed)
 
     def prepare(x: Tensor) -> tuple[Tensor, ...]:
         a, scale, _, sums = lowbit.encode(x, pair[0].spec, kinds[0])
@@ -46,11 +54,21 @@ def test_product(timed: Timed, rows: int, width: int, columns: int, recipe: str)
         draw=((rows, width),),
         key=("product", made.spec, rows, width, columns),
         judge=judge,
-        run=lambda _, a, scale, sums: lowbit.product(
-            a, b, scale, b_scale, sums, b_sums, None, names, ",".join(kinds), width, cases.DTYPE
+        run=lambda _, a, scale, sums: multiply(
+            a,
+            *weight,
+            scale,
+            b_scale,
+            sums,
+            b_sums,
+            None,
+            names,
+            ",".join(kinds),
+            width,
+            cases.DTYPE,
         ),
         baseline=lambda x, *_: torch.nn.functional.linear(x, dense),
-        constant=(b, b_scale),
+        constant=(*weight, b_scale),
         prepare=prepare,
         operations=2.0 * rows * width * columns,
     )

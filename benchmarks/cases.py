@@ -75,7 +75,8 @@ PRODUCTS = ((8192, 8192, 8192), LAYER, LARGE_LAYER, (16384, 14336, 4096))
 
 def products() -> list[Any]:
     """(rows, width, columns, recipe) of the product of two operands; Hopper's alone."""
-    made = [(*shape, recipe) for shape in PRODUCTS for recipe in ("w1a1", "w4a4", "w8a8")]
+    recipes = ("w1a1", "w4a4", "w8a8", "w4a4-2:4")
+    made = [(*shape, recipe) for shape in PRODUCTS for recipe in recipes]
     return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made if CUDA]
 
 

@@ -6,8 +6,8 @@ the same compiled kernel, and `quest.conformance.examine` judges what it wrote.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -50,15 +50,19 @@ def lane() -> Lane:
     return next(each for each in lanes.all_lanes() if each.name == name)
 
 
-def tiles_of(made: Recipe, rows: int, columns: int) -> AbstractContextManager[None]:
-    """Makes the integers' product of the gate's few rows the very kernel that is timed."""
-    from quest.kernels import cuda, product
+@contextmanager
+def tiles_of(made: Recipe, rows: int, columns: int) -> Iterator[None]:
+    """Makes the integers' products of the gate's few rows the very kernels that are timed."""
+    from quest.kernels import cuda, product, sparse
 
     kinds = operands.kinds(made.activation, made.weight)
     if not CUDA or kinds is None:
-        return nullcontext()
+        yield
+        return
     processors = cuda.processors(torch.cuda.current_device())
-    return product.only(product.shape(kinds[0] == "bits", rows, columns, processors))
+    dense = product.shape(kinds[0] == "bits", rows, columns, processors)
+    with product.only(dense), sparse.only(sparse.shape(columns, rows, processors)):
+        yield
 
 
 def normal(rows: int, width: int, distribution: str, seed: int = 0) -> torch.Tensor:

@@ -120,7 +120,7 @@ def _kernel(
     )  # fmt: skip
 
 
-def _aligned(x: torch.Tensor) -> torch.Tensor:
+def aligned(x: torch.Tensor) -> torch.Tensor:
     """x (rows, bytes) as the bulk copy engine reads it: rows at multiples of 16 bytes."""
     width = max(16, -(-x.shape[1] // 16) * 16)  # a tensor map has no empty axis
     if x.shape[1] != width:
@@ -130,14 +130,18 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=512)
-def _map(pointer: int, rows: int, width: int, box: int) -> bytes:
-    """The tensor map of a (rows, width) byte matrix: boxes of `box` rows and 128 swizzled bytes.
+def tensor_map(pointer: int, rows: int, width: int, box: int, bytes_: int) -> bytes:
+    """The tensor map of a (rows, width) byte matrix: boxes of `box` rows and 64 or 128 bytes.
+
+    These bytes are swizzled among themselves.
 
     It says where the matrix lies, and nothing of what it holds: another at the same place may use
     it too.
     """
     from cuda.bindings import driver as d
 
+    modes = d.CUtensorMapSwizzle
+    swizzle = {64: modes.CU_TENSOR_MAP_SWIZZLE_64B, 128: modes.CU_TENSOR_MAP_SWIZZLE_128B}[bytes_]
     made = cuda.done(
         d.cuTensorMapEncodeTiled(
             d.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
@@ -145,10 +149,10 @@ def _map(pointer: int, rows: int, width: int, box: int) -> bytes:
             pointer,
             [d.cuuint64_t(width), d.cuuint64_t(rows)],
             [d.cuuint64_t(width)],
-            [d.cuuint32_t(TILE_K), d.cuuint32_t(box)],
+            [d.cuuint32_t(bytes_), d.cuuint32_t(box)],
             [d.cuuint32_t(1), d.cuuint32_t(1)],
             d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            d.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            swizzle,
             d.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
@@ -187,13 +191,13 @@ def product(
     binary, device = a.dtype == torch.uint8, a.device.index
     processors = cuda.processors(device)
     tiles = shape(binary, rows, columns, processors)
-    a, b = _aligned(a), _aligned(b)
+    a, b = aligned(a), aligned(b)
     width = a.shape[1]
     at = cuda.pointer
     _kernel(binary, epilogue, out, tiles, device).launch(
         CLUSTER * min(tiles.clusters(rows, columns), processors // CLUSTER),
-        _map(a.data_ptr(), rows, width, tiles.rows),
-        _map(b.data_ptr(), columns, width, tiles.columns // CLUSTER),
+        tensor_map(a.data_ptr(), rows, width, tiles.rows, TILE_K),
+        tensor_map(b.data_ptr(), columns, width, tiles.columns // CLUSTER, TILE_K),
         y.data_ptr(), at(row_scale), at(column_scale), at(bias), at(row_sum), at(column_sum),
         rows, columns, width, length, factor,
     )  # fmt: skip

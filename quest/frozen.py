@@ -1,9 +1,10 @@
 """A weight that is quantized once, for inference.
 
-What a forward reads of it: on Hopper the operand of the integer product, and its packed codes for
-few rows; elsewhere the values in the weight's dtype. The numbers are those of the layer that
-quantizes its weight each time, on the same path; but where one kernel quantizes few rows and
-multiplies them (`fused`), a row's scale may differ in its last bit.
+What a forward reads of it: on Hopper the operand of the integer product, its packed codes for few
+rows, and its compressed form for many where it is 2:4 sparse; elsewhere the values in the weight's
+dtype. The numbers are those of the layer that quantizes its weight each time, on the same path; but
+where one kernel quantizes few rows and multiplies them (`fused`), a row's scale may differ in its
+last bit.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import torch
 from torch import Tensor
 
 from . import fused, lowbit, operands, ops, paths
+from .compression import compress
 from .estimators import STE
 from .packed import launch_packed, odd, packed_product
 from .recipes import Recipe
+from .sparse_product import launch_sparse_product, sparse_product
+from .sparsity import NM
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,12 +30,13 @@ class Frozen:
 
     values: (out, in), where layers multiply values. operand, scale, sums: see
     `quest.lowbit.encode`, where they multiply integers; packed: (out, bytes) uint8, its codes at 1,
-    2 or 4 bits counted from 0, or None. names, kinds: of the grids and operands of activation and
-    weight, as `quest.lowbit.product` takes them. spec: of the activation's
-    quantizer, without a mask. few: rows that `fused.few_linear` takes with it,
-    at most. state: of the weight that it was made of; weight: that one, held so that no other gets
-    its address. whole, place: the stack of several that this one's tensors are rows of, and which
-    of them it is; see `stack`.
+    2 or 4 bits counted from 0, or None. kept, metadata: the compressed form of an operand that is
+    2:4 sparse, see `quest.compression`, or None. names, kinds: of the grids and operands of
+    activation and weight, as `quest.lowbit.product` takes them. spec: of the activation's
+    quantizer, without a mask. few: rows that `fused.few_linear` takes with it, at most. state: of
+    the weight that it was made of; weight: that one, held so that no other gets its address. whole,
+    place: the stack of several that this one's tensors are rows of, and which of them it is; see
+    `stack`.
     """
 
     values: Tensor | None = None
@@ -39,6 +44,8 @@ class Frozen:
     scale: Tensor | None = None
     sums: Tensor | None = None
     packed: Tensor | None = None
+    kept: Tensor | None = None
+    metadata: Tensor | None = None
     names: str = ""
     kinds: str = ""
     spec: str = ""
@@ -59,8 +66,11 @@ class Frozen:
 
     def read(self) -> tuple[Tensor, ...]:
         """What a forward reads at the least."""
-        smallest = self.operand if self.packed is None else self.packed
-        found = (self.values, smallest, self.scale)
+        if self.kept is not None:
+            smallest: tuple[Tensor | None, ...] = (self.kept, self.metadata)
+        else:
+            smallest = (self.operand if self.packed is None else self.packed,)
+        found = (self.values, *smallest, self.scale)
         return tuple(t for t in found if t is not None)
 
 
@@ -73,7 +83,7 @@ class Stack:
 
 
 # Packed codes are not the last to be written: `linear` counts on another kernel after them.
-_ROWS = ("values", "operand", "packed", "scale", "sums")
+_ROWS = ("values", "operand", "packed", "scale", "sums", "kept", "metadata")
 
 
 def stack(parts: Sequence[Frozen]) -> list[Frozen]:
@@ -127,13 +137,15 @@ def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
         values = recipe.weight(weight.detach())
         return Frozen(values, weight=weight, state=_state(weight))
     operand, scale, _, sums = lowbit.encode(weight.detach(), recipe.weight.spec, pair[1])
-    packed = None
+    packed = kept = metadata = None
     if pair[1] == "bits" and _can_be_read(weight, 1):
         packed = operand
     elif pair == ("integers", "integers") and recipe.weight.sparsity is None:
         both = (recipe.activation.require_grid(), recipe.weight.require_grid())
         if all(map(odd, both)) and _can_be_read(weight, both[1].storage_bits):
             packed = recipe.weight.pack(weight).codes
+    elif recipe.weight.sparsity == NM(2, 4):
+        kept, metadata = compress(operand)
     names = ",".join(q.require_grid().name for q in (recipe.activation, recipe.weight))
     few = 0
     if packed is not None and fused.pairs(recipe.activation, recipe.weight.require_grid()):
@@ -144,7 +156,8 @@ def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
     # Nothing asks for a mask, and its bits are a tenth of the quantizer's work.
     spec = replace(recipe.activation, estimator=STE()).spec
     return Frozen(
-        None, operand, scale, sums, packed, names, kinds, spec, few, weight, _state(weight)
+        None, operand, scale, sums, packed, kept, metadata, names, kinds, spec, few, weight,
+        _state(weight),
     )  # fmt: skip
 
 
@@ -179,16 +192,21 @@ def linear(
         )  # fmt: skip
     rows = lowbit.as_rows(x)
     kind = frozen.kinds.partition(",")[0]
-    multiply, b = lowbit.product, frozen.operand
-    if frozen.packed is not None and paths.reads_packed(len(rows), frozen.packed, x.shape[-1]):
-        multiply, b = packed_product, frozen.packed
+    weight: tuple[Tensor, ...] = (frozen.operand,)
+    multiply, launch = lowbit.product, lowbit.launch_product
+    if frozen.kept is not None and frozen.metadata is not None:
+        if paths.reads_compressed(len(rows)):
+            multiply, launch = sparse_product, launch_sparse_product
+            weight = (frozen.kept, frozen.metadata)
+    elif frozen.packed is not None and paths.reads_packed(len(rows), frozen.packed, x.shape[-1]):
+        multiply, launch, weight = packed_product, launch_packed, (frozen.packed,)
     if ops.direct(x):
         a, a_scale, _, a_sums = lowbit.launch_encode(rows, ops.quantizer(frozen.spec), kind)
-        multiply = launch_packed if multiply is packed_product else lowbit.launch_product
+        multiply = launch
     else:
         a, a_scale, _, a_sums = lowbit.encode(rows, frozen.spec, kind)
     y: Tensor = multiply(
-        a, b, a_scale, frozen.scale, a_sums, frozen.sums, bias, frozen.names, frozen.kinds,
+        a, *weight, a_scale, frozen.scale, a_sums, frozen.sums, bias, frozen.names, frozen.kinds,
         x.shape[-1], dtype,
     )  # fmt: skip
     return y.view(*x.shape[:-1], frozen.operand.shape[0])

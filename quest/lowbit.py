@@ -132,17 +132,22 @@ def eager_product(
     bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """`product` in plain PyTorch, on any device."""
-    terms = _check_product(
+    terms = check_product(
         a, b, a_scale, b_scale, a_sums, b_sums, bias, grid_names, kinds, width, dtype
     )
     scales, sums = (a_scale[:, 0], b_scale[:, 0]), (a_sums[:, 0], b_sums[:, 0])
     return eager.product(a, b, scales, sums, bias, terms, dtype)
 
 
-def _check_product(
+def check_product(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, a_sums: Tensor, b_sums: Tensor,
     bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
+    names: tuple[str, str] = ("a", "b"),
 ) -> operands.Terms:  # fmt: skip
+    """What makes y of the accumulators; raises where an argument is not what `product` asks for.
+
+    names: of a and b, for messages.
+    """
     _check_pair(a, b)
     pairs = list(zip(grid_names.split(","), kinds.split(","), strict=False))
     if len(pairs) != 2 or grid_names.count(",") != 1 or kinds.count(",") != 1:
@@ -151,8 +156,8 @@ def _check_product(
         )
     forms = [operands.form(grids.parse(g), kind) for g, kind in pairs]
     for name, t, s, n, f in (
-        ("a", a, a_scale, a_sums, forms[0]),
-        ("b", b, b_scale, b_sums, forms[1]),
+        (names[0], a, a_scale, a_sums, forms[0]),
+        (names[1], b, b_scale, b_sums, forms[1]),
     ):
         check_decode(t, s, f.kind, width, dtype, (name, f"{name}_scale"))
         check_vector(f"{name}_sums", n, torch.int32, s.shape, a)
@@ -229,7 +234,7 @@ def launch_product(
     """`eager_product` by the kernel."""
     from .kernels import product as kernel
 
-    terms = _check_product(
+    terms = check_product(
         a, b, a_scale, b_scale, a_sums, b_sums, bias, grid_names, kinds, width, dtype
     )
     require_product(a.device)

@@ -7,7 +7,7 @@ The rule of `choose`, in order:
    row is too wide for an int32 accumulator, and where the device lacks the kernel.
 3. "values" below MIN_ROWS rows, where both operands' quantization outweighs the product. (A frozen
    weight is not quantized again, and always goes the integers' path, for few rows with its codes
-   still packed: see `frozen`.)
+   still packed, for many with its 2:4 sparse form compressed: see `frozen`.)
 4. "integers" otherwise: on Hopper the int8 product runs at twice bf16's rate, single bits at ten
    times.
 
@@ -34,6 +34,9 @@ MIN_ROWS = 512
 # By the bits of a weight's codes, 4 also for 2: where the two kernels' times cross in the records'
 # tuning.txt.
 FEW_ROWS = {1: 16, 4: 32}
+# From where on the product with a compressed 2:4 sparse weight was faster than the dense one at all
+# four 7B shapes (kernels/README.md); at 384 rows it is at 0.93 to 1.19, below mostly slower.
+SPARSE_ROWS = 512
 
 # Elements of rows that the kernel of few rows quantizes itself: 16 rows of 4096, 4 of 14336. With
 # more, every block's quantizing outweighs the launch that it saves (tuning.txt).
@@ -94,6 +97,14 @@ def reads_packed(rows: int, packed: Tensor, width: int) -> bool:
     bits = packed.shape[1] * 8 // width if width else 0
     most = FEW_ROWS[1 if bits == 1 else 4]
     return rows <= most and few.supports(rows, width, bits)
+
+
+def reads_compressed(rows: int) -> bool:
+    """Whether so many rows are multiplied with a 2:4 sparse weight's compressed form.
+
+    Fewer rows are multiplied with its dense operand, which a frozen weight holds beside it.
+    """
+    return rows >= SPARSE_ROWS
 
 
 def few_rows(packed: Tensor, width: int) -> int:

@@ -22,6 +22,7 @@ OWN = {
     "kernels/blocks.py": ("blocks",),
     "kernels/blocks.cu": ("blocks", "quantizer", "product", "layer"),
     "kernels/cuda.py": ("product", "few", "blocks"),
+    "kernels/compress.py": ("compress",),
     "kernels/decode.py": ("product",),
     "kernels/few.py": ("few",),
     "kernels/few.cu": ("few", "packed_product", "frozen"),
@@ -30,9 +31,12 @@ OWN = {
     "kernels/product.py": ("product",),
     "kernels/product.cu": ("product", "layer", "frozen"),
     "kernels/quantize.py": ("quantizer", "product"),
+    "kernels/sparse.cu": ("sparse_product",),
+    "kernels/sparse.py": ("sparse_product",),
+    "quest/compression.py": ("compress", "sparse_product"),
     "quest/eager.py": ("hadamard", "backward", "product", "quantizer", "operators"),
     "quest/estimators.py": ("api", "errors"),
-    "quest/frozen.py": ("frozen",),
+    "quest/frozen.py": ("frozen", "sparse_product"),
     "quest/grids.py": ("api", "constants", "errors"),
     "quest/linear.py": ("linear", "quantize_model", "layer"),
     "quest/lowbit.py": ("product", "errors"),
@@ -43,6 +47,7 @@ OWN = {
     "quest/paths.py": ("frozen", "linear"),
     "quest/quantizer.py": ("api", "errors", "quantizer"),
     "quest/recipes.py": ("api", "errors"),
+    "quest/sparse_product.py": ("sparse_product",),
     "quest/sparsity.py": ("api", "errors"),
     "quest/transforms.py": ("api", "hadamard", "errors"),
     "property_tests/ledger.py": ("verdict", "judges"),
@@ -52,6 +57,7 @@ OWN = {
     "quest/conformance/verdict.py": ("verdict",),
     "quest/conformance/verify.py": ("verify",),
     "reference/bounds.py": ("bounds", "judges"),
+    "reference/compression.py": ("compress",),
 }
 # The court must be held by the tests of the court: those that run production code can't tell a
 # bound that is too wide.

@@ -11,6 +11,7 @@ from quest import operands
 from quest.estimators import STE
 from quest.quantizer import Quantizer
 from quest.recipes import Recipe, recipe
+from quest.sparsity import NM
 
 from . import judges
 from .lanes import Lane
@@ -96,6 +97,8 @@ def encoded(lane: Lane, x: Tensor, q: Quantizer, kind: str) -> list[Verdict]:
         judges.exact("operand scale", judges.bits(out["scale"]), judges.bits(codes["scale"])),
         judges.packed_bits("operand mask", codes["mask"], out["mask"]),
     ]
+    if q.sparsity == NM(2, 4):
+        found += compressed(lane, out["operand"].reshape(-1, d))
     static = {"q": q, "kind": kind, "width": d, "dtype": x.dtype}
     values = lane.call("decode", out["operand"], out["scale"], **static)["values"]
     form = judges.form("decoded", values, tuple(x.shape), x.dtype)
@@ -104,10 +107,25 @@ def encoded(lane: Lane, x: Tensor, q: Quantizer, kind: str) -> list[Verdict]:
     return [*found, form]
 
 
+def compressed(lane: Lane, operand: Tensor) -> list[Verdict]:
+    """T0 of the compressed form of a 2:4 sparse operand (rows, d) int8."""
+    out = lane.call("compress", operand)
+    return judges.compressed(operand, out["values"], out["metadata"])
+
+
 def product(
-    lane: Lane, x: Tensor, w: Tensor, bias: Tensor | None, made: Recipe, dtype: torch.dtype
+    lane: Lane,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    made: Recipe,
+    dtype: torch.dtype,
+    compressed: bool = False,
 ) -> list[Verdict]:
-    """T0 of the accumulators and T6 of the product of two operands, x (n, in), w (out, in)."""
+    """T0 of the accumulators and T6 of the product of two operands, x (n, in), w (out, in).
+
+    compressed: the product reads w, 2:4 sparse, in its compressed form.
+    """
     kinds = operands.kinds(made.activation, made.weight)
     if kinds is None:
         raise ValueError(f"recipe {made} has no integer product")
@@ -117,8 +135,13 @@ def product(
     )
     acc = lane.call("accumulate", a["operand"], b["operand"])["accumulators"]
     extra = () if bias is None else (bias,)
+    stage = "product"
+    weight: tuple[Tensor, ...] = (b["operand"],)
+    if compressed:
+        form = lane.call("compress", b["operand"])
+        stage, weight = "sparse_product", (form["values"], form["metadata"])
     y = lane.call(
-        "product", a["operand"], b["operand"], a["scale"], b["scale"], a["sums"], b["sums"], *extra,
+        stage, a["operand"], *weight, a["scale"], b["scale"], a["sums"], b["sums"], *extra,
         grids=",".join(q.require_grid().name for q, _ in pairs), kinds=",".join(kinds),
         width=x.shape[-1], dtype=dtype,
     )["y"]  # fmt: skip

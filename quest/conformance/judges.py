@@ -20,7 +20,7 @@ from torch import Tensor
 from quest import operands
 from quest.quantizer import Quantizer
 from quest.recipes import Recipe
-from quest.reference import bounds, hadamard, packing, quantize
+from quest.reference import bounds, compression, hadamard, packing, quantize
 from quest.reference import grids as reference_grids
 from quest.reference.bounds import BUTTERFLY, Sums
 
@@ -375,6 +375,22 @@ def encoded(
         exact("operand", stored, expected),
         exact("operand sums", lift(sums), integers.sum(-1, keepdims=True)),
     ]
+
+
+def compressed(operand: Tensor, values: Tensor, metadata: Tensor) -> list[Verdict]:
+    """T0 of the compressed form of an operand (rows, d), and of what comes back of it."""
+    kept, words = compression.compress(operand.numpy())
+    stages = ("compressed values", "compressed metadata", "decompressed")
+    found = [
+        form(stages[0], values, kept.shape, torch.int8),
+        form(stages[1], metadata, words.shape, torch.int32),
+    ]
+    if any(v.failure for v in found):
+        return found
+    made = metadata.numpy().astype(np.int64) & 0xFFFFFFFF
+    back = compression.decompress(values.numpy(), made)
+    pairs = ((values.numpy(), kept), (made, words), (back, operand.numpy()))
+    return [exact(stage, *pair) for stage, pair in zip(stages, pairs, strict=True)]
 
 
 def whole(operand: Tensor, kind: str, width: int) -> Array:

@@ -59,7 +59,7 @@ class Lane:
         """Whether the lane has an implementation of its own for this call."""
         if self.backend != "dispatch" and (stage == "frozen" or static.get("path") == "integers"):
             return False  # the layer of the other lanes is composed, of values
-        if stage in ("accumulate", "product") or static.get("path") == "integers":
+        if stage in ("accumulate", "product", "sparse_product") or static.get("path") == "integers":
             return self.backend != "launch" and no_product(self) is None
         q = static.get("q")
         if self.backend == "launch" and q is not None and q.sparsity is not None:
@@ -163,32 +163,39 @@ def guarded(
 @functools.cache
 def operators(backend: str) -> Any:
     """The functions of a backend by operator name."""
-    from quest import eager, lowbit, ops
+    from quest import compression, eager, lowbit, ops, sparse_product
 
     if backend == "dispatch":
         return SimpleNamespace(
+            compress=compression.compress,
             encode=lambda x, q, kind: lowbit.encode(x, q.spec, kind),
             decode=lambda a, scale, q, *rest: lowbit.decode(a, scale, q.spec, *rest),
             accumulate=lowbit.accumulate,
             product=lowbit.product,
+            sparse_product=sparse_product.sparse_product,
             hadamard=ops.hadamard,
             masked_transpose=ops.masked_transpose,
             fake_quantize=lambda x, q: ops.fake_quantize(x, q.spec),
             quantize=lambda x, q, packed: ops.quantize(x, q.spec, packed),
         )
     functions = (
-        (eager.hadamard, eager.masked_transpose, eager.quantize, eager.encode, eager.decode)
+        (
+            eager.hadamard, eager.masked_transpose, eager.quantize, eager.encode, eager.decode,
+            compression.eager_compress,
+        )
         if backend == "eager"
         else (
             ops.launch_hadamard, ops.launch_masked_transpose, ops.launch_quantize,
-            lowbit.launch_encode, lowbit.launch_decode,
+            lowbit.launch_encode, lowbit.launch_decode, compression.launch_compress,
         )
     )  # fmt: skip
     return SimpleNamespace(
+        compress=functions[5],
         encode=functions[3],
         decode=functions[4],
         accumulate=eager.accumulate,
         product=lowbit.eager_product,
+        sparse_product=sparse_product.eager_sparse_product,
         hadamard=functions[0],
         masked_transpose=functions[1],
         fake_quantize=lambda x, q: functions[2](x, q, values=True, codes=False, packed=True)[::3],
@@ -226,6 +233,11 @@ def _decode(lane: Lane, operand: Tensor, scale: Tensor, *, q: Any, **static: Any
     return {"values": f(operand, scale, q, static["kind"], static["width"], static["dtype"])}
 
 
+def _compress(lane: Lane, operand: Tensor) -> Outputs:
+    values, metadata = operators(lane.backend).compress(operand)
+    return {"values": values, "metadata": metadata}
+
+
 def _accumulate(lane: Lane, a: Tensor, b: Tensor) -> Outputs:
     return {"accumulators": operators(lane.backend).accumulate(a, b)}
 
@@ -235,6 +247,15 @@ def _product(lane: Lane, *tensors: Tensor, **static: Any) -> Outputs:
     bias = tensors[6] if len(tensors) > 6 else None
     y = operators(lane.backend).product(
         *tensors[:6], bias, static["grids"], static["kinds"], static["width"], static["dtype"]
+    )
+    return {"y": y}
+
+
+def _sparse_product(lane: Lane, a: Tensor, *tensors: Tensor, **static: Any) -> Outputs:
+    # As for `_product`, but for b: its values and metadata.
+    bias = tensors[6] if len(tensors) > 6 else None
+    y = operators(lane.backend).sparse_product(
+        a, *tensors[:6], bias, static["grids"], static["kinds"], static["width"], static["dtype"]
     )
     return {"y": y}
 
@@ -413,8 +434,10 @@ _STAGES: dict[str, Callable[..., Outputs]] = {
     "frozen": _frozen,
     "encode": _encode,
     "decode": _decode,
+    "compress": _compress,
     "accumulate": _accumulate,
     "product": _product,
+    "sparse_product": _sparse_product,
 }
 
 

@@ -24,27 +24,43 @@ def _layers(inside: int, outside: int, made: Recipe) -> tuple[quest.Linear, nn.L
     return quest.Linear.from_linear(dense, made), dense
 
 
-def judge_of_layer(tokens: int, inside: int, outside: int, made: Recipe, path: str) -> gate.Judge:
-    """For `gate.open_for`: the layer that trains, by the kernels that so many tokens take."""
+def judge_of_layer(
+    tokens: int,
+    inside: int,
+    outside: int,
+    made: Recipe,
+    path: str,
+    dtype: torch.dtype = cases.DTYPE,
+    together: int = 1,
+) -> gate.Judge:
+    """For `gate.open_for`: the layer that trains, by the kernels that so many tokens take.
+
+    together: how many layers of so many outputs share their input.
+    """
+    parts = (GATE_FEATURES,) * together if together > 1 else ()
+    features = GATE_FEATURES * together
 
     def judge(lane: Lane, name: str) -> list[Verdict]:
-        x = gate.normal(gate.ROWS, inside, name)
-        w = gate.normal(GATE_FEATURES, inside, "gaussian", seed=1)
-        grad = gate.normal(gate.ROWS, GATE_FEATURES, "gaussian", seed=2)
+        x = gate.normal(gate.ROWS, inside, name, dtype=dtype)
+        w = gate.normal(features, inside, "gaussian", seed=1, dtype=dtype)
+        grad = gate.normal(gate.ROWS, features, "gaussian", seed=2, dtype=dtype)
         with gate.tiles_of(made, tokens, outside):
-            return examine.layer(lane, x, w, grad, None, made, path)
+            return examine.layer(lane, x, w, grad, None, made, path, parts)
 
     return judge
 
 
-def judge_of_frozen(tokens: int, inside: int, outside: int, made: Recipe) -> gate.Judge:
-    """The same, of a layer whose weight is frozen."""
+def judge_of_frozen(
+    tokens: int, inside: int, outside: int, made: Recipe, together: int = 1
+) -> gate.Judge:
+    """The same, of layers whose weights are frozen, and stacked to so many outputs in all."""
     rows = min(tokens, 4 * gate.ROWS)
+    parts = (GATE_FEATURES,) * together if together > 1 else ()
 
     def judge(lane: Lane, name: str) -> list[Verdict]:
-        w = gate.normal(GATE_FEATURES, inside, "gaussian", seed=1)
+        w = gate.normal(GATE_FEATURES * together, inside, "gaussian", seed=1)
         with gate.tiles_of(made, tokens, outside):
-            return examine.frozen(lane, gate.normal(rows, inside, name), w, None, made)
+            return examine.frozen(lane, gate.normal(rows, inside, name), w, None, made, parts)
 
     return judge
 

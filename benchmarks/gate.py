@@ -65,9 +65,11 @@ def tiles_of(made: Recipe, rows: int, columns: int) -> Iterator[None]:
         yield
 
 
-def normal(rows: int, width: int, distribution: str, seed: int = 0) -> torch.Tensor:
+def normal(
+    rows: int, width: int, distribution: str, seed: int = 0, dtype: torch.dtype = DTYPE
+) -> torch.Tensor:
     """A CPU tensor for a judge, in the dtype that is timed."""
-    return draw(distribution, (rows, width), DTYPE, seed)
+    return draw(distribution, (rows, width), dtype, seed)
 
 
 def open_for(key: tuple[object, ...], judge: Judge) -> Passed:

@@ -151,6 +151,32 @@ def test_the_kernel_of_those_without_a_compiler(spec: str, monkeypatch: pytest.M
         LEDGER.judge(LANE, examine.encoded(LANE, x, q, kind), told)
 
 
+@pytest.mark.parametrize("width", [256, 4096, 11008])
+@pytest.mark.parametrize("dtype", list(blocks.INPUTS), ids=str)
+def test_many_turns_of_a_block(
+    dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One multiprocessor has all rows, special ones among them: the same as by themselves."""
+    _needs_gpu()
+    x = torch.randn(500, width, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    x[::7] *= 1e-30
+    x[3::11] = 0
+    x[5::13, 0] = torch.nan
+    x[6::17] *= 1e4
+    x = x.to(dtype)
+    for spec, form, bits in ((SPECS[0], blocks.PACKED, 1), (SPECS[3], blocks.INTEGERS, 0)):
+        program = ops.program(parse(spec), x)
+        apart = [
+            blocks.quantize(rows, program, form=form, bits=bits, sums=True) for rows in x.split(20)
+        ]
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda, "processors", lambda _: 1)
+            made = blocks.quantize(x, program, form=form, bits=bits, sums=True)
+        for i, t in enumerate(made):
+            expected = torch.cat([each[i] for each in apart])
+            assert torch.equal(t.view(torch.uint8), expected.view(torch.uint8))
+
+
 def test_an_unaligned_view() -> None:
     _needs_gpu()
     q = quest.recipe("w4a4").activation

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import quest
-from quest import frozen, lowbit, lowbit_linear, ops, paths
+from quest import frozen, joint, lowbit, lowbit_linear, ops, paths
 from quest.models import Llama, LlamaConfig
 from quest.quantizer import Quantizer
 from quest.reference import bounds
@@ -168,6 +168,10 @@ def test_frozen_weights_lie_stacked() -> None:
     layers, x = [layer.freeze() for layer in _layers(bias=True)], _x()
     with torch.no_grad():
         expected = [layer(x) for layer in layers]
+        assert all(map(torch.equal, quest.together(x, layers), expected))  # not stacked yet
+        assert joint.stack(layers)
+        assert not joint.stack(layers)
+        assert not joint.stack(layers[:2])
         made = quest.together(x, layers)
         held = [layer.current() for layer in layers]
         whole = frozen.stacked([h for h in held if h is not None])
@@ -189,13 +193,86 @@ def test_frozen_weights_lie_stacked() -> None:
         # A part, or another order, is not the whole.
         assert frozen.stacked([held[1], held[0], held[2]]) is None  # type: ignore[list-item]
         assert frozen.stacked(held[:2]) is None  # type: ignore[arg-type]
-        # A weight that changes is frozen anew, and the others with it.
+        # A weight that changes is frozen anew, and leaves the stack.
         layers[1].weight.mul_(-1)
         changed = quest.together(x, layers)
-        assert torch.equal(changed[0], made[0])
+        torch.testing.assert_close(changed[0], made[0])
         for y, layer in zip(changed, layers, strict=True):
             torch.testing.assert_close(y, layer(x))
         assert not torch.allclose(changed[1], made[1])
+
+
+def test_what_is_not_stacked() -> None:
+    layers = _layers()
+    assert not joint.stack(layers)  # not frozen
+    layers[0].freeze()
+    assert not joint.stack(layers)
+    for layer in layers:
+        layer.freeze()
+    assert not joint.stack([layers[0], layers[0]])
+    assert not joint.stack(layers[:1])
+    assert not joint.stack([*layers, nn.Linear(32, 4)])
+    assert not joint.stack([*layers, quest.Linear(32, 4, recipe="w1a1").freeze()])
+    assert joint.stack(layers)
+
+
+def test_frozen_beside_one_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, x = _layers(), _x()
+    for layer in layers[:2]:
+        layer.freeze()
+    seen = _counted(monkeypatch, Quantizer, "__call__")
+    with torch.no_grad():
+        quest.together(x, layers)
+    weights = [tuple(t.shape) for t in seen if len(t) != len(x)]
+    assert weights == [(OUTS[2], 32)]
+
+
+def test_a_frozen_model_is_stacked() -> None:
+    model = Llama(LlamaConfig(vocab_size=64, layers=1, width=64, heads=2))
+    quest.quantize_(model, "w4a4")
+    tokens = torch.zeros(2, 3, dtype=torch.long)
+    with torch.no_grad():
+        expected = model(tokens)
+        quest.freeze_(model)
+        torch.testing.assert_close(model(tokens), expected)
+    attention = model.layers[0].self_attn
+    held = [getattr(attention, f"{n}_proj").current() for n in "qkv"]
+    assert frozen.stacked(held) is not None
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(copied(tokens), model(tokens))
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(tokens), expected)
+
+
+@pytest.mark.parametrize("where", ["all", "one"])
+def test_hooks_of_all_modules_and_forwards_of_one(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, x, seen = _layers(), _x(), []
+    if where == "all":
+        hook = nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
+    else:
+        real = layers[0].forward
+        monkeypatch.setattr(layers[0], "forward", lambda x: seen.append(1) or real(x))
+    quest.together(x, layers)
+    if where == "all":
+        hook.remove()
+    assert len(seen) == (3 if where == "all" else 1)
+
+
+def test_a_backward_under_autocast() -> None:
+    layers, x = _layers(), _x().requires_grad_()
+    with paths.only("integers"):
+        made = torch.cat(quest.together(x, layers), -1).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        made.backward()
+    mine = x.grad
+    x.grad = None
+    with paths.only("integers"):
+        torch.cat(quest.together(x, layers), -1).square().sum().backward()
+    assert mine is not None
+    assert torch.equal(mine, x.grad)
 
 
 def test_operands_are_stacked_too() -> None:
@@ -205,7 +282,8 @@ def test_operands_are_stacked_too() -> None:
     parts = []
     for w in weights:
         operand, scale, _, sums = lowbit.encode(w, q.spec, "integers")
-        parts.append(frozen.Frozen(None, operand, scale, sums, q.pack(w).codes, "n", "k"))
+        packed = q.pack(w).codes
+        parts.append(frozen.Frozen(None, operand, scale, sums, packed, names="n", kinds="k"))
     rows = frozen.stack(parts)
     whole = frozen.stacked(rows)
     assert whole is not None
@@ -218,7 +296,7 @@ def test_operands_are_stacked_too() -> None:
         )
     assert whole.values is None
     assert (whole.names, whole.kinds, whole.path) == ("n", "k", "integers")
-    bits = [frozen.Frozen(None, p.packed, p.scale, p.sums, p.packed, "n", "k") for p in parts]
+    bits = [frozen.Frozen(None, p.packed, p.scale, p.sums, p.packed) for p in parts]
     twins = frozen.stack(bits)
     assert all(t.packed is t.operand for t in twins)
 
@@ -257,6 +335,7 @@ def test_compiled() -> None:
     ("x", "layers", "error", "told"),
     [
         (torch.ones(2, 32), [], ValueError, "layers must name at least one layer"),
+        (torch.ones(2, 32), nn.Linear(32, 4), TypeError, "a sequence of layers, got a Linear"),
         (torch.ones(2, 32), [torch.nn.Linear(32, 4), 3], TypeError, "Modules, got int"),
         (torch.ones(2, 31), _layers(), ValueError, "x must have 32 columns"),
         (torch.ones(2, 32).double(), _layers(), TypeError, "x must have the weight's dtype"),

@@ -89,11 +89,12 @@ _ROWS = ("values", "operand", "packed", "scale", "sums", "kept", "metadata")
 def stack(parts: Sequence[Frozen]) -> list[Frozen]:
     """The same frozen weights as rows of one, `stacked(...)`. They must be of one recipe."""
     made: dict[str, Tensor | None] = {}
-    for name in _ROWS:
-        found = [t for t in (getattr(part, name) for part in parts) if t is not None]
-        made[name] = torch.cat(found) if len(found) == len(parts) else None
     # Single bits are packed as they are: one tensor under two names.
     twins = all(part.packed is not None and part.packed is part.operand for part in parts)
+    for name in _ROWS:
+        found = [t for t in (getattr(part, name) for part in parts) if t is not None]
+        every = len(found) == len(parts) and not (twins and name == "packed")
+        made[name] = torch.cat(found) if every else None
     if twins:
         made["packed"] = made["operand"]
     one = replace(parts[0], weight=None, state=(), whole=None, place=0)

@@ -3,7 +3,8 @@
 Rows of a weight are quantized apart, so that layers that share an input are one layer with their
 weights stacked. Nothing is copied for that in training: the products and the weights' gradients
 stay apart, and the gradients that reach the input are summed before its mask and H^T. Frozen
-weights do lie stacked, and few rows meet them in one product.
+weights can lie stacked, and one product serves them all: `quest.freeze_` stacks those that a module
+names in `shared_inputs`, groups of the names of its layers that it calls together.
 Source: method, section 5; QuEST (arXiv 2502.05003), Algorithm 1.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 from . import frozen, paths
 from .linear import Linear
@@ -28,6 +30,8 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     is turned back. Raises ValueError for no layers, TypeError for what is no module, and what the
     layers raise.
     """
+    if isinstance(layers, nn.Module):
+        raise TypeError(f"layers must be a sequence of layers, got a {type(layers).__name__}")
     layers = tuple(layers)
     if not layers:
         raise ValueError("layers must name at least one layer, got none")
@@ -39,12 +43,37 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         return tuple(layer(x) for layer in layers)
     for layer in plain:
         layer.check(x)
-    if not torch.is_grad_enabled():
-        held = [layer.current() for layer in plain]
-        ready = [h for h in held if h is not None]
-        if len(ready) == len(plain):
-            return _frozen(x, plain, ready)
-    return _live(x, plain)
+    if torch.is_grad_enabled():
+        return _live(x, plain)
+    held = [h for h in (layer.current() for layer in plain) if h is not None]
+    if not held:
+        return _live(x, plain)
+    whole = frozen.stacked(held) if len(held) == len(plain) else None
+    if whole is None:
+        return tuple(layer(x) for layer in plain)
+    biases = _biases(plain)
+    bias = torch.cat(biases) if biases else None
+    y = frozen.linear(x, whole, bias, plain[0].recipe, plain[0].out_dtype(x))
+    return torch.split(y, [layer.out_features for layer in plain], -1)
+
+
+def stack(layers: Sequence[nn.Module]) -> bool:
+    """Lay the frozen weights of layers that are called together on top of each other.
+
+    Nothing is held twice. Here and not in a forward: a captured CUDA graph reads a weight where it
+    was. False, and nothing done, where they are not frozen `quest.Linear`s alike, or are stacked
+    with others. A weight that is frozen again leaves the stack.
+    """
+    plain = [layer for layer in layers if type(layer) is Linear]
+    held = [h for h in (layer.current() for layer in plain) if h is not None]
+    alone = len(set(map(id, plain))) == len(held) == len(layers) > 1
+    if not alone or any(h.whole is not None for h in held):
+        return False
+    if any(not _alike(layer, plain[0]) for layer in plain):
+        return False
+    for layer, part in zip(plain, frozen.stack(held), strict=True):
+        layer.hold(part)
+    return True
 
 
 def _alike(a: Linear, b: Linear) -> bool:
@@ -57,6 +86,11 @@ def _hooked(layer: nn.Module) -> bool:
         or layer._forward_pre_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks
+        or "forward" in vars(layer)  # replaced for this one, as libraries that move weights do
+        or modules._global_forward_hooks
+        or modules._global_forward_pre_hooks
+        or modules._global_backward_hooks
+        or modules._global_backward_pre_hooks
     )
 
 
@@ -82,22 +116,3 @@ def _biases(layers: list[Linear]) -> list[Tensor]:
         layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
         for layer in layers
     ]
-
-
-def _frozen(x: Tensor, layers: list[Linear], held: list[frozen.Frozen]) -> tuple[Tensor, ...]:
-    """Weights that are quantized already, stacked at their first call together."""
-    whole = frozen.stacked(held)
-    if whole is None and not torch.compiler.is_compiling():
-        parts = frozen.stack(held)
-        for layer, part in zip(layers, parts, strict=True):
-            layer.hold(part)
-        whole = frozen.stacked(parts)
-    dtype = layers[0].out_dtype(x)
-    if whole is None:
-        return tuple(
-            frozen.linear(x, part, layer.bias, layer.recipe, dtype)
-            for layer, part in zip(layers, held, strict=True)
-        )
-    biases = _biases(layers)
-    y = frozen.linear(x, whole, torch.cat(biases) if biases else None, layers[0].recipe, dtype)
-    return torch.split(y, [layer.out_features for layer in layers], -1)

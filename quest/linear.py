@@ -213,14 +213,20 @@ def quantize_(
 def freeze_(model: nn.Module) -> nn.Module:
     """Put `model` into evaluation mode and freeze its `quest.Linear` modules; returns `model`.
 
-    See `Linear.freeze`. Raises ValueError where there is none.
+    See `Linear.freeze`. The weights of layers that a module calls together, named in its
+    `shared_inputs`, come to lie in one tensor: see `quest.together`. Raises ValueError where there is none.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     layers = [m for m in model.modules() if isinstance(m, Linear)]
     if not layers:
         raise ValueError("model has no quest.Linear: quest.quantize_ makes them")
+    from . import joint  # which is made of these layers
+
     model.eval()
     for layer in layers:
         layer.freeze()
+    for module in model.modules():
+        for names in getattr(module, "shared_inputs", ()):
+            joint.stack([getattr(module, name) for name in names])
     return model

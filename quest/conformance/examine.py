@@ -11,11 +11,17 @@ from quest import operands
 from quest.estimators import STE
 from quest.quantizer import Quantizer
 from quest.recipes import Recipe, recipe
+from quest.reference.bounds import BUTTERFLY, Sums
 from quest.sparsity import NM
 
 from . import judges
 from .lanes import Lane
 from .verdict import Verdict
+
+# The transform of the kernel of few rows (kernels/few_rows.cuh): sixteen terms on the tensor cores,
+# which cut what lies 2^-24 below the largest and the sum to float32, 7.5 roundings at the most, and
+# three additions.
+TENSOR_CORES = Sums(roundings=11)
 
 
 def transform(lane: Lane, x: Tensor, order: int, transpose: bool = False) -> list[Verdict]:
@@ -232,12 +238,15 @@ def frozen(
         return [form]
     pairs = ((x, made.activation), (w, made.weight))
     if "a" in out:
+        inside = _quantized_inside(lane, x, made, out) if "a_sums" in out else []
+        if any(v.failure for v in inside):
+            return inside
         found = [dataclasses.replace(v, stage="frozen y") for v in _products(pairs, bias, out)]
-        return found + (_quantized_inside(x, made, out) if "a_sums" in out else [])
+        return found + inside
     return [judges.values_product(x.dtype, bias, out, accumulation(lane), "frozen y")]
 
 
-def _quantized_inside(x: Tensor, made: Recipe, out: dict[str, Tensor]) -> list[Verdict]:
+def _quantized_inside(lane: Lane, x: Tensor, made: Recipe, out: dict[str, Tensor]) -> list[Verdict]:
     """T2, T3 and T0 of an operand, its scale and its sums; of grids with as many + as - points."""
     kinds = operands.kinds(made.activation, made.weight)
     if kinds is None:
@@ -254,11 +263,12 @@ def _quantized_inside(x: Tensor, made: Recipe, out: dict[str, Tensor]) -> list[V
     whole = judges.whole(out["a"], kinds[0], x.shape[-1])
     codes = torch.from_numpy((whole - 1) // 2).to(torch.int8)
     order = made.activation.transform.order(x.shape[-1])
+    sums = TENSOR_CORES if lane.device == "cuda" else BUTTERFLY
     return [
         *forms,
-        dataclasses.replace(judges.scaled(x, out["a_scale"], order), stage="frozen scale"),
+        dataclasses.replace(judges.scaled(x, out["a_scale"], order, sums), stage="frozen scale"),
         dataclasses.replace(
-            judges.coded(x, made.activation, codes, out["a_scale"], conclusive=False),
+            judges.coded(x, made.activation, codes, out["a_scale"], conclusive=False, sums=sums),
             stage="frozen codes",
         ),
         judges.exact("frozen sums", out["a_sums"].numpy(), whole.sum(-1, keepdims=True)),

@@ -16,8 +16,8 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -141,7 +141,7 @@ def guarded(
     for byte in POISON:
         inputs = tuple(transfer(t, device) for t in tensors)
         before = [_bytes(t) for t in inputs]
-        with poisoned(byte):
+        with poisoned(byte), full_sums():
             made = function(*inputs)
         for i, (t, b) in enumerate(zip(inputs, before, strict=True)):
             if _bytes(t) != b:
@@ -158,6 +158,28 @@ def guarded(
                 )
         first = made
     return first
+
+
+@contextmanager
+def full_sums() -> Iterator[None]:
+    """torch's own products of 16 bits keep their partial sums in float32.
+
+    By default cuBLAS may round those of a split K to 16 bits, which no bound of ours allows.
+    """
+    allowed = torch.backends.cuda.matmul
+    before = (
+        allowed.allow_bf16_reduced_precision_reduction,
+        allowed.allow_fp16_reduced_precision_reduction,
+    )
+    allowed.allow_bf16_reduced_precision_reduction = False
+    allowed.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        (
+            allowed.allow_bf16_reduced_precision_reduction,
+            allowed.allow_fp16_reduced_precision_reduction,
+        ) = before
 
 
 @functools.cache
@@ -385,8 +407,11 @@ def _frozen(
     """
     from quest import operands, paths
     from quest.frozen import stacked
+    from quest.joint import stack
 
     layers = [layer.freeze() for layer in _layers(w, bias, recipe, parts)]
+    if parts and not stack(layers):
+        raise GuardError(f"{lane} frozen: the weights of layers alike can't be stacked")
     held = layers[0]._frozen
     if held is None:
         raise GuardError(f"{lane} frozen: there is nothing frozen")

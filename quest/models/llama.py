@@ -111,6 +111,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention with rotary positions: ``(B, T, d)`` to ``(B, T, d)``."""
 
+    shared_inputs = (("q_proj", "k_proj", "v_proj"),)
+
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.heads = config.heads
@@ -133,6 +135,8 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202): ``down(silu(gate(x)) * up(x))``, ``(B, T, d)`` to the same."""
+
+    shared_inputs = (("gate_proj", "up_proj"),)
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()

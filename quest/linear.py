@@ -214,7 +214,8 @@ def freeze_(model: nn.Module) -> nn.Module:
     """Put `model` into evaluation mode and freeze its `quest.Linear` modules; returns `model`.
 
     See `Linear.freeze`. The weights of layers that a module calls together, named in its
-    `shared_inputs`, come to lie in one tensor: see `quest.together`. Raises ValueError where there is none.
+    `shared_inputs`, come to lie in one tensor: see `quest.together`. Raises ValueError where
+    there is none.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -69,7 +69,8 @@ def close(
     """T1: |actual - expected| <= bound for each element, with the dtype's own infinities and NaN.
 
     NaN must stand exactly where it is expected. Where the expected value reaches the end of the
-    dtype's range within its bound, an infinity of its sign is admissible. free: where any infinity or NaN is.
+    dtype's range within its bound, an infinity of its sign is admissible. free: where any infinity
+    or NaN is.
     """
     a = lift(actual)
     if a.shape != expected.shape:

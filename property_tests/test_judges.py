@@ -1683,6 +1683,7 @@ def test_operand_and_product_that_do_not_hear_their_input(name: str) -> None:
             "encode": b,
             "decode": cpu.call("decode", b["operand"], b["scale"], **static),
             "left": a,
+            "compress": cpu.call("compress", b["operand"]) if q.sparsity else {},
             "accumulate": cpu.call("accumulate", a["operand"], b["operand"]),
             "product": cpu.call("product", a["operand"], b["operand"], *vectors, grids=names,
                                 kinds=",".join(kinds), width=48, dtype=torch.float32),

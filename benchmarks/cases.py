@@ -96,7 +96,7 @@ def peers() -> list[Any]:
     made = [
         (tokens, inside, outside)
         for outside, inside in (FROZEN[0], FROZEN[-2 if CUDA else 0])
-        for tokens in ((16, 1024, 16384) if CUDA else (64,))
+        for tokens in ((64, 1024, 16384) if CUDA else (64,))
     ]
     return [pytest.param(*case, id=_size(*case)) for case in dict.fromkeys(made)]
 

@@ -194,7 +194,7 @@ __launch_bounds__(THREADS, 1)
   for (int i = 0; i < DEPTH; i++) fetch(ring[i]);
 #if ROWS
   // Answered before the first write to another block's memory: that block must have begun.
-  if (CLUSTER > 1) cluster_arrive();
+  if (CLUSTER > 1) cluster_begin();
 #endif
   wait_for_previous();
 

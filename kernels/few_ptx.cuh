@@ -48,6 +48,11 @@ __device__ __forceinline__ u32 cluster_rank() {
   return rank;
 }
 
+// Says that this block has begun, and orders nothing: a release would wait for loads under way.
+__device__ __forceinline__ void cluster_begin() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }

@@ -194,7 +194,7 @@ def test_verify_hands_on_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
     monkeypatch.setattr(verify, "run", lambda *given: calls.append(given) or 1)
     assert main(["verify", "--json", "r.json", "--lane", "a", "--lane", "b", "--quick"]) == 1
-    assert calls == [(Path("r.json"), ("a", "b"), True, False)]
+    assert calls == [(Path("r.json"), ("a", "b"), True, False, None)]
 
 
 def test_help_names_the_commands_and_every_option(capsys: pytest.CaptureFixture[str]) -> None:

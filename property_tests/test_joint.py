@@ -189,6 +189,9 @@ def test_frozen_weights_lie_stacked() -> None:
         # A part, or another order, is not the whole.
         assert frozen.stacked([held[1], held[0], held[2]]) is None  # type: ignore[list-item]
         assert frozen.stacked(held[:2]) is None  # type: ignore[arg-type]
+        # Nor is a mixture of two.
+        other = frozen.stack([frozen.freeze(y.weight, y.recipe) for y in layers])
+        assert frozen.stacked([held[0], other[1], held[2]]) is None  # type: ignore[list-item]
         # A weight that changes is frozen anew, and the others with it.
         layers[1].weight.mul_(-1)
         changed = quest.together(x, layers)

@@ -227,11 +227,11 @@ def test_three_bounds_off_is_too_far() -> None:
     for transpose, turn in ((False, hadamard.apply), (True, hadamard.apply_transpose)):
         exact = turn(x64, 12)
         bound = bounds.output(exact, bounds.rotation(x64, 12, transpose), "float32")
-        with pytest.raises(Rejected, match="^transform"):
+        with pytest.raises(Rejected, match=r"^transform"):
             judges.rotated(x, tensor(exact + 3 * bound), 12, transpose).require()
     sigma = quantize.scale(x64)
     wrong = sigma + 3 * bounds.scale(x64, 12, sigma)
-    with pytest.raises(Rejected, match="^scale"):
+    with pytest.raises(Rejected, match=r"^scale"):
         judges.scaled(x, tensor(wrong), 12).require()
 
 

@@ -133,8 +133,8 @@ class Table:
             "written.\n",
             "Dead: killed (a test failed), crash (the process died), timeout. equivalent: "
             "survived, and proven to change nothing. not run: no test on this kind of machine "
-            "executes the line, or launches the CUDA C++. untried: nothing is known. What survived a "
-            "run with `--quick` has met the quick profile alone.\n",
+            "executes the line, or launches the CUDA C++. untried: nothing is known. What "
+            "survived a run with `--quick` has met the quick profile alone.\n",
             ", ".join(f"{k} {v}" for k, v in machine.items()) + "\n",
         ]
         for title, of in (("family", _family), ("file", _file)):

@@ -288,6 +288,18 @@ def test_scale_of_a_rotated_row(order: int, seed: int) -> None:
             assert (np.abs(got - sigma) <= bound).all()
 
 
+def test_scale_counts_its_roundings() -> None:
+    """Term by term: no wider than what its docstring derives."""
+    x, u = np.sqrt(np.arange(1.0, 17.0))[None], 2.0**-24
+    plain = bounds.scale(x, 1, np.ones((1, 1)))
+    np.testing.assert_allclose(plain, (16 + 2) / 2 * u + 4 * u, rtol=1e-5)
+    turned = bounds.scale(x, 16, np.ones((1, 1)))
+    spread = np.sqrt(np.mean(bounds.rotation(x, 16) ** 2))
+    np.testing.assert_allclose(turned - plain, spread, rtol=1e-5)
+    assert bounds.scale(0 * x, 1, np.zeros((1, 1))) == 2.0**-149
+    np.testing.assert_array_equal(bounds.rotation(0 * x, 16), 2.0**-150)
+
+
 @pytest.mark.parametrize("width", [2, 16, 256])
 def test_scale_is_not_vacuous(width: int) -> None:
     rng = np.random.default_rng(width)

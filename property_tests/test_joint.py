@@ -19,7 +19,8 @@ from quest.quantizer import Quantizer
 from quest.reference import bounds
 from quest.reference import hadamard as reference_hadamard
 
-OUTS = (6, 10, 3)
+# Two of one shape: one may be taken for the other.
+OUTS = (6, 6, 3)
 
 
 def _layers(name: str = "w4a4", bias: bool = False) -> list[quest.Linear]:
@@ -146,7 +147,7 @@ def test_the_gradient_of_a_float32_weight_is_rounded_once() -> None:
 
 
 def test_layers_that_are_called_one_after_another() -> None:
-    """Other modules, recipes, dtypes, and layers whose hooks must see their calls."""
+    """Other modules, recipes and dtypes."""
     x = _x()
     layers = _layers()
     half = quest.Linear(32, 4).bfloat16()
@@ -154,14 +155,19 @@ def test_layers_that_are_called_one_after_another() -> None:
         both = quest.together(x, (layers[0], half))
         assert torch.equal(both[0], layers[0](x))
         assert torch.equal(both[1], half(x))
-    hooked: list[int] = []
-    layers[1].register_forward_hook(lambda *_: hooked.append(1))
     mixed: list[nn.Module] = [nn.Linear(32, 4), *layers, quest.Linear(32, 4, recipe="w1a1")]
-    made = quest.together(x, mixed)
-    assert hooked == [1]
-    layers[1]._forward_hooks.clear()
-    for y, layer in zip(made, mixed, strict=True):
-        assert torch.equal(y, layer(x))
+    # With a module of another kind, and with another recipe alone.
+    for chosen in (mixed, mixed[1:]):
+        for y, layer in zip(quest.together(x, chosen), chosen, strict=True):
+            assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_see_their_calls(kind: str) -> None:
+    layers, seen = _layers(), []
+    getattr(layers[1], f"register_{kind}_hook")(lambda *_: seen.append(kind))
+    sum(y.sum() for y in quest.together(_x().requires_grad_(), layers)).backward()
+    assert seen == [kind]
 
 
 def test_frozen_weights_lie_stacked() -> None:
@@ -193,6 +199,9 @@ def test_frozen_weights_lie_stacked() -> None:
         # A part, or another order, is not the whole.
         assert frozen.stacked([held[1], held[0], held[2]]) is None  # type: ignore[list-item]
         assert frozen.stacked(held[:2]) is None  # type: ignore[arg-type]
+        # Nor is a mixture of two.
+        other = frozen.stack([frozen.freeze(y.weight, y.recipe) for y in layers])
+        assert frozen.stacked([held[0], other[1], held[2]]) is None  # type: ignore[list-item]
         # A weight that changes is frozen anew, and leaves the stack.
         layers[1].weight.mul_(-1)
         changed = quest.together(x, layers)

@@ -221,6 +221,20 @@ def test_rotated_bites(
         judges.rotated(x, y, order, False).require()
 
 
+def test_three_bounds_off_is_too_far() -> None:
+    x = inputs.draw("gaussian", (8, 48), torch.float32, 0)
+    x64 = oracle.lift(x)
+    for transpose, turn in ((False, hadamard.apply), (True, hadamard.apply_transpose)):
+        exact = turn(x64, 12)
+        bound = bounds.output(exact, bounds.rotation(x64, 12, transpose), "float32")
+        with pytest.raises(Rejected, match=r"^transform"):
+            judges.rotated(x, tensor(exact + 3 * bound), 12, transpose).require()
+    sigma = quantize.scale(x64)
+    wrong = sigma + 3 * bounds.scale(x64, 12, sigma)
+    with pytest.raises(Rejected, match=r"^scale"):
+        judges.scaled(x, tensor(wrong), 12).require()
+
+
 @pytest.mark.parametrize("order", [12, 20, 28, 40])
 def test_rotated_bites_where_the_transpose_is_due(order: int) -> None:
     x = inputs.draw("gaussian", (5, order), torch.float32, order)
@@ -1752,7 +1766,7 @@ def test_layer_that_does_not_hear_its_input(recipe: str, dtype: torch.dtype, nam
 
     def failing_with(out: dict[str, Tensor]) -> set[str]:
         def write(stage: str, t: Tensor) -> dict[str, Tensor]:
-            return out if stage == "linear" else c.x_out if t is c.x else c.w_out
+            return out if stage == "linear" else c.x_out if t.shape == c.x.shape else c.w_out
 
         return failing(examine.layer(Scripted(write), c.x, c.w, c.grad, c.bias, c.recipe))
 

@@ -172,6 +172,17 @@ def test_a_proof_of_a_mutant_that_dies_is_a_problem() -> None:
     assert table.Table([m], {m.id: result}, {}).problems() == [f"{m.id} survives: {m.what}"]
 
 
+def test_a_table_tells_what_was_not_tried() -> None:
+    made = [KNOWN[f"quest/packing.py:pack:{name}:0"] for name in ("remove", "negate")]
+    results = {made[0].id: runner.Result(made[0].id, made[0].what, "killed", "t", 2.0)}
+    mine = table.Table(made, results, {})
+    told = dict(zip(table.HEAD, mine.totals(lambda m: m.file)[-1][1:], strict=True))
+    assert (told["mutants"], told["killed"], told["untried"]) == ("2", "1", "1")
+    assert told["median s"] == "2.0"
+    assert mine.problems() == []
+    assert made[1].id not in mine.markdown({})
+
+
 def test_tests_that_execute_the_line_come_first() -> None:
     m = dataclasses.replace(KNOWN["quest/packing.py:pack:remove:0"], lines=(5, 6))
     names = [f"property_tests/test_{n}.py::t" for n in ("packing", "api", "train", "errors")]

@@ -16,8 +16,9 @@ from .mutant import FAMILIES, ROOT, Mutant, read
 
 KERNELS = ("blocks", "cuda", "decode", "few", "hadamard", "outputs", "product", "quantize")
 QUEST = (
-    "eager", "estimators", "frozen", "grids", "linear", "lowbit", "operands", "ops", "packed",
-    "packing", "paths", "quantizer", "recipes", "sparsity", "transforms",
+    "eager", "estimators", "frozen", "fused", "grids", "joint", "linear", "lowbit",
+    "lowbit_linear", "operands", "ops", "packed", "packing", "paths", "quantizer", "recipes",
+    "sparsity", "transforms",
 )  # fmt: skip
 SYSTEMATIC = (*(f"kernels/{n}.py" for n in KERNELS), *(f"quest/{n}.py" for n in QUEST))
 CUDA = tuple(f"kernels/{n}.cu" for n in ("blocks", "few", "product"))
@@ -52,7 +53,7 @@ def all_mutants() -> list[Mutant]:
 @click.option("--work", type=click.Path(path_type=Path, file_okay=False),
               default=ROOT / "runs" / "mutants", help="Where the journal lies.")  # fmt: skip
 @click.option("--save", is_flag=True,
-              help="Keep the table in benchmarks/records, by kind of machine.")  # fmt: skip
+              help="Keep all that the journal knows in benchmarks/records.")  # fmt: skip
 def main(
     families: tuple[str, ...],
     files: tuple[str, ...],
@@ -95,10 +96,11 @@ def main(
     if missing:
         _run(console, missing, journal, work, jobs, quick)
     results = {m.id: r for m in chosen if (r := journal.known(m)) is not None}
-    judged = table.Table([m for m in chosen if m.id in results], results, proofs)
+    judged = table.Table(chosen, results, proofs)
     judged.show(console)
     if save:
-        for path in judged.save(jobs):
+        found = {m.id: r for m in known if (r := journal.known(m)) is not None}
+        for path in table.Table(known, found, proofs).save(jobs, journal.key):
             console.print(f"wrote {path}")
     raise SystemExit(1 if judged.problems() else 0)
 

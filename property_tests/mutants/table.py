@@ -16,12 +16,14 @@ from rich.table import Table as RichTable
 from .mutant import ROOT, Mutant
 from .runner import DEAD, Result
 
-COLUMNS = ("killed", "crash", "timeout", "equivalent", "survived", "refused", "not run")
+COLUMNS = (
+    "killed", "crash", "timeout", "equivalent", "survived", "refused", "not run", "untried",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Table:
-    """Mutants, what became of them, and the proofs of those that change nothing."""
+    """Mutants, what became of those that were tried, and the proofs that some change nothing."""
 
     mutants: list[Mutant]
     results: dict[str, Result]
@@ -29,8 +31,14 @@ class Table:
 
     def outcome(self, mutant: Mutant) -> str:
         """One of COLUMNS."""
+        if mutant.id not in self.results:
+            return "untried"
         found = self.results[mutant.id].outcome
         return "equivalent" if found == "survived" and mutant.id in self.proofs else found
+
+    def tried(self) -> list[Mutant]:
+        """Those with a result."""
+        return [m for m in self.mutants if m.id in self.results]
 
     def problems(self) -> list[str]:
         """Survivors without a proof, and proofs of mutants that a test kills."""
@@ -66,12 +74,13 @@ class Table:
         rows = RichTable()
         for name in ("mutant", "change", "outcome", "by", "s"):
             rows.add_column(name, overflow="fold", no_wrap=name in ("outcome", "s"))
-        for m in self.mutants:
+        tried = self.tried()
+        for m in tried:
             r = self.results[m.id]
             told = m.says or m.what
             rows.add_row(*map(_plain, (m.id, told[:100], self.outcome(m), short(r.by))),
                          f"{r.seconds:.1f}")  # fmt: skip
-        if len(self.mutants) <= 400:
+        if len(tried) <= 400:
             console.print(rows)
         for title, of in (("family", _family), ("file", _file)):
             made = RichTable(title=f"by {title}")
@@ -85,22 +94,26 @@ class Table:
         median = self.median(self.mutants)
         dead = sum(self.outcome(m) in DEAD for m in self.mutants)
         console.print(
-            f"{len(self.mutants)} mutants: {dead} dead, {len(self.problems())} problems; "
+            f"{len(tried)} of {len(self.mutants)} mutants tried: {dead} dead, "
+            f"{len(self.problems())} problems; "
             f"median {0.0 if median is None else median:.1f} s to the kill"
         )
 
-    def save(self, jobs: int) -> list[Path]:
-        """Write mutants.json and mutants.md into the records of this kind of machine."""
+    def save(self, jobs: int, sources: str) -> list[Path]:
+        """Write mutants.json and mutants.md into the records of this kind of machine.
+
+        sources: the key of the journal, `baseline.source_key`.
+        """
         from benchmarks import records
 
-        machine = records.environment() | {"jobs": jobs, "commit": _commit()}
+        machine = records.environment() | {"jobs": jobs, "commit": _commit(), "sources": sources}
         folder = records.RECORDS / records.kind()
         folder.mkdir(parents=True, exist_ok=True)
         tests = sorted({r.by for r in self.results.values()})
         place = {name: i for i, name in enumerate(tests)}
         rows = ",\n".join(
             json.dumps([m.id, self.outcome(m), place[r.by], round(r.seconds, 1)])
-            for m in self.mutants for r in [self.results[m.id]]
+            for m in self.tried() for r in [self.results[m.id]]
         )  # fmt: skip
         head = json.dumps({"machine": machine, "tests": tests}, indent=1)[:-2]
         columns = '["id", "outcome", "by, a place in tests", "seconds"]'
@@ -113,8 +126,15 @@ class Table:
         """The totals, every mutant written by hand, and all that is not dead."""
         parts = [
             "# Mutants\n",
-            "`python -m property_tests.mutants --save` writes this; mutants.json beside it has "
-            "every mutant.\n",
+            "`python -m property_tests.mutants --save` writes this of all that its journal knows; "
+            "mutants.json beside it has every mutant that was tried.\n",
+            "The journal is of one state of `kernels/`, `quest/` and `reference/` (`sources`, a "
+            "digest), that of the commit named here. The tests may have grown while it was "
+            "written.\n",
+            "Dead: killed (a test failed), crash (the process died), timeout. equivalent: "
+            "survived, and proven to change nothing. not run: no test on this kind of machine "
+            "executes the line, or launches the CUDA C++. untried: nothing is known. What "
+            "survived a run with `--quick` has met the quick profile alone.\n",
             ", ".join(f"{k} {v}" for k, v in machine.items()) + "\n",
         ]
         for title, of in (("family", _family), ("file", _file)):
@@ -123,7 +143,7 @@ class Table:
             rows = [
                 [m.id.partition(":")[2], m.says, self.outcome(m), short(self.results[m.id].by),
                  f"{self.results[m.id].seconds:.1f}"]
-                for m in self.mutants if m.family == family
+                for m in self.tried() if m.family == family
             ]  # fmt: skip
             if rows:
                 head = ["mutant", "bug", "outcome", "by", "s"]

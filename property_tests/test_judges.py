@@ -221,6 +221,11 @@ def test_rotated_bites(
         judges.rotated(x, y, order, False).require()
 
 
+def lift_of(a: Array) -> Array:
+    """float32 values, in float64."""
+    return np.asarray(a, dtype=np.float32).astype(np.float64)
+
+
 def test_three_bounds_off_is_too_far() -> None:
     x = inputs.draw("gaussian", (8, 48), torch.float32, 0)
     x64 = oracle.lift(x)
@@ -233,6 +238,50 @@ def test_three_bounds_off_is_too_far() -> None:
     wrong = sigma + 3 * bounds.scale(x64, 12, sigma)
     with pytest.raises(Rejected, match=r"^scale"):
         judges.scaled(x, tensor(wrong), 12).require()
+
+
+@pytest.mark.parametrize("order", [1, 8])
+@pytest.mark.parametrize("name", ["y", "dx", "dw", "db"])
+def test_a_fifth_over_the_layers_bound_is_too_far(name: str, order: int) -> None:
+    """The bounds counted again, term by term: one of them ten times as wide would let this pass."""
+    g = np.random.default_rng(order)
+    n, d, outs, u = 9, 16, 11, 2.0**-24
+    xh, wh, grad = (lift_of(g.standard_normal(shape)) for shape in ((n, d), (outs, d), (n, outs)))
+    bias = lift_of(g.standard_normal(outs))
+    made = quest.recipe("w4a4", transform=quest.Hadamard(order) if order > 1 else quest.Identity())
+
+    def turned(a: Array, b: Array) -> tuple[Array, Array]:
+        """(a b H^T, its bound): the product, stored; the butterfly's additions and the factor."""
+        inner, terms = a @ b, a.shape[-1]
+        first = bounds.gamma(terms, u) * (np.abs(a) @ np.abs(b))
+        first = first + u * (np.abs(inner) + first) + 2.0**-150
+        k = (int(np.log2(order)) + bounds.normalisations(order)) if order > 1 else 0
+        largest = bounds.absolute_sum(np.abs(inner) + first, order)
+        total = bounds.absolute_sum(first, order) + (bounds.gamma(k, u) * largest if k else 0.0)
+        exact = hadamard.apply_transpose(inner, order)
+        return exact, total + u * (np.abs(exact) + total) + 2.0**-150
+
+    y = xh @ wh.T
+    error = bounds.gamma(d, u) * (np.abs(xh) @ np.abs(wh).T)
+    error = error + u * (np.abs(y) + error) + u * np.abs(bias)
+    error = error + u * (np.abs(y + bias) + error) + 2.0**-150
+    sums, off = grad.sum(0), bounds.gamma(n, u) * np.abs(grad).sum(0)
+    exact = {
+        "y": (y + bias, error),
+        "dx": turned(grad, wh),
+        "dw": turned(grad.T, xh),
+        "db": (sums, off + u * (np.abs(sums) + off) + 2.0**-150),
+    }
+    out = {k: tensor(v[0]) for k, v in exact.items()} | {"x_hat": tensor(xh), "w_hat": tensor(wh)}
+
+    def judged(out: dict[str, Tensor]) -> set[str]:
+        x, w = torch.zeros(n, d), torch.zeros(outs, d)
+        given = (tensor(grad), tensor(bias), made, out, (None, None), u)
+        return failing(judges.layer(x, w, *given))
+
+    assert not judged(out)
+    value, bound = exact[name]
+    assert judged(out | {name: tensor(value + 1.2 * bound)}) == {f"layer {name}"}
 
 
 @pytest.mark.parametrize("order", [12, 20, 28, 40])

@@ -18,7 +18,8 @@ import quest
 from quest.conformance import exact_rows, inputs, lanes, propagated
 from quest.conformance.adapters.published import Paper
 from quest.conformance.lanes import GuardError
-from quest.conformance.public import adapter, capabilities, formats, lists, properties
+from quest.conformance.public import adapter, capabilities, formats, lists, properties, results
+from quest.conformance.public.court import Court
 from quest.conformance.strategies import FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,12 +58,15 @@ class Adapter:
 """
 
 
-def court(where: Path, *arguments: str, plugin: bool = True) -> subprocess.CompletedProcess[str]:
-    """pytest's run of the court in a folder."""
+def court(
+    where: Path, *arguments: str, plugin: bool = True, tests: tuple[str, ...] = ("",)
+) -> subprocess.CompletedProcess[str]:
+    """pytest's run of the court in a folder. tests: modules of the court; all of it by default."""
     loaded = ["-p", "quest.conformance.plugin"] if plugin else []
+    named = [f"quest.conformance.tests.{t}" if t else "quest.conformance" for t in tests]
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *loaded, "--pyargs",
-         "quest.conformance", "--max-examples=5", *arguments],
+         *named, "--max-examples=5", *arguments],
         cwd=where, capture_output=True, text=True, timeout=300, check=False,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -390,6 +394,137 @@ def test_determinism_counts_where_it_is_declared() -> None:
     rude = Rude("random")
     rude.capabilities = Paper.capabilities | {"deterministic": False}
     assert failures("transform", rude) == []
+
+
+# Right transforms but for infinities and NaN, a right scale; a selection wrong for one grid.
+PARTIAL = """
+import torch
+from quest.conformance.adapters.published import Paper
+
+
+class Adapter(Paper):
+    capabilities = {"dtypes": ["float32"], "blocks": [2, 16, 128], "inputs": ["non_finite"],
+                    "grids": [*(f"uniform{b}" for b in range(1, 9)), "ternary", "e2m1"],
+                    "sparsities": ["2:4"], "max_width": 64, "ties": "up"}
+    quantize = mask = fake_quantize = linear = linear_backward = None
+
+    def hadamard(self, x, block):
+        return super().hadamard(torch.nan_to_num(x), block)
+
+    def select(self, x, format):
+        assert x.shape[-1] <= 64, x.shape
+        return super().select(x, format) ^ (format.grid == "uniform6")
+
+
+class Narrow(Adapter):
+    capabilities = Adapter.capabilities | {"max_width": 4}
+"""
+
+
+@pytest.fixture(scope="module")
+def partly(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """(outcomes, output) of a run on three modules, named as modules, beside a user's own test."""
+    where = tmp_path_factory.mktemp("partial")
+    (where / "mine.py").write_text(PARTIAL)
+    done = court(where, "--impl=mine:Adapter", "--report-json=out.json",
+                 tests=("test_hadamard", "test_scale", "test_sparsity"))  # fmt: skip
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
+    return outcomes(json.loads((where / "out.json").read_text())), done.stdout
+
+
+def test_properties_of_one_name_stay_apart(partly: tuple[dict[str, Any], str]) -> None:
+    found, _ = partly
+    assert found["test_hadamard.py::test_inputs[non_finite-float32]"]["outcome"] == "failed"
+    assert found["test_scale.py::test_inputs[non_finite-float32]"]["outcome"] == "passed"
+
+
+def test_every_declared_value_is_asked(partly: tuple[dict[str, Any], str]) -> None:
+    found, _ = partly
+    # Its only fault is in one grid of ten, and 5 inputs are drawn.
+    selection = found["test_sparsity.py::test_selection[2:4-float32]"]
+    assert selection["outcome"] == "failed"
+    assert "uniform6" in selection["failure"]["snippet"]
+    scale = found["test_scale.py::test_scale[float32]"]
+    assert scale["outcome"] == "passed"
+    assert scale["asked"] == {"block": [2, 16]}
+
+
+def test_blocks_above_max_width_are_not_covered(partly: tuple[dict[str, Any], str]) -> None:
+    found, told = partly
+    reason = "capabilities['max_width'] 64 is too narrow for block 128"
+    assert found["test_scale.py::test_scale[float32]"]["uncovered"] == [reason]
+    wide = found["test_hadamard.py::test_transform[128-float32]"]
+    assert (wide["outcome"], wide["reason"]) == ("not covered", reason)
+    assert reason in told
+
+
+def test_nothing_is_covered_beside_a_user_s_own_test(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(PARTIAL)
+    (tmp_path / "test_own.py").write_text("def test_own():\n    pass\n")
+    # Groups of 8 are wider than 4: each property skips itself when it draws a block.
+    done = court(tmp_path, "--impl=mine:Narrow", "test_own.py", tests=("test_sparsity",))
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout + done.stderr
+    assert "max_width'] 4 is too narrow for block 2" in done.stdout
+    assert "test_own" not in done.stdout.partition("judged:")[2]
+
+
+def test_stale_entries_are_told_by_workers_too(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(USER)
+    (tmp_path / "skips").write_text("test_hadamard.py::test_gone\n")
+    done = court(tmp_path, "--impl=mine:Adapter", "--skips=skips", "-n1")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
+    assert "'test_hadamard.py::test_gone' is no property that this adapter covers" in done.stdout
+    assert "INTERNALERROR" not in done.stdout
+
+
+def test_reports_that_can_t_be_written(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(USER)
+    done = court(tmp_path, "--impl=mine:Adapter", "--report-html", str(tmp_path))
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "is a folder, and must be a file" in done.stderr
+    # What a look beforehand lets pass.
+    done = court(tmp_path, "--impl=mine:Adapter", f"--report-json={'a' * 300}",
+                 tests=("test_packing",))  # fmt: skip
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
+    assert "--report-json aaa" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_name_is_reported_once() -> None:
+    taken = results.Results(implementation(Paper()), *(lists.Listed("", "", ()),) * 2)
+    report = pytest.TestReport("::test_inputs", ("", 0, ""), {}, "passed", None, "call",
+                               user_properties=[(results.NAME, "test_inputs")])  # fmt: skip
+    taken.add(report)
+    with pytest.raises(ValueError, match="two reports of test_inputs"):
+        taken.add(report)
+
+
+def test_the_worst_element_of_each_judgement_is_kept() -> None:
+    made = Court(implementation(Paper()))
+    bound = np.ones(8)
+    for worst in range(1, 500):
+        made._observe(np.full(8, 0.25) + (np.arange(8) == 3) * worst, bound)
+    assert (1.0, 499.25) in made.record.points
+    assert len(made.record.points) < 1000
+
+
+class ValuesAlone:
+    """`Paper`, which shows neither codes nor scale."""
+
+    def __init__(self, rotation: str) -> None:
+        self.capabilities = Paper.capabilities | {"rotation": rotation}
+
+    def fake_quantize(self, x: torch.Tensor, format: formats.Format) -> torch.Tensor:
+        return Paper().fake_quantize(x, format)
+
+
+def test_values_are_held_to_the_declared_sums() -> None:
+    q = quest.quantizer.parse("uniform8/hadamard1024/ste/dense")
+    x = inputs.draw("gaussian", (4, 1024), torch.float32, 0)
+    made = [implementation(ValuesAlone(rotation)) for rotation in capabilities.ROTATIONS]
+    found = [properties.values(impl, x, q, conclusive=False)[0] for impl in made]
+    assert [v.failure for v in found] == [None, None]
+    assert found[0].ambiguous < found[1].ambiguous
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

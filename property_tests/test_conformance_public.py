@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import quest
-from quest.conformance import exact_rows, inputs, lanes, propagated
+from quest.conformance import exact_rows, inputs, lanes, plugin, propagated
 from quest.conformance.adapters.published import Paper
 from quest.conformance.lanes import GuardError
 from quest.conformance.public import adapter, capabilities, formats, lists, properties, results
@@ -478,16 +479,28 @@ def test_stale_entries_are_told_by_workers_too(tmp_path: Path) -> None:
 
 
 def test_reports_that_can_t_be_written(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(USER)
-    done = court(tmp_path, "--impl=mine:Adapter", "--report-html", str(tmp_path))
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "is a folder, and must be a file" in done.stderr
-    # What a look beforehand lets pass.
-    done = court(tmp_path, "--impl=mine:Adapter", f"--report-json={'a' * 300}",
+    # The adapter takes the folder away while it is judged: a look beforehand finds nothing wrong.
+    lost = USER.replace(
+        "codes = np.pad", "__import__('shutil').rmtree('out', True); codes = np.pad"
+    )
+    (tmp_path / "mine.py").write_text(lost)
+    (tmp_path / "out").mkdir()
+    done = court(tmp_path, "--impl=mine:Adapter", "--report-json=out/a.json",
                  tests=("test_packing",))  # fmt: skip
     assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
-    assert "--report-json aaa" in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
+    assert "--report-json out/a.json: No such file or directory" in done.stdout
+    assert "INTERNALERROR" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [(".", "is a folder"), ("none/a", "the folder none does not"), ("a" * 300, "name too long")],
+)
+def test_report_paths_are_checked_before_the_run(path: str, told: str) -> None:
+    values = {"--report-html": path, "--max-examples": 1}
+    config = SimpleNamespace(getoption=lambda name, *default: values.get(name))
+    with pytest.raises(pytest.UsageError, match=f"--report-html {path}.*{told}"):
+        plugin._start(config, "quest.conformance.adapters.published:Paper")
 
 
 def test_a_name_is_reported_once() -> None:

@@ -87,6 +87,8 @@ def _start(config: pytest.Config, spec: str) -> None:
             report.check(option, Path(path) if path else None)
         except ValueError as error:
             raise pytest.UsageError(str(error)) from None
+        except OSError as error:
+            raise pytest.UsageError(f"{option} {path}: {error.strerror}") from None
     if config.getoption("--max-examples") < 1:
         raise pytest.UsageError(
             f"--max-examples must be positive, got {config.getoption('--max-examples')}"

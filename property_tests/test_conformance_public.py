@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,149 +13,11 @@ import quest
 from quest.conformance import exact_rows, inputs, lanes, propagated
 from quest.conformance.adapters.published import Paper
 from quest.conformance.lanes import GuardError
-from quest.conformance.public import adapter, capabilities, formats, lists, properties
+from quest.conformance.public import adapter, capabilities, formats, lists, properties, results
+from quest.conformance.public.court import Court
 from quest.conformance.strategies import FORMATS
 
-ROOT = Path(__file__).resolve().parents[1]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# A right transform, packing with swapped nibbles, an unpacking that fails only where it is listed.
-USER = """
-import numpy as np
-
-
-class Adapter:
-    capabilities = {"arrays": "numpy", "dtypes": ["float32"], "blocks": [2, 16], "bits": [4],
-                    "rotation": "product", "deterministic": True}
-    departures = ["nibbles are swapped"]
-
-    def hadamard(self, x, block):
-        h = np.ones((1, 1), np.float32)
-        while len(h) < block:
-            h = np.block([[h, h], [h, -h]])
-        return ((x.reshape(-1, block) @ h) * np.float32(block**-0.5)).reshape(x.shape)
-
-    def hadamard_transpose(self, x, block):
-        y = self.hadamard(x, block)
-        y[..., -1:] *= -1
-        return y
-
-    def pack(self, codes, bits):
-        codes = np.pad(codes, ((0, 0), (0, -codes.shape[-1] % 2)))
-        return codes[:, 1::2] | codes[:, ::2] << 4
-
-    def unpack(self, packed, bits, width):
-        return np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1)[:, :width]
-
-    def scail(self, x, block):
-        return x
-"""
-
-
-def court(where: Path, *arguments: str, plugin: bool = True) -> subprocess.CompletedProcess[str]:
-    """pytest's run of the court in a folder."""
-    loaded = ["-p", "quest.conformance.plugin"] if plugin else []
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *loaded, "--pyargs",
-         "quest.conformance", "--max-examples=5", *arguments],
-        cwd=where, capture_output=True, text=True, timeout=300, check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str]:
-    """(folder, JSON, output) of a run on USER, outside the checkout."""
-    where = tmp_path_factory.mktemp("user")
-    (where / "mine.py").write_text(USER)
-    (where / "xfails").write_text(
-        "# planted\ntest_packing.py::test_pack\ntest_hadamard.py::test_transform[2-float32]\n"
-    )
-    (where / "skips").write_text("test_hadamard.py::test_transform[16-float32] # slow\n")
-    done = court(where, "--impl=mine:Adapter", "--xfails=xfails", "--skips=skips",
-                 "--report-json=out.json", "--report-html=out.html")  # fmt: skip
-    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
-    return where, json.loads((where / "out.json").read_text()), done.stdout
-
-
-def outcomes(document: Any) -> dict[str, Any]:
-    return {
-        f"{p['property']}[{c['parameters']}]": c for p in document["properties"] for c in p["cases"]
-    }
-
-
-def test_each_property_has_its_own_outcome(judged: tuple[Path, Any, str]) -> None:
-    found = outcomes(judged[1])
-    # The right transform passes, and is listed as an expected failure: the entry is stale.
-    stale = found.pop("test_hadamard.py::test_transform[2-float32]")
-    assert stale["outcome"] == "stale expected failure"
-    assert found.pop("test_hadamard.py::test_transform[16-float32]")["outcome"] == "skipped"
-    assert found.pop("test_packing.py::test_pack[4]")["outcome"] == "expected failure"
-    assert found.pop("test_packing.py::test_unpack[4]")["outcome"] == "passed"
-    for block in (2, 16):
-        turned = found.pop(f"test_hadamard.py::test_transpose[{block}-float32]")
-        assert turned["outcome"] == "failed"
-        assert turned["failure"]["stage"] == "transform"
-    assert {c["outcome"] for c in found.values()} == {"not covered"}
-    assert found["test_packing.py::test_pack[2]"]["reason"] == "capabilities['bits'] lacks 2"
-    reason = found["test_hadamard.py::test_transform[2-float16]"]["reason"]
-    assert reason == "capabilities['dtypes'] lacks float16"
-
-
-def test_the_smallest_example_and_its_snippet(judged: tuple[Path, Any, str]) -> None:
-    where, document, told = judged
-    failure = outcomes(document)["test_hadamard.py::test_transpose[2-float32]"]["failure"]
-    assert failure["tensors"]["x"].startswith("(1, 2) float32 [[")
-    assert f"smallest example: x = {failure['tensors']['x']}" in told
-    # The snippet runs where the adapter is, and says the same.
-    done = subprocess.run([sys.executable, "-c", failure["snippet"]], cwd=where, check=True,
-                          capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert failure["told"] in done.stdout
-
-
-def test_what_is_told(judged: tuple[Path, Any, str]) -> None:
-    where, document, told = judged
-    assert "departs from the specification: nibbles are swapped" in told
-    assert "not a function that is judged: scail" in told
-    assert "stale: test_hadamard.py::test_transform[2-float32] is listed in xfails" in told
-    assert "bias" in document["undeclared"]
-    page = (where / "out.html").read_text()
-    assert page.count("<svg") == 2, "a picture for each transform, none for what is exact"
-    assert "Smallest failing example" in page
-    assert not re.search(r'(src|href)="(?!#)', page.partition("<svg")[0]), "nothing from elsewhere"
-
-
-def test_stale_entries_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(USER)
-    (tmp_path / "xfails").write_text("test_packing.py::test_pack[2]\n")
-    (tmp_path / "skips").write_text("test_hadamard.py::test_gone\n")
-    done = court(tmp_path, "--impl=mine:Adapter", "--xfails=xfails", "--skips=skips")
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    for entry in (
-        "xfails: 'test_packing.py::test_pack[2]'",
-        "skips: 'test_hadamard.py::test_gone'",
-    ):
-        assert f"{entry} is no property that this adapter covers" in done.stdout + done.stderr
-
-
-def test_from_the_checkout_and_nothing_covered() -> None:
-    # The root's conftest.py brings the options; warnings are errors there.
-    spec = "quest.conformance.adapters.fast_hadamard:Adapter"
-    missing = adapter.load(spec).missing
-    if missing is None:
-        pytest.skip("fast_hadamard_transform is installed: this is about what is not")
-    done = court(ROOT, f"--impl={spec}", plugin=False)
-    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout + done.stderr
-    assert f"nothing is covered: {missing}" in done.stdout
-    assert " passed" not in done.stdout.splitlines()[-1]
-
-
-def test_an_implementation_is_asked_for(tmp_path: Path) -> None:
-    done = court(tmp_path)
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    told = "--pyargs quest.conformance needs --impl package.module:Adapter"
-    assert told in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -390,6 +247,43 @@ def test_determinism_counts_where_it_is_declared() -> None:
     rude = Rude("random")
     rude.capabilities = Paper.capabilities | {"deterministic": False}
     assert failures("transform", rude) == []
+
+
+def test_a_name_is_reported_once() -> None:
+    taken = results.Results(implementation(Paper()), *(lists.Listed("", "", ()),) * 2)
+    report = pytest.TestReport("::test_inputs", ("", 0, ""), {}, "passed", None, "call",
+                               user_properties=[(results.NAME, "test_inputs")])  # fmt: skip
+    taken.add(report)
+    with pytest.raises(ValueError, match="two reports of test_inputs"):
+        taken.add(report)
+
+
+def test_the_worst_element_of_each_judgement_is_kept() -> None:
+    made = Court(implementation(Paper()))
+    bound = np.ones(8)
+    for worst in range(1, 500):
+        made._observe(np.full(8, 0.25) + (np.arange(8) == 3) * worst, bound)
+    assert (1.0, 499.25) in made.record.points
+    assert len(made.record.points) < 1000
+
+
+class ValuesAlone:
+    """`Paper`, which shows neither codes nor scale."""
+
+    def __init__(self, rotation: str) -> None:
+        self.capabilities = Paper.capabilities | {"rotation": rotation}
+
+    def fake_quantize(self, x: torch.Tensor, format: formats.Format) -> torch.Tensor:
+        return Paper().fake_quantize(x, format)
+
+
+def test_values_are_held_to_the_declared_sums() -> None:
+    q = quest.quantizer.parse("uniform8/hadamard1024/ste/dense")
+    x = inputs.draw("gaussian", (4, 1024), torch.float32, 0)
+    made = [implementation(ValuesAlone(rotation)) for rotation in capabilities.ROTATIONS]
+    found = [properties.values(impl, x, q, conclusive=False)[0] for impl in made]
+    assert [v.failure for v in found] == [None, None]
+    assert found[0].ambiguous < found[1].ambiguous
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -466,12 +466,13 @@ def layer(
     masks: tuple[Tensor | None, Tensor | None],
     unit: float,
     parts: Sequence[int] = (),
+    sums: Sums = BUTTERFLY,
 ) -> list[Verdict]:
     """T1 and T7 for the layer, given the operands that it multiplied and their masks.
 
     masks: bool, of x and of w; None where an operand is not quantized. unit: the unit roundoff of
     the product's accumulation, 2^-24, or 2^-23 where tensor cores truncate. parts: the rows of w of
-    each of several layers on this x, where it is not one.
+    each of several layers on this x, where it is not one. sums: how gradients are rotated back.
     """
     dtype = oracle.dtype_name(x.dtype)
     g, xh, wh = lift(grad), lift(out["x_hat"]), lift(out["w_hat"])
@@ -496,7 +497,8 @@ def layer(
         first = np.where(chosen, first, 0.0)
         spread = bounds.absolute_sum(first, order)
         largest = np.abs(inner) + first
-        k = bounds.additions(order) + bounds.normalisations(order)
+        k = bounds.additions(order) if sums.roundings is None else sums.roundings
+        k += bounds.normalisations(order)
         turn = bounds.gamma(k, bounds.U32) * bounds.absolute_sum(largest, order) if k else 0.0
         expected = hadamard.apply_transpose(inner, order)
         bound = bounds.output(expected, spread + turn, dtype)

@@ -25,7 +25,9 @@ NEEDED = ("hypothesis", "pytest")
 EXAMPLES = 30
 COURT = pytest.StashKey["Court"]()
 RESULTS = pytest.StashKey["Results"]()
+WRITTEN = pytest.StashKey[list[tuple[str, str]]]()  # what became of the reports, with a color
 NOT_COVERED = "not covered: "
+STALE = "quest stale"  # the key under which a worker of pytest-xdist sends stale entries
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -69,6 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _start(config: pytest.Config, spec: str) -> None:
+    from quest.conformance import report
     from quest.conformance.public import adapter, capabilities, lists
     from quest.conformance.public.court import Court
     from quest.conformance.public.results import Results
@@ -80,8 +83,12 @@ def _start(config: pytest.Config, spec: str) -> None:
         raise pytest.UsageError(str(error)) from None
     for option in ("--report-json", "--report-html"):
         path = config.getoption(option)
-        if path and not Path(path).absolute().parent.is_dir():
-            raise pytest.UsageError(f"{option} {path}: the folder does not exist")
+        try:
+            report.check(option, Path(path) if path else None)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from None
+        except OSError as error:
+            raise pytest.UsageError(f"{option} {path}: {error.strerror}") from None
     if config.getoption("--max-examples") < 1:
         raise pytest.UsageError(
             f"--max-examples must be positive, got {config.getoption('--max-examples')}"
@@ -90,6 +97,7 @@ def _start(config: pytest.Config, spec: str) -> None:
         config.option.tbstyle = "short"  # the examples say more than the court's own source
     config.stash[COURT] = Court(impl)
     config.stash[RESULTS] = Results(impl, skips, xfails)
+    config.stash[WRITTEN] = []
     _profile(config)
 
 
@@ -151,14 +159,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Mark what is not covered, to be skipped or to fail; refuse stale entries of both lists."""
     if RESULTS not in config.stash:
         return
+    from quest.conformance.public.results import NAME
+
     results = config.stash[RESULTS]
     court_items = [i for i in items if i.get_closest_marker("judges")]
     for item in court_items:
+        name = results.name(item)
+        item.user_properties.append((NAME, name))
         reason = _uncovered(item)
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=NOT_COVERED + reason))
             continue
-        name = results.name(item)
         if results.skips.match(name):
             item.add_marker(pytest.mark.skip(reason=f"listed in {results.skips.origin}"))
         elif results.xfails.match(name):
@@ -169,8 +180,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "::" in str(a) for a in config.invocation_params.args
     ):
         stale = [*results.skips.stale(), *results.xfails.stale()]
-        if stale:
+        if stale and hasattr(config, "workeroutput"):
+            # A worker of pytest-xdist can't end the run: it runs nothing, and its controller tells.
+            config.workeroutput[STALE], items[:] = stale, []
+        elif stale:
             raise pytest.UsageError("\n".join(stale))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Stale entries that a worker of pytest-xdist found; every worker finds the same."""
+    stale = getattr(node, "workeroutput", {}).get(STALE)
+    if stale and RESULTS in node.config.stash:
+        node.config.stash[RESULTS].stale = stale
 
 
 @pytest.fixture(scope="session")
@@ -182,16 +204,23 @@ def court(request: pytest.FixtureRequest) -> Court:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
-    """A test's record begins empty, and travels with its report; the rules on sums come last."""
+    """A test's record begins empty, and travels with its report; the rules on sums come last.
+
+    Before them come the declared values that the test's own draws missed.
+    """
     if COURT not in item.config.stash or not item.get_closest_marker("judges"):
         return (yield)
+    from quest.conformance.public.results import RECORD
+
+    assert isinstance(item, pytest.Function)
     made = item.config.stash[COURT]
     made.start()
     try:
         yield
+        made.asked.ask_rest(item.function, item.funcargs)
         made.settle()
     finally:
-        item.user_properties.append(("quest", made.finish()))
+        item.user_properties.append((RECORD, made.finish()))
 
 
 class _Gatherer:
@@ -224,16 +253,24 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if RESULTS not in config.stash or hasattr(config, "workerinput"):
         return
     results = config.stash[RESULTS]
+    if results.stale:
+        session.exitstatus = pytest.ExitCode.USAGE_ERROR
+        return
     if session.exitstatus == 0 and results.outcomes and not results.judged():
         session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
-    if config.getoption("--report-json"):
-        from quest.conformance.public import document
+    from quest.conformance.public import document, page
 
-        document.write(Path(config.getoption("--report-json")), results)
-    if config.getoption("--report-html"):
-        from quest.conformance.public import page
-
-        page.write(Path(config.getoption("--report-html")), results)
+    for option, write in (("--report-json", document.write), ("--report-html", page.write)):
+        path = config.getoption(option)
+        if not path:
+            continue
+        try:
+            write(Path(path), results)
+        except OSError as error:
+            config.stash[WRITTEN].append((f"{option} {path}: {error.strerror}", "red"))
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
+        else:
+            config.stash[WRITTEN].append((f"written: {path}", ""))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -243,8 +280,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     from quest.conformance.public import summary
 
     terminalreporter.section(f"judged: {config.getoption('--impl')}")
-    for line, color in summary.lines(config.stash[RESULTS]):
+    results = config.stash[RESULTS]
+    told = [(f"ERROR: {line}", "red") for line in results.stale] or summary.lines(results)
+    for line, color in (*told, *config.stash[WRITTEN]):
         terminalreporter.write_line(line, **({color: True} if color else {}))
-    for option in ("--report-json", "--report-html"):
-        if config.getoption(option):
-            terminalreporter.write_line(f"written: {config.getoption(option)}")

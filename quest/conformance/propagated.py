@@ -15,16 +15,21 @@ from torch import Tensor
 
 from quest.quantizer import Quantizer
 from quest.reference import bounds, hadamard, quantize
+from quest.reference.bounds import BUTTERFLY, Sums
 
 from . import judges, oracle
 from .oracle import lift
 from .verdict import Verdict, inconclusive
 
 
-def valued(x: Tensor, q: Quantizer, values: Tensor, *, conclusive: bool = True) -> Verdict:
+def valued(
+    x: Tensor, q: Quantizer, values: Tensor, *, conclusive: bool = True,
+    sums: Sums = BUTTERFLY,
+) -> Verdict:  # fmt: skip
     """T2, T3 and T6 at once: values (..., d) of x, for a quantizer without sparsity.
 
-    conclusive: fail where too many elements have more than one admissible code.
+    conclusive: fail where too many elements have more than one admissible code. sums: how the
+    transform is summed.
     """
     arguments = oracle.arguments(q, x.shape[-1])
     grid, order = arguments["grid"], arguments["block"]
@@ -32,11 +37,11 @@ def valued(x: Tensor, q: Quantizer, values: Tensor, *, conclusive: bool = True) 
     sigma = quantize.scale(x64)
     regular = np.isfinite(sigma) & (sigma > 0)
     safe, x64 = np.where(regular, sigma, 1.0), np.where(regular, x64, 0.0)
-    scale_error = np.where(regular, bounds.scale(x64, order, safe), 0.0)
+    scale_error = np.where(regular, bounds.scale(x64, order, safe, sums), 0.0)
     z = hadamard.apply(x64, order) / safe
     # The codes are taken against the scale that was stored, and not against sigma.
     share = scale_error / safe
-    delta = np.where(regular, bounds.code_margin(x64, order, safe), 0.0)
+    delta = np.where(regular, bounds.code_margin(x64, order, safe, sums), 0.0)
     delta = (delta + np.abs(z) * share) / (1 - np.minimum(share, 0.5))
     delta = np.where(share > 0.5, np.inf, delta)  # a scale of a few units of 2^-149
     lowest, highest = quantize.encode(z - delta, grid), quantize.encode(z + delta, grid)

@@ -20,11 +20,14 @@ DECLARES = {
     "family": "inputs",
 }
 
+# Of these an adapter may declare values that not everyone is asked about.
+OPEN = ("block", "grid", "estimator", "pattern")
+
 
 def values(axis: str, asked: tuple[Any, ...], capabilities: Capabilities) -> tuple[Any, ...]:
     """What everyone is asked about, and then what is declared beyond it."""
     declared = getattr(capabilities, DECLARES[axis]) if axis in DECLARES else ()
-    beyond = tuple(v for v in declared if v not in asked) if axis in ("block", "grid") else ()
+    beyond = tuple(v for v in declared if v not in asked) if axis in OPEN else ()
     return (*asked, *beyond)
 
 
@@ -49,4 +52,4 @@ def uncovered(
     for axis, value in params.items():
         if value not in getattr(impl.capabilities, DECLARES[axis]):
             return f"capabilities[{DECLARES[axis]!r}] lacks {value}"
-    return None
+    return impl.capabilities.narrow(params["block"]) if "block" in params else None

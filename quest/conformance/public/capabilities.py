@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -93,6 +94,17 @@ class Capabilities:
         """Whether sums of products may leave float32's integers."""
         return self.accumulator in ("int32", "float64")
 
+    def narrow(self, block: int, group: int = 1) -> str | None:
+        """Why no row of such blocks and sparsity groups is admitted; None where one is."""
+        least = self.least_width(block, group)
+        if self.max_width is None or least <= self.max_width:
+            return None
+        return f"capabilities['max_width'] {self.max_width} is too narrow for block {block}"
+
+    def least_width(self, block: int, group: int = 1) -> int:
+        """The least width that the block, the group and `width_multiple` divide."""
+        return math.lcm(block, group, self.width_multiple)
+
     def undeclared(self) -> list[str]:
         """What is not declared, in words."""
         found = [f"{f.name}" for f in fields(self) if getattr(self, f.name) in ((), None, False)]
@@ -134,6 +146,11 @@ def _parsed(key: str, values: tuple[Any, ...], parse: Any) -> tuple[Any, ...]:
     return values
 
 
+def _pattern(name: str) -> None:
+    if sparsity.parse(name) is None:
+        raise ValueError(f"{name!r} is no sparsity; what is not sparse needs no declaration")
+
+
 def _lists(key: str, value: Any) -> tuple[Any, ...]:
     values = _listed(key, value)
     if key == "dtypes":
@@ -148,7 +165,7 @@ def _lists(key: str, value: Any) -> tuple[Any, ...]:
         "blocks": transforms.split,
         "grids": grids.parse,
         "estimators": estimators.parse,
-        "sparsities": sparsity.parse,
+        "sparsities": _pattern,
     }[key]
     return _parsed(key, values, parse)
 

@@ -18,8 +18,9 @@ import torch
 from quest.conformance.verdict import Rejected, Tally, Verdict, observed
 
 from .adapter import Implementation
+from .asked import Asked
 
-# Pairs of (bound, error) that a property keeps for its plot.
+# Pairs of (bound, error) that a property keeps for its plot, beside each judgement's worst.
 POINTS = 400
 SMALL = 32  # entries of a tensor that a report still prints
 SPARSE = 4  # entries of a tensor of zeros that it names
@@ -27,13 +28,19 @@ SPARSE = 4  # entries of a tensor of zeros that it names
 
 @dataclass
 class Record:
-    """What a test judged. failure: the smallest example, as told, with what reproduces it."""
+    """What a test judged.
+
+    points: pairs (bound, error). asked: the values of what it draws among declared ones, and
+    uncovered: why others were not. failure: the smallest example, as told, with what reproduces it.
+    """
 
     calls: int = 0
     elements: int = 0
     ratio: float = 0.0
     ambiguous: int = 0
     points: list[tuple[float, float]] = field(default_factory=list)
+    asked: dict[str, list[Any]] = field(default_factory=dict)
+    uncovered: list[str] = field(default_factory=list)
     failure: dict[str, Any] | None = None
 
 
@@ -43,14 +50,16 @@ class Court:
     def __init__(self, impl: Implementation) -> None:
         self.impl = impl
         self.record = Record()
+        self.asked = Asked()
         self._tally = Tally()
 
     def start(self) -> None:
         """Begin with an empty record: the next test."""
-        self.record, self._tally = Record(), Tally()
+        self.record, self.asked, self._tally = Record(), Asked(), Tally()
 
     def finish(self) -> dict[str, Any]:
         """The record as plain data."""
+        self.record.asked, self.record.uncovered = self.asked.told(), self.asked.uncovered()
         return dataclasses.asdict(self.record)
 
     def judge(
@@ -77,6 +86,7 @@ class Court:
             told = f"{type(error).__name__}: {error}"
             self._fail(property_.__name__, "raised", told, named, tensors, code)
             raise
+        self.asked.judged()
         for verdict in found:
             self._enter(verdict, bool(keywords.get("conclusive", True)))
             if verdict.failure is not None:
@@ -107,15 +117,15 @@ class Court:
             self._tally.add(verdict, conclusive)
 
     def _observe(self, error: np.ndarray, bound: np.ndarray) -> None:
-        """Keep the worst element of a judgement and a few others."""
-        if len(self.record.points) >= POINTS:
-            return
+        """Keep the worst element of each judgement and, of the first ones, a few others."""
         e, b = np.ravel(error), np.ravel(np.broadcast_to(bound, error.shape))
         good = np.flatnonzero(np.isfinite(e) & np.isfinite(b) & (b > 0) & (e > 0))
         if not good.size:
             return
         top = good[np.argmax(e[good] / b[good])]
-        chosen = {int(top), *map(int, good[:: max(1, good.size // 8)])}
+        chosen = {int(top)}
+        if len(self.record.points) < POINTS:
+            chosen |= set(map(int, good[:: max(1, good.size // 8)]))
         self.record.points += [(float(b[i]), float(e[i])) for i in sorted(chosen)]
 
     def _fail(

@@ -36,7 +36,7 @@ def error_against_bound(outcomes: Mapping[str, Outcome]) -> str | None:
     axes = figure.add_subplot()
     for name, points in groups.items():
         bounds, errors = zip(*points, strict=True)
-        axes.scatter(bounds, errors, s=5, alpha=0.5, linewidths=0, label=name, rasterized=True,
+        axes.scatter(bounds, errors, s=16, alpha=0.8, linewidths=0, label=name, rasterized=True,
                      color=COLORS.get(name, "C3"))  # fmt: skip
     ends = [min(p[0] for g in groups.values() for p in g) / 2,
             max(p[0] for g in groups.values() for p in g) * 2]  # fmt: skip

@@ -119,7 +119,8 @@ def values(
     if form.failure:
         return [form]
     if not impl.has("quantize"):
-        return [propagated.valued(x, q, made, conclusive=conclusive)]
+        sums = _sums(impl, q.transform.order(x.shape[-1]))
+        return [propagated.valued(x, q, made, conclusive=conclusive, sums=sums)]
     out, wrong = _coding(impl, x, q)
     return wrong or [judges.dequantized(q, out["codes"], out["scale"], None, made)]
 
@@ -232,6 +233,7 @@ def backward(
     # The product of the operands is exact to `layer`'s first verdict: only gradients are asked.
     y = torch.from_numpy(np.asarray(lift(out["x_hat"]) @ lift(out["w_hat"]).T)).to(x.dtype)
     found = judges.layer(
-        x, w, grad, None, made, out | given | {"y": y}, (x_mask, w_mask), _unit(impl)
-    )
+        x, w, grad, None, made, out | given | {"y": y}, (x_mask, w_mask), _unit(impl),
+        sums=_sums(impl, made.weight.transform.order(x.shape[-1])),
+    )  # fmt: skip
     return found[1:]

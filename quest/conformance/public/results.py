@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +11,9 @@ from .adapter import Implementation
 from .lists import Listed
 
 PASSED, FAILED, EXPECTED, SKIPPED = "passed", "failed", "expected failure", "skipped"
+# The keys of what travels with a test's reports: its full name and, after the call, its record.
+# A report's own id lacks the module where pytest was given a module's name and not a path.
+NAME, RECORD = "quest name", "quest record"
 NOT_COVERED, STALE = "not covered", "stale expected failure"
 
 
@@ -25,36 +27,44 @@ class Outcome:
 
 
 class Results:
-    """Outcomes of a run, by name."""
+    """Outcomes of a run, by name. stale: what the workers of pytest-xdist say of both lists."""
 
     def __init__(self, impl: Implementation, skips: Listed, xfails: Listed) -> None:
         self.impl, self.skips, self.xfails = impl, skips, xfails
         self.outcomes: dict[str, Outcome] = {}
+        self.stale: list[str] = []
 
     @staticmethod
     def name(item: pytest.Item) -> str:
-        """The short name of a property: file::test[parameters]."""
+        """The full name of a property: file::test[parameters]."""
         return f"{item.path.name}::{item.name}"
 
     def add(self, report: pytest.TestReport) -> None:
-        """Take a report of a phase."""
-        path, _, test = report.nodeid.partition("::")
-        name = f"{Path(path).name}::{test}"
+        """Take a report of a phase; ValueError for the second report of a property."""
         properties: dict[str, Any] = dict(report.user_properties)
-        record = properties.get("quest", {})
-        if report.when == "setup" and report.skipped:
+        name = properties.get(NAME)
+        if name is None:
+            return  # somebody's own test, run beside the court
+        record = properties.get(RECORD, {})
+        if report.skipped and not hasattr(report, "wasxfail"):
             reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else "")
             reason = reason.removeprefix("Skipped: ")
             kind = NOT_COVERED if reason.startswith(NOT_COVERED) else SKIPPED
             reason = reason.removeprefix(f"{NOT_COVERED}: ")
-            self.outcomes[name] = Outcome(kind, {}, reason)
+            self._enter(name, report, Outcome(kind, {}, reason))
         elif report.when == "call" or report.failed:
-            self.outcomes[name] = Outcome(self._of_call(report), record)
+            self._enter(name, report, Outcome(self._of_call(report), record))
+
+    def _enter(self, name: str, report: pytest.TestReport, outcome: Outcome) -> None:
+        # A call and its teardown are one test; two calls are two tests, of which one would be lost.
+        if report.when != "teardown" and name in self.outcomes:
+            raise ValueError(f"two reports of {name}: it was run twice, or two properties share it")
+        self.outcomes[name] = outcome
 
     @staticmethod
     def _of_call(report: pytest.TestReport) -> str:
         if report.skipped:
-            return EXPECTED if hasattr(report, "wasxfail") else SKIPPED
+            return EXPECTED
         if report.failed:
             return STALE if "[XPASS(strict)]" in str(report.longrepr) else FAILED
         return PASSED

@@ -45,12 +45,14 @@ def uncovered(results: Results) -> list[str]:
     number: Counter[str] = Counter()
     kinds: dict[str, list[str]] = {}
     for outcome in results.outcomes.values():
-        if outcome.outcome == NOT_COVERED:
-            kind, _, value = outcome.reason.rpartition(" ")
+        # A test that ran may have left out some of what it draws from.
+        left_out: list[str] = outcome.record.get("uncovered", [])
+        for reason in [outcome.reason] if outcome.outcome == NOT_COVERED else left_out:
+            kind, _, value = reason.rpartition(" ")
             if kind.startswith("no function"):
                 kind, value = (
                     "no function",
-                    outcome.reason.removeprefix("no function ").partition("(")[0],
+                    reason.removeprefix("no function ").partition("(")[0],
                 )
             number[kind] += 1
             if value not in kinds.setdefault(kind, []):

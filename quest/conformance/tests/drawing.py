@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import quest
 from quest.conformance import inputs, strategies
 from quest.conformance.public.capabilities import Capabilities
+from quest.conformance.public.court import Court
 from quest.estimators import Estimator
 
 # Finite, of moderate size, and without values on a midpoint but by chance.
@@ -24,14 +25,22 @@ def dtype_of(name: str) -> torch.dtype:
     return made
 
 
+def grid(court: Court, data: st.DataObject) -> str:
+    """One of the declared grids."""
+    return court.asked.choose(data, "grid", court.impl.capabilities.grids)
+
+
+def block(court: Court, data: st.DataObject, group: int = 1) -> int:
+    """One of the declared blocks for which there are rows within `max_width`."""
+    capabilities = court.impl.capabilities
+    return court.asked.choose(data, "block", sorted(capabilities.blocks),
+                              lambda b: capabilities.narrow(b, group))  # fmt: skip
+
+
 def widths(block: int, capabilities: Capabilities, group: int = 1) -> st.SearchStrategy[int]:
     """Widths that the block, the group and the adapter's own multiple divide, within its limit."""
     limit = capabilities.max_width
-    step = torch.tensor([block, group, capabilities.width_multiple])
-    least = int(torch.lcm(torch.lcm(step[0], step[1]), step[2]))
-    if limit is not None and least > limit:
-        return st.nothing()
-    found = strategies.widths(least)
+    found = strategies.widths(capabilities.least_width(block, group))
     return found if limit is None else found.filter(lambda n: n <= limit)
 
 

@@ -31,6 +31,6 @@ def test_transpose(court: Court, dtype: str, block: int, data: st.DataObject) ->
 @given(data=st.data())
 def test_inputs(court: Court, dtype: str, family: str, data: st.DataObject) -> None:
     capabilities = court.impl.capabilities
-    block = data.draw(st.sampled_from(sorted(capabilities.blocks)), label="block")
+    block = drawing.block(court, data)
     case = data.draw(drawing.family(family, dtype, block, capabilities, ties=True))
     court.judge(properties.transform, {"x": case.expression()}, (case.make(), block), str(block))

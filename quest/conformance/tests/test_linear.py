@@ -23,7 +23,7 @@ ROWS, OUTS = st.sampled_from((1, 2, 5, 13)), st.sampled_from((1, 3, 7, 48))
 def _layer(court: Court, grid: str, data: st.DataObject) -> tuple[Recipe, int]:
     """The same quantizer for both operands, and a width."""
     capabilities = court.impl.capabilities
-    block = data.draw(st.sampled_from(sorted(capabilities.blocks)), label="block")
+    block = drawing.block(court, data)
     q = quest.Quantizer(quest.grids.parse(grid), quest.Hadamard(block),
                         drawing.estimator(grid, capabilities))  # fmt: skip
     return Recipe(grid, q, q), data.draw(drawing.widths(block, capabilities), label="width")
@@ -66,7 +66,7 @@ def test_forward(court: Court, dtype: str, grid: str, data: st.DataObject) -> No
                     dtype=DTYPES)  # fmt: skip
 @given(data=st.data())
 def test_bias(court: Court, dtype: str, data: st.DataObject) -> None:
-    grid = data.draw(st.sampled_from(court.impl.capabilities.grids), label="grid")
+    grid = drawing.grid(court, data)
     recipe, width = _layer(court, grid, data)
     t, code = _tensors(dtype, width, data)
     names = ("x", "w", "bias")

@@ -24,7 +24,7 @@ TIED_GRIDS = ("uniform1", "uniform2", "uniform4", "ternary")
 
 def _quantizer(court: Court, grid: str, data: st.DataObject) -> quest.Quantizer:
     capabilities = court.impl.capabilities
-    block = data.draw(st.sampled_from(sorted(capabilities.blocks)), label="block")
+    block = drawing.block(court, data)
     estimator = drawing.estimator(grid, capabilities)
     return quest.Quantizer(quest.grids.parse(grid), quest.Hadamard(block), estimator)
 
@@ -60,8 +60,8 @@ def test_values(court: Court, dtype: str, grid: str, data: st.DataObject) -> Non
 @given(data=st.data())
 def test_mask(court: Court, dtype: str, estimator: str, data: st.DataObject) -> None:
     capabilities = court.impl.capabilities
-    grid = quest.grids.parse(data.draw(st.sampled_from(capabilities.grids), label="grid"))
-    block = data.draw(st.sampled_from(sorted(capabilities.blocks)), label="block")
+    grid = quest.grids.parse(drawing.grid(court, data))
+    block = drawing.block(court, data)
     q = quest.Quantizer(grid, quest.Hadamard(block), quest.estimators.parse(estimator))
     case = data.draw(drawing.plain(dtype, block, capabilities, ties=False))
     code = drawing.quantizer(q.spec)
@@ -107,7 +107,7 @@ def _family(
     court: Court, property_: Callable[..., Any], dtype: str, family: str, data: st.DataObject
 ) -> None:
     capabilities = court.impl.capabilities
-    q = _quantizer(court, data.draw(st.sampled_from(capabilities.grids), label="grid"), data)
+    q = _quantizer(court, drawing.grid(court, data), data)
     ties = capabilities.ties == "up"
     block = q.transform.order(0)
     _judge(court, property_, data.draw(drawing.family(family, dtype, block, capabilities,

@@ -17,7 +17,7 @@ from . import drawing
 @given(data=st.data())
 def test_scale(court: Court, dtype: str, data: st.DataObject) -> None:
     capabilities = court.impl.capabilities
-    block = data.draw(st.sampled_from(sorted(capabilities.blocks)), label="block")
+    block = drawing.block(court, data)
     case = data.draw(drawing.plain(dtype, block, capabilities, ties=True))
     court.judge(properties.scale, {"x": case.expression()}, (case.make(), block), str(block))
 
@@ -26,6 +26,6 @@ def test_scale(court: Court, dtype: str, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_inputs(court: Court, dtype: str, family: str, data: st.DataObject) -> None:
     capabilities = court.impl.capabilities
-    block = data.draw(st.sampled_from(sorted(capabilities.blocks)), label="block")
+    block = drawing.block(court, data)
     case = data.draw(drawing.family(family, dtype, block, capabilities, ties=True))
     court.judge(properties.scale, {"x": case.expression()}, (case.make(), block), str(block))

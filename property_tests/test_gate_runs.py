@@ -57,9 +57,9 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         "pytest.ini": "[pytest]\npython_files = bench_*.py\n",
         ".gitignore": "__pycache__/\n",
     }
-    for name, text in files.items():
+    for name, content in files.items():
         (there / name).parent.mkdir(parents=True, exist_ok=True)
-        (there / name).write_text(text)
+        (there / name).write_text(content)
     monkeypatch.chdir(there)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -89,13 +89,14 @@ def test_a_whole_run(
     repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pairs, "LOOKS", 1)  # a process takes seconds to start
-    # Uncommitted: a benchmark that holds more memory, and a new one in a new file.
+    # Uncommitted: one benchmark with more memory, one with another key, one new in a new file.
     more = "(torch.empty(2, *x.shape), x * 3)"
-    (repository / "benchmarks/bench_plain.py").write_text(BENCH.replace("x * 3", more))
+    changed = BENCH.replace("x * 3", more).replace("key=(rows,)", "key=(rows, 'other')")
+    (repository / "benchmarks/bench_plain.py").write_text(changed)
     added = BENCH.replace("test_triple", "test_new").replace("[256, 512]", "[]")
     (repository / "benchmarks/bench_new.py").write_text(added)
     line = ["gate", "--base", "HEAD", "--rounds", "10", "--json", "../gate.json"]
-    line += ["--filter", "triple or new or NOTSET", "--aa", "0"]
+    line += ["--filter", "triple or new or 256", "--aa", "0"]
     before = status()
     assert main(line) == 1
     assert status() == before
@@ -106,11 +107,14 @@ def test_a_whole_run(
     assert "1 skipped on this machine" in out
     judges = ["benchmarks/bench_new.py", "benchmarks/bench_plain.py"]
     assert f"must read what changed in: {', '.join(judges)}" in out
-    assert "FAIL, 1 fault, 1 compared, in" in out
+    assert ", 1 compared, in" in out
+    assert (
+        "double[256]: other benchmark: no spec key 256 other here, no spec key 256 in base" in out
+    )
     document = json.loads((repository / "../gate.json").read_text())
     verdicts = {text.short(row["name"]): row["verdict"] for row in document["benchmarks"]}
     assert verdicts.pop("triple").endswith("more memory")
-    assert verdicts == {"new": "new"}
+    assert verdicts == {"double[256]": "other benchmark", "new": "new"}
     peaks = {text.short(row["name"]): row["peak"] for row in document["benchmarks"]}
     assert 0 <= peaks["triple"] - 3 * 256 * 256 * 4 < 64  # and a scalar
     assert document["passed"] is False
@@ -184,7 +188,8 @@ for line in sys.stdin:
         os._exit(3)
     if case == "hangs":
         time.sleep(60)
-    print(json.dumps({"status": "died" if case == "lost" else "ok", "message": "m", "pid": os.getpid()}), flush=True)
+    status = "died" if case == "lost" else "ok"
+    print(json.dumps({"status": status, "message": "m", "pid": os.getpid()}), flush=True)
 """
 
 
@@ -234,6 +239,7 @@ def test_a_base_without_benchmarks(
         (["--base", "HEAD", "--change", "gone"], "--change 'gone' is no revision of"),
         (["--base", "HEAD", "--json", "none/x.json"], "the folder none does not exist"),
         (["--base", "HEAD", "--json", "/proc/x.json"], "--json /proc/x.json: it can't be written"),
+        (["--base", "HEAD", "--json", "x" * 300], "it can't be written: File name too long"),
         (["--base", "HEAD", "--json", ""], "is a folder, and must be a file"),
         (["--base", "HEAD", "--limit", "0"], "0 is not in the range x>0"),
         (["--base", "HEAD", "--rounds", "3"], "3 is not in the range x>=10"),

@@ -70,9 +70,9 @@ def check(option: str, path: Path | None) -> None:
         return
     if not path.parent.is_dir():
         raise ValueError(f"{option} {path}: the folder {path.parent} does not exist")
-    if path.is_dir():
-        raise ValueError(f"{option} {path} is a folder, and must be a file")
     try:
+        if path.is_dir():
+            raise ValueError(f"{option} {path} is a folder, and must be a file")
         if not path.exists():  # the only sure way: access() lets root write into /proc
             path.touch()
             path.unlink()

@@ -171,7 +171,7 @@ class Case:
             )
             return made + (prepare(*made) if prepare else ())
 
-        self.identity = f"{given.get('spec', '')}; key {' '.join(map(str, given['key']))}"
+        self.identity = " ".join(map(str, (given.get("spec", "no spec"), "key", *given["key"])))
         self.inputs = f"{[list(shape) for shape in shapes]} {cases.DTYPE}"
         run, sets = given["run"], [drawn()]
         run(*sets[0])  # compiles, and allocates what stays

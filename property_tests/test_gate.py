@@ -154,6 +154,7 @@ class Fake:
             found = self.cases[more["case"]]
             dies = found.get("status") == "dies once" and more["case"] not in self.died
             self.died.add(more["case"])
+            dies |= "dies_later" in found and len(self.opened) > 2
             if dies or found.get("status") in ("died", "late", "red", "broken", "skipped"):
                 status = "died" if dies else found["status"]
                 raise SideError(status, "for a reason", self.tree.name)
@@ -195,6 +196,7 @@ VERDICTS: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None, str]] = 
     "late": ({}, {"status": "late"}, "broken"),
     "dies": ({}, {"status": "died"}, "broken"),
     "dies_timed": ({}, {"dies_timed": True}, "broken"),
+    "dies_looked_at_again": ({}, {"seconds": 1.5, "dies_later": True}, "broken"),
     "dies_once": ({}, {"status": "dies once"}, "ok"),
     "memory": ({}, {"peak": 10_101}, "more memory"),
     "memory_rounded": ({}, {"peak": 10_100}, "ok"),

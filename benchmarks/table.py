@@ -5,23 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from quest.gate.text import duration, short
+
 _NAME = 44
 _WIDTHS = (8, 9, 12, 7, 8, 6, 6)
-
-
-def duration(microseconds: float) -> str:
-    """Three significant digits with a unit."""
-    for unit, scale in (("us", 1.0), ("ms", 1e3), ("s", 1e6)):
-        value = microseconds / scale
-        if value < 999.5 or unit == "s":
-            break
-    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
-    return f"{value:.{digits}f} {unit}"
-
-
-def short(fullname: str) -> str:
-    """`hadamard[...]` of `benchmarks/bench_hadamard.py::test_hadamard[...]`."""
-    return fullname.rpartition("::")[2].removeprefix("test_")
 
 
 def _line(*cells: str) -> str:
@@ -38,7 +25,7 @@ def lines(
         was = None if before is None else before.get(fullname)
         yield _line(
             short(fullname) + (" (host)" if info["host_bound"] else ""),
-            duration(info["median_us"]),
+            duration(info["median_us"] / 1e6),
             f"{info['ratio_to_baseline']:.2f}x",
             f"{info['ratio_low']:.2f}-{info['ratio_high']:.2f}",
             "" if before is None else "new" if was is None else f"{was:.2f}x",

@@ -1,12 +1,9 @@
-"""`quest gate`: its statistics, its verdicts, and whole runs in a small repository."""
+"""`quest gate`: its statistics and its verdicts. Whole runs are in `test_gate_runs.py`."""
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quest.cli import main
-from quest.gate import benchmarks, clock, correctness, pairs, power, report, worktrees
+from quest.gate import benchmarks, clock, correctness, pairs, power, report
 from quest.gate.benchmarks import Bench, Row
 from quest.gate.side import SideError
 
@@ -136,7 +133,9 @@ class Fake:
 
     opened: ClassVar[list[Path]] = []
 
-    def __init__(self, tree: Path, expression: str) -> None:
+    def __init__(self, tree: Path, expression: str, name: str, limit: float) -> None:
+        assert (expression, name, limit) == ("", tree.name, 7.0)
+        self.died: set[str] = set()
         self.tree, self.cases = tree, CASES[tree.name]
         self.g = np.random.default_rng(len(self.opened))
         self.opened.append(tree)
@@ -153,13 +152,21 @@ class Fake:
             return {"cases": list(self.cases), "device": "fake"}
         if do == "open":
             found = self.cases[more["case"]]
-            if "status" in found:
-                raise SideError(found["status"], "for a reason")
-            self.case = {"worst_ratio": 0.5, "peak": 10_000, "inputs": "x", "wall": 0.01} | found
-            return {"status": "ok", **self.case}
+            dies = found.get("status") == "dies once" and more["case"] not in self.died
+            self.died.add(more["case"])
+            dies |= "dies_later" in found and len(self.opened) > 2
+            if dies or found.get("status") in ("died", "late", "red", "broken", "skipped"):
+                status = "died" if dies else found["status"]
+                raise SideError(status, "for a reason", self.tree.name)
+            self.case = {
+                "worst_ratio": 0.5, "peak": 10_000, "inputs": "x", "identity": "x", "wall": 0.01,
+            } | found  # fmt: skip
+            return {**self.case, "status": "ok"}
         return {"host_bound": False}
 
     def turn(self, calls: int, pair: int) -> float:
+        if "dies_timed" in self.case:
+            raise SideError("died", "for a reason", self.tree.name)
         seconds = self.case.get("seconds", 1.0)
         # A process that is slow for its memory's sake, and another that is not.
         if "first" in self.case and len(self.opened) < 3:
@@ -182,14 +189,27 @@ VERDICTS: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None, str]] = 
     "red": ({}, {"status": "red"}, "red"),
     "raises": ({}, {"status": "broken"}, "broken"),
     "base_red": ({"status": "red"}, {}, "base fails"),
+    "base_red_skips_now": ({"status": "red"}, SKIPPED, "base fails"),
+    "base_dies": ({"status": "died"}, {}, "base fails"),
+    "base_dies_timed": ({"dies_timed": True}, {}, "base fails"),
+    "base_dies_once": ({"status": "dies once"}, {}, "ok"),
+    "late": ({}, {"status": "late"}, "broken"),
+    "dies": ({}, {"status": "died"}, "broken"),
+    "dies_timed": ({}, {"dies_timed": True}, "broken"),
+    "dies_looked_at_again": ({}, {"seconds": 1.5, "dies_later": True}, "broken"),
+    "dies_once": ({}, {"status": "dies once"}, "ok"),
     "memory": ({}, {"peak": 10_101}, "more memory"),
     "memory_rounded": ({}, {"peak": 10_100}, "ok"),
     "inputs": ({}, {"inputs": "y"}, "other inputs"),
+    "another": ({}, {"identity": "y"}, "other benchmark"),
     "error": ({}, {"worst_ratio": 0.751}, "error grew"),
     "error_half": ({}, {"worst_ratio": 0.75}, "ok"),
     "both": ({}, {"seconds": 1.5, "peak": 20_000}, "slower, more memory"),
 }
-FAILING = ("slower", "missing", "red", "broken", "more memory", "other inputs", "error grew")
+FAILING = (
+    "slower", "missing", "red", "broken", "more memory", "other inputs", "other benchmark",
+    "error grew", "base fails",
+)  # fmt: skip
 CASES = {
     "base": {name: base for name, (base, _, _) in VERDICTS.items() if base is not None},
     "change": {name: change for name, (_, change, _) in VERDICTS.items() if change is not None},
@@ -200,9 +220,10 @@ CASES = {
 def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., benchmarks.Result]:
     monkeypatch.setattr(benchmarks, "Side", Fake)
     monkeypatch.setattr(Fake, "opened", [])
-    return lambda base="base", same=0: Bench(
-        Path(base) if base else None, Path("change"), "", 20, same, lambda left, name: None
-    ).run()
+    return lambda base="base", same=0, old_base=False: Bench(
+        Path(base) if base else None, Path("change"), "", 20, same, lambda left, name: None,
+        old_base, 7.0,
+    ).run()  # fmt: skip
 
 
 def test_every_verdict(fake: Callable[..., benchmarks.Result]) -> None:
@@ -214,6 +235,17 @@ def test_every_verdict(fake: Callable[..., benchmarks.Result]) -> None:
         assert bool(row.faults) == any(word in row.verdict for word in FAILING), row
     # Three looks at what stays slower, in processes of their own each time.
     assert sorted(tree.name for tree in Fake.opened) == sorted(["base", "change"] * pairs.LOOKS)
+
+
+def test_an_old_base_excuses_what_base_cannot_run(fake: Callable[..., benchmarks.Result]) -> None:
+    strict, lenient = (
+        [row for row in fake(old_base=old).rows if row.name.startswith("base_")]
+        for old in (False, True)
+    )
+    assert [row.verdict for row in strict] == [row.verdict for row in lenient]
+    assert [bool(row.faults) for row in strict] == [True] * 4 + [False]
+    assert not any(row.faults for row in lenient)
+    assert "the change skips it" in strict[1].faults[0][1]
 
 
 def test_base_against_itself(fake: Callable[..., benchmarks.Result]) -> None:
@@ -240,197 +272,3 @@ def test_error_ratios_that_grew_and_rows_that_went() -> None:
         "e: worst ratio 0.031 is over 1.5 times base's 0.001",
         "d: judged in base, not in the change",
     ]
-
-
-# A repository of a few lines, for whole runs.
-VERIFY = """
-import json, pathlib, sys
-ratio = float(pathlib.Path("ratio.txt").read_text())
-row = {"lane": "l", "kernel": "k", "format": "f", "dtype": "d", "stages": {"s": ratio}}
-pathlib.Path(sys.argv[sys.argv.index("--json") + 1]).write_text(json.dumps({"rows": [row]}))
-print("the table of verify")
-print(f"{int(ratio <= 1)} of 1 rows pass")
-sys.exit(int(ratio > 1))
-"""
-GATE = """
-class RedGateError(AssertionError): ...
-class Passed: worst_ratio = 0.5
-def open_for(key, judge):
-    if not judge():
-        raise RedGateError("wrong")
-    return Passed()
-"""
-BENCH = """
-import pytest, torch
-@pytest.mark.parametrize("rows", [256, 512])
-def test_double(timed, rows):
-    timed(key=(rows,), judge=lambda: True, shape=(rows, 256), run=lambda x: x + x)
-def test_triple(timed):
-    timed(key=(3,), judge=lambda: True, shape=(256, 256), run=lambda x: x * 3)
-"""
-
-
-@pytest.fixture
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    there = tmp_path / "a repository"
-    files = {
-        "quest/__init__.py": "",
-        "quest/cli.py": VERIFY,
-        "ratio.txt": "0.5",
-        "benchmarks/__init__.py": "",
-        "benchmarks/cases.py": "import torch\nDEVICE, DTYPE = 'cpu', torch.float32\n",
-        "benchmarks/gate.py": GATE,
-        "benchmarks/bench_plain.py": BENCH,
-        "pytest.ini": "[pytest]\npython_files = bench_*.py\n",
-        ".gitignore": "__pycache__/\n",
-    }
-    for name, text in files.items():
-        (there / name).parent.mkdir(parents=True, exist_ok=True)
-        (there / name).write_text(text)
-    monkeypatch.chdir(there)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    for name, value in {"GIT_AUTHOR": "a", "GIT_COMMITTER": "c"}.items():
-        monkeypatch.setenv(f"{name}_NAME", value)
-        monkeypatch.setenv(f"{name}_EMAIL", f"{value}@example.org")
-    run_git("init", "--quiet")
-    run_git("add", "--all")
-    run_git("commit", "--quiet", "--message", "base")
-    before = status()
-    yield there
-    # Nothing is left: no folder, no worktree, no object, no change to the index.
-    assert not list(tmp_path.glob("quest-gate-*"))
-    assert len(run_git("worktree", "list").splitlines()) == 1
-    assert before[0] == status()[0]
-
-
-def run_git(*arguments: str) -> str:
-    return subprocess.check_output(["git", *arguments], text=True)
-
-
-def status() -> tuple[str, str]:
-    return run_git("count-objects"), run_git("status", "--porcelain")
-
-
-def test_a_whole_run(
-    repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pairs, "LOOKS", 1)  # a process takes seconds to start
-    # Uncommitted: one benchmark gone, one with more memory, one new and in a new file.
-    more = "(torch.empty(2, *x.shape), x * 3)"
-    changed = BENCH.replace("[256, 512]", "[256]").replace("x * 3", more)
-    (repository / "benchmarks/bench_plain.py").write_text(changed)
-    added = BENCH.replace("test_triple", "test_new").replace("[256, 512]", "[]")
-    (repository / "benchmarks/bench_new.py").write_text(added)
-    line = ["gate", "--base", "HEAD", "--rounds", "10", "--aa", "1", "--json", "../gate.json"]
-    before = status()
-    assert main(line) == 1
-    assert status() == before
-    out = " ".join(capsys.readouterr().out.split())
-    assert "quest verify --quick in change: 1 of 1 rows pass" in out
-    assert "working tree" in out
-    assert "and uncommitted changes" in out
-    assert "1 skipped on this machine" in out
-    assert "A/A: base against itself" in out
-    assert "noise floor of this run" in out
-    document = json.loads((repository / "../gate.json").read_text())
-    verdicts = {report.short(row["name"]): row["verdict"] for row in document["benchmarks"]}
-    assert verdicts.pop("double[256]") in ("ok", "unclear", "faster", "slower")
-    assert verdicts.pop("triple").endswith("more memory")
-    assert verdicts == {"double[512]": "missing", "new": "new"}
-    peaks = {report.short(row["name"]): row["peak"] for row in document["benchmarks"]}
-    assert peaks["double[256]"] == 256 * 256 * 4
-    assert 0 <= peaks["triple"] - 3 * 256 * 256 * 4 < 64  # and a scalar
-    assert len(document["same"]) == 1
-    assert document["passed"] is False
-
-
-def test_a_red_verify_ends_it(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (repository / "ratio.txt").write_text("1.5")
-    assert main(["gate", "--base", "HEAD"]) == 1
-    out = capsys.readouterr().out
-    assert "the table of verify" in out
-    assert "FAIL quest verify is red in the change: nothing was timed" in out
-    assert "kernel" not in out
-
-
-def test_a_ratio_that_grew_fails_and_a_green_change_passes(
-    repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    nothing = benchmarks.Result([], [], 0, "cpu")
-    monkeypatch.setattr(Bench, "run", lambda self: nothing)
-    (repository / "ratio.txt").write_text("0.7")
-    assert main(["gate", "--base", "HEAD"]) == 0
-    (repository / "ratio.txt").write_text("0.8")
-    assert main(["gate", "--base", "HEAD"]) == 1
-    assert "l/k/f/d/s: worst ratio 0.800 is over 1.5 times base's 0.500" in " ".join(
-        capsys.readouterr().out.split()
-    )
-    # The change may be a revision: what lies in the working tree is then left out of it.
-    assert main(["gate", "--base", "HEAD", "--change", "HEAD"]) == 0
-
-
-def test_a_base_without_benchmarks(
-    repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run(self: Bench) -> benchmarks.Result:
-        if self.base is not None:
-            raise benchmarks.BaseError("old", "it has no benchmarks")
-        return benchmarks.Result([Row("x", note="new")], [], 0, "cpu")
-
-    monkeypatch.setattr(Bench, "run", run)
-    assert main(["gate", "--base", "HEAD"]) == 2
-    assert "it has no benchmarks (--allow-old-base judges" in capsys.readouterr().err
-    assert main(["gate", "--base", "HEAD", "--allow-old-base"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ([], "missing option '--base'"),
-        (["--base", "nonsense"], "--base 'nonsense' is no revision of"),
-        (["--base", "--all"], "--base '--all' is no revision of"),
-        (["--base", "HEAD", "--change", "gone"], "--change 'gone' is no revision of"),
-        (["--base", "HEAD", "--json", "none/x.json"], "the folder none does not exist"),
-        (["--base", "HEAD", "--rounds", "3"], "3 is not in the range x>=10"),
-    ],
-)
-def test_messages(
-    repository: Path, capsys: pytest.CaptureFixture[str], line: list[str], expected: str
-) -> None:
-    assert main(["gate", *line]) == 2
-    out, err = capsys.readouterr()
-    assert expected in err
-    assert len(err.splitlines()) == 1
-    assert out == ""
-
-
-def test_not_a_repository(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert main(["gate", "--base", "HEAD"]) == 2
-    assert "is not in a git repository" in capsys.readouterr().err
-
-
-def test_an_unfinished_merge(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    blob = run_git("hash-object", "ratio.txt").strip()
-    entries = "".join(f"100644 {blob} {stage}\tratio.txt\n" for stage in (1, 2, 3))
-    subprocess.run(["git", "update-index", "--index-info"], input=entries, text=True, check=True)
-    assert main(["gate", "--base", "HEAD"]) == 2
-    assert "unmerged files" in capsys.readouterr().err
-
-
-def test_an_interrupt_leaves_nothing(repository: Path) -> None:
-    (repository / "new.txt").write_text("new")
-
-    def interrupted() -> None:
-        with worktrees.checked_out(repository, "HEAD", None) as (base, change):
-            assert not (base.path / "new.txt").exists()
-            assert (change.path / "new.txt").read_text() == "new"
-            shutil.rmtree(base.path)  # even where something is gone already
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()

@@ -224,6 +224,14 @@ def train(
     help="Judge the change alone where base can't be verified or timed.",
 )
 @click.option(
+    "--limit",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    callback=_finite,
+    help="Seconds for each answer of a benchmark's process: judge and compile, or a turn.",
+)
+@click.option(
     "--json",
     "json_path",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -244,6 +252,7 @@ def gate(
     lanes: tuple[str, ...],
     same: int,
     allow_old_base: bool,
+    limit: float,
     json_path: Path | None,
     power: bool,
 ) -> int:
@@ -263,7 +272,15 @@ def gate(
     try:
         return command.run(
             command.Request(
-                base, change, expression, rounds, tuple(options), same, allow_old_base, json_path
+                base,
+                change,
+                expression,
+                rounds,
+                tuple(options),
+                same,
+                allow_old_base,
+                limit,
+                json_path,
             )
         )
     except ValueError as error:

@@ -7,6 +7,7 @@ scroll inside their frames.
 
 from __future__ import annotations
 
+import errno
 import html
 import os
 from collections.abc import Iterable, Mapping
@@ -69,10 +70,16 @@ def check(option: str, path: Path | None) -> None:
         return
     if not path.parent.is_dir():
         raise ValueError(f"{option} {path}: the folder {path.parent} does not exist")
-    if path.is_dir():
-        raise ValueError(f"{option} {path} is a folder, and must be a file")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{option} {path}: it can't be written")
+    try:
+        if path.is_dir():
+            raise ValueError(f"{option} {path} is a folder, and must be a file")
+        if not path.exists():  # the only sure way: access() lets root write into /proc
+            path.touch()
+            path.unlink()
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ValueError(f"{option} {path}: it can't be written: {error.strerror}") from None
 
 
 def _text(value: Any) -> str:

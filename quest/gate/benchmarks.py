@@ -1,7 +1,9 @@
 """Case after case: gate, memory, times in turn; what each comes to.
 
 A benchmark fails where it is slower (`pairs`), its memory or error ratio grew, its gate is red, it
-raises, or base has it and the change has not.
+raises, base has it and the change has not, another benchmark stands under its name, or base can't
+run it: without a comparison nothing says that it is not slower. A worker that died is replaced, and
+the case tried once more.
 """
 
 from __future__ import annotations
@@ -13,14 +15,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from . import correctness, pairs
-from .side import Side, SideError
+from .side import LIMIT, Side, SideError
 
 TURN = 0.02  # seconds of a turn, so that switching processes is a small part of it
 MOST_CALLS = 15
 MEMORY_GROWTH = 1.01  # allocators count exactly, in rounded blocks
+BASE_FAILS = "base fails"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,8 @@ class Bench:
 
     base: None where it has none that can be driven. expression: pytest's -k. most: pairs of a
     case. same: cases of the A/A run. told: is called with the number of steps that are left and
-    what the next one is.
+    what the next one is. old_base: cases that base can't run are no faults. limit: seconds for a
+    worker's answer.
     """
 
     base: Path | None
@@ -77,22 +83,27 @@ class Bench:
     most: int
     same: int
     told: Callable[[int, str], None]
+    old_base: bool = False
+    limit: float = LIMIT
+
+    def _side(self, tree: Path, name: str) -> Side:
+        return Side(tree, self.expression, name, self.limit)
 
     def run(self) -> Result:
         """Time everything. SideError where the change can't be driven, or nothing is selected."""
         with contextlib.ExitStack() as stack:
-            change = stack.enter_context(Side(self.change, self.expression))
-            base = stack.enter_context(Side(self.base, self.expression)) if self.base else None
+            change = stack.enter_context(self._side(self.change, "change"))
+            base = stack.enter_context(self._side(self.base, "base")) if self.base else None
             hello = change.ask("hello")
             there = hello["cases"]
             before = self._before(base)
             names = [*before, *(name for name in there if name not in set(before))]
             if not names:
-                raise SideError("usage", f"no benchmark matches {self.expression!r}")
+                raise SideError("usage", f"no benchmark matches {self.expression!r}", "change")
             rows = []
             for i, name in enumerate(names):
                 self.told(len(names) - i, name)
-                row = _row(
+                row = _tried(
                     name,
                     base if name in before else None,
                     change if name in there else None,
@@ -100,14 +111,17 @@ class Bench:
                 )
                 rows += [row] if row else []
         rows = self._confirmed(rows)
-        return Result(rows, self._same(rows), len(names) - len(rows), hello["device"])
+        same = self._same(rows)
+        if self.old_base:
+            rows, same = list(map(_excused, rows)), list(map(_excused, same))
+        return Result(rows, same, len(names) - len(rows), hello["device"])
 
     def _before(self, base: Side | None) -> list[str]:
         """The cases of base."""
         try:
             found: list[str] = base.ask("hello")["cases"] if base else []
         except SideError as error:
-            raise BaseError(error.status, str(error)) from None
+            raise BaseError(error.status, str(error), "base") from None
         return found
 
     def _confirmed(self, rows: list[Row]) -> list[Row]:
@@ -116,17 +130,12 @@ class Bench:
             left = sum(map(_slower, rows))
             if self.base is None or not left:
                 break
-            with (
-                Side(self.base, self.expression) as base,
-                Side(self.change, self.expression) as change,
-            ):
+            with self._side(self.base, "base") as base, self._side(self.change, "change") as change:
                 for i, row in enumerate(rows):
                     if row.comparison is not None and _slower(row):
                         self.told(left, f"{row.name}, once more")
                         left -= 1
-                        looks = row.comparison, _opened(row.name, base, change, self.most)
-                        least = min(looks, key=lambda look: look.low)
-                        rows[i] = dataclasses.replace(row, comparison=least)
+                        rows[i] = _looked_again(row, base, change, self.most)
         return [_with_speed(row) for row in rows]
 
     def _same(self, rows: Sequence[Row]) -> list[Row]:
@@ -137,10 +146,10 @@ class Bench:
         count = min(self.same, len(timed))
         chosen = [timed[(2 * i + 1) * len(timed) // (2 * count)] for i in range(count)]
         made = []
-        with Side(self.base, self.expression) as one, Side(self.base, self.expression) as other:
+        with self._side(self.base, "base") as one, self._side(self.base, "base") as other:
             for i, name in enumerate(chosen):
                 self.told(count - i, f"{name}, base against itself")
-                made.append(Row(name, comparison=_opened(name, one, other, self.most)))
+                made.append(_looked_again(Row(name), one, other, self.most))
         return made
 
 
@@ -157,11 +166,37 @@ def _with_speed(row: Row) -> Row:
     return dataclasses.replace(row, faults=(("slower", detail), *row.faults))
 
 
+def _excused(row: Row) -> Row:
+    """Without the fault that base can't run it: --allow-old-base."""
+    left = tuple(fault for fault in row.faults if fault[0] != BASE_FAILS)
+    return row if left == row.faults else dataclasses.replace(row, faults=left, note=BASE_FAILS)
+
+
+def _fault(error: SideError) -> tuple[str, str]:
+    """The word and detail of a side that failed."""
+    word = error.status if error.status in ("red", "missing") else "broken"
+    if error.side == "base":
+        return BASE_FAILS, f"{error} (--allow-old-base lets it pass)"
+    return word, str(error)
+
+
+def _again(attempt: Callable[[], T]) -> T:
+    """attempt(), once more where a worker died: its next request finds a new one."""
+    try:
+        return attempt()
+    except SideError as error:
+        if error.status != "died":
+            raise
+    return attempt()
+
+
 def _open(side: Side, name: str) -> dict[str, Any]:
-    """The reply to "open", or the refusal as one: its status is not ok."""
+    """The reply to "open", or the refusal as one: its status is not ok. SideError: it died."""
     try:
         return side.ask("open", case=name)
     except SideError as error:
+        if error.status == "died":
+            raise
         return {"status": error.status, "message": str(error)}
 
 
@@ -178,24 +213,51 @@ def _opened(name: str, base: Side, change: Side, most: int) -> pairs.Comparison:
     return _paired(base, change, walls, most)
 
 
+def _looked_again(row: Row, base: Side, change: Side, most: int) -> Row:
+    """A case that both sides have run, once more: the look that finds it the least slow counts."""
+    try:
+        found = _again(partial(_opened, row.name, base, change, most))
+    except SideError as error:
+        return dataclasses.replace(row, comparison=None, faults=(_fault(error), *row.faults))
+    looks = (row.comparison, found) if row.comparison else (found,)
+    return dataclasses.replace(row, comparison=min(looks, key=lambda look: look.low))
+
+
+def _tried(name: str, base: Side | None, change: Side | None, most: int) -> Row | None:
+    """A case's row, whatever happens to the workers; None where this machine skips it."""
+    try:
+        return _again(partial(_row, name, base, change, most))
+    except SideError as error:
+        return Row(name, faults=(_fault(error),))
+
+
 def _row(name: str, base: Side | None, change: Side | None, most: int) -> Row | None:
-    """A case's row; None where this machine skips it. Without its speed's fault (`_with_speed`)."""
+    """A case's row; None where this machine skips it. Without its speed's fault (`_with_speed`).
+
+    Raises SideError where a worker dies, or refuses what it had accepted.
+    """
     before: dict[str, Any] = _open(base, name) if base else {"status": "new"}
     after: dict[str, Any] = (
         _open(change, name) if change else {"status": "missing", "message": "base has it"}
     )
     if after["status"] == "skipped" and before["status"] == "ok":
         after = {"status": "missing", "message": f"skipped, not in base: {after['message']}"}
-    if after["status"] == "skipped" or (after["status"] == "missing" and _skips(before)):
+    skips = after["status"] == "skipped"
+    if before["status"] in ("new", "skipped") and (skips or after["status"] == "missing"):
         return None
-    if after["status"] != "ok":
-        status = after["status"] if after["status"] in ("missing", "red") else "broken"
-        return Row(name, faults=((status, after["message"]),))
-    if before["status"] != "ok" or base is None or change is None:
-        return Row(name, note="new" if before["status"] in ("new", "skipped") else "base fails")
-    if before["inputs"] != after["inputs"]:
-        told = f"draws {after['inputs']}, base drew {before['inputs']}: give it another name"
-        return Row(name, faults=(("other inputs", told),))
+    if after["status"] != "ok" and not skips:
+        raise SideError(after["status"], after["message"], "change")
+    if before["status"] in ("new", "skipped"):
+        return Row(name, note="new")
+    if before["status"] != "ok":
+        told = f"{before['message']}{'; the change skips it' if skips else ''}"
+        raise SideError(before["status"], told, "base")
+    assert base is not None
+    assert change is not None
+    for what, word in (("identity", "other benchmark"), ("inputs", "other inputs")):
+        if before[what] != after[what]:
+            told = f"{after[what]} here, {before[what]} in base: give it another name"
+            return Row(name, faults=((word, told),))
     faults = []
     if correctness.grew(before["worst_ratio"], after["worst_ratio"]):
         told = f"worst ratio {after['worst_ratio']:.3f}, base's {before['worst_ratio']:.3f}"
@@ -206,7 +268,3 @@ def _row(name: str, base: Side | None, change: Side | None, most: int) -> Row | 
     found = _paired(base, change, (before["wall"], after["wall"]), most)
     bound = [side.ask("turn", calls=1, pair=0)["host_bound"] for side in (base, change)]
     return Row(name, tuple(faults), "", found, before["peak"], after["peak"], host_bound=any(bound))
-
-
-def _skips(reply: dict[str, Any]) -> bool:
-    return bool(reply["status"] == "skipped")

@@ -11,8 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from quest.conformance.report import check
+
 from . import benchmarks, correctness, power, report, worktrees
 from .side import SideError
+from .text import short
 
 WIDTH = 100  # of the table where there is no terminal
 
@@ -27,7 +30,7 @@ class Request:
 
     change: a revision, or None for the working tree. expression: pytest's -k. most: pairs of a
     case. verify: options of `quest verify`. same: cases of the A/A run. old_base: go on without a
-    base that can't be verified or timed.
+    base that can't be verified or timed. limit: seconds for each answer of a benchmark's process.
     """
 
     base: str
@@ -37,6 +40,7 @@ class Request:
     verify: tuple[str, ...]
     same: int
     old_base: bool
+    limit: float
     json_path: Path | None
 
 
@@ -109,16 +113,15 @@ class _Gate:
 
             def told(left: int, name: str) -> None:
                 nonlocal done
-                progress.update(
-                    task, description=report.short(name), completed=done, total=done + left
-                )
+                progress.update(task, description=short(name), completed=done, total=done + left)
                 done += 1
 
             def bench(base: Path | None) -> benchmarks.Result:
                 asked = self.request
                 return benchmarks.Bench(
-                    base, self.change.path, asked.expression, asked.most, asked.same, told
-                ).run()
+                    base, self.change.path, asked.expression, asked.most, asked.same, told,
+                    asked.old_base, asked.limit,
+                ).run()  # fmt: skip
 
             try:
                 return bench(self.base.path)
@@ -130,11 +133,11 @@ class _Gate:
 def run(request: Request) -> int:
     """Run the gate in the current folder's repository; 0 where the change passes, else 1.
 
-    Raises UnusableError and `worktrees.GitError`, both ValueErrors, where it can't be run.
+    Raises UnusableError and `worktrees.GitError`, both ValueErrors, where it can't be run, nothing
+    was compared, or the JSON can't be written.
     """
     path = request.json_path
-    if path is not None and not path.parent.is_dir():
-        raise UnusableError(f"--json {path}: the folder {path.parent} does not exist")
+    check("--json", path)
     console, started = _console(), time.perf_counter()
     with (
         worktrees.interruptible(),
@@ -144,6 +147,13 @@ def run(request: Request) -> int:
         gate.say(f"base: {base.label}\nchange: {change.label}")
         if base.tree == change.tree:
             gate.say("both hold the same files: this compares base with itself")
+        judges = worktrees.other_judges(base, change)
+        if judges:
+            gate.say(
+                "WARNING: the change has other judges or benchmarks than base, and is judged by "
+                f"its own. A person must read what changed in: {', '.join(judges)}",
+                "bold yellow",
+            )
         result = benchmarks.Result([], [], 0, "")
         if gate.correct():
             try:
@@ -152,12 +162,19 @@ def run(request: Request) -> int:
                 if error.status in ("usage", "old"):
                     raise UnusableError(f"change {change.label}: {error}") from None
                 gate.faults.append(f"the change's benchmarks don't run: {error}")
-        for row in result.rows:
-            gate.faults += [f"{report.short(row.name)}: {w}: {told}" for w, told in row.faults]
+        for row in (*result.rows, *result.same):
+            gate.faults += [f"{short(row.name)}: {w}: {told}" for w, told in row.faults]
         report.show(console, result, gate.faults)
+    compared = sum(row.comparison is not None for row in result.rows)
+    if not compared and not gate.faults and not request.old_base:
+        raise UnusableError(
+            "nothing was compared: no benchmark that was selected runs both in base and in the "
+            "change (--allow-old-base judges the change alone)"
+        )
     seconds = time.perf_counter() - started
     count = f"{len(gate.faults)} fault{'s' * (len(gate.faults) > 1)}"
     verdict = f"FAIL, {count}" if gate.faults else "PASS"
+    verdict += f", {compared} compared" if compared else ", nothing was compared"
     gate.say(f"{verdict}, in {seconds:.0f} s", "bold red" if gate.faults else "bold green")
     if path is not None:
         document: dict[str, Any] = {
@@ -166,12 +183,17 @@ def run(request: Request) -> int:
             "device": result.device,
             "passed": not gate.faults,
             "faults": gate.faults,
+            "compared": compared,
+            "changed_judges": judges,
             "seconds": round(seconds, 1),
             "ratios": gate.ratios,
             "benchmarks": report.document(result.rows),
             "same": report.document(result.same),
         }
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        try:
+            path.write_text(json.dumps(document, indent=1) + "\n")
+        except OSError as error:  # it was there when it began
+            raise UnusableError(f"--json {path}: it can't be written: {error.strerror}") from None
     return 1 if gate.faults else 0
 
 

@@ -15,23 +15,9 @@ from rich.table import Table
 
 from . import pairs, power
 from .benchmarks import Result, Row
+from .text import duration, short
 
 COLORS = {"ok": "green", "faster": "green", "unclear": "yellow", "new": "cyan"}
-
-
-def duration(seconds: float) -> str:
-    """Three significant digits with a unit."""
-    for unit, scale in (("us", 1e-6), ("ms", 1e-3), ("s", 1.0)):
-        value = seconds / scale
-        if value < 999.5 or unit == "s":
-            break
-    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
-    return f"{value:.{digits}f} {unit}"
-
-
-def short(name: str) -> str:
-    """`hadamard[...]` of `benchmarks/bench_hadamard.py::test_hadamard[...]`."""
-    return name.rpartition("::")[2].removeprefix("test_")
 
 
 def _speed(found: pairs.Comparison | None) -> list[str]:
@@ -77,7 +63,7 @@ def show(console: Console, result: Result, faults: Sequence[str]) -> None:
     if rows:
         console.print(table(f"change against base, {result.device}", rows))
     if result.skipped:
-        console.print(f"{result.skipped} skipped on this machine, by both", highlight=False)
+        console.print(f"{result.skipped} skipped on this machine", highlight=False)
     if same:
         console.print(table("A/A: base against itself", same))
         console.print(

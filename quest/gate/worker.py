@@ -7,8 +7,8 @@ stdin and stdout. The gate's own file drives both sides, so that the instrument 
 it asks of a worktree, which may be an older version, is
 
 - `benchmarks/bench_*.py`: pytest functions that take `timed` and their parameters, and call
-  `timed` once with the keywords `key`, `judge`, `run`, `shape` and perhaps `draw` and `prepare`
-  (see `benchmarks/timed.py`). pytest collects them.
+  `timed` once with the keywords `key`, `judge`, `run`, `shape` and perhaps `spec`, `draw` and
+  `prepare` (see `benchmarks/timed.py`). pytest collects them.
 - `benchmarks.cases`: `DEVICE` and `DTYPE`.
 - `benchmarks.gate`: `open_for(key, judge)`, which returns an object with `worst_ratio` or raises
   `RedGateError`.
@@ -56,7 +56,7 @@ clock = _clock()
 
 
 class Refused(Exception):
-    """Ends a request with a status for the gate: red, skipped, old."""
+    """Ends a request with a status for the gate: red, skipped, old, broken, usage."""
 
     def __init__(self, status: str, message: str) -> None:
         super().__init__(message)
@@ -171,6 +171,7 @@ class Case:
             )
             return made + (prepare(*made) if prepare else ())
 
+        self.identity = " ".join(map(str, (given.get("spec", "no spec"), "key", *given["key"])))
         self.inputs = f"{[list(shape) for shape in shapes]} {cases.DTYPE}"
         run, sets = given["run"], [drawn()]
         run(*sets[0])  # compiles, and allocates what stays
@@ -230,6 +231,7 @@ class Worker:
             "worst_ratio": self.case.worst_ratio,
             "peak": self.case.peak,
             "inputs": self.case.inputs,
+            "identity": self.case.identity,
             "wall": statistics.median(walls),
         }
 
@@ -249,6 +251,17 @@ class Worker:
         if self.device != "cpu":
             torch.cuda.empty_cache()
         return {}
+
+
+def _lost() -> bool:
+    """Is the CUDA context unusable? After some errors (an illegal address) all calls fail."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def main() -> None:
@@ -271,7 +284,8 @@ def main() -> None:
         except Refused as refusal:
             reply = {"status": refusal.status, "message": str(refusal)}
         except Exception as error:
-            reply = {"status": "broken", "message": f"{type(error).__name__}: {error}"}
+            status = "died" if _lost() else "broken"
+            reply = {"status": status, "message": f"{type(error).__name__}: {error}"}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 

@@ -21,6 +21,10 @@ class GitError(ValueError):
     """The repository, or what was asked of it, cannot be used."""
 
 
+# Files that decide what is right, or how long something took: a change of them is one of the judge.
+JUDGES = ("benchmarks", "quest/conformance", "quest/gate", "reference")
+
+
 @dataclass(frozen=True)
 class Tree:
     """A worktree. tree: git's name of its contents. label: how to call it."""
@@ -76,6 +80,16 @@ def commit(repository: Path, revision: str, option: str) -> str:
         shallow = git(repository, "rev-parse", "--is-shallow-repository") == "true"
         hint = "; this is a shallow clone: git fetch --unshallow" if shallow else ""
         raise GitError(f"{option} {revision!r} is no revision of {repository}{hint}") from None
+
+
+def other_judges(base: Tree, change: Tree) -> list[str]:
+    """Files of JUDGES that differ between two worktrees."""
+    # The index and not the files: its names need no object, and a working tree's are not kept.
+    told = git(
+        change.path, "diff-index", "--cached", "--name-only", "--no-renames", "-z", base.tree, "--",
+        *JUDGES,
+    )  # fmt: skip
+    return [name for name in told.split("\0") if name]
 
 
 def _snapshot(repository: Path, folder: Path) -> tuple[str, dict[str, str]]:

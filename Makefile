@@ -23,7 +23,7 @@ demo: $(READY)
 	$(BIN)/quest train --recipe bf16 --recipe w1a1 --out runs/demo --overwrite
 
 test: $(READY)
-	$(BIN)/python -m pytest property_tests/
+	$(BIN)/python -m pytest property_tests/ -n 2
 
 quick: $(READY)
 	$(BIN)/python -m pytest property_tests/ --hypothesis-profile=quick -n 2

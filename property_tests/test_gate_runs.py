@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -119,6 +120,21 @@ def test_a_whole_run(
     assert 0 <= peaks["triple"] - 3 * 256 * 256 * 4 < 64  # and a scalar
     assert document["passed"] is False
     assert (document["compared"], document["changed_judges"]) == (1, judges)
+
+
+def test_a_change_in_the_second_of_the_commit(repository: Path) -> None:
+    """Of the same size and time: git looks at the text where the index is not newer."""
+    file, index = repository / "ratio.txt", repository / ".git" / "index"
+    subprocess.run(["git", "config", "core.trustctime", "false"], cwd=repository, check=True)
+    text, then = file.read_text(), int(file.stat().st_mtime) - 10
+    os.utime(file, (then, then))
+    subprocess.run(["git", "update-index", "--really-refresh"], cwd=repository, check=True)
+    file.write_text("9" * len(text))
+    for path in (file, index):
+        os.utime(path, (then, then))
+    with worktrees.checked_out(repository, "HEAD", None) as (base, change):
+        assert (base.path / "ratio.txt").read_text() == text
+        assert (change.path / "ratio.txt").read_text() == "9" * len(text)
 
 
 def test_a_red_verify_ends_it(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:

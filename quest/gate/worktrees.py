@@ -104,7 +104,8 @@ def _snapshot(repository: Path, folder: Path) -> tuple[str, dict[str, str]]:
     (folder / "objects").mkdir()
     index = Path(git(repository, "rev-parse", "--path-format=absolute", "--git-path", "index"))
     if index.is_file():  # with it git need not read files that did not change
-        shutil.copyfile(index, folder / "index")
+        # Its time too: by that git knows which files may have changed in the second it was written.
+        shutil.copy2(index, folder / "index")
     own = {**store, "GIT_INDEX_FILE": str(folder / "index")}
     git(repository, "add", "--all", ".", **own)
     return git(repository, "write-tree", **own), store

@@ -226,6 +226,8 @@ class Search:
         try:
             attempt()
         except Exception as error:
+            if not last:
+                raise  # of Hypothesis itself: there is no entry to keep
             # Hypothesis ends with the smallest failure.
             self.found.append((last, f"{type(error).__name__}: {error}".splitlines()[0]))
 

@@ -178,3 +178,18 @@ def test_wrong_options(options: tuple[str, ...], message: str) -> None:
     told = CliRunner().invoke(fuzz.main, list(options))
     assert told.exit_code == 2
     assert message in told.output
+
+
+def test_an_error_before_any_entry_is_no_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is promoted where the entries themselves can't be drawn."""
+    nothing = st.integers().map(lambda _: 1 // 0)
+    monkeypatch.setitem(fuzz.TARGETS, "transform", fuzz.Target(nothing, broken))
+    path = tmp_path / "promoted.json"
+    made = run(
+        "--minutes", "0.05", "--lane", "torch-cpu", "--target", "transform", "--corpus",
+        str(tmp_path / "corpus"), "--promote-to", str(path),
+    )  # fmt: skip
+    assert isinstance(made.exception, ZeroDivisionError)
+    assert not path.exists() or json.loads(path.read_text()) == []

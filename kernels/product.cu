@@ -10,40 +10,12 @@
 // The grid is persistent. A TEAM of two consumers shares a tile of 128 rows, which asks shared memory
 // for the fewest bytes: int8, whose time is the tensor cores'. In TEAMs of one, a consumer computes a
 // tile of 64 rows while the other writes its own out: BINARY, where writing takes as long.
-//
-// Written for every element, with acc the int32 sum over K:
-//   RAW        acc
-//   PLAIN      p = acc
-//   CORRECTED  BINARY: p = 4 acc - row_sum[i] - column_sum[j] - length, the sum of products of signs
-//              int8: p = acc + (row_sum[i] + column_sum[j] - length) / 4, that of code + 1/2
-//   and y = float(p) * (factor * row_scale[i]) * column_scale[j] + bias[j]
-// A BINARY p must be below 2^22 in size.
-#ifndef BINARY
-#define BINARY 0
-#endif
-#define RAW 0
-#define PLAIN 1
-#define CORRECTED 2
-#ifndef EPILOGUE
-#define EPILOGUE PLAIN
-#endif
-#define INT32 0
-#define FLOAT32 1
-#define BFLOAT16 2
-#define FLOAT16 3
-#ifndef OUT
-#define OUT BFLOAT16
-#endif
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-struct alignas(64) TensorMap { u64 opaque[16]; };
+#include "product.cuh"
 
 // TILE_N, TILE_K (bytes), TEAM, STAGES, CLUSTER and CONSUMERS come from product.py.
 constexpr int WARPS = 4 * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
 constexpr int TILE_M = 64 * TEAM, TEAMS = CONSUMERS / TEAM, MEMBERS = 128 * TEAM;
 constexpr u32 A_BYTES = TILE_M * TILE_K, B_BYTES = TILE_N * TILE_K, HALF_B = B_BYTES / CLUSTER;
-constexpr int OUT_SIZE = OUT >= BFLOAT16 ? 2 : 4;
 constexpr int SPAN = 128 / OUT_SIZE;                  // columns that a warp stages at a time
 constexpr u32 STAGE_ROW = 128 + 8 * OUT_SIZE;         // padded: its stores and loads meet no bank twice
 constexpr u32 STAGING = 16 * STAGE_ROW;               // bytes of a warp's 16 rows
@@ -53,104 +25,6 @@ constexpr u32 FULL_AT = COLUMNS_AT + TEAMS * 3 * 4 * TILE_N, EMPTY_AT = FULL_AT 
 constexpr u32 TURN_AT = EMPTY_AT + 8 * STAGES;        // a barrier for each team
 constexpr int GROUP = 8;                              // pairs of row tiles that share the L2 cache
 
-__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count));
-}
-
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
-               : "memory");
-}
-
-// Of the default scope, the block: release at the cluster's scope is a fence of the whole GPU's
-// memory, which took a third of the product's speed. Nothing here needs it: what the consumers read,
-// they read through wgmma, and have waited for.
-__device__ __forceinline__ void barrier_arrive(u32 bar, u32 block) {
-  asm volatile(
-      "{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
-      " mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar), "r"(block)
-      : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
-  asm volatile(
-      "{\n .reg .pred done;\n"
-      "again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      " @!done bra again;\n}" ::"r"(bar), "r"(parity)
-      : "memory");
-}
-
-__device__ __forceinline__ void load(u32 to, const TensorMap *map, int k, int row, u32 bar) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(map), "r"(k), "r"(row), "r"(bar)
-      : "memory");
-}
-
-__device__ __forceinline__ void load_to_all(u32 to, const TensorMap *map, int k, int row, u32 bar) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(map), "r"(k), "r"(row),
-      "r"(bar), "h"((unsigned short)((1 << CLUSTER) - 1))
-      : "memory");
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
-}
-
-// Rows of 128 bytes, swizzled by 128 bytes; groups of eight rows are 1024 bytes apart.
-__device__ __forceinline__ u64 descriptor(u32 address) {
-  return (u64)((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
-
-#define D(i) "+r"(d[i])
-#define D8(i) D(i), D(i + 1), D(i + 2), D(i + 3), D(i + 4), D(i + 5), D(i + 6), D(i + 7)
-#define D64(i) D8(i), D8(i + 8), D8(i + 16), D8(i + 24), D8(i + 32), D8(i + 40), D8(i + 48), D8(i + 56)
-#if BINARY
-#define WGMMA(N) "wgmma.mma_async.sync.aligned.m64n" #N "k256.s32.b1.b1.and.popc "
-#else
-#define WGMMA(N) "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 "
-#endif
-
-// d (64 x TILE_N of a warpgroup) = 32 bytes of K, added to d unless `add` is 0.
-__device__ __forceinline__ void multiply(int (&d)[64], u64 a, u64 b, int add) {
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n " WGMMA(128)
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, p;\n}"
-      : D64(0)
-      : "l"(a), "l"(b), "r"(add));
-}
-
-__device__ __forceinline__ void multiply(int (&d)[128], u64 a, u64 b, int add) {
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.b32 p, %130, 0;\n " WGMMA(256)
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "
-      "%127}, %128, %129, p;\n}"
-      : D64(0), D64(64)
-      : "l"(a), "l"(b), "r"(add));
-}
-
-struct Arguments {
-  void *out;
-  const float *row_scale, *column_scale, *bias;  // bias may be null
-  const int *row_sum, *column_sum;
-  int rows, columns, bytes, length;
-  float factor;
-};
-
 // The tile of a turn: pairs of row tiles in groups of GROUP, so that the blocks that run at a time
 // share rows of A and of B.
 __device__ __forceinline__ void place(int turn, int pairs, int across, int &pair, int &column) {
@@ -158,38 +32,6 @@ __device__ __forceinline__ void place(int turn, int pairs, int across, int &pair
   int height = min(GROUP, pairs - first), rest = turn % in_group;
   pair = first + rest % height;
   column = rest / height;
-}
-
-// What a row brings to an element. A row's scale from BIG on would take a product out of float32's
-// range where the column's scale brings it back: it is then divided by BIG, and `up` is BIG.
-constexpr float BIG = 18446744073709551616.0f;  // 2^64
-struct Row { float scale, up; int sum; };
-
-// A sum of products of signs is below 2^22 in size: beside 1.5 * 2^23 it stands in a float's last
-// bits, which saves a conversion at a quarter of the rate.
-constexpr int WHOLE = 0x4B400000;
-
-template <bool LARGE>
-__device__ __forceinline__ float finish(int acc, int column_sum, const Row &row, float column, float bias) {
-  float p;
-  if (EPILOGUE == CORRECTED && BINARY) {
-    p = __int_as_float(4 * acc + (row.sum - column_sum)) - 12582912.0f;
-  } else if (EPILOGUE == CORRECTED) {
-    // The correction may be a fraction, and 4 acc may leave int32: whole and quarter parts apart.
-    const int sum = row.sum + column_sum;
-    p = (float)(acc + (sum >> 2)) + 0.25f * (float)(sum & 3);
-  } else {
-    p = (float)acc;
-  }
-  if (LARGE) return fmaf(p * row.scale * column, row.up, bias);
-  return fmaf(p * row.scale, column, bias);
-}
-
-__device__ __forceinline__ u32 pair_of(float low, float high) {
-  u32 both;
-  if (OUT == BFLOAT16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
 }
 
 // What the columns of a tile bring, in shared memory: read there once for each row.

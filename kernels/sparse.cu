@@ -18,29 +18,12 @@
 //   PLAIN      p = acc
 //   CORRECTED  p = acc + feature_sum[j] / 4, for x of codes
 //   and y = float(p) * (factor * token_scale[i]) * feature_scale[j] + bias[j]
-#define RAW 0
-#define PLAIN 1
-#define CORRECTED 2
-#ifndef EPILOGUE
-#define EPILOGUE PLAIN
-#endif
-#define INT32 0
-#define FLOAT32 1
-#define BFLOAT16 2
-#define FLOAT16 3
-#ifndef OUT
-#define OUT BFLOAT16
-#endif
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-struct alignas(64) TensorMap { u64 opaque[16]; };
+#include "hopper.cuh"
 
 // TILE_N, STAGES, CLUSTER and CONSUMERS come from sparse.py.
 constexpr int TILE_K = 128;  // entries: as many bytes of x, half of them of w
 constexpr int THREADS = 128 * (CONSUMERS + 1), TILE_M = 64 * CONSUMERS;
 constexpr u32 A_BYTES = TILE_M * TILE_K / 2, B_BYTES = TILE_N * TILE_K, PART_B = B_BYTES / CLUSTER;
-constexpr int OUT_SIZE = OUT >= BFLOAT16 ? 2 : 4;
 constexpr int SPAN = 64 / OUT_SIZE;                      // tokens that a warpgroup stages at a time
 constexpr u32 STAGE_ROW = 64 * OUT_SIZE + 16;            // padded: stores and loads meet no bank twice
 constexpr u32 STAGING = 2 * SPAN * STAGE_ROW;            // two spans: one is written, one read
@@ -49,76 +32,17 @@ constexpr u32 TOKENS_AT = OUT_AT + CONSUMERS * STAGING;  // scales of a warpgrou
 constexpr u32 FULL_AT = TOKENS_AT + CONSUMERS * 8 * TILE_N, EMPTY_AT = FULL_AT + 8 * STAGES;
 constexpr int GROUP = 8;                                 // clusters of row tiles that share the L2 cache
 
-__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count));
-}
-
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
-               : "memory");
-}
-
-// Of the default scope, the block: release at the cluster's scope is a fence of the whole GPU's
-// memory, which took a third of the product's speed. Nothing here needs it: what the consumers read,
-// they read through wgmma, and have waited for.
-__device__ __forceinline__ void barrier_arrive(u32 bar, u32 block) {
-  asm volatile(
-      "{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
-      " mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar), "r"(block)
-      : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
-  asm volatile(
-      "{\n .reg .pred done;\n"
-      "again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      " @!done bra again;\n}" ::"r"(bar), "r"(parity)
-      : "memory");
-}
-
-__device__ __forceinline__ void load(u32 to, const TensorMap *map, int k, int row, u32 bar) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(map), "r"(k), "r"(row), "r"(bar)
-      : "memory");
-}
-
-__device__ __forceinline__ void load_to_all(u32 to, const TensorMap *map, int k, int row, u32 bar) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(map), "r"(k), "r"(row),
-      "r"(bar), "h"((unsigned short)((1 << CLUSTER) - 1))
-      : "memory");
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
-}
-
 // Rows of 64 bytes, swizzled by 64 bytes; groups of eight rows are 512 bytes apart.
 __device__ __forceinline__ u64 descriptor_64(u32 address) {
   return (u64)((address & 0x3FFFF) >> 4) | (1ull << 16) | (32ull << 32) | (2ull << 62);
 }
-
-// Rows of 128 bytes, swizzled by 128 bytes; groups of eight rows are 1024 bytes apart.
-__device__ __forceinline__ u64 descriptor_128(u32 address) {
-  return (u64)((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
-
-#define D(i) "+r"(d[i])
-#define D8(i) D(i), D(i + 1), D(i + 2), D(i + 3), D(i + 4), D(i + 5), D(i + 6), D(i + 7)
-#define D64(i) D8(i), D8(i + 8), D8(i + 16), D8(i + 24), D8(i + 32), D8(i + 40), D8(i + 48), D8(i + 56)
 
 // d (64 x TILE_N of a warpgroup) = 64 entries of K, added to d unless `add` is 0.
 __device__ __forceinline__ void multiply(int (&d)[64], u64 a, u64 b, u32 metadata, int add) {
   asm volatile(
       "{\n .reg .pred p;\n setp.ne.b32 p, %67, 0;\n "
       "wgmma.mma_async.sp.sync.aligned.m64n128k64.s32.s8.s8 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{" NAMES_64 "}, "
       "%64, %65, %66, 0, p;\n}"
       : D64(0)
       : "l"(a), "l"(b), "r"(metadata), "r"(add));
@@ -128,14 +52,7 @@ __device__ __forceinline__ void multiply(int (&d)[128], u64 a, u64 b, u32 metada
   asm volatile(
       "{\n .reg .pred p;\n setp.ne.b32 p, %131, 0;\n "
       "wgmma.mma_async.sp.sync.aligned.m64n256k64.s32.s8.s8 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+      "{" NAMES_128 "}, "
       "%128, %129, %130, 0, p;\n}"
       : D64(0), D64(64)
       : "l"(a), "l"(b), "r"(metadata), "r"(add));
@@ -161,7 +78,6 @@ __device__ __forceinline__ void place(int turn, int down, int across, int &row, 
 
 // A token's scale from BIG on would take a product out of float32's range where the feature's scale
 // brings it back: it is then divided by BIG, and `up` is BIG.
-constexpr float BIG = 18446744073709551616.0f;  // 2^64
 struct Tokens { float scale[TILE_N], up[TILE_N]; };
 struct Feature { float scale, bias; int sum; };
 
@@ -171,13 +87,6 @@ __device__ __forceinline__ float finish(int acc, const Feature &f, float scale, 
   if (EPILOGUE == CORRECTED) p = (float)(acc + (f.sum >> 2)) + 0.25f * (float)(f.sum & 3);
   if (LARGE) return fmaf(p * scale * f.scale, up, f.bias);
   return fmaf(p * scale, f.scale, f.bias);
-}
-
-__device__ __forceinline__ u32 pair_of(float low, float high) {
-  u32 both;
-  if (OUT == BFLOAT16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
 }
 
 __device__ __forceinline__ void meet(int group) {
@@ -258,7 +167,7 @@ __device__ __forceinline__ void step(int (&d)[TILE_N / 2], Ring &ring, int first
   const u32 stage = ring.at % STAGES;
   barrier_wait(ring.base + FULL_AT + 8 * stage, (ring.at / STAGES) & 1);
   const u64 a = descriptor_64(ring.base + A_AT + stage * A_BYTES + member * 64 * (TILE_K / 2));
-  const u64 b = descriptor_128(ring.base + B_AT + stage * B_BYTES);
+  const u64 b = descriptor(ring.base + B_AT + stage * B_BYTES);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
   multiply(d, a, b, low, !first);
   multiply(d, a + 2, b + 4, high, 1);

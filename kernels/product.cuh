@@ -1,0 +1,71 @@
+// A product of int8 or, BINARY, of single bits on Hopper's tensor cores, and its value from the
+// accumulators. Macros: BINARY, EPILOGUE, OUT, CLUSTER.
+//
+// Written for every element, with acc the int32 sum over K:
+//   RAW        acc
+//   PLAIN      p = acc
+//   CORRECTED  BINARY: p = 4 acc - row_sum[i] - column_sum[j] - length, the sum of products of signs
+//              int8: p = acc + (row_sum[i] + column_sum[j] - length) / 4, that of code + 1/2
+//   and y = float(p) * (factor * row_scale[i]) * column_scale[j] + bias[j]
+// A BINARY p must be below 2^22 in size.
+#ifndef BINARY
+#define BINARY 0
+#endif
+#include "hopper.cuh"
+
+#if BINARY
+#define WGMMA(N) "wgmma.mma_async.sync.aligned.m64n" #N "k256.s32.b1.b1.and.popc "
+#else
+#define WGMMA(N) "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 "
+#endif
+
+// d (64 x 128 or 256 of a warpgroup) = 32 bytes of K, added to d unless `add` is 0.
+__device__ __forceinline__ void multiply(int (&d)[64], u64 a, u64 b, int add) {
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n " WGMMA(128)
+      "{" NAMES_64 "}, "
+      "%64, %65, p;\n}"
+      : D64(0)
+      : "l"(a), "l"(b), "r"(add));
+}
+
+__device__ __forceinline__ void multiply(int (&d)[128], u64 a, u64 b, int add) {
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.b32 p, %130, 0;\n " WGMMA(256)
+      "{" NAMES_128 "}, "
+      "%128, %129, p;\n}"
+      : D64(0), D64(64)
+      : "l"(a), "l"(b), "r"(add));
+}
+
+struct Arguments {
+  void *out;
+  const float *row_scale, *column_scale, *bias;  // bias may be null
+  const int *row_sum, *column_sum;
+  int rows, columns, bytes, length;
+  float factor;
+};
+
+// What a row brings to an element. A row's scale from BIG on would take a product out of float32's
+// range where the column's scale brings it back: it is then divided by BIG, and `up` is BIG.
+struct Row { float scale, up; int sum; };
+
+// A sum of products of signs is below 2^22 in size: beside 1.5 * 2^23 it stands in a float's last
+// bits, which saves a conversion at a quarter of the rate.
+constexpr int WHOLE = 0x4B400000;
+
+template <bool LARGE>
+__device__ __forceinline__ float finish(int acc, int column_sum, const Row &row, float column, float bias) {
+  float p;
+  if (EPILOGUE == CORRECTED && BINARY) {
+    p = __int_as_float(4 * acc + (row.sum - column_sum)) - 12582912.0f;
+  } else if (EPILOGUE == CORRECTED) {
+    // The correction may be a fraction, and 4 acc may leave int32: whole and quarter parts apart.
+    const int sum = row.sum + column_sum;
+    p = (float)(acc + (sum >> 2)) + 0.25f * (float)(sum & 3);
+  } else {
+    p = (float)acc;
+  }
+  if (LARGE) return fmaf(p * row.scale * column, row.up, bias);
+  return fmaf(p * row.scale, column, bias);
+}

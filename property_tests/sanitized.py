@@ -1,0 +1,150 @@
+"""Every CUDA C++ kernel once at a small shape, for compute-sanitizer.
+
+    compute-sanitizer --report-api-errors no --tool memcheck python -m property_tests.sanitized
+    compute-sanitizer --report-api-errors no --tool racecheck python -m property_tests.sanitized few
+
+Arguments select launches whose names contain one of them. Loading a kernel asks the driver for
+things that some devices refuse, which is no fault of a kernel: hence without API errors.
+What the kernels compute is judged by the tests; here they only have to run to their end.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+
+import quest
+from quest import compression, fused, lowbit, operands
+from quest.kernels import product, sparse
+from quest.packed import packed_product
+from quest.sparse_product import sparse_product
+
+Launch = Callable[[], object]
+
+
+def _normal(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows + width)
+    return torch.randn(rows, width, generator=generator).to("cuda", dtype)
+
+
+def _encoded(name: str, x: torch.Tensor, w: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], ...]:
+    """(operand, scale, sums) of both sides of a recipe, and what their product is called with."""
+    made = quest.recipe(name)
+    kinds = operands.kinds(made.activation, made.weight) or ("", "")
+    found = []
+    for t, q, kind in ((x, made.activation, kinds[0]), (w, made.weight, kinds[1])):
+        operand, scale, _, sums = lowbit.encode(t, q.spec, kind)
+        found.append((operand, scale, sums))
+    return tuple(found)
+
+
+def _names(name: str) -> tuple[str, str]:
+    made = quest.recipe(name)
+    pair = (made.activation, made.weight)
+    grids = ",".join(q.require_grid().name for q in pair)
+    return grids, ",".join(operands.kinds(*pair) or ())
+
+
+def _product(name: str, tiles: product.Shape) -> Launch:
+    def run() -> object:
+        a, b = _encoded(name, _normal(300, 640), _normal(600, 640))
+        with product.only(tiles):
+            return lowbit.product(
+                a[0], b[0], a[1], b[1], a[2], b[2], None, *_names(name), 640, torch.bfloat16
+            )
+
+    return run
+
+
+def _sparse(tiles: sparse.Shape) -> Launch:
+    def run() -> object:
+        name = "w4a4-2:4"
+        a, b = _encoded(name, _normal(300, 640), _normal(600, 640))
+        kept = compression.compress(b[0])
+        with sparse.only(tiles):
+            return sparse_product(
+                a[0], *kept, a[1], b[1], a[2], b[2], None, *_names(name), 640, torch.bfloat16
+            )
+
+    return run
+
+
+def _blocks(name: str, width: int, dtype: torch.dtype) -> Launch:
+    def run() -> object:
+        x = _normal(9, width, dtype)
+        x[3], x[5, 7] = 0.0, float("nan")
+        made = quest.recipe(name).activation
+        kind = "bits" if name.startswith("w1") else "integers"
+        return lowbit.encode(x, made.spec, kind), made(x)
+
+    return run
+
+
+def _few(name: str, rows: int, width: int) -> Launch:
+    def run() -> object:
+        w = _normal(130, width)
+        a, b = _encoded(name, _normal(rows, width), w)
+        packed = quest.recipe(name).weight.pack(w).codes
+        return packed_product(
+            a[0], packed, a[1], b[1], a[2], b[2], None, *_names(name), width, torch.bfloat16
+        )
+
+    return run
+
+
+def _fused(name: str, rows: int, width: int, settled: bool) -> Launch:
+    def run() -> object:
+        w, made = _normal(130, width), quest.recipe(name)
+        b = _encoded(name, _normal(1, width), w)[1]
+        packed, grid = made.weight.pack(w).codes, made.weight.require_grid().name
+        x = _normal(rows, width)
+        torch.cuda.synchronize()
+        return fused.few_linear(
+            x, packed, b[1], b[2], None, made.activation.spec, grid, torch.bfloat16, settled
+        )
+
+    return run
+
+
+def launches() -> Iterator[tuple[str, Launch]]:
+    """Names, and what to call."""
+    for name in ("w1a1", "w4a4", "w8a8"):
+        binary = name == "w1a1"
+        for told, tiles in (("wide", product.WIDE[binary]), ("narrow", product.NARROW)):
+            yield f"product {name} {told}", _product(name, tiles)
+    for told, shape in (("wide", sparse.WIDE), ("narrow", sparse.NARROW)):
+        yield f"sparse {told}", _sparse(shape)
+    for name in ("w1a1", "w4a4"):
+        for width in (256, 4096, 11008):
+            for dtype in (torch.bfloat16, torch.float32):
+                yield f"blocks {name} {width} {dtype}", _blocks(name, width, dtype)
+        for rows in (5, 40):
+            yield f"few {name} {rows} rows", _few(name, rows, 1152)
+        for rows, width in ((1, 1152), (5, 4096), (16, 4096)):
+            for settled in (False, True):
+                yield (
+                    f"few fused {name} {rows}x{width} {settled}",
+                    _fused(name, rows, width, settled),
+                )
+
+
+def main(wanted: list[str]) -> None:
+    """Run what is wanted, everything by default, and say what ran."""
+    chosen = [
+        (told, launch)
+        for told, launch in launches()
+        if not wanted or any(word in told for word in wanted)
+    ]
+    if not chosen:
+        names = ", ".join(told for told, _ in launches())
+        raise SystemExit(f"nothing is called {' or '.join(wanted)}; there are {names}")
+    for told, launch in chosen:
+        launch()
+        torch.cuda.synchronize()
+        print(told, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

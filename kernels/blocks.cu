@@ -21,6 +21,7 @@ typedef unsigned int u32;
 typedef long long i64;
 
 #include "halves.cuh"
+#include "codes.cuh"
 
 constexpr int IN_BITS = IN == FLOAT32 ? 32 : 16;
 constexpr int ORDER = 128, CHUNKS = IN_BITS;  // elements of a block; its 16-byte chunks
@@ -30,12 +31,7 @@ constexpr int TILE = 32;                 // blocks of a warp
 constexpr int MAX_WARPS = 12, MAX_TEAMS = 4;
 // Of an element; also the chunks of 16 bytes that a block becomes.
 constexpr int OUT_BITS = FORM == VALUES ? IN_BITS : FORM == PACKED ? BITS : 8;
-constexpr int LOWEST = -(LEVELS / 2);
-constexpr bool EVEN = LEVELS % 2 == 0;
-// Sums of squares between these have lost nothing that counts, and neither has anything else.
-constexpr float SMALL = 1.3234889800848443e-23f, GREAT = 1.2676506002282294e30f;  // 2^-76, 2^100
-constexpr float NORM = 0.08838834764831845f, ROOT = 11.313708498984761f;  // 128^-0.5 and its inverse
-constexpr float LARGEST = 3.4028234663852886e38f;
+constexpr float ROOT = 11.313708498984761f;  // 128^0.5
 
 // 16 bytes, SPAN_TO and SPAN_FROM bytes beyond the addresses, unless `skip`.
 template <int SPAN_TO, int SPAN_FROM>
@@ -127,15 +123,6 @@ template <typename T> struct Exchange {
   }
 };
 
-// Codes counted from 0. The product of y and the reciprocal is rounded down beside 1.5 * 2^23 and so
-// to a whole number: the floor, and exact.
-__device__ __forceinline__ int code_of(float y, float inverse) {
-  const float magic = 12582912.0f;
-  const float t = EVEN ? __fmaf_rd(y, inverse, magic) : __fadd_rd(fmaf(y, inverse, 0.5f), magic);
-  // min(t - magic - LOWEST, LEVELS - 1), at least 0
-  return __viaddmin_s32_relu(__float_as_int(t), -0x4B400000 - LOWEST, LEVELS - 1);
-}
-
 // Writes out what follows from a row's transform: its codes, or values, and its mask. Returns the
 // sum of the block's codes, counted from 0 (of its bits, for codes of one bit).
 __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, float limit, float step, float sigma,
@@ -185,9 +172,7 @@ __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, floa
     for (int w = 0; w < 4; w++) {
       if (FORM == CODES || FORM == INTEGERS) {
         sum = __dp4a(words[w], 0x01010101u, (u32)sum);
-        // To each byte: minus what codes count from; 2 code + 1 is 2 (code from 0) - (LEVELS - 1).
-        constexpr bool doubled = FORM == INTEGERS && EVEN;
-        words[w] = __vsub4(words[w] * (doubled ? 2 : 1), ((doubled ? LEVELS - 1 : -LOWEST) & 0xFF) * 0x01010101u);
+        words[w] = integers_of(words[w], FORM == INTEGERS && EVEN);
       }
     }
     const uint4 chunk = make_uint4(words[0], words[1], words[2], words[3]);
@@ -212,6 +197,9 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
   __shared__ Exchange<float> first[MAX_TEAMS], second[MAX_TEAMS];
   __shared__ Exchange<u32> largest[MAX_TEAMS];
   __shared__ Exchange<int> counts[MAX_TEAMS];
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");  // the product may start where there is room
+#endif
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int team = warp / warps, part = warp % warps;
   uint4 *own = tiles + warp * BUFFERS * TILE * CHUNKS;
@@ -274,9 +262,10 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     butterfly<8, ORDER>(y);  // while the others' sums come
     if (warps > 1) s = first[team].fetch(Add(), turn, warps);
     float sigma = sqrtf(s / n), inner = sigma;
-    bool rare = !(s >= SMALL && s <= GREAT);
-    if (packs) rare = __any_sync(0xFFFFFFFF, rare && inside);
-    if (rare) {
+    // Rows that share a warp are computed again together. Those that had no need get the same bits:
+    // a row's numbers are its own, whatever lies beside it.
+    const bool rare = !(s >= SMALL && s <= GREAT);
+    if (packs ? __any_sync(0xFFFFFFFF, rare && inside) : rare) {
       // A chunk at a time: the code stays short.
       u32 top = 0;
 #pragma unroll 1
@@ -293,24 +282,25 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
         largest[team].leave(top, rares, part);
         top = largest[team].fetch(Max(), rares, warps);
       }
-      const u32 field = min(max(top >> 23, 1u), 253u);
+      const u32 field = rare ? min(max(top >> 23, 1u), 253u) : 127;
       const float down = __uint_as_float((254 - field) << 23), up = __uint_as_float(field << 23);
       const bool finite = top < 0x7F800000;
-      s = 0.0f;
+      float again = 0.0f;
 #pragma unroll 1
       for (int c = 0; c < CHUNKS; c++) {
         const uint4 w = chunk_of(tile, lane, c);
         const u32 words[4] = {w.x, w.y, w.z, w.w};
         for (int i = 0; i < 4; i++) {
           const float a = low(words[i]) * down, b = WORD == 2 ? high(words[i]) * down : 0.0f;
-          s = fmaf(a, a, fmaf(b, b, s));
+          again = fmaf(a, a, fmaf(b, b, again));
         }
       }
-      s = over_warp(inside ? s : 0.0f, Add(), segment);
+      again = over_warp(inside ? again : 0.0f, Add(), segment);
       if (warps > 1) {
-        second[team].leave(s, rares, part);
-        s = second[team].fetch(Add(), rares++, warps);
+        second[team].leave(again, rares, part);
+        again = second[team].fetch(Add(), rares++, warps);
       }
+      if (rare) s = again;
       sigma = fminf(sqrtf(s / n) * up, LARGEST);
       inner = sigma * down;
       if (!finite) sigma = __int_as_float(0x7FC00000), inner = 0.0f;

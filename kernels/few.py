@@ -233,6 +233,7 @@ def product(
     a_sum: torch.Tensor,
     w_sum: torch.Tensor | None,
     bias: torch.Tensor | None = None,
+    settled: bool = False,
 ) -> torch.Tensor:
     """y (M, N) of `out_dtype` = p factor a_scale w_scale + bias; see `supports`.
 
@@ -243,7 +244,7 @@ def product(
     each for the integer 2 code - (2**bits - 1); a_sum (M,) int32 the sums of a's rows. p is the sum
     of products of integers; `length` and w_sum don't count. Entries past a row's end are 0 in a.
     a_scale (M,), w_scale (N,) float32; bias (N,) float32, bfloat16 or float16. Vectors are
-    contiguous.
+    contiguous. settled: see `linear`.
     """
     rows, columns = a.shape[0], w.shape[0]
     y = outputs.empty((rows, columns), out_dtype, a.device)
@@ -251,13 +252,14 @@ def product(
         return y
     width = a.shape[1] * (8 if bits == 1 else 1)
     kernel, blocks, *split_ = _ready(rows, columns, width, bits, out_dtype, None, a.device.index)
-    a, w = _aligned(a), _aligned(w)
+    given, a, w = w, _aligned(a), _aligned(w)
     at = cuda.pointer
     kernel.launch(
         blocks,
         y.data_ptr(), a.data_ptr(), w.data_ptr(), a_scale.data_ptr(), w_scale.data_ptr(), at(bias),
         a_sum.data_ptr(), at(w_sum), 0, 0, rows, columns, width * bits // CHUNK, length, *split_,
         factor, 0 if bias is None else OUT[bias.dtype], 0, 0.0,
+        overlap=settled and w is given,  # a copy has just been written
     )  # fmt: skip
     return y
 

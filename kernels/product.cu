@@ -79,11 +79,8 @@ struct Fetched {
     bool large = false;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const bool big = row_scale[h] >= BIG;
-      rows[h].up = big ? BIG : 1.0f;
-      rows[h].scale = g.factor * (big ? row_scale[h] / BIG : row_scale[h]);
-      rows[h].sum = BINARY ? WHOLE - row_sum[h] - g.length : row_sum[h] - g.length;
-      large |= big;
+      rows[h] = row_of(g, row_scale[h], row_sum[h]);
+      large |= row_scale[h] >= BIG;
     }
     return large;
   }
@@ -175,6 +172,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_sync();
+  wait_for_previous();  // which may have made A
   const int pairs = (g.rows + CLUSTER * TILE_M - 1) / (CLUSTER * TILE_M);
   const int across = (g.columns + TILE_N - 1) / TILE_N, steps = (g.bytes + TILE_K - 1) / TILE_K;
   const int first = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;

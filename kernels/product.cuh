@@ -69,3 +69,8 @@ __device__ __forceinline__ float finish(int acc, int column_sum, const Row &row,
   if (LARGE) return fmaf(p * row.scale * column, row.up, bias);
   return fmaf(p * row.scale, column, bias);
 }
+
+__device__ __forceinline__ Row row_of(const Arguments &g, float scale, int sum) {
+  const bool big = scale >= BIG;
+  return {g.factor * (big ? scale / BIG : scale), big ? BIG : 1.0f, BINARY ? WHOLE - sum - g.length : sum - g.length};
+}

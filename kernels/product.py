@@ -18,17 +18,34 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import cuda, outputs
+from . import cuda, outputs, thin
+from .hopper import ARCHITECTURE, CORRECTED, OUT, PLAIN, RAW, aligned, tensor_map, unavailable
 
 if TYPE_CHECKING:
     from cuda.core import ObjectCode
 
+__all__ = [
+    "CORRECTED",
+    "MIDDLE",
+    "NARROW",
+    "OUT",
+    "PLAIN",
+    "RAW",
+    "WIDE",
+    "Shape",
+    "Tiles",
+    "aligned",
+    "compile_",
+    "only",
+    "product",
+    "shape",
+    "tensor_map",
+    "unavailable",
+]
+
 # The numbers of product.cu.
-RAW, PLAIN, CORRECTED = range(3)
-OUT = {torch.int32: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 TILE_K, CLUSTER, CONSUMERS = 128, 2, 2
 THREADS = 128 * (CONSUMERS + 1)
-ARCHITECTURE = "sm_90a"
 
 
 @dataclass(frozen=True)
@@ -60,16 +77,18 @@ class Shape:
         return -(-rows // (CLUSTER * self.rows)) * -(-columns // self.columns)
 
 
+Tiles = Shape | thin.Shape
+
 # For products that fill the GPU: by whether the operands are bits. And for smaller ones.
 WIDE = {True: Shape(1, 5, 256), False: Shape(2, 4, 256)}
+MIDDLE = Shape(2, 6, 128)
 NARROW = Shape(1, 8, 128)
 
-
-_forced: Shape | None = None
+_forced: Tiles | None = None
 
 
 @contextmanager
-def only(tiles: Shape | None) -> Iterator[None]:
+def only(tiles: Tiles | None) -> Iterator[None]:
     """Products inside the block use these tiles, whatever their size; None: their own."""
     global _forced
     before, _forced = _forced, tiles
@@ -79,22 +98,12 @@ def only(tiles: Shape | None) -> Iterator[None]:
         _forced = before
 
 
-def shape(binary: bool, rows: int, columns: int, processors: int) -> Shape:
+def shape(binary: bool, rows: int, columns: int, processors: int) -> Tiles:
     """The tiles of a product: small ones where large ones leave a quarter of the GPU idle."""
     if _forced is not None:
         return _forced
     wide = WIDE[binary]
     return wide if 4 * CLUSTER * wide.clusters(rows, columns) >= 3 * processors else NARROW
-
-
-@functools.cache
-def unavailable(device: torch.device) -> str | None:
-    """Why the product can't run on `device`; None where it can."""
-    reason = cuda.unavailable(device)
-    if reason is None and torch.cuda.get_device_capability(device)[0] != 9:
-        name, version = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-        return f"{name} has compute capability {version[0]}.{version[1]}: wgmma needs 9.0 (Hopper)"
-    return reason
 
 
 def compile_(
@@ -120,46 +129,6 @@ def _kernel(
     )  # fmt: skip
 
 
-def aligned(x: torch.Tensor) -> torch.Tensor:
-    """x (rows, bytes) as the bulk copy engine reads it: rows at multiples of 16 bytes."""
-    width = max(16, -(-x.shape[1] // 16) * 16)  # a tensor map has no empty axis
-    if x.shape[1] != width:
-        return torch.nn.functional.pad(x, (0, width - x.shape[1]))
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-@functools.lru_cache(maxsize=512)
-def tensor_map(pointer: int, rows: int, width: int, box: int, bytes_: int) -> bytes:
-    """The tensor map of a (rows, width) byte matrix: boxes of `box` rows and 64 or 128 bytes.
-
-    These bytes are swizzled among themselves.
-
-    It says where the matrix lies, and nothing of what it holds: another at the same place may use
-    it too.
-    """
-    from cuda.bindings import driver as d
-
-    modes = d.CUtensorMapSwizzle
-    swizzle = {64: modes.CU_TENSOR_MAP_SWIZZLE_64B, 128: modes.CU_TENSOR_MAP_SWIZZLE_128B}[bytes_]
-    made = cuda.done(
-        d.cuTensorMapEncodeTiled(
-            d.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
-            2,
-            pointer,
-            [d.cuuint64_t(width), d.cuuint64_t(rows)],
-            [d.cuuint64_t(width)],
-            [d.cuuint32_t(bytes_), d.cuuint32_t(box)],
-            [d.cuuint32_t(1), d.cuuint32_t(1)],
-            d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzle,
-            d.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    )
-    return b"".join(int(word).to_bytes(8, "little") for word in made.opaque)
-
-
 def product(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -173,6 +142,7 @@ def product(
     row_sum: torch.Tensor | None = None,
     column_sum: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    settled: bool = False,
 ) -> torch.Tensor:
     """a (M, bytes), b (N, bytes): int8, or uint8 of eight bits each. Returns (M, N) of `out`.
 
@@ -183,6 +153,8 @@ def product(
     row_scale (M,), column_scale, bias (N,) float32; row_sum (M,), column_sum (N,) int32. acc, or
     with bits 4 acc, must fit int32, which K below 2**17 does.
     A sum of products of signs must be below 2**22 in size, which K below 2**17 makes it.
+    settled: between what wrote b and this launch, another launch that did not overlap has been
+    queued on this stream. b may then be asked for before the kernel before this one has ended.
     """
     rows, columns = a.shape[0], b.shape[0]
     y = outputs.empty((rows, columns), out, a.device)
@@ -191,14 +163,24 @@ def product(
     binary, device = a.dtype == torch.uint8, a.device.index
     processors = cuda.processors(device)
     tiles = shape(binary, rows, columns, processors)
-    a, b = aligned(a), aligned(b)
+    given, a, b = b, aligned(a), aligned(b)
     width = a.shape[1]
     at = cuda.pointer
-    _kernel(binary, epilogue, out, tiles, device).launch(
-        CLUSTER * min(tiles.clusters(rows, columns), processors // CLUSTER),
+    shared_by = 1 if isinstance(tiles, thin.Shape) else CLUSTER
+    values = (
         tensor_map(a.data_ptr(), rows, width, tiles.rows, TILE_K),
-        tensor_map(b.data_ptr(), columns, width, tiles.columns // CLUSTER, TILE_K),
+        tensor_map(b.data_ptr(), columns, width, tiles.columns // shared_by, TILE_K),
         y.data_ptr(), at(row_scale), at(column_scale), at(bias), at(row_sum), at(column_sum),
         rows, columns, width, length, factor,
     )  # fmt: skip
+    if isinstance(tiles, thin.Shape):
+        # A copy has just been written.
+        ready = settled and b is given
+        thin.launch(binary, epilogue, out, tiles, device, rows, columns, *values, settled=ready)
+    else:
+        _kernel(binary, epilogue, out, tiles, device).launch(
+            CLUSTER * min(tiles.clusters(rows, columns), processors // CLUSTER),
+            *values,
+            overlap=True,
+        )
     return y

@@ -197,6 +197,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_sync();
+  wait_for_previous();  // which may have made x
   const int down = (g.features + CLUSTER * TILE_M - 1) / (CLUSTER * TILE_M);
   const int across = (g.tokens + TILE_N - 1) / TILE_N;
   const int first = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import cuda, outputs
-from .product import CORRECTED, OUT, PLAIN, RAW, aligned, tensor_map, unavailable
+from .hopper import ARCHITECTURE, CORRECTED, OUT, PLAIN, RAW, aligned, tensor_map, unavailable
 
 if TYPE_CHECKING:
     from cuda.core import ObjectCode
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 # The numbers of sparse.cu.
-TILE_K, ARCHITECTURE = 128, "sm_90a"
+TILE_K = 128
 BLOCK = 256  # entries of eight words of metadata
 
 

@@ -17,7 +17,7 @@ import torch
 
 import quest
 from quest import compression, fused, lowbit, operands
-from quest.kernels import product, sparse
+from quest.kernels import product, sparse, thin
 from quest.packed import packed_product
 from quest.sparse_product import sparse_product
 
@@ -47,13 +47,14 @@ def _names(name: str) -> tuple[str, str]:
     return grids, ",".join(operands.kinds(*pair) or ())
 
 
-def _product(name: str, tiles: product.Shape) -> Launch:
+def _product(name: str, tiles: product.Tiles, width: int = 640) -> Launch:
     def run() -> object:
-        a, b = _encoded(name, _normal(300, 640), _normal(600, 640))
+        a, b = _encoded(name, _normal(300, width), _normal(600, width))
         with product.only(tiles):
-            return lowbit.product(
-                a[0], b[0], a[1], b[1], a[2], b[2], None, *_names(name), 640, torch.bfloat16
-            )
+            return lowbit.launch_product(
+                a[0], b[0], a[1], b[1], a[2], b[2], None, *_names(name), width, torch.bfloat16,
+                settled=True,
+            )  # fmt: skip
 
     return run
 
@@ -78,6 +79,16 @@ def _blocks(name: str, width: int, dtype: torch.dtype) -> Launch:
         made = quest.recipe(name).activation
         kind = "bits" if name.startswith("w1") else "integers"
         return lowbit.encode(x, made.spec, kind), made(x)
+
+    return run
+
+
+def _rows(name: str, width: int, dtype: torch.dtype) -> Launch:
+    def run() -> object:
+        x = _normal(9, width, dtype)
+        x[3], x[5, 7] = 0.0, float("nan")
+        kind = "bits" if name.startswith("w1") else "integers"
+        return lowbit.operand(x, quest.recipe(name).activation.spec, kind)
 
     return run
 
@@ -114,12 +125,16 @@ def launches() -> Iterator[tuple[str, Launch]]:
         binary = name == "w1a1"
         for told, tiles in (("wide", product.WIDE[binary]), ("narrow", product.NARROW)):
             yield f"product {name} {told}", _product(name, tiles)
+        for cluster in thin.CLUSTERS:
+            yield f"thin {name} {cluster}", _product(name, thin.Shape(cluster), 3200)
+    yield "product w4a4 middle", _product("w4a4", product.MIDDLE)
     for told, shape in (("wide", sparse.WIDE), ("narrow", sparse.NARROW)):
         yield f"sparse {told}", _sparse(shape)
     for name in ("w1a1", "w4a4"):
         for width in (256, 4096, 11008):
             for dtype in (torch.bfloat16, torch.float32):
                 yield f"blocks {name} {width} {dtype}", _blocks(name, width, dtype)
+                yield f"rows {name} {width} {dtype}", _rows(name, width, dtype)
         for rows in (5, 40):
             yield f"few {name} {rows} rows", _few(name, rows, 1152)
         for rows, width in ((1, 1152), (5, 4096), (16, 4096)):

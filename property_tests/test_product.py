@@ -14,7 +14,7 @@ from quest import lowbit, operands, packing
 from quest.conformance import examine, inputs, judges
 from quest.conformance.lanes import Lane, no_product
 from quest.conformance.strategies import SEEDS
-from quest.kernels import cuda, product
+from quest.kernels import cuda, product, thin
 from quest.lowbit_linear import low_bit_linear
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -44,6 +44,7 @@ def test_one_of_each(lane: Lane) -> None:
         x, w = (inputs.draw("outlier", (n, width), torch.float32, seed) for n in (5, 3))
         for q, kind, t in zip(pair, operands.kinds(*pair) or (), (x, w), strict=True):
             LEDGER.judge(lane, examine.encoded(lane, t, q, kind), f"{name}, {width}, {kind}")
+            LEDGER.judge(lane, examine.operand(lane, t, q, kind), f"{name}, {width}, {kind}")
         if no_product(lane) is None:
             bias = inputs.draw("gaussian", (3,), torch.float32, seed)
             found = examine.product(lane, x, w, bias, made, torch.float32)
@@ -73,6 +74,7 @@ def test_encode(lane: Lane, name: str, data: st.DataObject) -> None:
     x = inputs.draw(kind, shape, dtype, seed)
     told = f"{kind}, {shape}, {dtype}, seed {seed}, {q.spec} as {kinds[which]}"
     LEDGER.judge(lane, examine.encoded(lane, x, q, kinds[which]), told)
+    LEDGER.judge(lane, examine.operand(lane, x, q, kinds[which]), told)
 
 
 @every_lane
@@ -268,6 +270,15 @@ def test_the_judges_of_the_product_bite() -> None:
             assert (verdict.failure is None) == right, name
 
 
+# By whether the operands are bits.
+TILES: dict[str, tuple[product.Tiles, product.Tiles]] = {
+    "wide": (product.WIDE[False], product.WIDE[True]),
+    "middle": (product.MIDDLE, product.MIDDLE),
+    "narrow": (product.NARROW, product.NARROW),
+    **{f"thin{n}": (thin.Shape(n), thin.Shape(n)) for n in thin.CLUSTERS},
+}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", ["random", "low", "ones"])
 @pytest.mark.parametrize(
@@ -275,9 +286,9 @@ def test_the_judges_of_the_product_bite() -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
 @pytest.mark.parametrize("processors", [2, 6, 132])
-@pytest.mark.parametrize("narrow", [False, True], ids=["wide", "narrow"])
+@pytest.mark.parametrize("tiles", list(TILES))
 def test_every_kind_of_tile(
-    narrow: bool, processors: int, dtype: torch.dtype, shape: tuple[int, int, int], kind: str,
+    tiles: str, processors: int, dtype: torch.dtype, shape: tuple[int, int, int], kind: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """On few processors a cluster has many tiles: both teams, every lap of the ring, all groups."""
@@ -286,8 +297,7 @@ def test_every_kind_of_tile(
     monkeypatch.setattr(cuda, "processors", lambda _: processors)
     g = torch.Generator().manual_seed(0)
     a, b = (_bytes(kind, n, shape[2], dtype, g) for n in shape[:2])
-    tiles = product.NARROW if narrow else product.WIDE[dtype == torch.uint8]
-    with product.only(tiles):
+    with product.only(TILES[tiles][dtype == torch.uint8]):
         acc = lowbit.accumulate(a.cuda(), b.cuda()).cpu()
     judges.accumulated(a, b, acc).require()
 
@@ -308,16 +318,21 @@ VARIANTS = [(product.RAW, torch.int32)] + [
 
 @pytest.mark.parametrize(("epilogue", "out"), VARIANTS)
 @pytest.mark.parametrize("binary", [True, False], ids=["bits", "int8"])
-@pytest.mark.parametrize("narrow", [False, True], ids=["wide", "narrow"])
+@pytest.mark.parametrize("tiles", list(TILES))
 def test_every_variant_compiles_without_a_gpu(
-    narrow: bool, binary: bool, epilogue: int, out: torch.dtype
+    tiles: str, binary: bool, epilogue: int, out: torch.dtype
 ) -> None:
     _require_compiler()
-    tiles = product.NARROW if narrow else product.WIDE[binary]
-    made = product.compile_(binary, epilogue, out, tiles, cached=False)
+    shape = TILES[tiles][binary]
+    if isinstance(shape, thin.Shape):
+        made = thin.compile_(binary, epilogue, out, shape, cached=False)
+        assert b"thin" in made.code
+        assert 2 * (shape.shared + 1024) <= 228 * 1024  # two blocks on a multiprocessor
+    else:
+        made = product.compile_(binary, epilogue, out, shape, cached=False)
+        assert b"product" in made.code
+        assert shape.shared <= 227 * 1024
     assert made.code[:4] == b"\x7fELF"
-    assert b"product" in made.code
-    assert tiles.shared <= 227 * 1024
 
 
 @pytest.mark.parametrize("binary", [True, False], ids=["bits", "int8"])

@@ -9,7 +9,8 @@ last bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -175,6 +176,11 @@ def _can_be_read(weight: Tensor, bits: int) -> bool:
     return few.supports(1, weight.shape[1], bits)
 
 
+# The quantizer of x is the launch between what wrote the weight and these, which makes it settled.
+_launch_product = functools.partial(lowbit.launch_product, settled=True)
+_launch_packed = functools.partial(launch_packed, settled=True)
+
+
 def linear(
     x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe, dtype: torch.dtype
 ) -> Tensor:
@@ -194,18 +200,19 @@ def linear(
     rows = lowbit.as_rows(x)
     kind = frozen.kinds.partition(",")[0]
     weight: tuple[Tensor, ...] = (frozen.operand,)
-    multiply, launch = lowbit.product, lowbit.launch_product
+    multiply: Callable[..., Tensor] = lowbit.product
+    launch: Callable[..., Tensor] = _launch_product
     if frozen.kept is not None and frozen.metadata is not None:
         if paths.reads_compressed(len(rows)):
             multiply, launch = sparse_product, launch_sparse_product
             weight = (frozen.kept, frozen.metadata)
     elif frozen.packed is not None and paths.reads_packed(len(rows), frozen.packed, x.shape[-1]):
-        multiply, launch, weight = packed_product, launch_packed, (frozen.packed,)
+        multiply, launch, weight = packed_product, _launch_packed, (frozen.packed,)
     if ops.direct(x):
-        a, a_scale, _, a_sums = lowbit.launch_encode(rows, ops.quantizer(frozen.spec), kind)
+        a, a_scale, a_sums = lowbit.launch_operand(rows, ops.quantizer(frozen.spec), kind)
         multiply = launch
     else:
-        a, a_scale, _, a_sums = lowbit.encode(rows, frozen.spec, kind)
+        a, a_scale, a_sums = lowbit.operand(rows, frozen.spec, kind)
     y: Tensor = multiply(
         a, *weight, a_scale, frozen.scale, a_sums, frozen.sums, bias, frozen.names, frozen.kinds,
         x.shape[-1], dtype,

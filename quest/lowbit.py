@@ -1,6 +1,7 @@
 """The operators of the integer path: exact products of low-bit operands.
 
 quest::encode(x, spec, kind) -> (operand, scale, mask, sums)
+quest::operand(x, spec, kind) -> (operand, scale, sums)     of an input in inference, without a mask
 quest::decode(operand, scale, spec, kind, width, dtype) -> values
 quest::accumulate(a, b) -> int32                     exact products of operands
 quest::product(a, b, ...) -> y                       the same, dequantized
@@ -30,6 +31,26 @@ def encode(x: Tensor, spec: str, kind: str) -> tuple[Tensor, Tensor, Tensor, Ten
     q = ops.quantizer(spec)
     q.check(x)
     return eager.encode(x, q, kind)
+
+
+@torch.library.custom_op("quest::operand", mutates_args=(), device_types="cpu")
+def operand(x: Tensor, spec: str, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(operand, scale, sums) of x (..., d), as `encode` gives them, without a mask.
+
+    On CUDA few rows have a kernel of their own, which adds squares in another order: a scale may
+    differ from that of `encode` in its last bit, and where an element lies on a midpoint its code.
+    """
+    return eager_operand(x, ops.quantizer(spec), kind)
+
+
+def eager_operand(x: Tensor, q: Quantizer, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """`operand` in plain PyTorch, on any device."""
+    q.check(x)
+    return _without_mask(eager.encode(x, q, kind))
+
+
+def _without_mask(made: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return made[0], made[1], made[3]
 
 
 def _check_operand(name: str, t: Tensor, kind: str, width: int) -> None:
@@ -195,6 +216,19 @@ def launch_encode(x: Tensor, q: Quantizer, kind: str) -> tuple[Tensor, Tensor, T
         return kernel.encode(x, program, kind=kind, integer=form.integer)
 
 
+def launch_operand(x: Tensor, q: Quantizer, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """`operand` by the kernels."""
+    from . import paths
+    from .kernels import rows as kernel
+
+    q.check(x)
+    program, _ = _plan(q, kind, (x.dtype, x.shape[-1], x.device))
+    if paths.has_few_rows(x) and kernel.supports(program, x):
+        with ops.device_of(x):
+            return kernel.quantize(x, program, kind)
+    return _without_mask(launch_encode(x, q, kind))
+
+
 def launch_decode(
     operand: Tensor, scale: Tensor, q: Quantizer, kind: str, width: int, dtype: torch.dtype
 ) -> Tensor:
@@ -230,8 +264,9 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 def launch_product(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, a_sums: Tensor, b_sums: Tensor,
     bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
+    settled: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`eager_product` by the kernel."""
+    """`eager_product` by the kernel; settled: see `quest.kernels.product.product`."""
     from .kernels import product as kernel
 
     terms = check_product(
@@ -249,13 +284,18 @@ def launch_product(
             length=terms.length, factor=terms.factor,
             row_scale=a_scale.contiguous(), column_scale=b_scale.contiguous(),
             row_sum=scaled(a_sums, terms.rows), column_sum=scaled(b_sums, terms.columns),
-            bias=None if bias is None else bias.float().contiguous(),
+            bias=None if bias is None else bias.float().contiguous(), settled=settled,
         )  # fmt: skip
 
 
 @encode.register_kernel("cuda")
 def _(x: Tensor, spec: str, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return launch_encode(x, ops.quantizer(spec), kind)
+
+
+@operand.register_kernel("cuda")
+def _(x: Tensor, spec: str, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    return launch_operand(x, ops.quantizer(spec), kind)
 
 
 @decode.register_kernel("cuda")
@@ -268,6 +308,11 @@ def _(
 @encode.register_fake
 def _(x: Tensor, spec: str, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return eager.encoded_like(x, kind)
+
+
+@operand.register_fake
+def _(x: Tensor, spec: str, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _without_mask(eager.encoded_like(x, kind))
 
 
 @decode.register_fake

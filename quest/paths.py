@@ -42,6 +42,10 @@ SPARSE_ROWS = 512
 # more, every block's quantizing outweighs the launch that it saves (tuning.txt).
 FUSED_ELEMENTS = 2**16
 
+# Rows of an input in inference that are quantized a row a thread block, and not a Hadamard block a
+# thread, which from there on is as fast (kernels/README.md).
+OPERAND_ROWS = 1024
+
 _forced: str | None = None
 
 
@@ -105,6 +109,11 @@ def reads_compressed(rows: int) -> bool:
     Fewer rows are multiplied with its dense operand, which a frozen weight holds beside it.
     """
     return rows >= SPARSE_ROWS
+
+
+def has_few_rows(x: Tensor) -> bool:
+    """Whether the rows of x (..., d) are few for the quantizer; see OPERAND_ROWS."""
+    return math.prod(x.shape[:-1]) <= OPERAND_ROWS
 
 
 def few_rows(packed: Tensor, width: int) -> int:

@@ -114,6 +114,19 @@ def encoded(lane: Lane, x: Tensor, q: Quantizer, kind: str) -> list[Verdict]:
     return [*found, form]
 
 
+def operand(lane: Lane, x: Tensor, q: Quantizer, kind: str) -> list[Verdict]:
+    """T2, T3 and T0 of an operand without a mask; T0 against `encode` where the grid is a table."""
+    out = lane.call("operand", x, q=q, kind=kind)
+    shown = (out["operand"], out["scale"], out["sums"])
+    if q.require_grid().step is not None and q.sparsity is None:
+        return _quantized(x, q, kind, shown, "operand", BUTTERFLY)
+    same = lane.call("encode", x, q=q, kind=kind)
+    return [
+        judges.exact(f"operand's {name}", judges.bits(out[name]), judges.bits(same[name]))
+        for name in ("operand", "scale", "sums")
+    ]
+
+
 def compressed(lane: Lane, operand: Tensor) -> list[Verdict]:
     """T0 of the compressed form of a 2:4 sparse operand (rows, d) int8."""
     out = lane.call("compress", operand)
@@ -229,7 +242,7 @@ def frozen(
     """The forward of a layer whose weight (out, in) is frozen, on rows x (n, in): T6, or T1.
 
     parts: as in `layer`.
-    Where one kernel quantized and multiplied, T2, T3 and T0 of the operand that it shows, too.
+    On the integers' path T2, T3 and T0 of the operand of x, too, which no other stage has seen.
     """
     extra = () if bias is None else (bias,)
     static = {"recipe": made} | ({"parts": parts} if parts else {})
@@ -239,7 +252,7 @@ def frozen(
         return [form]
     pairs = ((x, made.activation), (w, made.weight))
     if "a" in out:
-        inside = _quantized_inside(lane, x, made, out) if "a_sums" in out else []
+        inside = _of_rows(lane, x, made, out) if "a_sums" in out else []
         if any(v.failure for v in inside):
             return inside
         found = [dataclasses.replace(v, stage="frozen y") for v in _products(pairs, bias, out)]
@@ -247,32 +260,45 @@ def frozen(
     return [judges.values_product(x.dtype, bias, out, accumulation(lane), "frozen y")]
 
 
-def _quantized_inside(lane: Lane, x: Tensor, made: Recipe, out: dict[str, Tensor]) -> list[Verdict]:
-    """T2, T3 and T0 of an operand, its scale and its sums; of grids with as many + as - points."""
+def _of_rows(lane: Lane, x: Tensor, made: Recipe, out: dict[str, Tensor]) -> list[Verdict]:
+    """What a frozen layer multiplied with its weight. Few rows may be the tensor cores' sums."""
     kinds = operands.kinds(made.activation, made.weight)
     if kinds is None:
         raise ValueError(f"recipe {made} has no integer product")
-    bits, dtype = kinds[0] == "bits", torch.uint8 if kinds[0] == "bits" else torch.int8
-    columns = x.shape[-1] // 8 if bits else x.shape[-1]
+    sums = TENSOR_CORES if lane.device == "cuda" else BUTTERFLY
+    shown = (out["a"], out["a_scale"], out["a_sums"])
+    return _quantized(x, made.activation, kinds[0], shown, "frozen", sums)
+
+
+def _quantized(
+    x: Tensor, q: Quantizer, kind: str, shown: tuple[Tensor, Tensor, Tensor], stage: str, by: Sums
+) -> list[Verdict]:
+    """T2, T3 and T0 of x's (operand, scale, sums), of uniform grids, whatever made them."""
+    operand, scale, sums = shown
+    lead, d, bits = tuple(x.shape[:-1]), x.shape[-1], kind == "bits"
     forms = [
-        judges.form("frozen operand", out["a"], (x.shape[0], columns), dtype),
-        judges.form("frozen scale", out["a_scale"], (x.shape[0], 1), torch.float32),
-        judges.form("frozen sums", out["a_sums"], (x.shape[0], 1), torch.int32),
+        judges.form(
+            f"{stage} operand",
+            operand,
+            (*lead, -(-d // 8) if bits else d),
+            torch.uint8 if bits else torch.int8,
+        ),
+        judges.form(f"{stage} scale", scale, (*lead, 1), torch.float32),
+        judges.form(f"{stage} sums", sums, (*lead, 1), torch.int32),
     ]
     if any(v.failure for v in forms):
         return forms
-    whole = judges.whole(out["a"], kinds[0], x.shape[-1])
-    codes = torch.from_numpy((whole - 1) // 2).to(torch.int8)
-    order = made.activation.transform.order(x.shape[-1])
-    sums = TENSOR_CORES if lane.device == "cuda" else BUTTERFLY
+    whole = judges.whole(operand, kind, d)
+    even = q.require_grid().levels % 2 == 0
+    codes = torch.from_numpy((whole - 1) // 2 if even else whole).to(torch.int8)
+    order = q.transform.order(d)
     return [
         *forms,
-        dataclasses.replace(judges.scaled(x, out["a_scale"], order, sums), stage="frozen scale"),
+        dataclasses.replace(judges.scaled(x, scale, order, by), stage=f"{stage} scale"),
         dataclasses.replace(
-            judges.coded(x, made.activation, codes, out["a_scale"], conclusive=False, sums=sums),
-            stage="frozen codes",
+            judges.coded(x, q, codes, scale, conclusive=False, sums=by), stage=f"{stage} codes"
         ),
-        judges.exact("frozen sums", out["a_sums"].numpy(), whole.sum(-1, keepdims=True)),
+        judges.exact(f"{stage} sums", sums.numpy(), whole.sum(-1, keepdims=True)),
     ]
 
 

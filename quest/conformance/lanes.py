@@ -191,6 +191,7 @@ def operators(backend: str) -> Any:
         return SimpleNamespace(
             compress=compression.compress,
             encode=lambda x, q, kind: lowbit.encode(x, q.spec, kind),
+            operand=lambda x, q, kind: lowbit.operand(x, q.spec, kind),
             decode=lambda a, scale, q, *rest: lowbit.decode(a, scale, q.spec, *rest),
             accumulate=lowbit.accumulate,
             product=lowbit.product,
@@ -203,17 +204,19 @@ def operators(backend: str) -> Any:
     functions = (
         (
             eager.hadamard, eager.masked_transpose, eager.quantize, eager.encode, eager.decode,
-            compression.eager_compress,
+            compression.eager_compress, lowbit.eager_operand,
         )
         if backend == "eager"
         else (
             ops.launch_hadamard, ops.launch_masked_transpose, ops.launch_quantize,
             lowbit.launch_encode, lowbit.launch_decode, compression.launch_compress,
+            lowbit.launch_operand,
         )
     )  # fmt: skip
     return SimpleNamespace(
         compress=functions[5],
         encode=functions[3],
+        operand=functions[6],
         decode=functions[4],
         accumulate=eager.accumulate,
         product=lowbit.eager_product,
@@ -248,6 +251,11 @@ def _masked_transpose(lane: Lane, grad: Tensor, mask: Tensor, *, order: int) -> 
 def _encode(lane: Lane, x: Tensor, *, q: Any, kind: str) -> Outputs:
     names = ("operand", "scale", "mask", "sums")
     return dict(zip(names, operators(lane.backend).encode(x, q, kind), strict=True))
+
+
+def _operand(lane: Lane, x: Tensor, *, q: Any, kind: str) -> Outputs:
+    names = ("operand", "scale", "sums")
+    return dict(zip(names, operators(lane.backend).operand(x, q, kind), strict=True))
 
 
 def _decode(lane: Lane, operand: Tensor, scale: Tensor, *, q: Any, **static: Any) -> Outputs:
@@ -402,10 +410,10 @@ def _frozen(
 ) -> Outputs:
     """The forward of a layer with a frozen weight, and the operands that it multiplied.
 
-    parts: as in `_linear`. a_sums: only where one kernel quantized x and multiplied it; a is then
-    what that kernel shows.
+    parts: as in `_linear`. a_sums: only of uniform grids. Where one kernel quantized x and
+    multiplied it, a is what that kernel shows.
     """
-    from quest import operands, paths
+    from quest import lowbit, operands, paths
     from quest.frozen import stacked
     from quest.joint import stack
 
@@ -421,11 +429,13 @@ def _frozen(
             # Not what was frozen: that is under judgement.
             weights = torch.cat([recipe.weight(layer.weight) for layer in layers])
             return made | {"x_hat": recipe.activation(x), "w_hat": weights}
-        pair = (recipe.activation, recipe.weight)
-        tensors = (x,), [layer.weight for layer in layers]
-        for name, t, q, kind in zip("ab", tensors, pair, operands.kinds(*pair) or (), strict=True):
-            operand, scale = _encoded(operators(lane.backend), t, q, kind)
-            made |= {name: operand, f"{name}_scale": scale}
+        kinds = operands.kinds(recipe.activation, recipe.weight) or ("", "")
+        own = [layer.weight for layer in layers]
+        b, b_scale = _encoded(operators(lane.backend), own, recipe.weight, kinds[1])
+        a, a_scale, a_sums = lowbit.operand(x, held.spec, kinds[0])
+        made |= {"a": a, "a_scale": a_scale, "b": b, "b_scale": b_scale}
+        if recipe.activation.require_grid().step is not None:
+            made["a_sums"] = a_sums
         # Several layers are called together, and their weights lie stacked.
         parts_held = [layer.current() or held for layer in layers]
         held = stacked(parts_held) or held
@@ -458,6 +468,7 @@ _STAGES: dict[str, Callable[..., Outputs]] = {
     "linear": _linear,
     "frozen": _frozen,
     "encode": _encode,
+    "operand": _operand,
     "decode": _decode,
     "compress": _compress,
     "accumulate": _accumulate,

@@ -119,12 +119,14 @@ def _frozen(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
 
 def _operands(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
     made = quest.recipe(name)
-    pair = (made.activation, made.weight)
-    return [
-        examine.encoded(lane, inputs.draw(kind, (17, 384), dtype, i), q, stored)
-        for i, kind in enumerate(("gaussian", "outlier", "mixed_rows", "non_finite"))
-        for q, stored in zip(pair, operands.kinds(*pair) or (), strict=True)
-    ]
+    pair, found = (made.activation, made.weight), []
+    for i, kind in enumerate(("gaussian", "outlier", "mixed_rows", "non_finite")):
+        x = inputs.draw(kind, (17, 384), dtype, i)
+        kinds = operands.kinds(*pair) or ("", "")
+        for q, stored in zip(pair, kinds, strict=True):
+            found.append(examine.encoded(lane, x, q, stored))
+        found.append(examine.operand(lane, x, made.activation, kinds[0]))
+    return found
 
 
 def _products(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:

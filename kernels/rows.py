@@ -1,0 +1,80 @@
+"""The quantizer for few rows, a row a thread block, without a mask: CUDA C++, from rows.cu.
+
+The operand of a layer's input in inference: the same function as `blocks.quantize` for the same
+quantizers, blocks of 128 and uniform grids. There a block of 128 is a thread's, which takes the
+fewest instructions where rows are many; of few rows a thread's time is the kernel's. Squares are
+added in another order, so a scale may differ in its last bit from that of `blocks.quantize`.
+The kernel after it may start early, see `cuda.Kernel.launch`.
+Source: QuEST (arXiv 2502.05003), Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from . import blocks, cuda, outputs
+from .quantize import Program
+
+GROUP = 8  # blocks of a warp
+WARPS = 16
+SHARED_OF_WARP = GROUP * blocks.ORDER * 4
+FORMS = {"bits": blocks.PACKED, **blocks.FORMS}
+
+
+def supports(program: Program, x: torch.Tensor) -> bool:
+    """Whether the kernel does this: what `blocks` does, but for masks, which it does not make."""
+    return blocks.supports(program, x)
+
+
+def _warps(width: int) -> int:
+    return min(WARPS, -(-width // (GROUP * blocks.ORDER)))
+
+
+def macros(dtype: torch.dtype, levels: int, kind: str) -> dict[str, int]:
+    """What rows.cu is compiled with, for an input of `dtype`."""
+    return {"IN": blocks.INPUTS[dtype], "LEVELS": levels, "FORM": FORMS[kind]}
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype, levels: int, kind: str, warps: int, device: int) -> cuda.Kernel:
+    made = macros(dtype, levels, kind)
+    code = cuda.compile_("rows.cu", cuda.architecture(device), made)
+    return cuda.load(
+        code, "rows", device, threads=32 * warps, shared=warps * SHARED_OF_WARP, layout="4Pqif"
+    )
+
+
+def _rows_of(x: torch.Tensor) -> torch.Tensor:
+    """x (rows, d), its rows contiguous and at multiples of 16 bytes."""
+    if x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def quantize(
+    x: torch.Tensor, program: Program, kind: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(operand, scale, sums) of x (..., d), d a multiple of 128; see `supports`.
+
+    kind: "bits", operand (..., d / 8) uint8 of a grid of two levels; "codes" or "integers", one of
+    (..., d) int8, codes or (L even) 2 code + 1. scale: (..., 1) float32. sums: (..., 1) int32 of
+    2 code + 1 (L odd: of codes).
+    """
+    lead, d, device = x.shape[:-1], x.shape[-1], x.device
+    rows = math.prod(lead)
+    width, dtype = (d // 8, torch.uint8) if kind == "bits" else (d, torch.int8)
+    operand = outputs.empty((*lead, width), dtype, device)
+    scale = outputs.empty((*lead, 1), torch.float32, device)
+    sums = outputs.empty((*lead, 1), torch.int32, device)
+    if rows:
+        x = _rows_of(x if x.ndim == 2 else x.reshape(rows, d))
+        _kernel(x.dtype, program.levels, kind, _warps(d), device.index).launch(
+            rows,
+            x.data_ptr(), scale.data_ptr(), operand.data_ptr(), sums.data_ptr(),
+            x.stride(0) * x.element_size(), d // blocks.ORDER, program.step,
+        )  # fmt: skip
+    return operand, scale, sums

@@ -34,6 +34,13 @@ __device__ __forceinline__ void place(int turn, int pairs, int across, int &pair
   column = rest / height;
 }
 
+// The first row of a tile, -1 where it has none. The last tile begins early rather than hang over: rows
+// that two tiles have are written twice, the same bits. (Bulk copies of rows outside of a matrix took
+// longer than those of rows inside.)
+template <int TILE> __device__ __forceinline__ int first_row(int tile, int rows) {
+  return tile * TILE >= rows ? -1 : min(tile * TILE, max(rows - TILE, 0));
+}
+
 // What the columns of a tile bring, in shared memory: read there once for each row.
 struct Columns {
   float scale[TILE_N], bias[TILE_N];
@@ -156,7 +163,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
             void *out, const float *row_scale, const float *column_scale, const float *bias,
             const int *row_sum, const int *column_sum, int rows, int columns, int bytes, int length,
-            float factor) {
+            float factor, int held, int settled) {
   const Arguments g = {out, row_scale, column_scale, bias, row_sum, column_sum, rows, columns, bytes, length, factor};
   extern __shared__ __align__(1024) char raw[];  // the swizzle counts from 1024-byte boundaries
   const u32 base = (u32)__cvta_generic_to_shared(raw);
@@ -172,24 +179,38 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_sync();
-  wait_for_previous();  // which may have made A
   const int pairs = (g.rows + CLUSTER * TILE_M - 1) / (CLUSTER * TILE_M);
   const int across = (g.columns + TILE_N - 1) / TILE_N, steps = (g.bytes + TILE_K - 1) / TILE_K;
   const int first = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
   if (group == CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 128 * CONSUMERS) {
+      const u32 a_bytes = held * TILE_K;
+      // A tile of K of B, and room for what A adds to it: a block without rows has none.
+      auto begin = [&](u32 at, int k, int column, bool there) {
+        const u32 stage = at % STAGES, full = base + FULL_AT + 8 * stage;
+        barrier_expect(full, B_BYTES + (there ? a_bytes : 0));
+        load_to_all(base + B_AT + stage * B_BYTES + rank * HALF_B, &b_map, k * TILE_K,
+                    column * TILE_N + rank * (TILE_N / CLUSTER), full);
+      };
+      const int early = settled && first < pairs * across ? min(steps, STAGES) : 0;
       u32 at = 0;  // tiles of K that were loaded before
       for (int turn = first; turn < pairs * across; turn += stride) {
         int pair, column;
         place(turn, pairs, across, pair, column);
+        const int row = first_row<TILE_M>(CLUSTER * pair + rank, g.rows);
+        const bool there = row >= 0;
+        if (turn == first) {
+          for (int k = 0; k < early; k++) begin(k, k, column, there);
+          wait_for_previous();  // which may have made A
+        }
         for (int k = 0; k < steps; k++, at++) {
           const u32 stage = at % STAGES, full = base + FULL_AT + 8 * stage;
-          barrier_wait(base + EMPTY_AT + 8 * stage, ((at / STAGES) & 1) ^ 1);
-          barrier_expect(full, A_BYTES + B_BYTES);
-          load(base + A_AT + stage * A_BYTES, &a_map, k * TILE_K, (CLUSTER * pair + rank) * TILE_M, full);
-          load_to_all(base + B_AT + stage * B_BYTES + rank * HALF_B, &b_map, k * TILE_K,
-                      column * TILE_N + rank * (TILE_N / CLUSTER), full);
+          if (turn != first || k >= early) {
+            barrier_wait(base + EMPTY_AT + 8 * stage, ((at / STAGES) & 1) ^ 1);
+            begin(at, k, column, there);
+          }
+          if (there) load(base + A_AT + stage * A_BYTES, &a_map, k * TILE_K, row, full);
         }
       }
     }
@@ -198,18 +219,31 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int team = group / TEAM, member = group % TEAM;
     Columns &columns = ((Columns *)(raw + COLUMNS_AT))[team];
+    wait_for_previous();
     u32 at = team * steps, tiles = 0;
     int d[TILE_N / 2];
     for (int turn = first + team * stride; turn < pairs * across; turn += TEAMS * stride) {
       int pair, column;
       u32 last = 0;
       place(turn, pairs, across, pair, column);
-      const int row0 = (CLUSTER * pair + rank) * TILE_M + 64 * member + 16 * (warp % 4);
+      const int tile_row = first_row<TILE_M>(CLUSTER * pair + rank, g.rows);
+      const int row0 = tile_row + 64 * member + 16 * (warp % 4);
       Fetched fetched;
-      if (EPILOGUE != RAW) fetched.ask(g, row0 + lane / 4, column * TILE_N);
+      if (EPILOGUE != RAW && tile_row >= 0) fetched.ask(g, row0 + lane / 4, column * TILE_N);
       // The other team must have met all stages of the tile before: a barrier's parity tells a phase
       // from the next, and not from the one after.
       if (TEAMS > 1) barrier_wait(base + TURN_AT + 8 * team, (tiles++ + team + 1) & 1);
+      if (tile_row < 0) {
+        // Nothing but to give back the tiles of B that the other block shares.
+        for (int k = 0; k < steps; k++, at++) {
+          const u32 stage = at % STAGES;
+          barrier_wait(base + FULL_AT + 8 * stage, (at / STAGES) & 1);
+          if (lane < CLUSTER) barrier_arrive(base + EMPTY_AT + 8 * stage, lane);
+        }
+        if (TEAMS > 1 && lane == 0) barrier_arrive(base + TURN_AT + 8 * (team ^ 1), rank);
+        at += (TEAMS - 1) * steps;
+        continue;
+      }
       for (int k = 0; k < steps; k++, at++) {
         const u32 stage = at % STAGES;
         barrier_wait(base + FULL_AT + 8 * stage, (at / STAGES) & 1);

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import cuda, outputs, thin
+from . import cuda, outputs
 from .hopper import ARCHITECTURE, CORRECTED, OUT, PLAIN, RAW, aligned, tensor_map, unavailable
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ __all__ = [
     "RAW",
     "WIDE",
     "Shape",
-    "Tiles",
     "aligned",
     "compile_",
     "only",
@@ -77,18 +76,19 @@ class Shape:
         return -(-rows // (CLUSTER * self.rows)) * -(-columns // self.columns)
 
 
-Tiles = Shape | thin.Shape
-
 # For products that fill the GPU: by whether the operands are bits. And for smaller ones.
 WIDE = {True: Shape(1, 5, 256), False: Shape(2, 4, 256)}
 MIDDLE = Shape(2, 6, 128)
 NARROW = Shape(1, 8, 128)
+# What a turn of the whole GPU takes with int8, as it was measured: us for K = 4096 on an H100 (the
+# records' tuning.txt, 2026-11-25). Only their ratios count.
+TURN = {WIDE[False]: 24.5, MIDDLE: 14.5, NARROW: 9.5}
 
-_forced: Tiles | None = None
+_forced: Shape | None = None
 
 
 @contextmanager
-def only(tiles: Tiles | None) -> Iterator[None]:
+def only(tiles: Shape | None) -> Iterator[None]:
     """Products inside the block use these tiles, whatever their size; None: their own."""
     global _forced
     before, _forced = _forced, tiles
@@ -98,12 +98,19 @@ def only(tiles: Tiles | None) -> Iterator[None]:
         _forced = before
 
 
-def shape(binary: bool, rows: int, columns: int, processors: int) -> Tiles:
-    """The tiles of a product: small ones where large ones leave a quarter of the GPU idle."""
+def shape(binary: bool, rows: int, columns: int, processors: int) -> Shape:
+    """The tiles of a product.
+
+    Of int8 those whose turns take the least; of bits, whose kinds of tile differ less, small ones
+    where large ones leave a quarter of the GPU idle.
+    """
     if _forced is not None:
         return _forced
-    wide = WIDE[binary]
-    return wide if 4 * CLUSTER * wide.clusters(rows, columns) >= 3 * processors else NARROW
+    if binary:
+        wide = WIDE[binary]
+        return wide if 4 * CLUSTER * wide.clusters(rows, columns) >= 3 * processors else NARROW
+    at_once = max(1, processors // CLUSTER)
+    return min(TURN, key=lambda t: -(-t.clusters(rows, columns) // at_once) * TURN[t])
 
 
 def compile_(
@@ -125,7 +132,7 @@ def _kernel(
     """The variant, loaded on the current device."""
     return cuda.load(
         compile_(binary, epilogue, out, tiles), "product", device,
-        threads=THREADS, shared=tiles.shared, layout="128s128s6P4if",
+        threads=THREADS, shared=tiles.shared, layout="128s128s6P4if2i",
     )  # fmt: skip
 
 
@@ -165,22 +172,15 @@ def product(
     tiles = shape(binary, rows, columns, processors)
     given, a, b = b, aligned(a), aligned(b)
     width = a.shape[1]
+    held = min(tiles.rows, rows)  # of a tile: what lies outside of A is not asked for
     at = cuda.pointer
-    shared_by = 1 if isinstance(tiles, thin.Shape) else CLUSTER
-    values = (
-        tensor_map(a.data_ptr(), rows, width, tiles.rows, TILE_K),
-        tensor_map(b.data_ptr(), columns, width, tiles.columns // shared_by, TILE_K),
+    _kernel(binary, epilogue, out, tiles, device).launch(
+        CLUSTER * min(tiles.clusters(rows, columns), processors // CLUSTER),
+        tensor_map(a.data_ptr(), rows, width, held, TILE_K),
+        tensor_map(b.data_ptr(), columns, width, tiles.columns // CLUSTER, TILE_K),
         y.data_ptr(), at(row_scale), at(column_scale), at(bias), at(row_sum), at(column_sum),
-        rows, columns, width, length, factor,
+        rows, columns, width, length, factor, held,
+        settled and b is given,  # a copy has just been written
+        overlap=True,
     )  # fmt: skip
-    if isinstance(tiles, thin.Shape):
-        # A copy has just been written.
-        ready = settled and b is given
-        thin.launch(binary, epilogue, out, tiles, device, rows, columns, *values, settled=ready)
-    else:
-        _kernel(binary, epilogue, out, tiles, device).launch(
-            CLUSTER * min(tiles.clusters(rows, columns), processors // CLUSTER),
-            *values,
-            overlap=True,
-        )
     return y

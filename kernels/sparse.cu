@@ -76,6 +76,11 @@ __device__ __forceinline__ void place(int turn, int down, int across, int &row, 
   column = rest / height;
 }
 
+// The first token of a tile. The last tile begins early rather than hang over, as in product.cu.
+__device__ __forceinline__ int first_token(int column, int tokens) {
+  return min(column * TILE_N, max(tokens - TILE_N, 0));
+}
+
 // A token's scale from BIG on would take a product out of float32's range where the feature's scale
 // brings it back: it is then divided by BIG, and `up` is BIG.
 struct Tokens { float scale[TILE_N], up[TILE_N]; };
@@ -214,7 +219,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
           barrier_expect(full, A_BYTES + B_BYTES);
           load(base + A_AT + stage * A_BYTES, &a_map, k * (TILE_K / 2), (CLUSTER * row + rank) * TILE_M, full);
           load_to_all(base + B_AT + stage * B_BYTES + rank * PART_B, &b_map, k * TILE_K,
-                      column * TILE_N + rank * (TILE_N / CLUSTER), full);
+                      first_token(column, g.tokens) + rank * (TILE_N / CLUSTER), full);
         }
       }
     }
@@ -227,7 +232,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     for (int turn = first; turn < down * across; turn += stride) {
       int row, column;
       place(turn, down, across, row, column);
-      const int feature0 = (CLUSTER * row + rank) * TILE_M + 64 * group, token0 = column * TILE_N;
+      const int feature0 = (CLUSTER * row + rank) * TILE_M + 64 * group, token0 = first_token(column, g.tokens);
       // A lane's metadata: of which row and which half of an instruction's 64 entries.
       const int source = min(feature0 + 16 * warp + 8 * (lane % 2) + lane / 4, g.features - 1);
       const int4 *words = (const int4 *)g.metadata + 2ll * source * g.blocks + lane / 2 % 2;

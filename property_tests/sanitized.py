@@ -17,7 +17,7 @@ import torch
 
 import quest
 from quest import compression, fused, lowbit, operands
-from quest.kernels import product, sparse, thin
+from quest.kernels import product, sparse
 from quest.packed import packed_product
 from quest.sparse_product import sparse_product
 
@@ -47,7 +47,7 @@ def _names(name: str) -> tuple[str, str]:
     return grids, ",".join(operands.kinds(*pair) or ())
 
 
-def _product(name: str, tiles: product.Tiles, width: int = 640) -> Launch:
+def _product(name: str, tiles: product.Shape, width: int = 640) -> Launch:
     def run() -> object:
         a, b = _encoded(name, _normal(300, width), _normal(600, width))
         with product.only(tiles):
@@ -125,8 +125,6 @@ def launches() -> Iterator[tuple[str, Launch]]:
         binary = name == "w1a1"
         for told, tiles in (("wide", product.WIDE[binary]), ("narrow", product.NARROW)):
             yield f"product {name} {told}", _product(name, tiles)
-        for cluster in thin.CLUSTERS:
-            yield f"thin {name} {cluster}", _product(name, thin.Shape(cluster), 3200)
     yield "product w4a4 middle", _product("w4a4", product.MIDDLE)
     for told, shape in (("wide", sparse.WIDE), ("narrow", sparse.NARROW)):
         yield f"sparse {told}", _sparse(shape)

@@ -66,7 +66,7 @@ def test_rows(dtype: torch.dtype, spec: str, width: int) -> None:
     assert rows.supports(ops.program(q, probe), probe)
     for i, distribution in enumerate(KINDS):
         count = (1, 9, 33)[i % 3] if width < 10000 else 5
-        assert count <= paths.OPERAND_ROWS
+        assert count * width <= paths.OPERAND_ELEMENTS
         x = inputs.draw(distribution, (count, width), dtype, i)
         told = f"{distribution}, {count} rows of {width}, {spec}"
         LEDGER.judge(LANE, examine.operand(LANE, x, q, _kind(spec)), told)

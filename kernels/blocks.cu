@@ -138,7 +138,7 @@ __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, floa
       for (int w = 0; w < 4; w++)
         flags[w] = __funnelshift_l(__float_as_uint(limit - fabsf(y[32 * w + i])), flags[w], 1);
   }
-  if (lane < count) mask[start + lane] = make_uint4(~flags[0], ~flags[1], ~flags[2], ~flags[3]);
+  if (mask && lane < count) mask[start + lane] = make_uint4(~flags[0], ~flags[1], ~flags[2], ~flags[3]);
   if (OUT_BITS == 1) {
     u32 words[4] = {};
 #pragma unroll
@@ -187,7 +187,7 @@ __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, floa
   return sum;
 }
 
-// x: (rows, 128 blocks) as chunks; scale (rows,), sums (rows,) or null; mask and out by blocks.
+// x: (rows, 128 blocks) as chunks; scale (rows,), sums (rows,) or null; out and mask, or null, by blocks.
 // units: rows, or, where segment < TILE, groups of TILE blocks; total: blocks of all rows; teams: of a
 // thread block.
 extern "C" __global__ void __maxnreg__(REGISTERS)

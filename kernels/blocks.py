@@ -26,7 +26,7 @@ SHARED_OF_WARP = 2 * TILE * 2 * ORDER  # two buffers of 16-bit blocks, or one of
 STATIC = 4096  # more than what blocks.cu declares besides
 # The numbers of blocks.cu.
 VALUES, PACKED, CODES, INTEGERS = range(4)
-FORMS = {"codes": CODES, "integers": INTEGERS}
+OPERANDS = {"bits": (PACKED, 1), "codes": (CODES, 0), "integers": (INTEGERS, 0)}  # form, bits
 INPUTS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -84,40 +84,61 @@ def _kernel(
     )  # fmt: skip
 
 
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """x contiguous, at a multiple of 16 bytes."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 def quantize(
-    x: torch.Tensor, program: Program, *, form: int, bits: int = 0, sums: bool = False
+    x: torch.Tensor,
+    program: Program,
+    *,
+    form: int,
+    bits: int = 0,
+    sums: bool = False,
+    masked: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out, scale, mask, sums) of x (..., d), d a multiple of 128; see `supports`.
 
     form: VALUES, out (..., d) of x's dtype; PACKED, out (..., d bits / 8) uint8; CODES or INTEGERS,
     out (..., d) int8, codes or (L even) 2 code + 1. scale: (..., 1) float32. mask: (..., d / 8)
-    uint8. sums: (..., 1) int32 of 2 code + 1 (L odd: of codes), or of shape (0,).
+    uint8, or where not `masked` of shape (0,). sums: (..., 1) int32 of 2 code + 1 (L odd: of
+    codes), or of shape (0,).
     """
     if sums and (form == VALUES or (form == PACKED and bits > 1)):
         raise ValueError(f"there are no sums of form {form} with {bits} bits")
     lead, d, device = x.shape[:-1], x.shape[-1], x.device
-    rows, blocks = math.prod(lead), d // ORDER
-    x = x.contiguous()
-    if x.data_ptr() % 16:
-        x = x.clone()
+    rows = math.prod(lead)
+    x = aligned(x)
     width, dtype = {
         VALUES: (d, x.dtype), PACKED: (d * bits // 8, torch.uint8),
     }.get(form, (d, torch.int8))  # fmt: skip
     out = outputs.empty((*lead, width), dtype, device)
     scale = outputs.empty((*lead, 1), torch.float32, device)
-    mask = outputs.empty((*lead, d // 8), torch.uint8, device)
+    mask = outputs.empty((*lead, d // 8) if masked else (0,), torch.uint8, device)
     sum_ = outputs.empty((*lead, 1) if sums else (0,), torch.int32, device)
     if rows:
-        warps, segment, teams, resident = _shape(blocks)
-        kernel = _kernel(
-            warps * teams, x.dtype, program.levels, program.estimator != STE, form, bits,
-            device.index,
-        )  # fmt: skip
-        units = -(-rows * blocks // TILE) if segment < TILE else rows
-        kernel.launch(
-            min(-(-units // teams), resident * cuda.processors(device.index)),
-            x.data_ptr(), scale.data_ptr(), out.data_ptr(), mask.data_ptr(),
-            sum_.data_ptr() if sums else 0, units, rows * blocks, blocks, warps,
-            segment, teams, program.step, program.threshold,
+        launch(
+            x, program, form, bits, rows, d, out.data_ptr(), scale.data_ptr(),
+            mask.data_ptr() if masked else 0, sum_.data_ptr() if sums else 0,
         )  # fmt: skip
     return out, scale, mask, sum_
+
+
+def launch(
+    x: torch.Tensor, program: Program, form: int, bits: int, rows: int, d: int, out: int,
+    scale: int, mask: int, sums: int,
+) -> None:  # fmt: skip
+    """`quantize` of x, rows of d entries, contiguous and aligned, to addresses; mask, sums or 0."""
+    blocks, device = d // ORDER, x.device.index
+    warps, segment, teams, resident = _shape(blocks)
+    kernel = _kernel(
+        warps * teams, x.dtype, program.levels, program.estimator != STE, form, bits, device
+    )
+    units = -(-rows * blocks // TILE) if segment < TILE else rows
+    kernel.launch(
+        min(-(-units // teams), resident * cuda.processors(device)),
+        x.data_ptr(), scale, out, mask, sums, units, rows * blocks, blocks, warps, segment, teams,
+        program.step, program.threshold,
+    )  # fmt: skip

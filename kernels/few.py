@@ -251,17 +251,30 @@ def product(
     if y.numel() == 0:
         return y
     width = a.shape[1] * (8 if bits == 1 else 1)
-    kernel, blocks, *split_ = _ready(rows, columns, width, bits, out_dtype, None, a.device.index)
     given, a, w = w, _aligned(a), _aligned(w)
     at = cuda.pointer
-    kernel.launch(
-        blocks,
-        y.data_ptr(), a.data_ptr(), w.data_ptr(), a_scale.data_ptr(), w_scale.data_ptr(), at(bias),
-        a_sum.data_ptr(), at(w_sum), 0, 0, rows, columns, width * bits // CHUNK, length, *split_,
-        factor, 0 if bias is None else OUT[bias.dtype], 0, 0.0,
-        overlap=settled and w is given,  # a copy has just been written
+    launch(
+        y.data_ptr(), a.data_ptr(), w.data_ptr(), rows, columns, width, bits, a.device.index,
+        out_dtype, factor, length, a_scale.data_ptr(), w_scale.data_ptr(), a_sum.data_ptr(),
+        at(w_sum), bias,
+        settled and w is given,  # a copy has just been written
     )  # fmt: skip
     return y
+
+
+def launch(
+    y: int, a: int, w: int, rows: int, columns: int, width: int, bits: int, device: int,
+    out_dtype: torch.dtype, factor: float, length: int, a_scale: int, w_scale: int, a_sum: int,
+    w_sum: int, bias: torch.Tensor | None, settled: bool,
+) -> None:  # fmt: skip
+    """`product` on addresses, of rows of `width` entries."""
+    kernel, blocks, *split_ = _ready(rows, columns, width, bits, out_dtype, None, device)
+    kernel.launch(
+        blocks,
+        y, a, w, a_scale, w_scale, cuda.pointer(bias), a_sum, w_sum, 0, 0, rows, columns,
+        width * bits // CHUNK, length, *split_, factor, 0 if bias is None else OUT[bias.dtype], 0,
+        0.0, overlap=settled,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -98,18 +98,15 @@ def only(tiles: Shape | None) -> Iterator[None]:
         _forced = before
 
 
+@functools.lru_cache(maxsize=4096)
 def shape(binary: bool, rows: int, columns: int, processors: int) -> Shape:
-    """The tiles of a product.
+    """The tiles of a product: those whose turns of the whole GPU take the least.
 
-    Of int8 those whose turns take the least; of bits, whose kinds of tile differ less, small ones
-    where large ones leave a quarter of the GPU idle.
+    Of bits, whose kinds of tile differ less, small ones unless large ones have three turns.
     """
-    if _forced is not None:
-        return _forced
-    if binary:
-        wide = WIDE[binary]
-        return wide if 4 * CLUSTER * wide.clusters(rows, columns) >= 3 * processors else NARROW
     at_once = max(1, processors // CLUSTER)
+    if binary:
+        return WIDE[True] if WIDE[True].clusters(rows, columns) >= 3 * at_once else NARROW
     return min(TURN, key=lambda t: -(-t.clusters(rows, columns) // at_once) * TURN[t])
 
 
@@ -167,20 +164,30 @@ def product(
     y = outputs.empty((rows, columns), out, a.device)
     if y.numel() == 0:
         return y
-    binary, device = a.dtype == torch.uint8, a.device.index
-    processors = cuda.processors(device)
-    tiles = shape(binary, rows, columns, processors)
     given, a, b = b, aligned(a), aligned(b)
-    width = a.shape[1]
-    held = min(tiles.rows, rows)  # of a tile: what lies outside of A is not asked for
     at = cuda.pointer
-    _kernel(binary, epilogue, out, tiles, device).launch(
-        CLUSTER * min(tiles.clusters(rows, columns), processors // CLUSTER),
-        tensor_map(a.data_ptr(), rows, width, held, TILE_K),
-        tensor_map(b.data_ptr(), columns, width, tiles.columns // CLUSTER, TILE_K),
-        y.data_ptr(), at(row_scale), at(column_scale), at(bias), at(row_sum), at(column_sum),
-        rows, columns, width, length, factor, held,
+    launch(
+        y.data_ptr(), a.data_ptr(), b.data_ptr(), rows, columns, a.shape[1], a.device.index, out,
+        a.dtype == torch.uint8, epilogue, length, factor, at(row_scale), at(column_scale),
+        at(bias), at(row_sum), at(column_sum),
         settled and b is given,  # a copy has just been written
-        overlap=True,
     )  # fmt: skip
     return y
+
+
+def launch(
+    y: int, a: int, b: int, rows: int, columns: int, width: int, device: int, out: torch.dtype,
+    binary: bool, epilogue: int, length: int, factor: float, row_scale: int, column_scale: int,
+    bias: int, row_sum: int, column_sum: int, settled: bool,
+) -> None:  # fmt: skip
+    """`product` on addresses, 0 for None; rows of a and b of `width` bytes, a multiple of 16."""
+    processors = cuda.processors(device)
+    tiles = _forced or shape(binary, rows, columns, processors)
+    held = min(tiles.rows, rows)  # of a tile: what lies outside of A is not asked for
+    _kernel(binary, epilogue, out, tiles, device).launch(
+        CLUSTER * min(tiles.clusters(rows, columns), processors // CLUSTER),
+        tensor_map(a, rows, width, held, TILE_K),
+        tensor_map(b, columns, width, tiles.columns // CLUSTER, TILE_K),
+        y, row_scale, column_scale, bias, row_sum, column_sum, rows, columns, width, length,
+        factor, held, settled, overlap=True,
+    )  # fmt: skip

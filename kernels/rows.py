@@ -1,7 +1,7 @@
 """The quantizer for few rows, a row a thread block, without a mask: CUDA C++, from rows.cu.
 
-The operand of a layer's input in inference: the same function as `blocks.quantize` for the same
-quantizers, blocks of 128 and uniform grids. There a block of 128 is a thread's, which takes the
+The operand of a layer's input in inference: the same function as `blocks.quantize` for what it
+supports, blocks of 128 and uniform grids. There a block of 128 is a thread's, which takes the
 fewest instructions where rows are many; of few rows a thread's time is the kernel's. Squares are
 added in another order, so a scale may differ in its last bit from that of `blocks.quantize`.
 The kernel after it may start early, see `cuda.Kernel.launch`.
@@ -21,12 +21,6 @@ from .quantize import Program
 GROUP = 8  # blocks of a warp
 WARPS = 16
 SHARED_OF_WARP = GROUP * blocks.ORDER * 4
-FORMS = {"bits": blocks.PACKED, **blocks.FORMS}
-
-
-def supports(program: Program, x: torch.Tensor) -> bool:
-    """Whether the kernel does this: what `blocks` does, but for masks, which it does not make."""
-    return blocks.supports(program, x)
 
 
 def _warps(width: int) -> int:
@@ -35,7 +29,7 @@ def _warps(width: int) -> int:
 
 def macros(dtype: torch.dtype, levels: int, kind: str) -> dict[str, int]:
     """What rows.cu is compiled with, for an input of `dtype`."""
-    return {"IN": blocks.INPUTS[dtype], "LEVELS": levels, "FORM": FORMS[kind]}
+    return {"IN": blocks.INPUTS[dtype], "LEVELS": levels, "FORM": blocks.OPERANDS[kind][0]}
 
 
 @functools.cache
@@ -58,7 +52,7 @@ def _rows_of(x: torch.Tensor) -> torch.Tensor:
 def quantize(
     x: torch.Tensor, program: Program, kind: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(operand, scale, sums) of x (..., d), d a multiple of 128; see `supports`.
+    """(operand, scale, sums) of x (..., d), d a multiple of 128; see `blocks.supports`.
 
     kind: "bits", operand (..., d / 8) uint8 of a grid of two levels; "codes" or "integers", one of
     (..., d) int8, codes or (L even) 2 code + 1. scale: (..., 1) float32. sums: (..., 1) int32 of
@@ -72,9 +66,21 @@ def quantize(
     sums = outputs.empty((*lead, 1), torch.int32, device)
     if rows:
         x = _rows_of(x if x.ndim == 2 else x.reshape(rows, d))
-        _kernel(x.dtype, program.levels, kind, _warps(d), device.index).launch(
-            rows,
-            x.data_ptr(), scale.data_ptr(), operand.data_ptr(), sums.data_ptr(),
-            x.stride(0) * x.element_size(), d // blocks.ORDER, program.step,
-        )  # fmt: skip
+        launch(x, program, kind, rows, d, operand.data_ptr(), scale.data_ptr(), sums.data_ptr())
     return operand, scale, sums
+
+
+def launch(
+    x: torch.Tensor, program: Program, kind: str, rows: int, d: int, operand: int, scale: int,
+    sums: int,
+) -> None:  # fmt: skip
+    """`quantize` of x, rows of d contiguous entries at multiples of 16 bytes, to addresses.
+
+    x: (rows, d), or contiguous in any shape.
+    """
+    stride = x.stride(0) if x.ndim == 2 else d
+    _kernel(x.dtype, program.levels, kind, _warps(d), x.device.index).launch(
+        rows,
+        x.data_ptr(), scale, operand, sums, stride * x.element_size(), d // blocks.ORDER,
+        program.step,
+    )  # fmt: skip

@@ -51,10 +51,9 @@ def _product(name: str, tiles: product.Shape, width: int = 640) -> Launch:
     def run() -> object:
         a, b = _encoded(name, _normal(300, width), _normal(600, width))
         with product.only(tiles):
-            return lowbit.launch_product(
-                a[0], b[0], a[1], b[1], a[2], b[2], None, *_names(name), width, torch.bfloat16,
-                settled=True,
-            )  # fmt: skip
+            return lowbit.product(
+                a[0], b[0], a[1], b[1], a[2], b[2], None, *_names(name), width, torch.bfloat16
+            )
 
     return run
 
@@ -119,6 +118,18 @@ def _fused(name: str, rows: int, width: int, settled: bool) -> Launch:
     return run
 
 
+def _frozen(name: str, rows: int) -> Launch:
+    """A layer in eager mode: kernels that overlap, and weights asked for early."""
+
+    def run() -> object:
+        layer = quest.Linear(640, 600, recipe=name, device="cuda", dtype=torch.bfloat16).freeze()
+        x = _normal(rows, 640)
+        with torch.no_grad():
+            return [layer(x) for _ in range(3)]
+
+    return run
+
+
 def launches() -> Iterator[tuple[str, Launch]]:
     """Names, and what to call."""
     for name in ("w1a1", "w4a4", "w8a8"):
@@ -133,6 +144,8 @@ def launches() -> Iterator[tuple[str, Launch]]:
             for dtype in (torch.bfloat16, torch.float32):
                 yield f"blocks {name} {width} {dtype}", _blocks(name, width, dtype)
                 yield f"rows {name} {width} {dtype}", _rows(name, width, dtype)
+        for rows in (2, 20, 300):
+            yield f"frozen {name} {rows} rows", _frozen(name, rows)
         for rows in (5, 40):
             yield f"few {name} {rows} rows", _few(name, rows, 1152)
         for rows, width in ((1, 1152), (5, 4096), (16, 4096)):

@@ -10,7 +10,7 @@ from property_tests.ledger import LEDGER
 from quest import lowbit, operands, ops, paths
 from quest.conformance import examine, inputs
 from quest.conformance.lanes import Lane
-from quest.kernels import cuda, outputs, rows
+from quest.kernels import blocks, cuda, outputs, rows
 from quest.quantizer import parse
 
 LANE = Lane("triton-cuda", "cuda", "dispatch")
@@ -63,7 +63,7 @@ def test_rows(dtype: torch.dtype, spec: str, width: int) -> None:
     _needs_gpu()
     q = parse(spec)
     probe = torch.empty(1, width, dtype=dtype, device="cuda")
-    assert rows.supports(ops.program(q, probe), probe)
+    assert blocks.supports(ops.program(q, probe), probe)
     for i, distribution in enumerate(KINDS):
         count = (1, 9, 33)[i % 3] if width < 10000 else 5
         assert count * width <= paths.OPERAND_ELEMENTS

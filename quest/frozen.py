@@ -9,17 +9,16 @@ last bit.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from . import fused, lowbit, operands, ops, paths
+from . import direct, fused, lowbit, operands, ops, paths
 from .compression import compress
 from .estimators import STE
-from .packed import launch_packed, odd, packed_product
+from .packed import odd, packed_product
 from .recipes import Recipe
 from .sparse_product import launch_sparse_product, sparse_product
 from .sparsity import NM
@@ -176,11 +175,6 @@ def _can_be_read(weight: Tensor, bits: int) -> bool:
     return few.supports(1, weight.shape[1], bits)
 
 
-# The quantizer of x is the launch between what wrote the weight and these, which makes it settled.
-_launch_product = functools.partial(lowbit.launch_product, settled=True)
-_launch_packed = functools.partial(launch_packed, settled=True)
-
-
 def linear(
     x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe, dtype: torch.dtype
 ) -> Tensor:
@@ -190,27 +184,29 @@ def linear(
         values = recipe.activation(x).to(dtype)
         b = None if bias is None else bias.to(dtype)
         return torch.nn.functional.linear(values, frozen.values.to(dtype), b)
+    unwatched = ops.direct(x) and _plain(bias, x)
     if frozen.packed is not None and paths.fuses(x, frozen.few):
         # Settled: `freeze` has queued another kernel after that which wrote the codes.
-        few = fused.unchecked if ops.direct(x) and _plain(bias, x) else fused.few_linear
+        few = fused.unchecked if unwatched else fused.few_linear
         return few(
             x, frozen.packed, frozen.scale, frozen.sums, bias, frozen.spec,
             frozen.names.partition(",")[2], dtype, True,
         )  # fmt: skip
-    rows = lowbit.as_rows(x)
-    kind = frozen.kinds.partition(",")[0]
+    if unwatched:
+        made = direct.linear(x, frozen, bias, dtype)
+        if made is not None:
+            return made
+    rows, kind = lowbit.as_rows(x), frozen.kinds.partition(",")[0]
     weight: tuple[Tensor, ...] = (frozen.operand,)
-    multiply: Callable[..., Tensor] = lowbit.product
-    launch: Callable[..., Tensor] = _launch_product
+    multiply: Callable[..., Tensor] = lowbit.launch_product if unwatched else lowbit.product
     if frozen.kept is not None and frozen.metadata is not None:
         if paths.reads_compressed(len(rows)):
-            multiply, launch = sparse_product, launch_sparse_product
+            multiply = launch_sparse_product if unwatched else sparse_product
             weight = (frozen.kept, frozen.metadata)
     elif frozen.packed is not None and paths.reads_packed(len(rows), frozen.packed, x.shape[-1]):
-        multiply, launch, weight = packed_product, _launch_packed, (frozen.packed,)
-    if ops.direct(x):
+        multiply, weight = packed_product, (frozen.packed,)
+    if unwatched:
         a, a_scale, a_sums = lowbit.launch_operand(rows, ops.quantizer(frozen.spec), kind)
-        multiply = launch
     else:
         a, a_scale, a_sums = lowbit.operand(rows, frozen.spec, kind)
     y: Tensor = multiply(

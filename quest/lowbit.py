@@ -207,7 +207,7 @@ def launch_encode(x: Tensor, q: Quantizer, kind: str) -> tuple[Tensor, Tensor, T
     q.check(x)
     program, form = _plan(q, kind, (x.dtype, x.shape[-1], x.device))
     if blocks.supports(program, x):
-        chosen, bits = (blocks.PACKED, 1) if kind == "bits" else (blocks.FORMS[kind], 0)
+        chosen, bits = blocks.OPERANDS[kind]
         with ops.device_of(x):
             return blocks.quantize(x, program, form=chosen, bits=bits, sums=True)
     if not kernel.supports(program):
@@ -219,14 +219,18 @@ def launch_encode(x: Tensor, q: Quantizer, kind: str) -> tuple[Tensor, Tensor, T
 def launch_operand(x: Tensor, q: Quantizer, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """`operand` by the kernels."""
     from . import paths
-    from .kernels import rows as kernel
+    from .kernels import blocks, rows
 
     q.check(x)
     program, _ = _plan(q, kind, (x.dtype, x.shape[-1], x.device))
-    if paths.has_few_rows(x) and kernel.supports(program, x):
-        with ops.device_of(x):
-            return kernel.quantize(x, program, kind)
-    return _without_mask(launch_encode(x, q, kind))
+    if not blocks.supports(program, x):
+        return _without_mask(launch_encode(x, q, kind))
+    with ops.device_of(x):
+        if paths.has_few_rows(x):
+            return rows.quantize(x, program, kind)
+        form, bits = blocks.OPERANDS[kind]
+        made = blocks.quantize(x, program, form=form, bits=bits, sums=True, masked=False)
+        return _without_mask(made)
 
 
 def launch_decode(
@@ -264,9 +268,8 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 def launch_product(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, a_sums: Tensor, b_sums: Tensor,
     bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
-    settled: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`eager_product` by the kernel; settled: see `quest.kernels.product.product`."""
+    """`eager_product` by the kernel."""
     from .kernels import product as kernel
 
     terms = check_product(
@@ -284,7 +287,7 @@ def launch_product(
             length=terms.length, factor=terms.factor,
             row_scale=a_scale.contiguous(), column_scale=b_scale.contiguous(),
             row_sum=scaled(a_sums, terms.rows), column_sum=scaled(b_sums, terms.columns),
-            bias=None if bias is None else bias.float().contiguous(), settled=settled,
+            bias=None if bias is None else bias.float().contiguous(),
         )  # fmt: skip
 
 

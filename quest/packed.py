@@ -93,9 +93,8 @@ def _check(
 def launch_packed(
     a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor, a_sums: Tensor, w_sums: Tensor,
     bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
-    settled: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`packed_product` by the kernel; settled: see `quest.kernels.few.product`."""
+    """`packed_product` by the kernel."""
     from .kernels import few
 
     bits = _check(a, w, a_scale, w_scale, a_sums, w_sums, bias, grid_names, kinds, width, dtype)
@@ -115,7 +114,7 @@ def launch_packed(
             a.contiguous(), w.contiguous(), bits, dtype, factor=terms.factor, length=terms.length,
             a_scale=a_scale.contiguous(), w_scale=w_scale.contiguous(),
             a_sum=a_sums.contiguous(), w_sum=w_sums.contiguous(),
-            bias=None if bias is None else bias.contiguous(), settled=settled,
+            bias=None if bias is None else bias.contiguous(),
         )  # fmt: skip
 
 

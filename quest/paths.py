@@ -31,19 +31,19 @@ from .recipes import Recipe
 PATHS = ("values", "integers")
 # Of the input. Reckoned from the times of the parts (kernels/README.md), not swept as a whole.
 MIN_ROWS = 512
-# Up to here a weight's packed codes are read, from there on its operand: between 32 and 64 rows the
-# two kernels' times cross on the 7B shapes (the records' tuning.txt, 2026-11-25).
-FEW_ROWS = 32
+# By the bits of a weight's codes, 4 also for 2: where the times of the products with packed codes
+# and with the operand cross on the 7B shapes (the records' tuning.txt, 2026-11-25).
+FEW_ROWS = {1: 16, 4: 32}
 # From where on the product with a compressed 2:4 sparse weight was faster than the dense one at all
 # four 7B shapes (kernels/README.md); at 384 rows it is at 0.93 to 1.19, below mostly slower.
 SPARSE_ROWS = 512
 
-# Elements of rows that the kernel of few rows quantizes itself: 16 rows of 4096, 4 of 14336. With
-# more, every block's quantizing outweighs the launch that it saves (tuning.txt).
-FUSED_ELEMENTS = 2**16
+# Elements of rows that the kernel of few rows quantizes itself: 3 rows of 4096, one of 11008. With
+# more, every cluster's quantizing outweighs the launch that it saves (tuning.txt, 2026-11-25).
+FUSED_ELEMENTS = 3 * 2**12
 
-# Elements of an input in inference that are quantized a row a thread block, and not a Hadamard block
-# a thread, which is faster from there on (tuning.txt): 512 rows of 4096, 190 of 11008.
+# Elements of an input in inference that are quantized a row a thread block. From there on a
+# Hadamard block a thread is faster (tuning.txt): 512 rows of 4096, 190 of 11008.
 OPERAND_ELEMENTS = 2**21
 
 _forced: str | None = None
@@ -93,12 +93,13 @@ def allows(path: str) -> bool:
 def reads_packed(rows: int, packed: Tensor, width: int) -> bool:
     """Whether so many rows are multiplied with a weight's packed codes, and not with its operand.
 
-    Few rows wait for the weight to arrive, and packed it is the fewest bytes.
+    Few rows wait for the weight to arrive, and packed it is the fewest bytes. Single bits are
+    packed either way: there the large product is as fast sooner.
     """
     from .kernels import few
 
     bits = packed.shape[1] * 8 // width if width else 0
-    return rows <= FEW_ROWS and few.supports(rows, width, bits)
+    return rows <= FEW_ROWS[1 if bits == 1 else 4] and few.supports(rows, width, bits)
 
 
 def reads_compressed(rows: int) -> bool:

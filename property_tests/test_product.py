@@ -330,7 +330,7 @@ def test_every_variant_compiles_without_a_gpu(
 
 
 def test_the_choice_of_tiles() -> None:
-    """Of bits by how many are idle; of int8 by turns: what was measured best stands here."""
+    """Of int8 by the time of their turns: what was measured best. Of bits by their number."""
     wide, middle, narrow = product.WIDE[False], product.MIDDLE, product.NARROW
     measured = {
         (64, 4096): narrow, (256, 4096): narrow, (512, 4096): middle, (1024, 4096): wide,
@@ -342,7 +342,6 @@ def test_the_choice_of_tiles() -> None:
     assert product.shape(False, 64, 64, 1) == narrow  # less than a cluster at a time
     tiles = product.WIDE[True]
     rows = tiles.rows * 2 * 66  # one column of pairs for each pair of processors
-    assert product.shape(True, rows, 1, 132) == tiles
-    assert product.shape(True, rows * 3 // 4, 1, 132) == tiles  # 49.5 pairs of tiles: 50
-    assert product.shape(True, rows * 2 // 3, 1, 132) == narrow
+    assert product.shape(True, 3 * rows, 1, 132) == tiles
+    assert product.shape(True, 3 * rows - tiles.rows * 2, 1, 132) == narrow
     assert product.shape(True, 1, 4096, 132) == narrow

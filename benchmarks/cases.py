@@ -108,12 +108,20 @@ SEQUENCES = (1, 2, 4, 8) if CUDA else (1,)
 
 
 def trained() -> list[Any]:
-    """(architecture, sequences, tokens of each, recipe) of a step of training."""
+    """(architecture, sequences, tokens of each, recipe, as a graph) of a step of training."""
     config, sequences, length = TRAINED
-    return [
-        pytest.param(config, sequences, length, recipe, id=f"{_size(sequences, length)}-{recipe}")
+    made = [
+        (recipe, graph)
         for recipe in (OTHER_RECIPES if CUDA else ("w4a4",))
+        for graph in ((False, True) if CUDA else (False,))
     ]
+    return [
+        pytest.param(
+            config, sequences, length, recipe, graph,
+            id=f"{_size(sequences, length)}-{recipe}{'-graph' if graph else ''}",
+        )
+        for recipe, graph in made
+    ]  # fmt: skip
 
 
 def prefilled() -> list[Any]:

@@ -1,12 +1,13 @@
 """The operators of the integer path: exact products of low-bit operands.
 
 quest::encode(x, spec, kind) -> (operand, scale, mask, sums)
+quest::pack_operand(operand, spec) -> packed         integers in 2 or 4 bits
 quest::decode(operand, scale, spec, kind, width, dtype) -> values
 quest::accumulate(a, b) -> int32                     exact products of operands
 quest::product(a, b, ...) -> y                       the same, dequantized
 
 CPU: plain PyTorch (`eager`). CUDA: the kernels; products need Hopper (`unavailable` says why not).
-`kind` is one of `operands.KINDS`.
+`kind` is one of `operands.KINDS`; `decode` also reads `operands.PACKED`.
 """
 
 from __future__ import annotations
@@ -33,13 +34,36 @@ def encode(x: Tensor, spec: str, kind: str) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def _check_operand(name: str, t: Tensor, kind: str, width: int) -> None:
-    bytes_ = -(-width // 8) if kind == "bits" else width
-    dtype = torch.uint8 if kind == "bits" else torch.int8
+    bits = 1 if kind == "bits" else operands.PACKED.get(kind, 8)
+    bytes_, dtype = -(-width * bits // 8), torch.int8 if bits == 8 else torch.uint8
     if t.dtype != dtype or t.ndim == 0 or t.shape[-1] != bytes_:
         raise ValueError(
             f"{name} must be {dtype} with {bytes_} columns for {kind} of width {width}, got "
             f"{t.dtype} of shape {tuple(t.shape)}"
         )
+
+
+@torch.library.custom_op("quest::pack_operand", mutates_args=(), device_types="cpu")
+def pack_operand(operand: Tensor, spec: str) -> Tensor:
+    """An operand of integers (..., d) int8 in fewer bits, (..., ceil(d bits / 8)) uint8.
+
+    spec: of a quantizer for which `operands.saved` names packed integers. See
+    `quest.kernels.pack`.
+    """
+    q = ops.quantizer(spec)
+    _check_pack(operand, q)
+    return eager.pack_operand(operand, q)
+
+
+def _check_pack(operand: Tensor, q: Quantizer) -> operands.Form:
+    form = operands.saved(q, "integers")
+    if form.kind not in operands.PACKED:
+        raise ValueError(f"the integers of quantizer {q} have no packed form")
+    if operand.ndim == 0:
+        raise ValueError("operand must have at least one axis, got a scalar")
+    if operand.dtype != torch.int8:
+        raise TypeError(f"operand must be torch.int8, got {operand.dtype}")
+    return form
 
 
 @torch.library.custom_op("quest::decode", mutates_args=(), device_types="cpu")
@@ -195,6 +219,15 @@ def launch_encode(x: Tensor, q: Quantizer, kind: str) -> tuple[Tensor, Tensor, T
         return kernel.encode(x, program, kind=kind, integer=form.integer)
 
 
+def launch_pack(operand: Tensor, q: Quantizer) -> Tensor:
+    """`eager.pack_operand` by the kernel."""
+    from .kernels import pack as kernel
+
+    form = _check_pack(operand, q)
+    with ops.device_of(operand):
+        return kernel.pack(operand, form.bits, form.stride, form.top)
+
+
 def launch_decode(
     operand: Tensor, scale: Tensor, q: Quantizer, kind: str, width: int, dtype: torch.dtype
 ) -> Tensor:
@@ -202,9 +235,12 @@ def launch_decode(
     from .kernels import decode as kernel
 
     check_decode(operand, scale, kind, width, dtype)
-    unit = operands.form_of(q, kind).unit
+    form = operands.readable(q, kind)
     with ops.device_of(operand):
-        return kernel.decode(operand, scale, width, kind, unit, dtype)
+        return kernel.decode(
+            operand, scale, width, form.unit, dtype,
+            bits=form.bits, stride=form.stride, top=form.top,
+        )  # fmt: skip
 
 
 def require_product(device: torch.device) -> None:
@@ -263,6 +299,16 @@ def _(
     operand: Tensor, scale: Tensor, spec: str, kind: str, width: int, dtype: torch.dtype
 ) -> Tensor:
     return launch_decode(operand, scale, ops.quantizer(spec), kind, width, dtype)
+
+
+@pack_operand.register_kernel("cuda")
+def _(operand: Tensor, spec: str) -> Tensor:
+    return launch_pack(operand, ops.quantizer(spec))
+
+
+@pack_operand.register_fake
+def _(operand: Tensor, spec: str) -> Tensor:
+    return eager.packed_like(operand, _check_pack(operand, ops.quantizer(spec)).bits)
 
 
 @encode.register_fake

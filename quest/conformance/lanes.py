@@ -191,6 +191,7 @@ def operators(backend: str) -> Any:
         return SimpleNamespace(
             compress=compression.compress,
             encode=lambda x, q, kind: lowbit.encode(x, q.spec, kind),
+            pack_operand=lambda a, q: lowbit.pack_operand(a, q.spec),
             decode=lambda a, scale, q, *rest: lowbit.decode(a, scale, q.spec, *rest),
             accumulate=lowbit.accumulate,
             product=lowbit.product,
@@ -203,17 +204,19 @@ def operators(backend: str) -> Any:
     functions = (
         (
             eager.hadamard, eager.masked_transpose, eager.quantize, eager.encode, eager.decode,
-            compression.eager_compress,
+            compression.eager_compress, eager.pack_operand,
         )
         if backend == "eager"
         else (
             ops.launch_hadamard, ops.launch_masked_transpose, ops.launch_quantize,
             lowbit.launch_encode, lowbit.launch_decode, compression.launch_compress,
+            lowbit.launch_pack,
         )
     )  # fmt: skip
     return SimpleNamespace(
         compress=functions[5],
         encode=functions[3],
+        pack_operand=functions[6],
         decode=functions[4],
         accumulate=eager.accumulate,
         product=lowbit.eager_product,
@@ -253,6 +256,10 @@ def _encode(lane: Lane, x: Tensor, *, q: Any, kind: str) -> Outputs:
 def _decode(lane: Lane, operand: Tensor, scale: Tensor, *, q: Any, **static: Any) -> Outputs:
     f = operators(lane.backend).decode
     return {"values": f(operand, scale, q, static["kind"], static["width"], static["dtype"])}
+
+
+def _pack_operand(lane: Lane, operand: Tensor, *, q: Any) -> Outputs:
+    return {"packed": operators(lane.backend).pack_operand(operand, q)}
 
 
 def _compress(lane: Lane, operand: Tensor) -> Outputs:
@@ -459,6 +466,7 @@ _STAGES: dict[str, Callable[..., Outputs]] = {
     "frozen": _frozen,
     "encode": _encode,
     "decode": _decode,
+    "pack_operand": _pack_operand,
     "compress": _compress,
     "accumulate": _accumulate,
     "product": _product,

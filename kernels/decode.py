@@ -15,6 +15,7 @@ import triton.language as tl
 
 from . import outputs
 from .hadamard import stored
+from .whole import power_of_two, quotient
 
 
 @triton.jit
@@ -47,9 +48,9 @@ def decode(
     rows = math.prod(lead)
     y = outputs.empty((*lead, width), stored(dtype), operand.device)
     if y.numel():
-        w = min(1024, triton.next_power_of_2(width))
-        r = min(max(1, 2048 // w), triton.next_power_of_2(rows))
-        _decode[(triton.cdiv(rows, r), triton.cdiv(width, w))](
+        w = min(1024, power_of_two(width))
+        r = min(max(1, 2048 // w), power_of_two(rows))
+        _decode[(quotient(rows, r), quotient(width, w))](
             operand.contiguous(), scale.contiguous(), y, rows, width, operand.shape[-1], unit,
             8 // bits, stride, top, r, w, num_warps=4,
         )  # fmt: skip

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from . import outputs
+from .whole import power_of_two, quotient
 
 
 @triton.jit
@@ -41,9 +42,9 @@ def pack(operand: torch.Tensor, bits: int, stride: int, top: int) -> torch.Tenso
     rows, bytes_ = math.prod(lead), -(-width * bits // 8)
     packed = outputs.empty((*lead, bytes_), torch.uint8, operand.device)
     if packed.numel():
-        w = max(8 // bits, min(2048, triton.next_power_of_2(width)))
-        r = min(max(1, 2048 // w), triton.next_power_of_2(rows))
-        _pack[(triton.cdiv(rows, r), triton.cdiv(width, w))](
+        w = max(8 // bits, min(2048, power_of_two(width)))
+        r = min(max(1, 2048 // w), power_of_two(rows))
+        _pack[(quotient(rows, r), quotient(width, w))](
             operand.contiguous(), packed, rows, width, bytes_, 8 // bits, stride, top, r, w,
             num_warps=4,
         )  # fmt: skip

@@ -173,12 +173,7 @@ def check_product(
     names: of a and b, for messages.
     """
     _check_pair(a, b)
-    pairs = list(zip(grid_names.split(","), kinds.split(","), strict=False))
-    if len(pairs) != 2 or grid_names.count(",") != 1 or kinds.count(",") != 1:
-        raise ValueError(
-            f"grid_names and kinds must name two of each, got {grid_names!r} and {kinds!r}"
-        )
-    forms = [operands.form(grids.parse(g), kind) for g, kind in pairs]
+    forms, terms = _terms(grid_names, kinds, width)
     for name, t, s, n, f in (
         (names[0], a, a_scale, a_sums, forms[0]),
         (names[1], b, b_scale, b_sums, forms[1]),
@@ -188,7 +183,21 @@ def check_product(
     if bias is not None:
         ops.check_input(bias)
         check_vector("bias", bias, bias.dtype, (b.shape[0],), a)
-    return operands.terms(forms[0], forms[1], width)
+    return terms
+
+
+@functools.lru_cache(maxsize=1024)
+def _terms(
+    grid_names: str, kinds: str, width: int
+) -> tuple[tuple[operands.Form, operands.Form], operands.Terms]:
+    """What the names of a product say; made once, since a layer asks in every call."""
+    pairs = list(zip(grid_names.split(","), kinds.split(","), strict=False))
+    if len(pairs) != 2 or grid_names.count(",") != 1 or kinds.count(",") != 1:
+        raise ValueError(
+            f"grid_names and kinds must name two of each, got {grid_names!r} and {kinds!r}"
+        )
+    a, b = (operands.form(grids.parse(g), kind) for g, kind in pairs)
+    return (a, b), operands.terms(a, b, width)
 
 
 @functools.lru_cache(maxsize=1024)

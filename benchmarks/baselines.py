@@ -12,7 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from quest import Pairwise, Quantizer, eager, ops
+from quest import Pairwise, Quantizer, eager, operands, ops
+
+from . import cases
 
 
 @functools.lru_cache(maxsize=16)
@@ -81,3 +83,21 @@ def fake_quantize(x: Tensor, h: Tensor, q: Quantizer) -> tuple[Tensor, Tensor]:
     if keep is not None:
         points = torch.where(keep, points, 0.0)
     return (points * sigma).to(x.dtype), mask
+
+
+def pack_operand(operand: Tensor, form: operands.Form) -> Tensor:
+    """(rows, bytes) uint8 of an operand (rows, d) int8; d a multiple of the entries of a byte."""
+    index = ((operand + form.top) // form.stride).to(torch.uint8)
+    entries = index.view(len(index), -1, 8 // form.bits)
+    shifts = torch.arange(0, 8, form.bits, dtype=torch.uint8, device=index.device)
+    return (entries << shifts).sum(-1, dtype=torch.uint8)
+
+
+def decode(operand: Tensor, scale: Tensor, form: operands.Form, width: int) -> Tensor:
+    """The values (rows, width) of an operand (rows, bytes) and its scale (rows, 1)."""
+    stored = operand
+    if form.bits < 8:
+        shifts = torch.arange(0, 8, form.bits, dtype=torch.uint8, device=operand.device)
+        stored = ((operand.unsqueeze(-1) >> shifts) & (2**form.bits - 1)).flatten(-2)
+    integer = stored[:, :width].float() * form.stride - form.top
+    return (integer * form.unit * scale).to(cases.DTYPE)

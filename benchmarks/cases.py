@@ -67,6 +67,25 @@ def layers() -> list[Any]:
     return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made]
 
 
+def packed_operands() -> list[Any]:
+    """(rows, width, grid) of an operand that is packed: every grid, and other widths with one."""
+    made = [(ROWS, WIDTH, grid) for grid in ("ternary", "uniform2", "uniform4")]
+    made += [(ROWS, width, "uniform4") for width in OTHER_WIDTHS]
+    return [pytest.param(*case, id=f"{_size(*case[:2])}-{case[2]}") for case in made]
+
+
+def decoded_operands() -> list[Any]:
+    """(rows, width, grid, kind) of an operand that is decoded, packed and in bytes."""
+    kinds = (
+        ("uniform1", "bits"), ("uniform2", "packed2"), ("uniform4", "packed4"),
+        ("uniform4", "integers"), ("uniform8", "codes"),
+    )  # fmt: skip
+    return [
+        pytest.param(ROWS, WIDTH, *each, id=f"{_size(ROWS, WIDTH)}-{each[0]}-{each[1]}")
+        for each in kinds
+    ]
+
+
 # (out_features, in_features) of a 7B Llama; the numbers of tokens that a frozen layer is timed at.
 FROZEN = ((4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008)) if CUDA else ((256, 512),)
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384) if CUDA else (1, 64)
@@ -108,12 +127,20 @@ SEQUENCES = (1, 2, 4, 8) if CUDA else (1,)
 
 
 def trained() -> list[Any]:
-    """(architecture, sequences, tokens of each, recipe) of a step of training."""
+    """(architecture, sequences, tokens of each, recipe, as a graph) of a step of training."""
     config, sequences, length = TRAINED
-    return [
-        pytest.param(config, sequences, length, recipe, id=f"{_size(sequences, length)}-{recipe}")
+    made = [
+        (recipe, graph)
         for recipe in (OTHER_RECIPES if CUDA else ("w4a4",))
+        for graph in ((False, True) if CUDA else (False,))
     ]
+    return [
+        pytest.param(
+            config, sequences, length, recipe, graph,
+            id=f"{_size(sequences, length)}-{recipe}{'-graph' if graph else ''}",
+        )
+        for recipe, graph in made
+    ]  # fmt: skip
 
 
 def prefilled() -> list[Any]:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from . import outputs
+from .whole import quotient
 
 BLOCK = 256  # entries of eight words
 ROWS = 8  # of a program, which takes one block of each: 512 groups, four a thread
@@ -61,7 +62,7 @@ def compress(operand: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     blocks = -(-d // BLOCK)
     values = outputs.empty((rows, d // 2), torch.int8, operand.device)
     metadata = outputs.empty((rows, 8 * blocks), torch.int32, operand.device)
-    grid = (triton.cdiv(rows, ROWS), blocks)
+    grid = (quotient(rows, ROWS), blocks)
     crowded = outputs.empty((grid[0] * blocks,), torch.int32, operand.device)
     if operand.numel():
         x = operand.contiguous()

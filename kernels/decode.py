@@ -1,5 +1,6 @@
-"""From an operand of an integer product back to values: integer * unit * sigma.
+"""From an operand of an integer product back to values: (stride stored - top) * unit * sigma.
 
+An entry is stored in 8 bits, or in 1, 2 or 4 bits of a byte, little-endian; see `operands.Form`.
 Reads the codes and scales once and writes the values once. The backward multiplies with these: what
 the forward saves is 1 to 8 bits an element. Source: method, section 5.
 """
@@ -14,41 +15,43 @@ import triton.language as tl
 
 from . import outputs
 from .hadamard import stored
+from .whole import power_of_two, quotient
 
 
 @triton.jit
 def _decode(
     code_ptr, scale_ptr, y_ptr, rows, width, code_width, unit,
-    BITS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    PER: tl.constexpr, STRIDE: tl.constexpr, TOP: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = (r < rows) & (c < width)
-    if BITS:
-        byte = tl.load(code_ptr + r * code_width + c // 8, mask=inside, other=0).to(tl.int32)
-        integer = ((byte >> (c % 8)) & 1) * 2 - 1
-    else:
-        integer = tl.load(code_ptr + r * code_width + c, mask=inside, other=0).to(tl.int32)
-        if HALF:
-            integer = 2 * integer + 1
+    stored = tl.load(code_ptr + r * code_width + c // PER, mask=inside, other=0).to(tl.int32)
+    if PER > 1:
+        stored = (stored >> (c % PER * (8 // PER))) & ((1 << (8 // PER)) - 1)
+    integer = STRIDE * stored - TOP
     scale = tl.load(scale_ptr + r, mask=r < rows, other=0.0)
     y = integer.to(tl.float32) * unit * scale
     tl.store(y_ptr + r * width + c, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def decode(
-    operand: torch.Tensor, scale: torch.Tensor, width: int, kind: str, unit: float,
-    dtype: torch.dtype,
+    operand: torch.Tensor, scale: torch.Tensor, width: int, unit: float, dtype: torch.dtype,
+    *, bits: int, stride: int, top: int,
 ) -> torch.Tensor:  # fmt: skip
-    """operand (..., bytes) as `encode` makes it, scale (..., 1) float32: values (..., width)."""
+    """The values (..., width) of an operand and its scale (..., 1) float32, as `dtype`.
+
+    operand: (..., width) int8 for 8 bits, else (..., ceil(width bits / 8)) uint8.
+    """
     lead = operand.shape[:-1]
     rows = math.prod(lead)
     y = outputs.empty((*lead, width), stored(dtype), operand.device)
     if y.numel():
-        w = min(1024, triton.next_power_of_2(width))
-        r = min(max(1, 2048 // w), triton.next_power_of_2(rows))
-        _decode[(triton.cdiv(rows, r), triton.cdiv(width, w))](
+        w = min(1024, power_of_two(width))
+        r = min(max(1, 2048 // w), power_of_two(rows))
+        _decode[(quotient(rows, r), quotient(width, w))](
             operand.contiguous(), scale.contiguous(), y, rows, width, operand.shape[-1], unit,
-            kind == "bits", kind == "codes", r, w, num_warps=4,
+            8 // bits, stride, top, r, w, num_warps=4,
         )  # fmt: skip
     return y.to(dtype)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from . import outputs
+from .whole import power_of_two, quotient
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 TILE_LIMIT = 16384  # float32 elements that one program holds: 32 registers a thread at 16 warps
@@ -126,9 +127,9 @@ def warps(elements: int) -> int:
 
 def tile(rows: int, width: int, order: int) -> tuple[int, int]:
     """(ROWS, WIDTH) of one program's tile, powers of two, WIDTH a multiple of `order`."""
-    w = max(order, min(triton.next_power_of_2(width), 1024))
+    w = max(order, min(power_of_two(width), 1024))
     # One warp on 1024 elements was the fastest tile measured: its stages need no barrier.
-    r = min(max(1, 1024 // w), triton.next_power_of_2(rows))
+    r = min(max(1, 1024 // w), power_of_two(rows))
     return r, w
 
 
@@ -157,9 +158,9 @@ def launch_base(
     vectors = x.numel() // m
     # The interpreter takes as long for a large tile as for a small one.
     width = 4096 if INTERPRETED else 64
-    _base_product[(triton.cdiv(vectors, width),)](
+    _base_product[(quotient(vectors, width),)](
         x, y, base, x if power is None else power, vectors, columns, norm,
-        m, triton.next_power_of_2(m), power is not None, width, num_warps=4,
+        m, power_of_two(m), power is not None, width, num_warps=4,
     )  # fmt: skip
     return y
 
@@ -187,7 +188,7 @@ def launch_tile(
     # share of one (order 2^14 takes the smallest, 2^-133, to 2^-147). Subnormals of float32 would:
     # that kernel looks for sums out of range first.
     before = 1 / order if narrow else 1.0
-    _transform[(triton.cdiv(rows, r), triton.cdiv(width, w))](
+    _transform[(quotient(rows, r), quotient(width, w))](
         x, y, x if mask is None else mask, rows, width, -(-width // 8), before, norm / before,
         log, mask is not None, log > 0 and not (narrow or near_one), r, w, num_warps=warps(r * w),
     )  # fmt: skip

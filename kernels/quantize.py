@@ -43,6 +43,7 @@ from .hadamard import (
     readable,
     stored,
 )
+from .whole import power_of_two, quotient
 
 STE, EDGE, DISTANCE = 0, 1, 2  # how the mask is decided
 # Elements that a program, one warp, holds at a time; the largest order that it does. The
@@ -340,8 +341,8 @@ def supports(program: Program) -> bool:
 
 def _shape(width: int, order: int) -> tuple[int, int, int]:
     """(ROWS, WIDTH, CHUNKS) of a program: CHUNK elements at a time, whole rows where they fit."""
-    w = max(16, order, min(triton.next_power_of_2(width), CHUNK))
-    return CHUNK // w, w, triton.cdiv(width, w)
+    w = max(16, order, min(power_of_two(width), CHUNK))
+    return CHUNK // w, w, quotient(width, w)
 
 
 def _run(
@@ -400,7 +401,7 @@ def _run(
         n, group, pairs = p.group or (0, 0, False)
         r, w, chunks = _shape(d, order)
         nothing = scale  # a pointer that is never followed
-        _quantize[(triton.cdiv(rows, r),)](
+        _quantize[(quotient(rows, r),)](
             x, nothing if power is None else power, scale, value_out, code_out, mask, keep, sums,
             nothing if p.points is None else p.points,
             nothing if p.midpoints is None else p.midpoints,

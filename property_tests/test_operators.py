@@ -91,6 +91,11 @@ def test_opcheck_integer_path(device: str, recipe: str) -> None:
     check(torch.ops.quest.encode, (x, pair[0].spec, kinds[0]))
     check(torch.ops.quest.decode, (a[0], a[1], pair[0].spec, kinds[0], 48, torch.bfloat16))
     check(torch.ops.quest.accumulate, (a[0], b[0]))
+    saved = operands.saved(pair[0], kinds[0]).kind
+    if saved in operands.PACKED:
+        check(torch.ops.quest.pack_operand, (a[0], pair[0].spec))
+        packed = lowbit.pack_operand(a[0], pair[0].spec)
+        check(torch.ops.quest.decode, (packed, a[1], pair[0].spec, saved, 48, torch.bfloat16))
     names = ",".join(q.require_grid().name for q in pair)
     vectors = (a[1], b[1], a[3], b[3], None)
     static = (names, ",".join(kinds), 48, torch.float32)

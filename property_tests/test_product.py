@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 import quest
 from property_tests.lane_marks import every_lane, fewer
 from property_tests.ledger import LEDGER
 from quest import lowbit, operands, packing
-from quest.conformance import examine, inputs, judges
+from quest.conformance import examine, inputs, judges, oracle
 from quest.conformance.lanes import Lane, no_product
 from quest.conformance.strategies import SEEDS
 from quest.kernels import cuda, product
 from quest.lowbit_linear import low_bit_linear
+from quest.reference import packing as reference
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -156,6 +159,16 @@ def test_the_widest_accumulators(lane: Lane) -> None:
         LEDGER.judge(lane, [judges.accumulated(a, a, acc)], f"{width}, {dtype}")
 
 
+def _whole(saved: torch.Tensor, q: quest.Quantizer, kind: str, width: int) -> NDArray[np.int64]:
+    """The integers of an operand that a layer keeps; packed ones by the oracle's unpacking."""
+    form = operands.saved(q, kind)
+    if form.kind == kind:
+        return judges.whole(saved, kind, width)
+    index = reference.unpack(saved.numpy(), form.bits, width)
+    codes = reference.from_unsigned(index, oracle.grid(q.require_grid()))
+    return codes if q.require_grid().levels % 2 else 2 * codes + 1
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -177,7 +190,7 @@ def test_layer_of_the_integer_path(name: str, dtype: torch.dtype, device: str) -
     assert kinds is not None
     forms = [operands.form_of(q, kind) for q, kind in zip(pair, kinds, strict=True)]
     judges.multiplied(
-        (judges.whole(a.cpu(), kinds[0], 72), judges.whole(b.cpu(), kinds[1], 72)),
+        (_whole(a.cpu(), pair[0], kinds[0], 72), _whole(b.cpu(), pair[1], kinds[1], 72)),
         (forms[0].unit, forms[1].unit),
         (a_scale.cpu(), b_scale.cpu()),
         layer.bias.detach().cpu(),
@@ -195,7 +208,7 @@ def test_layer_of_the_integer_path(name: str, dtype: torch.dtype, device: str) -
     # The bound counts the backward's roundings from the operands that it reads: the product over
     # 24 or 10 terms, its storing, the rotation and the storing of the gradient.
     decoded = (
-        lowbit.decode(t, scale, q.spec, kind, 72, dtype).cpu()
+        lowbit.decode(t, scale, q.spec, operands.saved(q, kind).kind, 72, dtype).cpu()
         for t, scale, q, kind in zip((a, b), (a_scale, b_scale), pair, kinds, strict=True)
     )
     masks = (packing.unpack(a_mask.cpu(), 1, 72).bool(), packing.unpack(b_mask.cpu(), 1, 72).bool())

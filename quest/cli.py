@@ -146,6 +146,12 @@ def verify(
 @click.option("--save-every", type=click.IntRange(min=1), help="Steps. Default: 5 times a run.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--compile", "compile_", is_flag=True, help="Use torch.compile.")
+@click.option(
+    "--graph/--no-graph",
+    default=True,
+    show_default=True,
+    help="On a GPU: capture the step as CUDA graphs, and replay them. The same numbers.",
+)
 def train(
     recipes: tuple[str, ...],
     out: Path,
@@ -156,6 +162,7 @@ def train(
     size: str,
     device: str,
     compile_: bool,
+    graph: bool,
     **settings: Any,
 ) -> int:
     """Train a Llama on real text and draw its loss.
@@ -176,6 +183,7 @@ def train(
             tokenizer=tokenizer,
             device=device,
             compile=compile_,
+            graph=graph,
             resume=resume,
             overwrite=overwrite,
         )

@@ -228,11 +228,23 @@ def encoded_like(
     )
 
 
-def integers(operand: torch.Tensor, kind: str, width: int) -> torch.Tensor:
+def packed_like(operand: torch.Tensor, bits: int) -> torch.Tensor:
+    """Output of `pack_operand` by shape and dtype alone."""
+    return operand.new_empty(
+        (*operand.shape[:-1], -(-operand.shape[-1] * bits // 8)), dtype=torch.uint8
+    )
+
+
+def pack_operand(operand: torch.Tensor, q: Quantizer) -> torch.Tensor:
+    """An operand of integers (..., d) int8 in the form that is saved, (..., bytes) uint8."""
+    form = operands.saved(q, "integers")
+    return packing.pack((operand.int() + form.top) // form.stride, form.bits)
+
+
+def integers(operand: torch.Tensor, form: operands.Form, width: int) -> torch.Tensor:
     """The integers (..., width) int32 that an operand stands for."""
-    if kind == "bits":
-        return 2 * packing.unpack(operand, 1, width).int() - 1
-    return 2 * operand.int() + 1 if kind == "codes" else operand.int()
+    stored = operand if form.bits == 8 else packing.unpack(operand, form.bits, width)
+    return form.stride * stored.int() - form.top
 
 
 def decode(
@@ -240,8 +252,8 @@ def decode(
     dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
     """The values (..., width) of an operand, as `dtype`."""
-    unit = operands.form_of(q, kind).unit
-    return (integers(operand, kind, width) * unit * scale).to(dtype)
+    form = operands.readable(q, kind)
+    return (integers(operand, form, width) * form.unit * scale).to(dtype)
 
 
 def accumulate(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

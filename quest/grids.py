@@ -37,6 +37,10 @@ class Grid:
         if not all(map(math.isfinite, self.points)):
             raise ValueError(f"points of a grid are finite, got {self.points}")
 
+    def __hash__(self) -> int:
+        # Grids are keys of caches that a layer asks in every call: not all points each time.
+        return hash((self.name, len(self.points)))
+
     @property
     def levels(self) -> int:
         """Number of points L."""

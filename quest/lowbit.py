@@ -2,12 +2,13 @@
 
 quest::encode(x, spec, kind) -> (operand, scale, mask, sums)
 quest::operand(x, spec, kind) -> (operand, scale, sums)     of an input in inference, without a mask
+quest::pack_operand(operand, spec) -> packed         integers in 2 or 4 bits
 quest::decode(operand, scale, spec, kind, width, dtype) -> values
 quest::accumulate(a, b) -> int32                     exact products of operands
 quest::product(a, b, ...) -> y                       the same, dequantized
 
 CPU: plain PyTorch (`eager`). CUDA: the kernels; products need Hopper (`unavailable` says why not).
-`kind` is one of `operands.KINDS`.
+`kind` is one of `operands.KINDS`; `decode` also reads `operands.PACKED`.
 """
 
 from __future__ import annotations
@@ -54,13 +55,36 @@ def _without_mask(made: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, 
 
 
 def _check_operand(name: str, t: Tensor, kind: str, width: int) -> None:
-    bytes_ = -(-width // 8) if kind == "bits" else width
-    dtype = torch.uint8 if kind == "bits" else torch.int8
+    bits = 1 if kind == "bits" else operands.PACKED.get(kind, 8)
+    bytes_, dtype = -(-width * bits // 8), torch.int8 if bits == 8 else torch.uint8
     if t.dtype != dtype or t.ndim == 0 or t.shape[-1] != bytes_:
         raise ValueError(
             f"{name} must be {dtype} with {bytes_} columns for {kind} of width {width}, got "
             f"{t.dtype} of shape {tuple(t.shape)}"
         )
+
+
+@torch.library.custom_op("quest::pack_operand", mutates_args=(), device_types="cpu")
+def pack_operand(operand: Tensor, spec: str) -> Tensor:
+    """An operand of integers (..., d) int8 in fewer bits, (..., ceil(d bits / 8)) uint8.
+
+    spec: of a quantizer for which `operands.saved` names packed integers. See
+    `quest.kernels.pack`.
+    """
+    q = ops.quantizer(spec)
+    _check_pack(operand, q)
+    return eager.pack_operand(operand, q)
+
+
+def _check_pack(operand: Tensor, q: Quantizer) -> operands.Form:
+    form = operands.saved(q, "integers")
+    if form.kind not in operands.PACKED:
+        raise ValueError(f"the integers of quantizer {q} have no packed form")
+    if operand.ndim == 0:
+        raise ValueError("operand must have at least one axis, got a scalar")
+    if operand.dtype != torch.int8:
+        raise TypeError(f"operand must be torch.int8, got {operand.dtype}")
+    return form
 
 
 @torch.library.custom_op("quest::decode", mutates_args=(), device_types="cpu")
@@ -170,12 +194,7 @@ def check_product(
     names: of a and b, for messages.
     """
     _check_pair(a, b)
-    pairs = list(zip(grid_names.split(","), kinds.split(","), strict=False))
-    if len(pairs) != 2 or grid_names.count(",") != 1 or kinds.count(",") != 1:
-        raise ValueError(
-            f"grid_names and kinds must name two of each, got {grid_names!r} and {kinds!r}"
-        )
-    forms = [operands.form(grids.parse(g), kind) for g, kind in pairs]
+    forms, terms = _terms(grid_names, kinds, width)
     for name, t, s, n, f in (
         (names[0], a, a_scale, a_sums, forms[0]),
         (names[1], b, b_scale, b_sums, forms[1]),
@@ -185,7 +204,21 @@ def check_product(
     if bias is not None:
         ops.check_input(bias)
         check_vector("bias", bias, bias.dtype, (b.shape[0],), a)
-    return operands.terms(forms[0], forms[1], width)
+    return terms
+
+
+@functools.lru_cache(maxsize=1024)
+def _terms(
+    grid_names: str, kinds: str, width: int
+) -> tuple[tuple[operands.Form, operands.Form], operands.Terms]:
+    """What the names of a product say; made once, since a layer asks in every call."""
+    pairs = list(zip(grid_names.split(","), kinds.split(","), strict=False))
+    if len(pairs) != 2 or grid_names.count(",") != 1 or kinds.count(",") != 1:
+        raise ValueError(
+            f"grid_names and kinds must name two of each, got {grid_names!r} and {kinds!r}"
+        )
+    a, b = (operands.form(grids.parse(g), kind) for g, kind in pairs)
+    return (a, b), operands.terms(a, b, width)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -233,6 +266,15 @@ def launch_operand(x: Tensor, q: Quantizer, kind: str) -> tuple[Tensor, Tensor, 
         return _without_mask(made)
 
 
+def launch_pack(operand: Tensor, q: Quantizer) -> Tensor:
+    """`eager.pack_operand` by the kernel."""
+    from .kernels import pack as kernel
+
+    form = _check_pack(operand, q)
+    with ops.device_of(operand):
+        return kernel.pack(operand, form.bits, form.stride, form.top)
+
+
 def launch_decode(
     operand: Tensor, scale: Tensor, q: Quantizer, kind: str, width: int, dtype: torch.dtype
 ) -> Tensor:
@@ -240,9 +282,12 @@ def launch_decode(
     from .kernels import decode as kernel
 
     check_decode(operand, scale, kind, width, dtype)
-    unit = operands.form_of(q, kind).unit
+    form = operands.readable(q, kind)
     with ops.device_of(operand):
-        return kernel.decode(operand, scale, width, kind, unit, dtype)
+        return kernel.decode(
+            operand, scale, width, form.unit, dtype,
+            bits=form.bits, stride=form.stride, top=form.top,
+        )  # fmt: skip
 
 
 def require_product(device: torch.device) -> None:
@@ -306,6 +351,16 @@ def _(
     operand: Tensor, scale: Tensor, spec: str, kind: str, width: int, dtype: torch.dtype
 ) -> Tensor:
     return launch_decode(operand, scale, ops.quantizer(spec), kind, width, dtype)
+
+
+@pack_operand.register_kernel("cuda")
+def _(operand: Tensor, spec: str) -> Tensor:
+    return launch_pack(operand, ops.quantizer(spec))
+
+
+@pack_operand.register_fake
+def _(operand: Tensor, spec: str) -> Tensor:
+    return eager.packed_like(operand, _check_pack(operand, ops.quantizer(spec)).bits)
 
 
 @encode.register_fake

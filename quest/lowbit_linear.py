@@ -3,8 +3,9 @@
 quest::low_bit_linear(x, weights, biases, ...) -> [y of each weight, ..., what the backward reads]
 quest::low_bit_linear_backward(...) -> [dx, dw of each weight, ...]
 
-The input is quantized once. Operands and mask bits are saved, not values. Inside, the parts are
-called as functions: an operator of their own each costs the host more than most take on a GPU.
+The input is quantized once. Operands and mask bits are saved, not values; operands of 2 to 4 bits
+are packed for that time (`operands.saved`). Inside, the parts are called as functions: an operator
+of their own each costs the host more than most take on a GPU.
 Source: method, section 5; QuEST (arXiv 2502.05003), Algorithm 1.
 """
 
@@ -25,23 +26,31 @@ if TYPE_CHECKING:
 
 class _Parts(NamedTuple):
     encode: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    pack: Callable[[Tensor, Quantizer], Tensor]
     decode: Callable[..., Tensor]
     product: Callable[..., Tensor]
     masked_transpose: Callable[..., Tensor]
 
 
-_CPU = _Parts(eager.encode, eager.decode, lowbit.eager_product, eager.masked_transpose)
-_CUDA = _Parts(
-    lowbit.launch_encode, lowbit.launch_decode, lowbit.launch_product, ops.launch_masked_transpose
+_CPU = _Parts(
+    eager.encode, eager.pack_operand, eager.decode, lowbit.eager_product, eager.masked_transpose
 )
+_CUDA = _Parts(
+    lowbit.launch_encode, lowbit.launch_pack, lowbit.launch_decode, lowbit.launch_product,
+    ops.launch_masked_transpose,
+)  # fmt: skip
 
 
 class _Pair(NamedTuple):
-    """What two specs say: quantizers and kinds of activation and weight; names for a product."""
+    """What two specs say: quantizers and kinds of activation and weight; names for a product.
+
+    saved: the kinds in which the operands are kept for the backward.
+    """
 
     activation: Quantizer
     weight: Quantizer
     kinds: tuple[str, str]
+    saved: tuple[str, str]
     names: str
 
 
@@ -56,7 +65,8 @@ def _pair(activation: str, weight: str) -> _Pair:
         raise ValueError(
             f"activation and weight must use the same transform, got {activation} and {weight}"
         )
-    return _Pair(*q, kinds, ",".join(t.require_grid().name for t in q))
+    saved = operands.saved(q[0], kinds[0]).kind, operands.saved(q[1], kinds[1]).kind
+    return _Pair(*q, kinds, saved, ",".join(t.require_grid().name for t in q))
 
 
 def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], made: _Pair) -> None:
@@ -92,22 +102,26 @@ def low_bit_linear(
 
     x (..., in), quantized once; weights (out, in) each, of one dtype; biases: none at all, or one
     (out,) for each weight; activation, weight: specs of quantizers that `operands.kinds` can pair.
-    After the y's come what the backward reads: operand, scale and packed mask of x, as rows, and of
-    each weight.
+    After the y's come what the backward reads: operand, in the kind of `operands.saved`, scale and
+    packed mask of x, as rows, and of each weight.
     """
     made = _pair(activation, weight)
     _check(x, weights, biases, made)
     f = _CUDA if x.is_cuda else _CPU
     d, kinds = x.shape[-1], ",".join(made.kinds)
     a, a_scale, a_mask, a_sums = f.encode(lowbit.as_rows(x), made.activation, made.kinds[0])
-    ys, read = [], [a, a_scale, a_mask]
+    ys, read = [], [_saved(f, a, made.activation, made.saved[0]), a_scale, a_mask]
     for i, w in enumerate(weights):
         b, b_scale, b_mask, b_sums = f.encode(w, made.weight, made.kinds[1])
         bias = biases[i] if biases else None
         y = f.product(a, b, a_scale, b_scale, a_sums, b_sums, bias, made.names, kinds, d, dtype)
         ys.append(y.view(*x.shape[:-1], w.shape[0]))
-        read += [b, b_scale, b_mask]
+        read += [_saved(f, b, made.weight, made.saved[1]), b_scale, b_mask]
     return ys + read
+
+
+def _saved(f: _Parts, operand: Tensor, q: Quantizer, kind: str) -> Tensor:
+    return f.pack(operand, q) if kind in operands.PACKED else operand
 
 
 @low_bit_linear.register_fake
@@ -122,10 +136,17 @@ def _(
     made = _pair(activation, weight)
     _check(x, weights, biases, made)
     ys = [x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype) for w in weights]
-    read = list(eager.encoded_like(lowbit.as_rows(x), made.kinds[0])[:3])
+    read = _read_like(lowbit.as_rows(x), made.kinds[0], made.saved[0])
     for w in weights:
-        read += eager.encoded_like(w, made.kinds[1])[:3]
+        read += _read_like(w, made.kinds[1], made.saved[1])
     return ys + read
+
+
+def _read_like(x: Tensor, kind: str, saved: str) -> list[Tensor]:
+    operand, scale, mask, _ = eager.encoded_like(x, kind)
+    if saved in operands.PACKED:
+        operand = eager.packed_like(operand, operands.PACKED[saved])
+    return [operand, scale, mask]
 
 
 @torch.library.custom_op("quest::low_bit_linear_backward", mutates_args=())
@@ -169,12 +190,12 @@ def _gradients(
     if needs_x:
         total: Tensor | None = None
         for i, g in enumerate(grads):
-            w_hat = f.decode(*rest[3 * i : 3 * i + 2], made.weight, made.kinds[1], width, g.dtype)
+            w_hat = f.decode(*rest[3 * i : 3 * i + 2], made.weight, made.saved[1], width, g.dtype)
             total = g @ w_hat if total is None else total.addmm_(g, w_hat)
         assert total is not None
         out.append(f.masked_transpose(total, a_mask, order, x_dtype))
     if any(needs_w):
-        x_hat = f.decode(a, a_scale, made.activation, made.kinds[0], width, grads[0].dtype)
+        x_hat = f.decode(a, a_scale, made.activation, made.saved[0], width, grads[0].dtype)
         for i, g in enumerate(grads):
             if needs_w[i]:
                 out.append(f.masked_transpose(g.t() @ x_hat, rest[3 * i + 2], order, w_dtype))

@@ -9,7 +9,7 @@ Source: method, section 3; QuEST (arXiv 2502.05003), section 4.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .quantizer import Quantizer
 
 KINDS = ("bits", "integers", "codes")
+# In which an operand of integers waits for the backward, and the bits of an entry.
+PACKED = {"packed2": 2, "packed4": 4}
 # The accumulator is int32: fewer than 2**17 products of -128 fit it. The limit is the power of two
 # below.
 MAX_WIDTH = 2**16
@@ -29,12 +31,19 @@ class Form:
     kind: "bits", (..., ceil(d/8)) uint8, bit 1 for +1 and bit 0 for -1; "integers", (..., d) int8;
     or "codes", (..., d) int8, where the integer is 2 code + 1.
     integer: what turns a point (of a uniform grid: in steps) into its integer. unit: a point is
-    its integer times unit.
+    its integer times unit. bits: of a stored entry, packed where they are fewer than 8; the integer
+    is stride times what is stored, less top.
     """
 
     kind: str
     integer: float
     unit: float
+    bits: int
+    stride: int
+    top: int
+
+
+_STORED = {"bits": (1, 2, 1), "integers": (8, 1, 0), "codes": (8, 2, -1)}
 
 
 @functools.cache
@@ -53,7 +62,7 @@ def form(grid: Grid, kind: str) -> Form:
     fits = {"bits": grid.levels == 2, "integers": largest <= 127, "codes": largest == 255}
     if not (fits[kind] and all(abs(p / unit - round(p / unit)) < 1e-9 for p in grid.points)):
         raise ValueError(f"grid {grid.name!r} has no operand of kind {kind!r}")
-    return Form(kind, factor, unit)
+    return Form(kind, factor, unit, *_STORED[kind])
 
 
 def form_of(q: Quantizer, kind: str) -> Form:
@@ -62,6 +71,37 @@ def form_of(q: Quantizer, kind: str) -> Form:
     if q.sparsity is not None and kind != "integers":
         # A pruned 0 is neither a sign nor half of an odd number.
         raise ValueError(f"pruned entries, sparsity {q.sparsity}, have no place in {kind!r}")
+    return made
+
+
+@functools.cache
+def saved(q: Quantizer, kind: str) -> Form:
+    """The form in which an operand of `kind` is kept for the backward.
+
+    Integers of a dense uniform grid of 3 to 16 levels in the bits of their code, as an index from
+    0: "packed2" or "packed4", (..., ceil(d bits / 8)) uint8, as in `packing`. Others as they are.
+    """
+    made, grid = form_of(q, kind), q.require_grid()
+    packs = kind == "integers" and q.sparsity is None and grid.step is not None
+    if not packs or grid.storage_bits not in PACKED.values():
+        return made
+    return replace(
+        made,
+        kind=f"packed{grid.storage_bits}",
+        bits=grid.storage_bits,
+        stride=1 if grid.levels % 2 else 2,
+        top=round(grid.outer / made.unit),
+    )
+
+
+@functools.cache
+def readable(q: Quantizer, kind: str) -> Form:
+    """The form of an operand that `decode` reads, one of `KINDS` or of `PACKED`."""
+    if kind not in PACKED:
+        return form_of(q, kind)
+    made = saved(q, "integers")
+    if made.kind != kind:
+        raise ValueError(f"quantizer {q} has no operand of kind {kind!r}")
     return made
 
 

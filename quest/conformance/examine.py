@@ -111,6 +111,9 @@ def encoded(lane: Lane, x: Tensor, q: Quantizer, kind: str) -> list[Verdict]:
     form = judges.form("decoded", values, tuple(x.shape), x.dtype)
     if form.failure is None:
         found.append(judges.dequantized(q, codes["codes"], out["scale"], keep, values))
+        # As for the compressed form: a wrong operand need not have a packed one.
+        if operands.saved(q, kind).kind in operands.PACKED and not any(v.failure for v in found):
+            found += packed_operand(lane, q, codes["codes"], out["operand"], out["scale"], values)
     return [*found, form]
 
 
@@ -125,6 +128,27 @@ def operand(lane: Lane, x: Tensor, q: Quantizer, kind: str) -> list[Verdict]:
         judges.exact(f"operand's {name}", judges.bits(out[name]), judges.bits(same[name]))
         for name in ("operand", "scale", "sums")
     ]
+
+
+def packed_operand(
+    lane: Lane, q: Quantizer, codes: Tensor, operand: Tensor, scale: Tensor, values: Tensor
+) -> list[Verdict]:
+    """T0 of an operand of integers in the form that is saved, and of what it decodes to.
+
+    codes (..., d) and values (..., d): those of the operand.
+    """
+    d, form = operand.shape[-1], operands.saved(q, "integers")
+    packed = lane.call("pack_operand", operand, q=q)["packed"]
+    shape = (*operand.shape[:-1], -(-d * form.bits // 8))
+    found = [judges.form("packed operand", packed, shape, torch.uint8)]
+    if found[0].failure is not None:
+        return found
+    static = {"q": q, "kind": form.kind, "width": d, "dtype": values.dtype}
+    again = lane.call("decode", packed, scale, **static)["values"]
+    same = judges.form("decoded from packed", again, tuple(values.shape), values.dtype)
+    if same.failure is None:
+        same = judges.exact("decoded from packed", judges.bits(again), judges.bits(values))
+    return [*found, judges.packed(q, codes, packed), same]
 
 
 def compressed(lane: Lane, operand: Tensor) -> list[Verdict]:

@@ -192,6 +192,7 @@ def operators(backend: str) -> Any:
             compress=compression.compress,
             encode=lambda x, q, kind: lowbit.encode(x, q.spec, kind),
             operand=lambda x, q, kind: lowbit.operand(x, q.spec, kind),
+            pack_operand=lambda a, q: lowbit.pack_operand(a, q.spec),
             decode=lambda a, scale, q, *rest: lowbit.decode(a, scale, q.spec, *rest),
             accumulate=lowbit.accumulate,
             product=lowbit.product,
@@ -204,19 +205,20 @@ def operators(backend: str) -> Any:
     functions = (
         (
             eager.hadamard, eager.masked_transpose, eager.quantize, eager.encode, eager.decode,
-            compression.eager_compress, lowbit.eager_operand,
+            compression.eager_compress, lowbit.eager_operand, eager.pack_operand,
         )
         if backend == "eager"
         else (
             ops.launch_hadamard, ops.launch_masked_transpose, ops.launch_quantize,
             lowbit.launch_encode, lowbit.launch_decode, compression.launch_compress,
-            lowbit.launch_operand,
+            lowbit.launch_operand, lowbit.launch_pack,
         )
     )  # fmt: skip
     return SimpleNamespace(
         compress=functions[5],
         encode=functions[3],
         operand=functions[6],
+        pack_operand=functions[7],
         decode=functions[4],
         accumulate=eager.accumulate,
         product=lowbit.eager_product,
@@ -261,6 +263,10 @@ def _operand(lane: Lane, x: Tensor, *, q: Any, kind: str) -> Outputs:
 def _decode(lane: Lane, operand: Tensor, scale: Tensor, *, q: Any, **static: Any) -> Outputs:
     f = operators(lane.backend).decode
     return {"values": f(operand, scale, q, static["kind"], static["width"], static["dtype"])}
+
+
+def _pack_operand(lane: Lane, operand: Tensor, *, q: Any) -> Outputs:
+    return {"packed": operators(lane.backend).pack_operand(operand, q)}
 
 
 def _compress(lane: Lane, operand: Tensor) -> Outputs:
@@ -470,6 +476,7 @@ _STAGES: dict[str, Callable[..., Outputs]] = {
     "encode": _encode,
     "operand": _operand,
     "decode": _decode,
+    "pack_operand": _pack_operand,
     "compress": _compress,
     "accumulate": _accumulate,
     "product": _product,

@@ -27,7 +27,8 @@ class Request:
     """What the command line asks for.
 
     ``data`` are files, folders and globs (none: the standard library's source), ``tokenizer`` a
-    Hugging Face file or None for bytes, ``device`` a name that torch knows or "auto".
+    Hugging Face file or None for bytes, ``device`` a name that torch knows or "auto". ``graph``
+    captures the step on a GPU and changes nothing on a CPU.
     """
 
     recipes: Sequence[str]
@@ -37,6 +38,7 @@ class Request:
     tokenizer: Path | None = None
     device: str = "auto"
     compile: bool = False
+    graph: bool = True
     resume: bool = False
     overwrite: bool = False
 
@@ -86,7 +88,7 @@ def run(request: Request, console: Console) -> list[loop.Outcome]:
     folder.open(recipes, about, resume=request.resume)
     metrics = Metrics(folder.metrics, finished)
     _announce(console, request, data, device, text.files, len(text.skipped))
-    job = loop.Job(config, data, folder, metrics, device, request.compile)
+    job = loop.Job(config, data, folder, metrics, device, request.compile, request.graph)
     watcher = progress.watcher(console)
     outcomes = []
     for name in recipes:

@@ -20,7 +20,8 @@ from quest.train.data import Dataset
 from quest.train.errors import UserError
 from quest.train.folder import RunFolder
 from quest.train.metrics import Metrics, Row
-from quest.train.optimizer import CLIP, adamw, learning_rate
+from quest.train.optimizer import adamw, learning_rate, restore, state_of
+from quest.train.step import CapturedStep, CudaGraphs, Step
 
 
 class DivergedError(RuntimeError):
@@ -47,6 +48,7 @@ class Job:
     metrics: Metrics
     device: torch.device
     compile: bool
+    graph: bool = True
 
     @property
     def architecture(self) -> LlamaConfig:
@@ -102,24 +104,12 @@ def validate(model: nn.Module, job: Job) -> float:
     return total / len(windows)
 
 
-def update(
-    model: nn.Module, optimizer: torch.optim.Optimizer, job: Job, step: int
-) -> tuple[float, float, float]:
-    """Do update ``step`` (from 0); returns loss, norm of the gradient before clipping, and rate."""
-    config = job.config
-    rate = learning_rate(step, config.steps, config.lr)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad()
-    batch = job.data.batch(config.seed, step, config.batch, config.seq)
-    total = torch.zeros((), device=job.device)
-    for part in torch.split(batch, config.micro_batch):
-        loss = token_loss(model, part, job.device) * (len(part) / len(batch))
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    optimizer.step()
-    return total.item(), norm.item(), rate
+def stepper(model: nn.Module, optimizer: torch.optim.Optimizer, job: Job) -> Step | CapturedStep:
+    """What does an update: captured as CUDA graphs on a GPU, unless ``job`` forbids it."""
+    plain = Step(model, optimizer, lambda windows: token_loss(model, windows, job.device))
+    if job.graph and job.device.type == "cuda":
+        return CapturedStep(plain, CudaGraphs(job.device))
+    return plain
 
 
 def train(job: Job, recipe: str, watcher: Watcher, *, resume: bool) -> Outcome:
@@ -137,11 +127,12 @@ def train(job: Job, recipe: str, watcher: Watcher, *, resume: bool) -> Outcome:
     if resume and path.exists():
         last = checkpoint.load(path, identity)
         model.load_state_dict(last.model)
-        optimizer.load_state_dict(last.optimizer)
+        restore(optimizer, last.optimizer)
         done, before = last.step, last.seconds
         del last
     if job.compile:
         model.compile()
+    update = stepper(model, optimizer, job)
     tokens_per_step = config.batch * config.seq
     val_loss = validate(model, job) if done == config.steps else math.nan
     seconds = before
@@ -149,7 +140,9 @@ def train(job: Job, recipe: str, watcher: Watcher, *, resume: bool) -> Outcome:
     watcher.start(recipe, done, config.steps, tokens_per_step)
     try:
         for step in range(done + 1, config.steps + 1):
-            loss, norm, rate = update(model, optimizer, job, step - 1)
+            rate = learning_rate(step - 1, config.steps, config.lr)
+            batch = data.batch(config.seed, step - 1, config.batch, config.seq)
+            loss, norm = update(batch, config.micro_batch, rate)
             if not math.isfinite(loss):
                 raise DivergedError(f"recipe {recipe}: the loss is {loss} at step {step}")
             last_step = step == config.steps
@@ -170,9 +163,7 @@ def train(job: Job, recipe: str, watcher: Watcher, *, resume: bool) -> Outcome:
             )
             job.metrics.add(row)
             if last_step or step % config.save_every == 0:
-                state = Checkpoint(
-                    identity, step, seconds, model.state_dict(), optimizer.state_dict()
-                )
+                state = Checkpoint(identity, step, seconds, model.state_dict(), state_of(optimizer))
                 checkpoint.save(path, state)
             watcher.step(row)
     finally:

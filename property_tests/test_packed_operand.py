@@ -1,0 +1,180 @@
+"""Operands of 2 and 4 bits an entry, as the layer keeps them: bit for bit, in every lane."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import quest
+from property_tests.lane_marks import every_lane, fewer
+from property_tests.ledger import LEDGER
+from quest import grids, lowbit, lowbit_linear, operands
+from quest.conformance import examine
+from quest.conformance.lanes import Lane
+from quest.conformance.strategies import DTYPES, SEEDS
+
+GRIDS = ("ternary", "uniform2", "uniform3", "uniform4")
+PLAIN = {name: quest.Quantizer(grids.parse(name), quest.Identity()) for name in GRIDS}
+
+
+def _codes(q: quest.Quantizer, shape: tuple[int, ...], seed: int) -> Tensor:
+    levels = q.require_grid().levels
+    drawn = np.random.default_rng(seed).integers(0, levels, shape) - levels // 2
+    return torch.from_numpy(drawn.astype(np.int8))
+
+
+def _integers(q: quest.Quantizer, codes: Tensor) -> Tensor:
+    return codes if q.require_grid().levels % 2 else 2 * codes + 1
+
+
+def _judge(lane: Lane, q: quest.Quantizer, codes: Tensor, operand: Tensor, **how: Any) -> None:
+    scale = torch.rand(*codes.shape[:-1], 1, generator=torch.Generator().manual_seed(1)) + 0.5
+    static = {"q": q, "kind": "integers", "width": codes.shape[-1], "dtype": how["dtype"]}
+    values = lane.call("decode", operand, scale, **static)["values"]
+    found = examine.packed_operand(lane, q, codes, operand, scale, values)
+    LEDGER.judge(lane, found, f"{q.spec}, {tuple(codes.shape)}, {how}")
+
+
+@every_lane
+@pytest.mark.parametrize("name", GRIDS)
+@fewer
+@given(
+    lead=st.sampled_from(((3,), (1,), (2, 5), (0,), (), (70,))),
+    width=st.sampled_from((64, 1, 2, 3, 5, 7, 9, 130, 2047, 2048, 2049, 4100, 0)),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(("contiguous", "transposed", "odd")),
+    seed=SEEDS,
+)
+def test_packed(
+    lane: Lane, name: str, lead: tuple[int, ...], width: int, dtype: torch.dtype, layout: str,
+    seed: int,
+) -> None:  # fmt: skip
+    q = PLAIN[name]
+    codes = _codes(q, (*lead, width), seed)
+    operand = _integers(q, codes)
+    if layout == "transposed" and operand.ndim == 2:
+        operand = operand.t().contiguous().t()
+    elif layout == "odd":  # where no entry begins a word
+        first = torch.full((1,), 7, dtype=torch.int8)
+        operand = torch.cat([first, operand.flatten()])[1:].view(operand.shape)
+    _judge(lane, q, codes, operand, dtype=dtype, layout=layout, seed=seed)
+
+
+@every_lane
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_code_beside_every_other(lane: Lane, name: str) -> None:
+    q = PLAIN[name]
+    levels = q.require_grid().levels
+    half = torch.arange(levels, dtype=torch.int8) - levels // 2
+    codes = torch.cartesian_prod(half, half).flatten()[None]
+    # In the last place of a byte, and in the first.
+    for start in (0, 1):
+        _judge(
+            lane, q, codes[:, start:], _integers(q, codes[:, start:]).contiguous(),
+            dtype=torch.float32,
+        )  # fmt: skip
+
+
+def test_the_form_by_hand() -> None:
+    four, two, three = PLAIN["uniform4"], PLAIN["uniform2"], PLAIN["ternary"]
+    operand = torch.tensor([[-15, 15, 1]], dtype=torch.int8)
+    assert lowbit.pack_operand(operand, four.spec).tolist() == [[0xF0, 0x08]]
+    assert lowbit.pack_operand(operand.clamp(-3, 3), two.spec).tolist() == [[0b101100]]
+    assert lowbit.pack_operand(operand.clamp(-1, 1), three.spec).tolist() == [[0b101000]]
+    packed, scale = torch.tensor([[0xF0, 0x08]], dtype=torch.uint8), torch.tensor([[2.0]])
+    step = torch.tensor(four.require_grid().step, dtype=torch.float32)
+    values = lowbit.decode(packed, scale, four.spec, "packed4", 3, torch.float32)
+    torch.testing.assert_close(values, torch.tensor([[-15.0, 15.0, 1.0]]) * step)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("w1a1", ("bits", "bits")),
+        ("w1a8", ("codes", "integers")),
+        ("w1.58a1.58", ("packed2", "packed2")),
+        ("w2a2", ("packed2", "packed2")),
+        ("w3a3", ("packed4", "packed4")),
+        ("w4a4", ("packed4", "packed4")),
+        ("w2a4", ("packed4", "packed2")),
+        ("w5a5", ("integers", "integers")),
+        ("w4a8", ("codes", "packed4")),
+        ("w8a8", ("codes", "codes")),
+        ("fp4", ("integers", "integers")),
+        ("w4a4-2:4", ("packed4", "integers")),
+        ("w4a4-4:8", ("packed4", "integers")),
+    ],
+)
+def test_what_is_packed(name: str, kinds: tuple[str, str]) -> None:
+    """Of activation and weight: what is dense and of 2 to 4 bits, in as many bytes as it says."""
+    made = quest.recipe(name)
+    pair = (made.activation, made.weight)
+    found = [
+        operands.saved(q, kind).kind
+        for q, kind in zip(pair, operands.kinds(*pair) or (), strict=True)
+    ]
+    assert tuple(found) == kinds
+    x, w = torch.randn(3, 72), torch.randn(5, 72)
+    read = lowbit_linear.low_bit_linear(x, [w], [], pair[0].spec, pair[1].spec, torch.float32)[1:]
+    widths = {"bits": 9, "packed2": 18, "packed4": 36, "integers": 72, "codes": 72}
+    assert [tuple(t.shape) for t in read[::3]] == [(3, widths[kinds[0]]), (5, widths[kinds[1]])]
+
+
+@pytest.mark.parametrize("name", ["w1.58a1.58", "w2a2", "w3a3", "w4a4", "w2a4", "w4a4-2:4"])
+@pytest.mark.parametrize("width", [72, 20, 12])
+def test_gradients_are_those_of_operands_in_bytes(
+    name: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = quest.recipe(name)
+    specs = (made.activation.spec, made.weight.spec)
+    g = torch.Generator().manual_seed(0)
+    x, v, w = (torch.randn(n, width, generator=g, requires_grad=True) for n in (7, 5, 4))
+    real = lowbit_linear._pair
+
+    def grads() -> list[Tensor]:
+        y = lowbit_linear.low_bit_linear(x, [v, w], [], *specs, torch.float32)
+        loss = y[0].square().sum() + y[1].square().sum()
+        return [y[0], y[1], *torch.autograd.grad(loss, (x, v, w))]
+
+    packed = grads()
+    monkeypatch.setattr(
+        lowbit_linear, "_pair", lambda *names: real(*names)._replace(saved=real(*names).kinds)
+    )
+    assert all(map(torch.equal, packed, grads()))
+
+
+@pytest.mark.parametrize(
+    ("operand", "name", "error", "told"),
+    [
+        (torch.ones(2, 8), "w4a4", TypeError, "operand must be torch.int8, got torch.float32"),
+        (torch.ones((), dtype=torch.int8), "w4a4", ValueError, "at least one axis, got a scalar"),
+        (torch.ones(2, 8, dtype=torch.int8), "w8a8", ValueError, "no operand of kind 'integers'"),
+        (torch.ones(2, 8, dtype=torch.int8), "fp4", ValueError, "have no packed form"),
+        (torch.ones(2, 8, dtype=torch.int8), "w5a5", ValueError, "have no packed form"),
+        (torch.ones(2, 8, dtype=torch.int8), "w4a4-2:4", ValueError, "have no packed form"),
+    ],
+)
+def test_errors(operand: Tensor, name: str, error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=told):
+        lowbit.pack_operand(operand, quest.recipe(name).weight.spec)
+
+
+def test_errors_of_what_decodes() -> None:
+    four, scale = PLAIN["uniform4"].spec, torch.ones(2, 1)
+    packed = torch.zeros(2, 4, dtype=torch.uint8)
+    for kind, width, told in (
+        ("packed4", 9, "operand must be torch.uint8 with 5 columns for packed4 of width 9"),
+        ("packed2", 16, "has no operand of kind 'packed2'"),
+        ("integers", 4, "operand must be torch.int8 with 4 columns for integers"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            lowbit.decode(packed, scale, four, kind, width, torch.float32)
+    for kind in operands.PACKED:
+        with pytest.raises(ValueError, match="kind must be one of bits, integers, codes"):
+            lowbit.encode(torch.ones(2, 8), four, kind)

@@ -18,6 +18,7 @@ from typing import Any
 from . import child, pool
 from .mutant import ROOT
 
+OURS = "test_mutants"
 IMPORT = ""  # the name of no test
 ALL: frozenset[str] = frozenset()
 
@@ -55,9 +56,9 @@ class Baseline:
 
 
 def _test_files() -> list[str]:
-    # Not the test of the mutants themselves.
+    # Not the tests of the mutants themselves.
     paths = sorted((ROOT / "property_tests").glob("test_*.py"))
-    return [f"property_tests/{p.name}" for p in paths if p.name != "test_mutants.py"]
+    return [f"property_tests/{p.name}" for p in paths if not p.name.startswith(OURS)]
 
 
 def _digest(paths: Iterable[Path], *more: str) -> str:

@@ -242,7 +242,12 @@ def _run(
                 found = choice.stages(mutant, seen)
                 return sum(found[0].tests.values()) if plan.cheap and found else 0.0
 
+            # Known at once, wherever the run ends.
+            idle = [m for m in missing if not choice.stages(m, seen)]
+            for m in idle:
+                told(m, runner.Result(m.id, m.what, "not run"))
+            left = [m for m in missing if m.id not in heard]
             runner.run(
-                order(missing, plan.seed, cost), parts, folder, plan.jobs, told,
+                order(left, plan.seed, cost), parts, folder, plan.jobs, told,
                 variants=seen.variants, until=plan.until,
             )  # fmt: skip

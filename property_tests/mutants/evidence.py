@@ -28,7 +28,7 @@ import platform
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from .baseline import has_gpu
+from .baseline import OURS, has_gpu
 from .mutant import ROOT
 from .trace import WATCHED
 
@@ -96,7 +96,7 @@ class Evidence:
         tests = sorted((root / "property_tests").glob("*.py"))
         self._tests = {
             f"property_tests/{p.name}": _digest([p.read_bytes().hex()])
-            for p in tests if p.name != "test_mutants.py"
+            for p in tests if not p.name.startswith(OURS)
         }  # fmt: skip
         settings = [root / "conftest.py", root / "pyproject.toml"]
         self._common = _digest([

@@ -60,7 +60,9 @@ def run_all(
     jobs: Iterator[child.Job], slots: int, ended: Callable[[Ended], Iterator[child.Job]],
     until: float = math.inf,
 ) -> None:  # fmt: skip
-    """Run jobs, `slots` at a time; `ended` is told of each end and may give jobs that go last.
+    """Run jobs, `slots` at a time; `ended` is told of each end and may give more jobs.
+
+    Those of the quick profile are next, so that a verdict is near; others go last.
 
     until: what `time.monotonic` says when all that still runs is given up.
     """
@@ -70,12 +72,15 @@ def run_all(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(child.PRELOAD)
     alive: dict[int, tuple[BaseProcess, child.Job, float]] = {}
+    soon: list[child.Job] = []
     waiting: list[child.Job] = []
     late: set[int] = set()
     try:
         while time.monotonic() < until:
             while len(alive) < slots:
-                job = next(jobs, None) or (waiting.pop(0) if waiting else None)
+                job = soon.pop(0) if soon else next(jobs, None)
+                if job is None and waiting:
+                    job = waiting.pop(0)
                 if job is None:
                     break
                 process = context.Process(target=child.run, args=(job,))
@@ -90,7 +95,8 @@ def run_all(
                 taken = time.perf_counter() - began
                 code, slow = process.exitcode or 0, sentinel in late
                 late.discard(sentinel)  # type: ignore[arg-type]
-                waiting += ended(Ended(job, code, taken, _events(job), slow))
+                for more in ended(Ended(job, code, taken, _events(job), slow)):
+                    (soon if more.profile == "quick" else waiting).append(more)
                 process.close()
                 shutil.rmtree(job.folder, ignore_errors=True)
             for sentinel, (process, job, began) in alive.items():

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -34,7 +35,8 @@ class Server:
         # A file, not -m: nothing of the project may be imported in it.
         self._process = subprocess.Popen(
             [sys.executable, __file__, str(self.address)],
-            env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, cwd=folder,
+            # Its input ends with this process, however that ends, and the server with its input.
+            env=os.environ | ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=folder,
         )  # fmt: skip
         assert self._process.stdout is not None
         self._process.stdout.readline()  # it listens
@@ -43,8 +45,9 @@ class Server:
         """End the server."""
         self._process.kill()
         self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
 
 
 def use(address: Path, told: Path) -> None:
@@ -88,7 +91,7 @@ def _serve(address: str) -> None:
         server.bind(address)
         server.listen(64)
         print("listening", flush=True)
-        while True:
+        while server in select.select([server, sys.stdin], [], [])[0]:
             connection, _ = server.accept()
             message, fds, _, _ = socket.recv_fds(connection, 2**14, 3)
             if len(fds) == 3 and (number := os.fork()):

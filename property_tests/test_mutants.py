@@ -56,6 +56,8 @@ def made(source: str) -> dict[str, list[str]]:
         ("f(a, b, c)", "swap", ["(f(b, a, c))", "(f(a, c, b))"]),
         ("y = tl.load(p, mask=m)", "keyword", ["y = (tl.load(p))"]),
         ("y = tl.load(p, other=0.0)", "other", ["y = tl.load(p, other=77)"]),
+        ("y = tl.load(p, other=a + 1)", "constant", ["y = tl.load(p, other=a + 2)",
+                                                     "y = tl.load(p, other=a + 0)"]),
         ("y = tl.minimum(a, b)", "call", ["y = tl.maximum(a, b)"]),
         ("y = x.abs()", "bare", ["y = (x)"]),
         ("y = tl.abs(x)", "bare", ["y = (x)"]),
@@ -101,6 +103,7 @@ def test_what_can_t_change_a_result_is_left_alone(source: str) -> None:
         ("for i in range(4): f", "range"),  # constant
         ("for i in range(-1, 4): f", "range"),
         ("y = x[-1:2]", "slice"),
+        ("y = tl.load(p, other=0.0)", "constant"),  # other
     ],
 )
 def test_a_mutant_that_another_rule_makes_is_made_once(source: str, operator: str) -> None:

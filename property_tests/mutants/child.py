@@ -27,7 +27,7 @@ PRELOAD = [
     "pytest", "hypothesis", "hypothesis.strategies", "click", "rich.console", "matplotlib",
 ]  # fmt: skip
 # Besides its patience, a test may take this many times what it takes without a fault.
-FACTOR = 10.0
+FACTOR = 5.0
 # A fault in a size must not take the machine's memory; CUDA reserves more addresses than that.
 MEMORY = 24 * 2**30
 # Of CUDA C++: the source, the architecture, the macros.

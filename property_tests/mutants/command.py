@@ -59,8 +59,11 @@ def all_mutants() -> list[Mutant]:
 @click.option("--not-run-on", metavar="KIND",
               help="Only what the record of that kind of machine, like cpu, has as not run, "
               "and CUDA C++.")  # fmt: skip
-@click.option("--minutes", type=click.FloatRange(0, min_open=True),
-              help="Stop then; what still runs has no verdict. Cheap ones first.")  # fmt: skip
+@click.option("--minutes", type=click.FloatRange(0),
+              help="Stop then; what still runs has no verdict. Cheap ones first. 0: only the table "
+              "of what is known.")  # fmt: skip
+@click.option("--patience", type=click.FloatRange(0, min_open=True), default=30.0,
+              show_default=True, help="Seconds that any test may take.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True,
               help="Processes side by side.")  # fmt: skip
 @click.option("--again", type=click.Choice(runner.OUTCOMES), multiple=True,
@@ -82,6 +85,7 @@ def main(
     seed: int,
     not_run_on: str | None,
     minutes: float | None,
+    patience: float,
     jobs: int,
     again: tuple[str, ...],
     quick: bool,
@@ -118,9 +122,9 @@ def main(
         m for m in chosen
         if (old := record.known(m)) is None or old.outcome in again
     ]  # fmt: skip
-    if missing:
+    if missing and minutes != 0:
         narrow = not_run_on is not None or all(m.file.endswith((".cu", ".cuh")) for m in missing)
-        plan = _Plan(jobs, quick, narrow, seed, minutes is not None, until)
+        plan = _Plan(jobs, quick, narrow, seed, minutes is not None, patience, until)
         _run(console, missing, record, work, plan)
     results = {m.id: r for m in chosen if (r := record.known(m)) is not None}
     judged = table.Table(chosen, results, proofs)
@@ -201,6 +205,7 @@ class _Plan:
     narrow: bool
     seed: int
     cheap: bool
+    patience: float
     until: float
 
 
@@ -240,7 +245,7 @@ def _run(
 
             def cost(mutant: Mutant) -> float:
                 found = choice.stages(mutant, seen)
-                return sum(found[0].tests.values()) if plan.cheap and found else 0.0
+                return next(iter(found[0].tests.values())) if plan.cheap and found else 0.0
 
             # Known at once, wherever the run ends.
             idle = [m for m in missing if not choice.stages(m, seen)]
@@ -249,5 +254,5 @@ def _run(
             left = [m for m in missing if m.id not in heard]
             runner.run(
                 order(left, plan.seed, cost), parts, folder, plan.jobs, told,
-                variants=seen.variants, until=plan.until,
+                patience=plan.patience, variants=seen.variants, until=plan.until,
             )  # fmt: skip

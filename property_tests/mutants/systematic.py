@@ -159,7 +159,8 @@ class _Walk(ast.NodeVisitor):
                 self.visit(target)
 
     def visit_keyword(self, node: ast.keyword) -> None:
-        if node.arg not in HINTS:
+        # A number for `other` is replaced by one that no neighbour resembles, and by no neighbour.
+        if node.arg not in HINTS and not (node.arg == "other" and _is_number(node.value)):
             self.visit(node.value)
 
     def visit_Raise(self, node: ast.Raise) -> None:

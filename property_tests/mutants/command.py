@@ -56,9 +56,9 @@ def all_mutants() -> list[Mutant]:
 @click.option("--sample", type=click.IntRange(1), help="So many of the chosen ones, at random.")
 @click.option("--each", type=click.IntRange(1), help="So many of each file, at random.")
 @click.option("--seed", default=0, show_default=True, help="Of --sample, --each and the order.")
-@click.option("--not-run-on", metavar="KIND",
-              help="Only what the record of that kind of machine, like cpu, has as not run, "
-              "and CUDA C++.")  # fmt: skip
+@click.option("--left-by", metavar="KIND",
+              help="Only what the record of that kind of machine, like cpu, has as not run or "
+              "survived, and CUDA C++.")  # fmt: skip
 @click.option("--minutes", type=click.FloatRange(0),
               help="Stop then; what still runs has no verdict. Cheap ones first. 0: only the table "
               "of what is known.")  # fmt: skip
@@ -83,7 +83,7 @@ def main(
     sample: int | None,
     each: int | None,
     seed: int,
-    not_run_on: str | None,
+    left_by: str | None,
     minutes: float | None,
     patience: float,
     jobs: int,
@@ -104,7 +104,7 @@ def main(
     # IDs are long, and a file has no width.
     console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=160)
     known = all_mutants()
-    chosen = _choose(known, families, files, ids, not_run_on)
+    chosen = _choose(known, families, files, ids, left_by)
     chosen = _sampled(chosen, sample, each, seed)
     if listed:
         for mutant in chosen:
@@ -123,7 +123,7 @@ def main(
         if (old := record.known(m)) is None or old.outcome in again
     ]  # fmt: skip
     if missing and minutes != 0:
-        narrow = not_run_on is not None or all(m.file.endswith((".cu", ".cuh")) for m in missing)
+        narrow = left_by is not None or all(m.file.endswith((".cu", ".cuh")) for m in missing)
         plan = _Plan(jobs, quick, narrow, seed, minutes is not None, patience, until)
         _run(console, missing, record, work, plan)
     results = {m.id: r for m in chosen if (r := record.known(m)) is not None}
@@ -138,7 +138,7 @@ def main(
 
 def _choose(
     known: list[Mutant], families: tuple[str, ...], files: tuple[str, ...], ids: tuple[str, ...],
-    not_run_on: str | None,
+    left_by: str | None,
 ) -> list[Mutant]:  # fmt: skip
     for name, given, possible in (
         ("--file", files, {m.file for m in known}),
@@ -153,8 +153,8 @@ def _choose(
         if m.family in (families or FAMILIES) and (not files or m.file in files)
         and (not ids or m.id in ids)
     ]  # fmt: skip
-    if not_run_on is not None:
-        left = table.recorded(not_run_on, "not run")
+    if left_by is not None:
+        left = table.recorded(left_by, ("not run", "survived"))
         chosen = [m for m in chosen if m.family == "cuda" or m.id in left]
     return chosen
 

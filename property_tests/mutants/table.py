@@ -6,7 +6,7 @@ import json
 import statistics
 import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -184,14 +184,14 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def recorded(kind: str, outcome: str) -> set[str]:
-    """IDs that the record of a kind of machine has with this outcome."""
+def recorded(kind: str, outcomes: Collection[str]) -> set[str]:
+    """IDs that the record of a kind of machine has with one of these outcomes."""
     from benchmarks import records
 
     path = records.RECORDS / kind / "mutants.json"
     if not path.exists():
         raise click.ClickException(f"there is no record of mutants on {kind!r}: {path}")
-    return {row[0] for row in json.loads(path.read_text())["mutants"] if row[1] == outcome}
+    return {row[0] for row in json.loads(path.read_text())["mutants"] if row[1] in outcomes}
 
 
 def _commit() -> str:

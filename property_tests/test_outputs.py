@@ -32,8 +32,10 @@ def test_outputs_without_elements() -> None:
 
 def test_the_block_around_is_back_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     with outputs.poisoned(1):
-        with pytest.raises(KeyError), outputs.poisoned(2):
+        with outputs.poisoned(2):
             assert filled(4) == {2}
+        assert filled(4) == {1}
+        with pytest.raises(KeyError), outputs.poisoned(2):
             raise KeyError
         assert filled(4) == {1}
     # Outside of all blocks memory is left as it comes.

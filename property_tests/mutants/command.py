@@ -9,7 +9,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -70,6 +70,8 @@ def all_mutants() -> list[Mutant]:
               help="Run these once more, and not only what the journal lacks.")  # fmt: skip
 @click.option("--quick", is_flag=True,
               help="No ci profile for survivors: later, --again survived.")  # fmt: skip
+@click.option("--first", is_flag=True,
+              help="Only the first tests, 15 s of them: what they leave is open.")  # fmt: skip
 @click.option("--fresh", is_flag=True, help="Forget what earlier runs have found.")
 @click.option("--list", "listed", is_flag=True, help="Print the chosen mutants and run nothing.")
 @click.option("--work", type=click.Path(path_type=Path, file_okay=False),
@@ -89,6 +91,7 @@ def main(
     jobs: int,
     again: tuple[str, ...],
     quick: bool,
+    first: bool,
     fresh: bool,
     listed: bool,
     work: Path,
@@ -121,10 +124,11 @@ def main(
     missing = [
         m for m in chosen
         if (old := record.known(m)) is None or old.outcome in again
+        or (old.outcome == "open" and not first)
     ]  # fmt: skip
     if missing and minutes != 0:
         narrow = left_by is not None or all(m.file.endswith((".cu", ".cuh")) for m in missing)
-        plan = _Plan(jobs, quick, narrow, seed, minutes is not None, patience, until)
+        plan = _Plan(jobs, quick, first, narrow, seed, minutes is not None, patience, until)
         _run(console, missing, record, work, plan)
     results = {m.id: r for m in chosen if (r := record.known(m)) is not None}
     judged = table.Table(chosen, results, proofs)
@@ -202,6 +206,7 @@ class _Plan:
 
     jobs: int
     quick: bool
+    first: bool
     narrow: bool
     seed: int
     cheap: bool
@@ -231,17 +236,24 @@ def _run(
             heard: set[str] = set()
 
             def told(mutant: Mutant, result: runner.Result) -> None:
+                if plan.first and result.outcome == "survived" and len(every(mutant)) > 1:
+                    result = replace(result, outcome="open")
                 journal.add(mutant, result)
                 heard.add(mutant.id)
                 bar.update(task, completed=len(heard))
-                if result.outcome == "survived":
+                if result.outcome in ("survived", "open"):
                     bar.console.print(
-                        f"survived: {mutant.id}  {mutant.what}", markup=False, highlight=False
+                        f"{result.outcome}: {mutant.id}  {mutant.what}",
+                        markup=False,
+                        highlight=False,
                     )
 
-            def parts(mutant: Mutant) -> list[choice.Part]:
+            def every(mutant: Mutant) -> list[choice.Part]:
                 found = choice.stages(mutant, seen, journal.killers(mutant))
                 return [p for p in found if p.profile == "quick"] if plan.quick else found
+
+            def parts(mutant: Mutant) -> list[choice.Part]:
+                return every(mutant)[:1] if plan.first else every(mutant)
 
             def cost(mutant: Mutant) -> float:
                 found = choice.stages(mutant, seen)

@@ -17,8 +17,9 @@ from .mutant import Mutant
 # killed: by a test that failed; crash: by the process' death; timeout: by a test that took FACTOR
 # times its usual time and `patience` more. survived: every test passed. not run: nothing on
 # this machine executes the line. refused: NVRTC does not compile it. identical: NVRTC makes the
-# same machine code of it, in every variant that tests compile.
-OUTCOMES = ("killed", "crash", "timeout", "survived", "not run", "refused", "identical")
+# same machine code of it, in every variant that tests compile. open: the first tests passed, and
+# no other was run.
+OUTCOMES = ("killed", "crash", "timeout", "survived", "open", "not run", "refused", "identical")
 DEAD = frozenset({"killed", "crash", "timeout"})
 # What CUDA calls a fault of a kernel, after which its process can do no more.
 _BROKEN = re.compile(

@@ -19,8 +19,8 @@ from .mutant import ROOT, Mutant
 from .runner import DEAD
 
 COLUMNS = (
-    "killed", "crash", "timeout", "equivalent", "survived", "identical", "refused", "not run",
-    "untried",
+    "killed", "crash", "timeout", "equivalent", "survived", "open", "identical", "refused",
+    "not run", "untried",
 )  # fmt: skip
 
 
@@ -135,7 +135,8 @@ class Table:
             "survived, and proven to change nothing. identical: NVRTC makes the same machine "
             "code of it, in every variant that the tests compile. refused: NVRTC does not compile "
             "it. not run: no test on this kind of machine "
-            "executes the line, or launches the CUDA C++. untried: nothing is known. What "
+            "executes the line, or launches the CUDA C++. open: the first tests pass, the rest was "
+            "not run. untried: nothing is known. What "
             "survived a run with `--quick` has met the quick profile alone.\n",
             ", ".join(f"{k} {v}" for k, v in machine.items()) + "\n",
         ]
@@ -152,7 +153,7 @@ class Table:
                 parts += [f"## {family.capitalize()}\n", _markdown(head, rows)]
         left = [
             [m.id, f"`{m.what}`", self.proofs.get(m.id, ("", ""))[1]] for m in self.mutants
-            if self.outcome(m) in ("survived", "equivalent")
+            if self.outcome(m) in ("survived", "equivalent", "open")
         ]  # fmt: skip
         if left:
             parts += ["## Not dead\n", _markdown(["mutant", "change", "proof"], left)]

@@ -49,13 +49,19 @@ _gathered = Ledger()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Promoted entries first; in the quick profile one in QUICK_SHARE parameters, in each lane."""
+    """Promoted entries first; in the quick profile one in QUICK_SHARE parameters, in each lane.
+
+    A test that is marked `whole` keeps all of them: cheap ones of the court, a case each.
+    """
     items.sort(key=lambda item: not item.nodeid.partition("[")[0].endswith("::test_promoted"))
     if settings.get_current_profile_name() != "quick":
         return
     seen: dict[tuple[str, str], int] = {}
     kept, dropped = [], []
     for item in items:
+        if item.get_closest_marker("whole") is not None:
+            kept.append(item)
+            continue
         params = getattr(getattr(item, "callspec", None), "params", {})
         group = (item.nodeid.partition("[")[0], str(params.get("lane", "")))
         count = seen[group] = seen.get(group, -1) + 1

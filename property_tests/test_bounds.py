@@ -38,6 +38,7 @@ def test_gamma_ends_where_it_has_no_meaning() -> None:
             bounds.gamma(k, u)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_constants_are_the_dtypes_own(dtype: torch.dtype) -> None:
     name, info = str(dtype).removeprefix("torch."), torch.finfo(dtype)
@@ -46,6 +47,7 @@ def test_constants_are_the_dtypes_own(dtype: torch.dtype) -> None:
     assert bounds.SMALLEST[name] == info.smallest_normal * info.eps
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @given(seed=SEEDS)
 def test_output_bounds_rounding_to_a_dtype(dtype: torch.dtype, seed: int) -> None:

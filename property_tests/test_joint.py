@@ -78,6 +78,34 @@ def test_the_gradient_is_turned_back_once(path: str, monkeypatch: pytest.MonkeyP
     assert all(layer.weight.grad is not None for layer in layers)
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize("path", paths.PATHS)
+def test_the_gradient_of_the_input_is_the_sum_of_all(path: str) -> None:
+    """Each weight with its own scale: those of one shape are far apart."""
+    layers, x = _layers(), _x().requires_grad_()
+    with torch.no_grad():
+        for layer, factor in zip(layers, (1.0, 100.0, 0.01), strict=True):
+            layer.weight *= factor
+    grads = [torch.randn(5, n, generator=torch.Generator().manual_seed(n)) for n in OUTS]
+    with paths.only(path):
+        torch.autograd.backward(quest.together(x, layers), grads)
+    total, size = np.zeros((5, 32)), np.zeros((5, 32))
+    for layer, g in zip(layers, grads, strict=True):
+        w_hat = layer.recipe.weight(layer.weight.detach()).double().numpy()
+        total += g.double().numpy() @ w_hat
+        size += g.abs().double().numpy() @ np.abs(w_hat)
+    q = layers[0].recipe.activation
+    order = q.transform.order(32)
+    mask = q.quantize(x.detach()).mask.numpy()
+    expected = reference_hadamard.apply_transpose(total * mask, order)
+    # The values, the terms of all products, two sums that are stored, the rotation and its store.
+    count = bounds.VALUE_ROUNDINGS + sum(OUTS) + 2
+    count += bounds.additions(order) + bounds.normalisations(order) + 1
+    bound = bounds.gamma(count, bounds.U32) * bounds.absolute_sum(size, order)
+    assert x.grad is not None
+    assert (np.abs(x.grad.double().numpy() - expected) <= bound).all()
+
+
 @pytest.mark.parametrize("path", paths.PATHS)
 def test_outputs_that_nobody_uses(path: str) -> None:
     """Their weights get no gradient, or zeros; the others get theirs."""

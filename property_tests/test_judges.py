@@ -957,6 +957,7 @@ def test_every_quantizer_stage_has_a_fault() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("pattern", "kept", "told"),
     [
@@ -1111,6 +1112,7 @@ def test_special_rows_hold() -> None:
     assert out["mask"][0].all()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("name", "row", "value", "stage"),
     [
@@ -1241,6 +1243,7 @@ def test_close_compares_shapes() -> None:
             assert (failure is None) == (other == shape)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("actual", "expected", "good"),
     [

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from property_tests.mutants import cuda_source, patches, pool, runner, systematic, table
+from property_tests.mutants import child, cuda_source, patches, pool, runner, systematic, table
 from property_tests.mutants.baseline import IMPORT, Baseline
 from property_tests.mutants.choice import Part, quick, stages
-from property_tests.mutants.command import all_mutants
+from property_tests.mutants.command import _sampled, all_mutants, order
 from property_tests.mutants.mutant import Mutant, read
 
 KNOWN = {m.id: m for m in all_mutants()}
@@ -53,6 +56,8 @@ def made(source: str) -> dict[str, list[str]]:
         ("f(a, b, c)", "swap", ["(f(b, a, c))", "(f(a, c, b))"]),
         ("y = tl.load(p, mask=m)", "keyword", ["y = (tl.load(p))"]),
         ("y = tl.load(p, other=0.0)", "other", ["y = tl.load(p, other=77)"]),
+        ("y = tl.load(p, other=a + 1)", "constant", ["y = tl.load(p, other=a + 2)",
+                                                     "y = tl.load(p, other=a + 0)"]),
         ("y = tl.minimum(a, b)", "call", ["y = tl.maximum(a, b)"]),
         ("y = x.abs()", "bare", ["y = (x)"]),
         ("y = tl.abs(x)", "bare", ["y = (x)"]),
@@ -82,10 +87,33 @@ def test_each_operator_makes_what_it_says(source: str, operator: str, expected: 
         "Union = A | B",
         'y = f"{a + 1}"',
         "@cache(maxsize=64)\ndef f(): return x",
+        # A symmetric function; how fast, and not what.
+        "y = torch.equal(a, b)",
+        "y = k[g](a, num_warps=4, num_stages=2)",
     ],
 )
 def test_what_can_t_change_a_result_is_left_alone(source: str) -> None:
     assert made(source) == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "operator"),
+    [
+        ("y = b if not a else c", "negate"),  # unary
+        ("for i in range(4): f", "range"),  # constant
+        ("for i in range(-1, 4): f", "range"),
+        ("y = x[-1:2]", "slice"),
+        ("y = tl.load(p, other=0.0)", "constant"),  # other
+    ],
+)
+def test_a_mutant_that_another_rule_makes_is_made_once(source: str, operator: str) -> None:
+    assert operator not in made(source)
+
+
+@pytest.mark.parametrize("source", ["y = tl.minimum(a, b)", "y = max(a, b)"])
+def test_arguments_that_stand_for_each_other_are_not_swapped(source: str) -> None:
+    assert made(source).keys() == {"call"}
+    assert "swap" in made("y = max(a, b, c)")
 
 
 def test_messages_of_errors_are_left_alone() -> None:
@@ -199,6 +227,73 @@ def test_tests_that_execute_the_line_come_first() -> None:
     assert list(failing[0].tests) == [names[1], names[2]]
 
 
+def test_likely_killers_come_before_all_others() -> None:
+    m = dataclasses.replace(KNOWN["quest/packing.py:pack:remove:0"], lines=(5, 6))
+    names = [f"property_tests/test_{n}.py::t" for n in ("packing", "api", "train")]
+    seen = Baseline(dict(zip(names, (1.0, 4.0, 2.0), strict=True)), {m.file: {5: set(names)}}, [])
+    # What killed eight times as often is cheaper than what takes half as long.
+    killers = Counter({names[1]: 8, names[2]: 1, "property_tests/test_gone.py::t": 9})
+    found = [t for part in stages(m, seen, killers) for t in part.tests]
+    assert found == [names[1], names[2], names[0]]
+
+
+def test_a_header_is_launched_by_those_who_include_it() -> None:
+    m = next(m for m in KNOWN.values() if m.file == "kernels/few_rows.cuh")
+    lines = read("kernels/few.py").decode().splitlines()
+    launch = next(n for n, line in enumerate(lines, 1) if ".launch(" in line)
+    test = "property_tests/test_few.py::t"
+    for line, expected in ((launch, [test]), (launch - 1, [])):
+        seen = Baseline({test: 1.0}, {"kernels/few.py": {line: {test}}}, [])
+        assert [t for part in stages(m, seen)[:1] for t in part.tests] == expected
+
+
+def test_a_sample_and_an_order_give_each_file_its_share() -> None:
+    chosen = [m for m in KNOWN.values() if m.file in ("quest/packing.py", "quest/sparsity.py")]
+    some = _sampled(chosen, None, 5, 0)
+    assert Counter(m.file for m in some) == {"quest/packing.py": 5, "quest/sparsity.py": 5}
+    assert some == _sampled(chosen, None, 5, 0) != _sampled(chosen, None, 5, 1)
+    assert len(_sampled(chosen, 7, None, 0)) == 7
+    ordered = order(some, 0, lambda m: float(m.start))
+    assert sorted(m.id for m in ordered) == sorted(m.id for m in some)
+    assert all(a.file != b.file for a, b in zip(ordered[::2], ordered[1::2], strict=True))
+    for file in ("quest/packing.py", "quest/sparsity.py"):
+        starts = [m.start for m in ordered if m.file == file]
+        assert starts == sorted(starts)
+    assert order(some, 0, lambda m: 0.0) != order(some, 1, lambda m: 0.0)
+
+
+def ended(*events: dict[str, Any], code: int = 1, late: bool = False) -> pool.Ended:
+    """How a process went that ran one test, of a text that was compiled before."""
+    binaries = ((("few.cu", "sm_90a", ()), "0"),)
+    job = child.Job(Path(), Path(), "", b"", (), {"t": 1.0}, "quick", False, False,
+                    binaries=binaries)  # fmt: skip
+    return pool.Ended(job, code, 1.0, [*events], late)
+
+
+GATHERED = {"gathered": 1}
+
+
+@pytest.mark.parametrize(
+    ("end", "outcome"),
+    [
+        (ended({"binary": 0}, GATHERED, {"start": "t"}, {"done": True}, code=0), "survived"),
+        (ended(GATHERED, {"start": "t"}, {"failed": "t", "text": "1 is not 2"}), "killed"),
+        (ended(GATHERED, {"failed": "t", "text": "CUDA error: an illegal memory access was "
+               "encountered"}), "crash"),
+        (ended(GATHERED, {"failed": "t", "text": "misaligned address"}), "crash"),
+        (ended(GATHERED, {"start": "t"}, code=-11), "crash"),
+        (ended(GATHERED, {"start": "t"}, code=-14), "timeout"),
+        (ended(GATHERED, {"start": "t"}, code=-9, late=True), "timeout"),
+        (ended({"refused": "NVRTC does not compile few.cu"}, code=0), "refused"),
+        (ended(GATHERED, {"failed": "t", "text": "NVRTC does not compile few.cu: error"}),
+         "refused"),
+        (ended({"binary": 0}, {"identical": 1}, code=0), "identical"),
+    ],
+)  # fmt: skip
+def test_what_a_process_says_of_its_mutant(end: pool.Ended, outcome: str) -> None:
+    assert runner.verdict(end)[0] == outcome
+
+
 def nothing(file: str, new: str) -> Mutant:
     """A mutant that puts a text before the end of a file."""
     end = len(read(file))
@@ -241,6 +336,14 @@ def outcomes() -> dict[str, runner.Result]:
             chosen, lambda m: [quick(plans[m.id])], Path(folder), 2,
             lambda m, result: found.__setitem__(m.id, result), patience=4.0,
         )  # fmt: skip
+        # The loop again, with more patience than the run has time.
+        began = time.monotonic()
+        loop = dataclasses.replace(special["loop"], id="unfinished")
+        runner.run(
+            [loop], lambda m: [quick({first: 0.0})], Path(folder), 1,
+            lambda m, result: found.__setitem__(m.id, result), until=began + 2,
+        )  # fmt: skip
+        found["ended"] = runner.Result("", "", "", seconds=time.monotonic() - began)
     return found
 
 
@@ -257,3 +360,8 @@ def test_what_else_becomes_of_a_mutant(
     outcomes: dict[str, runner.Result], name: str, outcome: str
 ) -> None:
     assert outcomes[name].outcome == outcome, outcomes[name]
+
+
+def test_what_still_runs_at_the_end_has_no_verdict(outcomes: dict[str, runner.Result]) -> None:
+    assert "unfinished" not in outcomes
+    assert 2 <= outcomes["ended"].seconds < 20

@@ -19,7 +19,7 @@ from property_tests.ledger import Ledger, slowest
 from quest import cli
 from quest.conformance import lanes, oracle, pictures, report
 from quest.conformance.strategies import FORMATS
-from quest.conformance.verdict import BINS, Tally, Verdict, spread
+from quest.conformance.verdict import BINS, Rejected, Tally, Verdict, spread
 
 CPU = lanes.all_lanes()[0]
 PASSED = {
@@ -209,6 +209,23 @@ def test_closest_ratios_of_several_processes(monkeypatch: pytest.MonkeyPatch) ->
     ]
     assert gathered.closest(1) == gathered.closest(5)[:1]
     assert gathered.tallies["torch-cpu", "scale"].elements == 30
+
+
+def test_a_ledger_raises_for_a_failure_and_enters_nothing() -> None:
+    ledger = Ledger()
+    verdicts = [Verdict("scale", 4, 0.5), Verdict("codes", 4, 2.0, failure="one is wrong")]
+    with pytest.raises(Rejected, match=r"^torch-cpu, codes: one is wrong\nTo reproduce:\nsnippet"):
+        ledger.judge(CPU, verdicts, "snippet")
+    assert list(ledger.tallies) == [("torch-cpu", "scale")]
+
+
+def test_a_ledger_tells_what_only_its_sums_show() -> None:
+    ledger = Ledger()
+    for _ in range(10):  # 5 flips up are chance, 50 are not
+        ledger.judge(CPU, [Verdict("codes", 100_000, 0.9, ambiguous=5, up=5)], "")
+    assert ledger.problems() == [
+        "torch-cpu, codes: one-sided: 50 ambiguous codes went up, 0 down",
+    ]
 
 
 def test_slowest_tests_add_up_their_phases() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from . import child, pool
 from .mutant import ROOT
 
+OURS = "test_mutants"
 IMPORT = ""  # the name of no test
 ALL: frozenset[str] = frozenset()
 
@@ -25,12 +26,14 @@ ALL: frozenset[str] = frozenset()
 @dataclass(frozen=True)
 class Baseline:
     """tests: usual seconds by node id. lines: of a file, by number: the tests that execute it;
-    `IMPORT` for what runs while no test does. failed: tests that fail without a fault.
+    `IMPORT` for what runs while no test does. failed: tests that fail without a fault. variants:
+    of CUDA C++ that tests compile: source, architecture, macros.
     """
 
     tests: dict[str, float]
     lines: dict[str, dict[int, set[str]]]
     failed: list[str]
+    variants: tuple[child.Variant, ...] = ()
 
     def covering(self, file: str, first: int, last: int) -> set[str]:
         """Tests that execute any of these lines."""
@@ -41,11 +44,21 @@ class Baseline:
         """Tests that execute any line of a file, outside of imports."""
         return {t for tests in self.lines.get(file, {}).values() for t in tests} - {IMPORT}
 
+    def executed(self) -> dict[str, dict[str, set[int]]]:
+        """By file of tests and file: the lines that any test of it executes, or an import."""
+        found: dict[str, dict[str, set[int]]] = {t.partition("::")[0]: {} for t in self.tests}
+        for file, of in self.lines.items():
+            for n, tests in of.items():
+                for t in {t.partition("::")[0] for t in tests}:
+                    for name in found if t == IMPORT else (t,):
+                        found[name].setdefault(file, set()).add(n)
+        return found
+
 
 def _test_files() -> list[str]:
-    # Not the test of the mutants themselves.
+    # Not the tests of the mutants themselves.
     paths = sorted((ROOT / "property_tests").glob("test_*.py"))
-    return [f"property_tests/{p.name}" for p in paths if p.name != "test_mutants.py"]
+    return [f"property_tests/{p.name}" for p in paths if not p.name.startswith(OURS)]
 
 
 def _digest(paths: Iterable[Path], *more: str) -> str:
@@ -55,9 +68,9 @@ def _digest(paths: Iterable[Path], *more: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def source_key() -> str:
+def _sources() -> str:
     """Changes with every file that is tested."""
-    suffixes = (".py", ".cu", ".json")
+    suffixes = (".py", ".cu", ".cuh", ".json")
     return _digest(
         p for folder in ("quest", "kernels", "reference") for p in (ROOT / folder).rglob("*")
         if p.suffix in suffixes and p.is_file()
@@ -67,7 +80,7 @@ def source_key() -> str:
 def _key(file: str) -> str:
     """Changes with a file of tests, with what it imports, and with the kind of machine."""
     helpers = [p for p in (ROOT / "property_tests").glob("*.py") if not p.name.startswith("test_")]
-    return _digest([*helpers, ROOT / file], source_key(), str(has_gpu()))
+    return _digest([*helpers, ROOT / file], _sources(), str(has_gpu()))
 
 
 def measure(
@@ -126,22 +139,26 @@ def _part(end: pool.Ended) -> dict[str, Any]:
             for n in seen:
                 lines[path][n].add(number - 1)
     kept = {path: {n: sorted(t) for n, t in of.items()} for path, of in lines.items()}
-    return {"tests": tests, "failed": failed, "lines": kept}
+    variants = [e["variant"] for e in end.events if "variant" in e]
+    return {"tests": tests, "failed": failed, "lines": kept, "variants": variants}
 
 
 def _merged(parts: dict[str, Any]) -> Baseline:
     tests: dict[str, float] = {}
     failed: list[str] = []
     lines: defaultdict[str, defaultdict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    variants: dict[child.Variant, None] = {}
     for file in sorted(parts):
         part = parts[file]
         names = [*part["tests"], IMPORT]  # -1 is the last
         tests |= part["tests"]
         failed += part["failed"]
+        for source, architecture, macros in part["variants"]:
+            variants[source, architecture, tuple(map(tuple, macros))] = None
         for path, of in part["lines"].items():
             for n, indices in of.items():
                 lines[path][int(n)] |= {names[i] for i in indices}
-    return Baseline(tests, {k: dict(v) for k, v in lines.items()}, failed)
+    return Baseline(tests, {k: dict(v) for k, v in lines.items()}, failed, tuple(variants))
 
 
 def has_gpu() -> bool:

@@ -5,6 +5,7 @@ It is forked from a server that has imported torch, Triton and pytest, and nothi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -17,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from . import interpreter
+
 # What the server imports, once for all mutants.
 PRELOAD = [
     "torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.testing", "triton",
@@ -24,9 +27,11 @@ PRELOAD = [
     "pytest", "hypothesis", "hypothesis.strategies", "click", "rich.console", "matplotlib",
 ]  # fmt: skip
 # Besides its patience, a test may take this many times what it takes without a fault.
-FACTOR = 10.0
+FACTOR = 5.0
 # A fault in a size must not take the machine's memory; CUDA reserves more addresses than that.
 MEMORY = 24 * 2**30
+# Of CUDA C++: the source, the architecture, the macros.
+Variant = tuple[str, str, tuple[tuple[str, int], ...]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,9 @@ class Job:
     template: the copied project. folder: for this process alone, to be made. file, source: what is
     planted; "" for nothing. tests: node ids in the order in which they run, with their usual
     seconds; empty for all of `paths`. trace: note the lines that tests execute. limited: bound the
-    memory. patience: seconds that a test may take and be no failure.
+    memory. patience: seconds that a test may take and be no failure. interpreter: the address of a
+    server, see `interpreter`. binaries: variants, each with the digest of its machine code without
+    a fault, or "": it is compiled before any test, which are not run where all stay the same.
     """
 
     template: Path
@@ -49,6 +56,19 @@ class Job:
     trace: bool
     limited: bool
     patience: float = 30.0
+    interpreter: Path | None = None
+    binaries: tuple[tuple[Variant, str], ...] = ()
+
+    @property
+    def limit(self) -> float:
+        """Seconds after which the whole process hangs, whatever its tests say."""
+        usual = sum(self.tests.values())
+        return 3600.0 if self.trace or not self.tests else 120 + self.patience + FACTOR * usual
+
+    @property
+    def worker(self) -> Path:
+        """Holds the number of the interpreter's process."""
+        return self.folder / "worker"
 
     @property
     def report(self) -> Path:
@@ -104,7 +124,10 @@ def run(job: Job) -> None:
         folder.mkdir()
         os.environ["QUEST_MUTANTS_TRACE"] = str(folder)
         os.environ["PYTHONPATH"] = str(root / "property_tests" / "mutants" / "startup")
-    status = pytest.main(arguments, plugins=[Watch(job, root)])
+    watch = Watch(job, root)
+    if job.binaries and watch.compile():
+        os._exit(0)
+    status = pytest.main(arguments, plugins=[watch])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(int(status))
@@ -120,6 +143,24 @@ class Watch:
 
     def say(self, **event: Any) -> None:
         self.report.write(json.dumps(event) + "\n")
+
+    def compile(self) -> bool:
+        """Compile variants up to the first that differs; whether tests have nothing to see."""
+        from quest.kernels import cuda
+
+        for n, ((source, architecture, macros), digest) in enumerate(self.job.binaries):
+            try:
+                code = cuda.compile_(source, architecture, dict(macros)).code
+            except RuntimeError as error:
+                self.say(refused=str(error)[-1500:])
+                return True
+            made = hashlib.sha256(code).hexdigest()[:16]
+            self.say(binary=n, digest=made)
+            if digest and made != digest:
+                return False
+        if self.job.file:
+            self.say(identical=len(self.job.binaries))
+        return True
 
     def pytest_configure(self, config: Any) -> None:
         from hypothesis import Phase, settings
@@ -150,6 +191,22 @@ class Watch:
         place = Path(getattr(quest, "__file__", None) or self.root).resolve()
         if not place.is_relative_to(self.root.resolve()):
             self.say(stray=str(place))
+        if self.job.interpreter is not None and "quest.conformance.lanes" in sys.modules:
+            interpreter.use(self.job.interpreter, self.job.worker)
+        if self.job.trace:
+            self._note_variants()
+
+    def _note_variants(self) -> None:
+        """Report what tests compile of CUDA C++."""
+        from quest.kernels import cuda
+
+        compile_ = cuda.compile_
+
+        def noted(source: str, architecture: str, macros: dict[str, int], **how: Any) -> Any:
+            self.say(variant=[source, architecture, list(macros.items())])
+            return compile_(source, architecture, macros, **how)
+
+        cuda.compile_ = noted
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:

@@ -6,15 +6,19 @@ imported or by a cache, reaches further: then tests that touch the file follow, 
 
 The quick profile takes one in 16 parameters of a test. What survives it meets the ci profile, in
 the files that are about the mutated one: a mutant that only this kills is told apart.
+
+What killed other mutants of the same function, or file, goes first of all: there one test often
+kills most. The cheapest for its kills is the first of them.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from .baseline import IMPORT, Baseline
-from .mutant import ROOT, Mutant, read
+from .mutant import Mutant, read
 from .trace import WATCHED
 
 # The tests that are about a file.
@@ -26,8 +30,11 @@ OWN = {
     "kernels/decode.py": ("product",),
     "kernels/few.py": ("few",),
     "kernels/few.cu": ("few", "packed_product", "frozen"),
-    "kernels/hadamard.py": ("hadamard", "backward"),
-    "kernels/outputs.py": ("api", "errors"),
+    "kernels/few_ptx.cuh": ("few", "packed_product", "frozen"),
+    "kernels/few_rows.cuh": ("few", "packed_product", "frozen", "fused"),
+    "kernels/halves.cuh": ("blocks", "few", "fused"),
+    "kernels/hadamard.py": ("hadamard_cases", "hadamard", "backward"),
+    "kernels/outputs.py": ("outputs", "api", "errors"),
     "kernels/product.py": ("product",),
     "kernels/product.cu": ("product", "layer", "frozen"),
     "kernels/quantize.py": ("quantizer", "product"),
@@ -53,22 +60,28 @@ OWN = {
     "quest/sparse_product.py": ("sparse_product",),
     "quest/sparsity.py": ("api", "errors"),
     "quest/transforms.py": ("api", "hadamard", "errors"),
-    "property_tests/ledger.py": ("verdict", "judges"),
+    "property_tests/ledger.py": ("report", "verdict"),
     "quest/conformance/examine.py": ("judges",),
-    "quest/conformance/judges.py": ("judges",),
+    "quest/conformance/judges.py": ("judges_edges", "judges"),
     "quest/conformance/lanes.py": ("judges",),
     "quest/conformance/verdict.py": ("verdict",),
     "quest/conformance/verify.py": ("verify",),
-    "reference/bounds.py": ("bounds", "judges"),
+    "reference/bounds.py": ("bounds", "judges_edges", "judges"),
     "reference/compression.py": ("compress",),
 }
 # The court must be held by the tests of the court: those that run production code can't tell a
 # bound that is too wide.
 HELPERS = (
-    "judges", "bounds", "verdict", "inputs", "reference_estimators", "reference_grids",
-    "reference_hadamard", "reference_linear", "reference_packing",
+    "judges", "judges_edges", "bounds", "verdict", "inputs", "reference_estimators",
+    "reference_grids", "reference_hadamard", "reference_linear", "reference_packing",
     "reference_quantize", "reference_sparsity",
 )  # fmt: skip
+# Headers, and who launches what includes them.
+HEADERS = {
+    "kernels/few_ptx.cuh": ("kernels/few.py",),
+    "kernels/few_rows.cuh": ("kernels/few.py",),
+    "kernels/halves.cuh": ("kernels/blocks.py", "kernels/few.py"),
+}
 # A first process stays small: what it imports and runs is paid by every mutant.
 FIRST_FILES, FIRST_SECONDS = 2, 15.0
 
@@ -88,9 +101,14 @@ class Part:
     tests: dict[str, float]
 
 
-def stages(mutant: Mutant, baseline: Baseline) -> list[Part]:
-    """What runs on a mutant until something kills it; nothing where no test executes its lines."""
-    order = _order(mutant, baseline)
+def stages(
+    mutant: Mutant, baseline: Baseline, killers: Counter[str] | None = None
+) -> list[Part]:  # fmt: skip
+    """What runs on a mutant until something kills it; nothing where no test executes its lines.
+
+    killers: tests by how likely it is that they are the one; see `journal.Journal.killers`.
+    """
+    order = _order(mutant, baseline, killers or Counter())
     if not order:
         return []
     first: list[str] = []
@@ -114,7 +132,7 @@ def quick(tests: dict[str, float]) -> Part:
     return Part("quick", tuple(dict.fromkeys(t.partition("::")[0] for t in tests)), tests)
 
 
-def _order(mutant: Mutant, baseline: Baseline) -> list[str]:
+def _order(mutant: Mutant, baseline: Baseline, killers: Counter[str]) -> list[str]:
     covering = _covering(mutant, baseline)
     if not covering:
         return []
@@ -124,10 +142,13 @@ def _order(mutant: Mutant, baseline: Baseline) -> list[str]:
         groups.append(set(baseline.tests))
     order: dict[str, None] = {}
     for group in groups:
+        likely = sorted(
+            (t for t in group if killers[t]), key=lambda t: (baseline.tests[t] / killers[t], t)
+        )
         ranked = sorted(
             group, key=lambda t: (own.get(test_file(t), len(own)), baseline.tests[t], t)
         )
-        order |= dict.fromkeys(ranked)
+        order |= dict.fromkeys([*likely, *ranked])
     chosen = [t for t in order if t not in baseline.failed]
     if mutant.family == "court":
         chosen = [t for t in chosen if test_file(t) in (*HELPERS, *own)]
@@ -137,10 +158,12 @@ def _order(mutant: Mutant, baseline: Baseline) -> list[str]:
 def _covering(mutant: Mutant, baseline: Baseline) -> set[str]:
     if mutant.file.partition("/")[0] not in WATCHED:
         return {IMPORT}  # a helper of the tests: any of them may need it
-    if not mutant.file.endswith(".cu"):
+    if not mutant.file.endswith((".cu", ".cuh")):
         return baseline.covering(mutant.file, *mutant.lines)
     # What a test executes of a CUDA C++ kernel is not seen; that it is launched is.
-    python = str((ROOT / mutant.file).with_suffix(".py").relative_to(ROOT))
-    lines = read(python).decode().splitlines()
-    launches = [n for n, line in enumerate(lines, 1) if ".launch(" in line]
-    return set().union(*(baseline.covering(python, n, n) for n in launches)) - {IMPORT}
+    found: set[str] = set()
+    for python in HEADERS.get(mutant.file, (mutant.file.replace(".cu", ".py"),)):
+        lines = read(python).decode().splitlines()
+        launches = [n for n, line in enumerate(lines, 1) if ".launch(" in line]
+        found = found.union(*(baseline.covering(python, n, n) for n in launches))
+    return found - {IMPORT}

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import random
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -12,16 +17,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import baseline, choice, cuda_source, patches, pool, runner, systematic, table
+from . import journal as journal_
+from .evidence import Evidence
 from .mutant import FAMILIES, ROOT, Mutant, read
 
-KERNELS = ("blocks", "cuda", "decode", "few", "hadamard", "outputs", "product", "quantize")
+KERNELS = (
+    "blocks", "compress", "cuda", "decode", "few", "hadamard", "outputs", "product", "quantize",
+    "sparse",
+)  # fmt: skip
 QUEST = (
-    "eager", "estimators", "frozen", "fused", "grids", "joint", "linear", "lowbit",
+    "compression", "eager", "estimators", "frozen", "fused", "grids", "joint", "linear", "lowbit",
     "lowbit_linear", "operands", "ops", "packed", "packing", "paths", "quantizer", "recipes",
-    "sparsity", "transforms",
+    "sparse_product", "sparsity", "transforms",
 )  # fmt: skip
 SYSTEMATIC = (*(f"kernels/{n}.py" for n in KERNELS), *(f"quest/{n}.py" for n in QUEST))
-CUDA = tuple(f"kernels/{n}.cu" for n in ("blocks", "few", "product"))
+TEXTS = (
+    "blocks.cu", "few.cu", "few_ptx.cuh", "few_rows.cuh", "halves.cuh", "product.cu", "sparse.cu",
+)  # fmt: skip
+CUDA = tuple(f"kernels/{n}" for n in TEXTS)
 
 
 def all_mutants() -> list[Mutant]:
@@ -41,13 +54,24 @@ def all_mutants() -> list[Mutant]:
               help="Only mutants of this file, like quest/eager.py; may be repeated.")  # fmt: skip
 @click.option("--only", "ids", multiple=True, metavar="ID", help="Only this mutant; repeatable.")
 @click.option("--sample", type=click.IntRange(1), help="So many of the chosen ones, at random.")
-@click.option("--seed", default=0, show_default=True, help="Of --sample.")
+@click.option("--each", type=click.IntRange(1), help="So many of each file, at random.")
+@click.option("--seed", default=0, show_default=True, help="Of --sample, --each and the order.")
+@click.option("--left-by", metavar="KIND",
+              help="Only what the record of that kind of machine, like cpu, has as not run or "
+              "survived, and CUDA C++.")  # fmt: skip
+@click.option("--minutes", type=click.FloatRange(0),
+              help="Stop then; what still runs has no verdict. Cheap ones first. 0: only the table "
+              "of what is known.")  # fmt: skip
+@click.option("--patience", type=click.FloatRange(0, min_open=True), default=30.0,
+              show_default=True, help="Seconds that any test may take.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True,
               help="Processes side by side.")  # fmt: skip
 @click.option("--again", type=click.Choice(runner.OUTCOMES), multiple=True,
               help="Run these once more, and not only what the journal lacks.")  # fmt: skip
 @click.option("--quick", is_flag=True,
               help="No ci profile for survivors: later, --again survived.")  # fmt: skip
+@click.option("--first", is_flag=True,
+              help="Only the first tests, 15 s of them: what they leave is open.")  # fmt: skip
 @click.option("--fresh", is_flag=True, help="Forget what earlier runs have found.")
 @click.option("--list", "listed", is_flag=True, help="Print the chosen mutants and run nothing.")
 @click.option("--work", type=click.Path(path_type=Path, file_okay=False),
@@ -59,10 +83,15 @@ def main(
     files: tuple[str, ...],
     ids: tuple[str, ...],
     sample: int | None,
+    each: int | None,
     seed: int,
+    left_by: str | None,
+    minutes: float | None,
+    patience: float,
     jobs: int,
     again: tuple[str, ...],
     quick: bool,
+    first: bool,
     fresh: bool,
     listed: bool,
     work: Path,
@@ -70,13 +99,16 @@ def main(
 ) -> None:
     """Plant faults one at a time and see which test kills each.
 
-    A run goes on where the last one stopped, as long as no source has changed. Exit status 1 where
-    a mutant survives that is not proven equivalent, or where a proof is stale.
+    A run goes on where the last one stopped: what earlier runs found holds as long as what it
+    rests on (see evidence.py). Exit status 1 where a mutant survives that is not proven
+    equivalent, or where a proof is stale.
     """
+    until = math.inf if minutes is None else time.monotonic() + 60 * minutes
     # IDs are long, and a file has no width.
     console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=160)
     known = all_mutants()
-    chosen = _choose(known, families, files, ids, sample, seed)
+    chosen = _choose(known, families, files, ids, left_by)
+    chosen = _sampled(chosen, sample, each, seed)
     if listed:
         for mutant in chosen:
             console.print(f"{mutant.id}  {mutant.what}", markup=False, highlight=False)
@@ -88,26 +120,29 @@ def main(
         raise click.ClickException("equivalent.toml is stale:\n  " + "\n  ".join(problems))
     if fresh:
         (work / "journal.jsonl").unlink(missing_ok=True)
-    journal = runner.Journal(work / "journal.jsonl", baseline.source_key())
+    record = journal_.Journal(work / "journal.jsonl", Evidence())
     missing = [
         m for m in chosen
-        if (old := journal.known(m)) is None or old.outcome in again
+        if (old := record.known(m)) is None or old.outcome in again
+        or (old.outcome == "open" and not first)
     ]  # fmt: skip
-    if missing:
-        _run(console, missing, journal, work, jobs, quick)
-    results = {m.id: r for m in chosen if (r := journal.known(m)) is not None}
+    if missing and minutes != 0:
+        narrow = left_by is not None or all(m.file.endswith((".cu", ".cuh")) for m in missing)
+        plan = _Plan(jobs, quick, first, narrow, seed, minutes is not None, patience, until)
+        _run(console, missing, record, work, plan)
+    results = {m.id: r for m in chosen if (r := record.known(m)) is not None}
     judged = table.Table(chosen, results, proofs)
     judged.show(console)
     if save:
-        found = {m.id: r for m in known if (r := journal.known(m)) is not None}
-        for path in table.Table(known, found, proofs).save(jobs, journal.key):
+        found = {m.id: r for m in known if (r := record.known(m)) is not None}
+        for path in table.Table(known, found, proofs).save(jobs):
             console.print(f"wrote {path}")
     raise SystemExit(1 if judged.problems() else 0)
 
 
 def _choose(
     known: list[Mutant], families: tuple[str, ...], files: tuple[str, ...], ids: tuple[str, ...],
-    sample: int | None, seed: int,
+    left_by: str | None,
 ) -> list[Mutant]:  # fmt: skip
     for name, given, possible in (
         ("--file", files, {m.file for m in known}),
@@ -122,21 +157,74 @@ def _choose(
         if m.family in (families or FAMILIES) and (not files or m.file in files)
         and (not ids or m.id in ids)
     ]  # fmt: skip
+    if left_by is not None:
+        left = table.recorded(left_by, ("not run", "survived"))
+        chosen = [m for m in chosen if m.family == "cuda" or m.id in left]
+    return chosen
+
+
+def _sampled(
+    chosen: list[Mutant], sample: int | None, each: int | None, seed: int
+) -> list[Mutant]:  # fmt: skip
+    """A part of them, in their order."""
+    if each is not None:
+        of: dict[str, list[Mutant]] = {}
+        for m in chosen:
+            of.setdefault(m.file, []).append(m)
+        kept = {
+            m.id for file, ms in of.items()
+            for m in random.Random(f"{seed} {file}").sample(ms, min(each, len(ms)))
+        }  # fmt: skip
+        chosen = [m for m in chosen if m.id in kept]
     if sample is not None and sample < len(chosen):
         picked = set(random.Random(seed).sample(range(len(chosen)), sample))
         chosen = [m for i, m in enumerate(chosen) if i in picked]
     return chosen
 
 
+def order(mutants: list[Mutant], seed: int, cost: Callable[[Mutant], float]) -> list[Mutant]:
+    """One of each file in turn, in a file the cheap ones first, at random where they cost alike.
+
+    Wherever a run ends, each file has had its share.
+    """
+    of: dict[str, list[Mutant]] = {}
+    for m in mutants:
+        of.setdefault(m.file, []).append(m)
+    for file, ms in of.items():
+        random.Random(f"{seed} {file}").shuffle(ms)
+        ms.sort(key=cost)
+    turns = itertools.zip_longest(*of.values())
+    return [m for turn in turns for m in turn if m is not None]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How mutants are run. narrow: only tests about their files, by `choice.OWN`, are looked at.
+
+    cheap: the cheap ones first.
+    """
+
+    jobs: int
+    quick: bool
+    first: bool
+    narrow: bool
+    seed: int
+    cheap: bool
+    patience: float
+    until: float
+
+
 def _run(
-    console: Console, missing: list[Mutant], journal: runner.Journal, work: Path, jobs: int,
-    quick: bool,
-) -> None:  # fmt: skip
+    console: Console, missing: list[Mutant], journal: journal_.Journal, work: Path, plan: _Plan
+) -> None:
     with pool.workshop() as folder:
-        # Nothing but launches counts for CUDA C++, and few files of tests make them.
-        text = all(m.file.endswith(".cu") for m in missing)
-        names = frozenset(n for m in missing for n in choice.OWN[m.file]) if text else baseline.ALL
-        seen = baseline.measure(folder, work / "baseline.json", jobs, console.print, names)
+        names = baseline.ALL
+        if plan.narrow:
+            names = frozenset(n for m in missing for n in choice.OWN.get(m.file, ()))
+        elif all(m.family == "court" for m in missing):
+            names = frozenset(n for m in missing for n in (*choice.HELPERS, *choice.OWN[m.file]))
+        seen = baseline.measure(folder, work / "baseline.json", plan.jobs, console.print, names)
+        journal.learn(seen)
         for test in seen.failed:
             console.print(f"[red]fails without a fault, and is left out:[/] {test}")
         bar = Progress(
@@ -148,18 +236,35 @@ def _run(
             heard: set[str] = set()
 
             def told(mutant: Mutant, result: runner.Result) -> None:
-                journal.add(result)
+                if plan.first and result.outcome == "survived" and len(every(mutant)) > 1:
+                    result = replace(result, outcome="open")
+                journal.add(mutant, result)
                 heard.add(mutant.id)
                 bar.update(task, completed=len(heard))
-                if result.outcome == "survived":
+                if result.outcome in ("survived", "open"):
                     bar.console.print(
-                        f"survived: {mutant.id}  {mutant.what}", markup=False, highlight=False
+                        f"{result.outcome}: {mutant.id}  {mutant.what}",
+                        markup=False,
+                        highlight=False,
                     )
 
-            def plan(mutant: Mutant) -> list[choice.Part]:
-                parts = choice.stages(mutant, seen)
-                return [p for p in parts if p.profile == "quick"] if quick else parts
+            def every(mutant: Mutant) -> list[choice.Part]:
+                found = choice.stages(mutant, seen, journal.killers(mutant))
+                return [p for p in found if p.profile == "quick"] if plan.quick else found
 
-            # Across files: what the same test kills comes together otherwise, and waits together.
-            random.Random(0).shuffle(missing)
-            runner.run(missing, plan, folder, jobs, told)
+            def parts(mutant: Mutant) -> list[choice.Part]:
+                return every(mutant)[:1] if plan.first else every(mutant)
+
+            def cost(mutant: Mutant) -> float:
+                found = choice.stages(mutant, seen)
+                return next(iter(found[0].tests.values())) if plan.cheap and found else 0.0
+
+            # Known at once, wherever the run ends.
+            idle = [m for m in missing if not choice.stages(m, seen)]
+            for m in idle:
+                told(m, runner.Result(m.id, m.what, "not run"))
+            left = [m for m in missing if m.id not in heard]
+            runner.run(
+                order(left, plan.seed, cost), parts, folder, plan.jobs, told,
+                patience=plan.patience, variants=seen.variants, until=plan.until,
+            )  # fmt: skip

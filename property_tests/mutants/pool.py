@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import compileall
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -18,25 +19,23 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from . import child
+from . import child, interpreter
 from .mutant import ROOT
 from .trace import WATCHED
-
-# Above what any choice of tests takes; each test has a limit of its own.
-WHOLE = 3600.0
 
 
 @dataclass
 class Ended:
     """How a process went. events: what it reported. code: its exit status, negative for a signal.
 
-    seconds: wall-clock time, from its start.
+    seconds: wall-clock time, from its start. late: it was ended, after the limit of its job.
     """
 
     job: child.Job
     code: int
     seconds: float
     events: list[dict[str, Any]] = field(default_factory=list)
+    late: bool = False
 
     def first(self, key: str) -> dict[str, Any] | None:
         """The first event that has this key."""
@@ -58,20 +57,30 @@ def workshop() -> Iterator[Path]:
 
 
 def run_all(
-    jobs: Iterator[child.Job], slots: int, ended: Callable[[Ended], Iterator[child.Job]]
-) -> None:
-    """Run jobs, `slots` at a time; `ended` is told of each end and may give jobs that go last."""
+    jobs: Iterator[child.Job], slots: int, ended: Callable[[Ended], Iterator[child.Job]],
+    until: float = math.inf,
+) -> None:  # fmt: skip
+    """Run jobs, `slots` at a time; `ended` is told of each end and may give more jobs.
+
+    Those of the quick profile are next, so that a verdict is near; others go last.
+
+    until: what `time.monotonic` says when all that still runs is given up.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Of semaphores that killed processes have left, which are gone with them.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(child.PRELOAD)
     alive: dict[int, tuple[BaseProcess, child.Job, float]] = {}
+    soon: list[child.Job] = []
     waiting: list[child.Job] = []
+    late: set[int] = set()
     try:
-        while True:
+        while time.monotonic() < until:
             while len(alive) < slots:
-                job = next(jobs, None) or (waiting.pop(0) if waiting else None)
+                job = soon.pop(0) if soon else next(jobs, None)
+                if job is None and waiting:
+                    job = waiting.pop(0)
                 if job is None:
                     break
                 process = context.Process(target=child.run, args=(job,))
@@ -82,21 +91,26 @@ def run_all(
             for sentinel in wait(list(alive), timeout=1.0):
                 process, job, began = alive.pop(sentinel)  # type: ignore[call-overload]
                 process.join()
-                _kill(process)
+                _kill(process, job)
                 taken = time.perf_counter() - began
-                waiting += ended(Ended(job, process.exitcode or 0, taken, _events(job)))
+                code, slow = process.exitcode or 0, sentinel in late
+                late.discard(sentinel)  # type: ignore[arg-type]
+                for more in ended(Ended(job, code, taken, _events(job), slow)):
+                    (soon if more.profile == "quick" else waiting).append(more)
                 process.close()
                 shutil.rmtree(job.folder, ignore_errors=True)
-            for process, _, began in alive.values():
-                if time.perf_counter() - began > WHOLE:
-                    _kill(process)
+            for sentinel, (process, job, began) in alive.items():
+                if time.perf_counter() - began > job.limit:
+                    late.add(sentinel)
+                    _kill(process, job)
     finally:
-        for process, _, _ in alive.values():
-            _kill(process)
+        for process, job, _ in alive.values():
+            _kill(process, job)
 
 
-def _kill(process: BaseProcess) -> None:
-    """End a process and all that it has started: they are one session."""
+def _kill(process: BaseProcess, job: child.Job) -> None:
+    """End a process and all that it has started: they are one session, but for the interpreter."""
+    interpreter.end(job.worker)
     try:
         os.killpg(process.pid or 0, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):

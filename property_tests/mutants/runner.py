@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import math
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from . import child, pool
 from .baseline import has_gpu
 from .choice import Part
-from .mutant import Mutant, read
+from .interpreter import Server
+from .journal import Result
+from .mutant import Mutant
 
 # killed: by a test that failed; crash: by the process' death; timeout: by a test that took FACTOR
 # times its usual time and `patience` more. survived: every test passed. not run: nothing on
-# this machine executes the line. refused: NVRTC does not compile it.
-OUTCOMES = ("killed", "crash", "timeout", "survived", "not run", "refused")
+# this machine executes the line. refused: NVRTC does not compile it. identical: NVRTC makes the
+# same machine code of it, in every variant that tests compile. open: the first tests passed, and
+# no other was run.
+OUTCOMES = ("killed", "crash", "timeout", "survived", "open", "not run", "refused", "identical")
 DEAD = frozenset({"killed", "crash", "timeout"})
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of a mutant. by: the test that killed it. seconds: to the kill, or in all.
-
-    tests: how many of the quick profile could notice.
-    """
-
-    id: str
-    what: str
-    outcome: str
-    by: str = ""
-    seconds: float = 0.0
-    tests: int = 0
+# What CUDA calls a fault of a kernel, after which its process can do no more.
+_BROKEN = re.compile(
+    "illegal memory access|misaligned address|unspecified launch failure|illegal instruction|"
+    "illegal address|invalid program counter|hardware stack error|operation not supported on glob"
+)
 
 
 class HarnessError(RuntimeError):
@@ -46,21 +39,32 @@ def run(
     slots: int,
     told: Callable[[Mutant, Result], None],
     patience: float = 30.0,
+    variants: tuple[child.Variant, ...] = (),
+    until: float = math.inf,
 ) -> None:
     """Run all; `told` hears of each as it ends, and twice of one that survives the quick profile.
 
     plan: the tests of a mutant, a process for each part; see `choice`.
-    patience: seconds that a test may take besides.
+    patience: seconds that a test may take besides. variants: of CUDA C++, that tests compile.
+    until: see `pool.run_all`.
     """
     names = iter(range(10**9))
+    texts = [m.file for m in mutants if m.file.endswith((".cu", ".cuh"))]
+    sound = _binaries(folder, variants, slots) if texts else {}
+    server = Server(folder)
     state: dict[Path, tuple[Mutant, list[Part], float, int]] = {}
+    begun: set[str] = set()
 
     def job(mutant: Mutant, stages: list[Part], spent: float, tests: int) -> child.Job:
+        source = (folder / "template" / mutant.file).read_bytes()  # the worktree may move on
+        first = mutant.id not in begun
+        begun.add(mutant.id)
         made = child.Job(
             folder / "template", folder / f"mutant{next(names)}", mutant.file,
-            mutant.apply(read(mutant.file)),
+            mutant.apply(source),
             stages[0].paths, stages[0].tests, stages[0].profile, False, not has_gpu(),
             patience if stages[0].tests else 10 * patience,  # no test's usual time is known
+            server.address, _of(mutant.file, sound, folder / "template") if first else (),
         )  # fmt: skip
         state[made.folder] = mutant, stages, spent, tests
         return made
@@ -87,18 +91,68 @@ def run(
             by += f" ({end.job.profile})"
         told(mutant, Result(mutant.id, mutant.what, outcome, by, round(spent, 2), tests))
 
+    try:
+        pool.run_all(jobs(), slots, ended, until)
+    finally:
+        server.close()
+
+
+def _binaries(
+    folder: Path, variants: tuple[child.Variant, ...], slots: int
+) -> dict[child.Variant, str]:
+    """Digests of the machine code of these variants, without a fault."""
+    found: dict[child.Variant, str] = {}
+
+    def jobs() -> Iterator[child.Job]:
+        for n, variant in enumerate(variants):
+            yield child.Job(
+                folder / "template", folder / f"sound{n}", "", b"", (), {}, "quick", False,
+                not has_gpu(), binaries=((variant, ""),),
+            )  # fmt: skip
+
+    def ended(end: pool.Ended) -> Iterator[child.Job]:
+        made = end.first("digest")
+        if made is not None:  # else a test wants it to be refused
+            found[end.job.binaries[0][0]] = made["digest"]
+        return iter(())
+
     pool.run_all(jobs(), slots, ended)
+    return {v: found[v] for v in variants if v in found}
+
+
+def _of(
+    file: str, sound: dict[child.Variant, str], template: Path
+) -> tuple[tuple[child.Variant, str], ...]:
+    """The variants that a text is part of, by itself or as a header."""
+    if not file.endswith((".cu", ".cuh")):
+        return ()
+    name = Path(file).name
+
+    def holds(source: str) -> bool:
+        text = (template / "kernels" / source).read_text()
+        included = re.findall(r'(?m)^#include "(.*)"', text)
+        return source == name or any(holds(n) for n in included)
+
+    return tuple((v, digest) for v, digest in sound.items() if holds(v[0]))
 
 
 def verdict(end: pool.Ended) -> tuple[str, str]:
     """(outcome, the test that killed it) of a process."""
     if stray := end.first("stray"):
         raise HarnessError(f"the tests import {stray['stray']}, not the mutant's copy")
+    if end.first("refused"):
+        return "refused", ""
+    if end.first("identical"):
+        return "identical", ""
     if broken := end.first("broken"):
         return "killed", f"import of {broken['broken']}"
     if failed := end.first("failed"):
-        refused = "NVRTC does not compile" in failed["text"] and "error" in failed["text"]
-        return ("refused" if refused else "killed"), failed["failed"]
+        if end.job.binaries and "NVRTC does not compile" in failed["text"]:
+            return "refused", failed["failed"]
+        return ("crash" if _BROKEN.search(failed["text"]) else "killed"), failed["failed"]
+    if end.late:
+        running = [e["start"] for e in end.events if "start" in e]
+        return "timeout", running[-1] if running else "import"
     if end.first("done") is None:
         running = [e["start"] for e in end.events if "start" in e]
         if end.first("gathered") is None:
@@ -112,35 +166,3 @@ def verdict(end: pool.Ended) -> tuple[str, str]:
         raise HarnessError(f"{found} of {len(end.job.tests)} tests were found in {end.job.paths}")
     # Tests passed and the run failed: what the ledger's sums show.
     return ("survived", "") if end.code == 0 else ("killed", "the sums over the run")
-
-
-class Journal:
-    """Results as they come, for the next run to go on from; void where a source has changed."""
-
-    def __init__(self, path: Path, key: str) -> None:
-        self.path, self.key = path, key
-        self.results: dict[str, Result] = {}
-        lines = path.read_text().splitlines() if path.exists() else []
-        if lines and json.loads(lines[0]) == {"key": key}:
-            for line in lines[1:]:
-                made = Result(**json.loads(line))
-                self.results[made.id] = made
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"key": key}) + "\n")
-
-    def add(self, result: Result) -> None:
-        """Keep a result."""
-        self.results[result.id] = result
-        with self.path.open("a") as file:
-            file.write(json.dumps(asdict(result)) + "\n")
-
-    def known(self, mutant: Mutant) -> Result | None:
-        """What became of this mutant, if it was run and is still the same."""
-        found = self.results.get(mutant.id)
-        return found if found is not None and found.what == mutant.what else None
-
-
-def plain(result: Result) -> dict[str, Any]:
-    """A result as the record has it, short."""
-    return {"id": result.id, "outcome": result.outcome, "by": result.by, "seconds": result.seconds}

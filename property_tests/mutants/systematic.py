@@ -26,8 +26,12 @@ COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
 NEGATED = (ast.Eq, ast.NotEq, ast.Is, ast.IsNot, ast.In, ast.NotIn)
 CALLS = {
     "minimum": "maximum", "maximum": "minimum", "min": "max", "max": "min", "floor": "ceil",
-    "any": "all", "all": "any", "amax": "amin", "empty": "zeros",
+    "any": "all", "all": "any", "amax": "amin",
 }  # fmt: skip
+# Functions of two arguments in which these stand for each other: nothing to swap.
+SYMMETRIC = frozenset({"minimum", "maximum", "logical_and", "logical_or", "logical_xor", "equal"})
+# Arguments of a launch that say how fast, and not what.
+HINTS = frozenset({"num_warps", "num_stages", "maxsize", "num_ctas"})
 # Calls whose argument, or object, stands in for the result.
 LAID_BARE = frozenset({
     "clamp", "abs", "floor", "round", "square", "sqrt", "sqrt_rn", "reciprocal", "detach",
@@ -154,6 +158,11 @@ class _Walk(ast.NodeVisitor):
             if not isinstance(target, ast.Name):
                 self.visit(target)
 
+    def visit_keyword(self, node: ast.keyword) -> None:
+        # A number for `other` is replaced by one that no neighbour resembles, and by no neighbour.
+        if node.arg not in HINTS and not (node.arg == "other" and _is_number(node.value)):
+            self.visit(node.value)
+
     def visit_Raise(self, node: ast.Raise) -> None:
         """Nothing of a message."""
 
@@ -216,6 +225,8 @@ def _condition(node: ast.AST) -> Iterator[Change]:
     for test in tests:
         if isinstance(test, ast.Compare) and isinstance(test.ops[0], NEGATED):
             continue  # `_compared` does the same
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            continue  # the rule of unary operators does the same
         yield "negate", test, f"(not ({ast.unparse(test)}))"
 
 
@@ -235,7 +246,8 @@ def _call(node: ast.AST) -> Iterator[Change]:
     if not isinstance(node, ast.Call):
         return
     args, name = node.args, _name(node.func)
-    for i, (a, b) in enumerate(itertools.pairwise(args)):
+    symmetric = name in SYMMETRIC or (name in ("min", "max") and len(args) == 2)
+    for i, (a, b) in enumerate(() if symmetric else itertools.pairwise(args)):
         if not isinstance(a, ast.Starred) and not isinstance(b, ast.Starred):
             swapped = [*args[:i], b, a, *args[i + 2 :]]
             yield "swap", node, _with(node, args=swapped)
@@ -258,8 +270,12 @@ def _call(node: ast.AST) -> Iterator[Change]:
         yield "where", node, f"({ast.unparse(args[2])})"
     if name in RANGES and args:
         stop = args[0] if len(args) == 1 else args[1]
-        for step in ("- 1", "+ 1"):
+        for step in () if _is_number(stop) else ("- 1", "+ 1"):  # numbers have a rule
             yield "range", stop, f"({ast.unparse(stop)} {step})"
+
+
+def _is_number(node: ast.expr) -> bool:
+    return isinstance(node.operand if isinstance(node, ast.UnaryOp) else node, ast.Constant)
 
 
 def _name(function: ast.expr) -> str:
@@ -271,7 +287,7 @@ def _name(function: ast.expr) -> str:
 def _slice(node: ast.AST) -> Iterator[Change]:
     if isinstance(node, ast.Slice):
         for end in (node.lower, node.upper):
-            if end is not None and not isinstance(end, ast.Constant):
+            if end is not None and not _is_number(end):
                 yield "slice", end, f"({ast.unparse(end)} + 1)"
 
 

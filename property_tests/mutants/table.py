@@ -6,18 +6,21 @@ import json
 import statistics
 import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from .journal import Result
 from .mutant import ROOT, Mutant
-from .runner import DEAD, Result
+from .runner import DEAD
 
 COLUMNS = (
-    "killed", "crash", "timeout", "equivalent", "survived", "refused", "not run", "untried",
+    "killed", "crash", "timeout", "equivalent", "survived", "open", "identical", "refused",
+    "not run", "untried",
 )  # fmt: skip
 
 
@@ -99,14 +102,11 @@ class Table:
             f"median {0.0 if median is None else median:.1f} s to the kill"
         )
 
-    def save(self, jobs: int, sources: str) -> list[Path]:
-        """Write mutants.json and mutants.md into the records of this kind of machine.
-
-        sources: the key of the journal, `baseline.source_key`.
-        """
+    def save(self, jobs: int) -> list[Path]:
+        """Write mutants.json and mutants.md into the records of this kind of machine."""
         from benchmarks import records
 
-        machine = records.environment() | {"jobs": jobs, "commit": _commit(), "sources": sources}
+        machine = records.environment() | {"jobs": jobs, "commit": _commit()}
         folder = records.RECORDS / records.kind()
         folder.mkdir(parents=True, exist_ok=True)
         tests = sorted({r.by for r in self.results.values()})
@@ -128,12 +128,15 @@ class Table:
             "# Mutants\n",
             "`python -m property_tests.mutants --save` writes this of all that its journal knows; "
             "mutants.json beside it has every mutant that was tried.\n",
-            "The journal is of one state of `kernels/`, `quest/` and `reference/` (`sources`, a "
-            "digest), that of the commit named here. The tests may have grown while it was "
-            "written.\n",
+            "Every verdict holds at the commit named here: a kill rests on the mutated file, the "
+            "killing test's file, the helpers and the functions that this file of tests calls, and "
+            "nothing of that has changed since; a survivor rests on every test and source.\n",
             "Dead: killed (a test failed), crash (the process died), timeout. equivalent: "
-            "survived, and proven to change nothing. not run: no test on this kind of machine "
-            "executes the line, or launches the CUDA C++. untried: nothing is known. What "
+            "survived, and proven to change nothing. identical: NVRTC makes the same machine "
+            "code of it, in every variant that the tests compile. refused: NVRTC does not compile "
+            "it. not run: no test on this kind of machine "
+            "executes the line, or launches the CUDA C++. open: the first tests pass, the rest was "
+            "not run. untried: nothing is known. What "
             "survived a run with `--quick` has met the quick profile alone.\n",
             ", ".join(f"{k} {v}" for k, v in machine.items()) + "\n",
         ]
@@ -150,7 +153,7 @@ class Table:
                 parts += [f"## {family.capitalize()}\n", _markdown(head, rows)]
         left = [
             [m.id, f"`{m.what}`", self.proofs.get(m.id, ("", ""))[1]] for m in self.mutants
-            if self.outcome(m) in ("survived", "equivalent")
+            if self.outcome(m) in ("survived", "equivalent", "open")
         ]  # fmt: skip
         if left:
             parts += ["## Not dead\n", _markdown(["mutant", "change", "proof"], left)]
@@ -180,6 +183,16 @@ def _plain(text: str) -> str:
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *([c.replace("|", r"\|") for c in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def recorded(kind: str, outcomes: Collection[str]) -> set[str]:
+    """IDs that the record of a kind of machine has with one of these outcomes."""
+    from benchmarks import records
+
+    path = records.RECORDS / kind / "mutants.json"
+    if not path.exists():
+        raise click.ClickException(f"there is no record of mutants on {kind!r}: {path}")
+    return {row[0] for row in json.loads(path.read_text())["mutants"] if row[1] in outcomes}
 
 
 def _commit() -> str:

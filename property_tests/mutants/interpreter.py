@@ -1,0 +1,124 @@
+"""Processes with Triton's interpreter, forked from one that has imported torch and Triton.
+
+The interpreter has to be chosen before Triton is imported, so a mutant's process, forked from a
+server with the compiler, can't become one. `Server` is a second server, with the interpreter;
+`use` makes the lane of a mutant's process ask it for its worker, which saves a second of imports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+ENVIRONMENT = {
+    "TRITON_INTERPRET": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONWARNINGS": "ignore::RuntimeWarning",
+}
+
+
+class Server:
+    """The server's process; `address` is its socket."""
+
+    def __init__(self, folder: Path) -> None:
+        self.address = folder / "interpreter"
+        # A file, not -m: nothing of the project may be imported in it.
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(self.address)],
+            # Its input ends with this process, however that ends, and the server with its input.
+            env=os.environ | ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=folder,
+        )  # fmt: skip
+        assert self._process.stdout is not None
+        self._process.stdout.readline()  # it listens
+
+    def close(self) -> None:
+        """End the server."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+
+
+def use(address: Path, told: Path) -> None:
+    """Let this process have its interpreter from a server; `told` gets the worker's number."""
+    from quest.conformance import lanes
+
+    class Forked(lanes._Interpreter):
+        def __init__(self) -> None:
+            (theirs_in, ours_in), (ours_out, theirs_out) = os.pipe(), os.pipe()
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(str(address))
+                where = json.dumps(os.getcwd()).encode()
+                socket.send_fds(connection, [where], [theirs_in, theirs_out, 2])
+                told.write_bytes(connection.recv(32))
+            os.close(theirs_in)
+            os.close(theirs_out)
+            stdin, stdout = os.fdopen(ours_in, "wb"), os.fdopen(ours_out, "rb")
+            made: Any = SimpleNamespace(stdin=stdin, stdout=stdout, wait=lambda timeout: None)
+            self.process = made
+
+    lanes._Interpreter = Forked  # type: ignore[misc]
+
+
+def end(told: Path) -> None:
+    """End the worker that `told` names, if one was started: a fault may hold it in a loop."""
+    if told.exists() and told.read_text():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(told.read_text()), signal.SIGKILL)
+
+
+def _serve(address: str) -> None:
+    # Python puts this folder first, whose files have names of the standard library's.
+    sys.path.remove(str(Path(__file__).parent))
+    import numpy  # noqa: F401
+    import torch  # noqa: F401
+    import triton.language
+    import triton.runtime.interpreter  # noqa: F401
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen(64)
+        print("listening", flush=True)
+        while server in select.select([server, sys.stdin], [], [])[0]:
+            connection, _ = server.accept()
+            message, fds, _, _ = socket.recv_fds(connection, 2**14, 3)
+            if len(fds) == 3 and (number := os.fork()):
+                connection.send(str(number).encode())
+            elif len(fds) == 3:
+                server.close()
+                connection.close()
+                for place, fd in enumerate(fds):
+                    os.dup2(fd, place)
+                    os.close(fd)
+                _work(json.loads(message))
+            for fd in fds:
+                os.close(fd)
+            connection.close()
+
+
+def _work(folder: str) -> None:
+    """Be a worker of the project in `folder`, to the end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    sys.argv = ["worker"]
+    try:
+        runpy.run_module("quest.conformance.worker", run_name="__main__", alter_sys=True)
+    finally:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])

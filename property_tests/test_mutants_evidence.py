@@ -1,0 +1,214 @@
+"""What a verdict of a mutant rests on: which edits it outlives, and which void it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from property_tests.mutants import evidence
+from property_tests.mutants.evidence import Evidence, Outline
+from property_tests.mutants.journal import Journal
+from property_tests.mutants.mutant import Mutant
+from property_tests.mutants.runner import Result
+
+FILES = {
+    "quest/a.py": '"""Text."""\n\nfrom quest.b import g\n\n\ndef f(x):\n    return g(x) + 1\n\n\n'
+    "def other():\n    return 2\n",
+    "quest/b.py": "N = 3\n\n\ndef g(x):\n    return x * N\n\n\ndef unused():\n    return 4\n",
+    "quest/ratios.json": "{}",
+    "kernels/cuda.py": "def compile_():\n    return 1\n",
+    "kernels/k.cu": "int x;\n",
+    "reference/r.py": "",
+    "property_tests/test_a.py": "def test_f(): ...\n",
+    "property_tests/test_b.py": "def test_g(): ...\n",
+    "property_tests/conftest.py": "",
+    "conftest.py": "",
+    "pyproject.toml": "",
+}
+LINES = {
+    "property_tests/test_a.py": {"quest/a.py": {3, 6, 7}, "quest/b.py": {1, 4, 5}},
+    "property_tests/test_b.py": {"quest/b.py": {5}, "kernels/cuda.py": {2}},
+}
+MUTANT = Mutant("quest/a.py:f:constant:0", "systematic", "quest/a.py", (7, 7), 0, 0, "", "1 -> 2")
+A, B = "property_tests/test_a.py::test_f", "property_tests/test_b.py::test_g"
+OUTCOMES = {
+    "kill by a": ("killed", A),
+    "kill by b": ("timeout", B),
+    "ci": ("killed", f"{A} (ci)"),
+    "import": ("killed", "import"),
+    "survivor": ("survived", ""),
+    "refused": ("refused", ""),
+}
+KILLS = {"kill by a", "kill by b"}
+
+
+def project(root: Path, **changed: str) -> Evidence:
+    for name, text in FILES.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return Evidence(root)
+
+
+def edit(root: Path, name: str, old: str, new: str) -> None:
+    path = root / name
+    text = path.read_text() if path.exists() else ""
+    assert old in text
+    path.write_text(text.replace(old, new) if old else text + new)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "left"),
+    [
+        ("quest/b.py", "N = 3", "N = 3  # why\n\n", set(OUTCOMES)),
+        ("quest/a.py", '"""Text."""', '"""Other text."""', set(OUTCOMES)),
+        # A function that both files of tests call, one that neither does, and one of b's alone.
+        ("quest/b.py", "x * N", "x + N", {"refused"}),
+        ("quest/b.py", "return 4", "return 5", KILLS | {"refused"}),
+        ("kernels/cuda.py", "return 1", "return 2", {"kill by a"}),
+        # The code of a module counts wherever it stands, and so does all of the mutated file.
+        ("quest/b.py", "N = 3", "N = 4", {"refused"}),
+        ("quest/a.py", "return 2", "return 3", {"refused"}),
+        ("quest/c.py", "", "", {"refused"}),
+        # Tests: the killing one's own file, another's, and helpers.
+        ("property_tests/test_a.py", "...", "1", {"kill by b", "refused"}),
+        ("property_tests/test_b.py", "...", "1", {"kill by a", "refused"}),
+        ("property_tests/test_c.py", "", "def test(): ...\n", KILLS | {"refused"}),
+        ("property_tests/conftest.py", "", "X = 1\n", {"refused"}),
+        ("property_tests/help.py", "", "X = 1\n", {"refused"}),
+        ("pyproject.toml", "", "[tool]\n", {"refused"}),
+        # Data count for all; CUDA C++ where it is compiled.
+        ("quest/ratios.json", "{}", "[]", set()),
+        ("kernels/k.cu", "int", "long", {"kill by a"}),
+        ("property_tests/test_mutants.py", "", "X = 1\n", set(OUTCOMES)),
+    ],
+)
+def test_what_a_verdict_outlives(
+    tmp_path: Path, name: str, old: str, new: str, left: set[str]
+) -> None:
+    before = project(tmp_path)
+    for tests, lines in LINES.items():
+        before.learn(tests, lines)
+    keys = {k: before.key(outcome, "quest/a.py", by) for k, (outcome, by) in OUTCOMES.items()}
+    edit(tmp_path, name, old, new)
+    after = Evidence(tmp_path)
+    after.calls = before.calls  # as the journal keeps them
+    now = {k: after.key(outcome, "quest/a.py", by) for k, (outcome, by) in OUTCOMES.items()}
+    assert {k for k in keys if keys[k] == now[k]} == left
+
+
+def test_versions_and_the_kind_of_machine_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [project(tmp_path).key(outcome, "quest/a.py", by) for outcome, by in OUTCOMES.values()]
+    monkeypatch.setattr(evidence, "environment", lambda: ("gpu True", "torch 9.9"))
+    after = [Evidence(tmp_path).key(outcome, "quest/a.py", by) for outcome, by in OUTCOMES.values()]
+    assert all(a != b for a, b in zip(keys, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("lines", "called"),
+    [
+        ({2, 5}, []),  # the lines that define them
+        ({3}, ["f"]),
+        ({9}, ["C.m"]),
+        ({12}, ["_"]),
+        ({15}, ["_"]),
+        ({4}, ["f"]),  # an inner function belongs to the outer one
+    ],
+)
+def test_functions_by_the_lines_they_execute(lines: set[int], called: list[str]) -> None:
+    source = (
+        "x = 1\ndef f():\n    def g(): return 1\n    return g\nclass C:\n    y = 2\n"
+        "    @property\n    def m(self):\n        return 1\n@a\ndef _():\n    return 1\n"
+        "@b\ndef _():\n    return 2\n"
+    )
+    assert Outline(source).called(lines) == called
+
+
+def test_a_method_or_a_default_changes_the_code_of_the_module() -> None:
+    plain = Outline("class C:\n    def m(self, a=1):\n        return 1\n")
+    for other in (
+        "class C:\n    def m(self, a=2):\n        return 1\n",
+        "class C:\n    def m(self, a=1):\n        return 1\n    def __eq__(self, o): ...\n",
+        "class C:\n    @p\n    def m(self, a=1):\n        return 1\n",
+    ):
+        assert Outline(other).digest(()) != plain.digest(())
+    body = Outline("class C:\n    def m(self, a=1):\n        return 2\n")
+    assert body.digest(()) == plain.digest(())
+    assert body.digest(("C.m",)) != plain.digest(("C.m",))
+
+
+# --- the journal --------------------------------------------------------------------------------
+
+
+def journal(root: Path) -> Journal:
+    return Journal(root / "journal.jsonl", Evidence(root))
+
+
+class Seen:
+    """A baseline, of which the journal asks one thing."""
+
+    def __init__(self, lines: dict[str, dict[str, set[int]]] = LINES) -> None:
+        self.lines = lines
+
+    def executed(self) -> dict[str, dict[str, set[int]]]:
+        return self.lines
+
+
+def test_a_journal_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    project(tmp_path)
+    first = journal(tmp_path)
+    first.learn(Seen())  # type: ignore[arg-type]
+    first.add(MUTANT, Result(MUTANT.id, MUTANT.what, "killed", A, 1.0))
+    with first.path.open("a") as file:
+        file.write('{"id": "quest/a.py:f:con')  # the end of a run that was killed
+    again = journal(tmp_path)
+    found = again.known(MUTANT)
+    assert found is not None
+    assert (found.outcome, found.by) == ("killed", A)
+    assert again.known(replace(MUTANT, what="1 -> 3")) is None
+    assert again.known(replace(MUTANT, id="quest/a.py:f:constant:1")) is None
+    edit(tmp_path, "quest/b.py", "x * N", "x + N")
+    assert journal(tmp_path).known(MUTANT) is None
+    # Which does not make the test a less likely one.
+    assert journal(tmp_path).killers(MUTANT).most_common(1)[0][0] == A
+
+
+def test_a_kill_is_void_where_its_tests_call_something_else_now(tmp_path: Path) -> None:
+    project(tmp_path)
+    first = journal(tmp_path)
+    first.learn(Seen())  # type: ignore[arg-type]
+    first.add(MUTANT, Result(MUTANT.id, MUTANT.what, "killed", A, 1.0))
+    for lines, holds in ((LINES, True), ({A.partition("::")[0]: {"quest/a.py": {7}}}, False)):
+        later = journal(tmp_path)
+        later.learn(Seen(lines))  # type: ignore[arg-type]
+        assert (later.known(MUTANT) is not None) == holds
+        assert (journal(tmp_path).known(MUTANT) is not None) == holds
+
+
+def test_a_survivor_is_void_with_any_test(tmp_path: Path) -> None:
+    project(tmp_path)
+    first = journal(tmp_path)
+    first.add(MUTANT, Result(MUTANT.id, MUTANT.what, "survived"))
+    assert journal(tmp_path).known(MUTANT) is not None
+    edit(tmp_path, "property_tests/test_b.py", "...", "1")
+    assert journal(tmp_path).known(MUTANT) is None
+
+
+def test_likely_killers(tmp_path: Path) -> None:
+    """What killed it before, then what killed in its function, then in its file."""
+    project(tmp_path)
+    made = journal(tmp_path)
+    results: list[tuple[str, str]] = [
+        ("quest/a.py:f:constant:3", A),
+        ("quest/a.py:other:constant:0", B),
+        ("quest/a.py:other:constant:1", B),
+        ("quest/b.py:f:constant:0", "property_tests/test_c.py::test"),
+    ]
+    for name, by in results:
+        made.add(replace(MUTANT, id=name), Result(name, "", "killed", by))
+    assert made.killers(MUTANT) == {A: 11, B: 2}
+    made.add(MUTANT, Result(MUTANT.id, MUTANT.what, "killed", f"{B} (ci)"))
+    assert made.killers(MUTANT).most_common(1)[0][0] == B

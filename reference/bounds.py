@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import hadamard
+from . import hadamard, prologue
 from .arrays import Bool, Float64
 
 UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -40,6 +40,15 @@ VALUE_ROUNDINGS = 4
 # An integer product: the factor of both units, its product with the row's scale, the accumulator to
 # float32 (a second time where it has a fraction), and the products with both scales.
 PRODUCT_ROUNDINGS = 6
+# exp(-g) in float32, beside its argument's own error: ex2.approx is off by 2^-22 at the most (PTX
+# ISA), and exp by two units in the last place (CUDA C++ Programming Guide; vector libraries too),
+# which is as much.
+EXP_ROUNDINGS = 4
+# silu(g) v after exp: the sum 1 + e, the reciprocal (2^-23, as much as two roundings: PTX ISA,
+# rcp.approx), and the products with g and v.
+GATED_ROUNDINGS = 5
+# Where exp(-g) nears the end of float32's range, its reciprocal may be 0.
+SIGMOID_SMALLEST = 2.0**-126
 
 
 @dataclass(frozen=True)
@@ -177,3 +186,28 @@ def code_margin(x: Float64, order: int, sigma: Float64, sums: Sums = BUTTERFLY) 
     turned = _rotation_in_range(x, order, sums=sums)
     margin = turned / sigma + gamma(CODE_ROUNDINGS, U32) * np.abs(z) + lost
     return np.asarray(np.where(zero, 0.0, margin), dtype=np.float64)
+
+
+def gated(gate: Float64, value: Float64, between: str | None = None) -> Float64:
+    """Bound of silu(gate) value in float32, not yet stored.
+
+    The argument -g log2(e) is rounded twice (the constant, the product), which moves exp(-g) by
+    gamma_{2|g|}, and exp is off by EXP_ROUNDINGS more: in all d <= gamma_{2|g| + 4}. Of 1 + e the
+    share e / (1 + e) = 1 - sigmoid moves by d, so the sum by m = (1 - sigmoid) d and the reciprocal
+    by up to 1 / (1 - m); the rest rounds GATED_ROUNDINGS times. Beyond |g| = 128 exp(-g) is far
+    outside of float32, and the sigmoid is 1, or 0 within SIGMOID_SMALLEST.
+    between: the dtype that silu is stored in before the product, where it is.
+    """
+    g, v = np.abs(gate), np.abs(value)
+    with np.errstate(invalid="ignore", over="ignore"):
+        k = (2 * np.minimum(g, 128.0) + EXP_ROUNDINGS) * U32
+        moved = prologue.sigmoid(-gate) * (k / (1 - k))
+        share = (1 + moved / (1 - moved)) * (1 + gamma(GATED_ROUNDINGS, U32)) - 1
+        silu = g * prologue.sigmoid(gate)
+        # The products with g and v may be subnormal.
+        lost = g * SIGMOID_SMALLEST + ETA32 / 2
+        error = silu * share + lost
+        if between is not None:
+            error = output(silu, error, between)
+        bound: Float64 = error * v * (1 + U32) + (between is not None) * U32 * silu * v + ETA32 / 2
+    return bound

@@ -11,12 +11,18 @@
 // Formulas and special rows are those of quantize.py. A row whose sum of squares is far from 1 (or
 // zero, or not finite) is computed again, brought near 1 by a power of two: the RARE path.
 //
+// A prologue makes the rows: of a gate and a value, silu(gate) value, in float32 and rounded once to
+// their dtype, which is of 16 bits. Both may be rows of a wider tensor. What the rest works on is what
+// was rounded, which lies where the gate was. There is no mask.
+//
 // Macros: REGISTERS (of a thread), IN (the input's dtype), LEVELS, EDGE (mask by threshold; else all
-// ones), FORM and BITS.
+// ones), FORM, BITS, PROLOGUE, and SHOWN (the rows that a prologue made are written, too).
 #define VALUES 0    // dequantized, in the input's dtype
 #define PACKED 1    // codes from 0, BITS each
 #define CODES 2     // int8: the code
 #define INTEGERS 3  // int8: 2 code + 1, or the code where LEVELS is odd
+#define PLAIN 0     // no prologue
+#define GATED 1
 typedef unsigned int u32;
 typedef long long i64;
 
@@ -25,7 +31,8 @@ typedef long long i64;
 constexpr int IN_BITS = IN == FLOAT32 ? 32 : 16;
 constexpr int ORDER = 128, CHUNKS = IN_BITS;  // elements of a block; its 16-byte chunks
 constexpr int WORD = 32 / IN_BITS;            // elements of 4 bytes
-constexpr int BUFFERS = WORD;                 // tiles that a warp has room for
+constexpr int SOURCES = PROLOGUE == GATED ? 2 : 1;  // tiles that a row is made of
+constexpr int BUFFERS = WORD / SOURCES;             // rows that a warp has room for
 constexpr int TILE = 32;                 // blocks of a warp
 constexpr int MAX_WARPS = 12, MAX_TEAMS = 4;
 // Of an element; also the chunks of 16 bytes that a block becomes.
@@ -36,6 +43,7 @@ constexpr bool EVEN = LEVELS % 2 == 0;
 constexpr float SMALL = 1.3234889800848443e-23f, GREAT = 1.2676506002282294e30f;  // 2^-76, 2^100
 constexpr float NORM = 0.08838834764831845f, ROOT = 11.313708498984761f;  // 128^-0.5 and its inverse
 constexpr float LARGEST = 3.4028234663852886e38f;
+static_assert(PROLOGUE == PLAIN || IN != FLOAT32, "a prologue takes 16 bits");
 
 // 16 bytes, SPAN_TO and SPAN_FROM bytes beyond the addresses, unless `skip`.
 template <int SPAN_TO, int SPAN_FROM>
@@ -56,6 +64,32 @@ template <int COUNT> __device__ __forceinline__ int place(int block, int chunk) 
 // A block's chunk c, of CHUNKS.
 __device__ __forceinline__ const uint4 &chunk_of(const uint4 *tile, int block, int c) {
   return tile[place<CHUNKS>(block, c)];
+}
+
+// silu(gate) value. 2^t errs by 2^-22 and the reciprocal by 2^-23 (PTX ISA, ex2.approx, rcp.approx); a
+// reciprocal below 2^-126 is 0.
+__device__ __forceinline__ float gated(float gate, float value) {
+  float e, sigmoid;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(__fmul_rn(gate, -1.4426950408889634f)));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(sigmoid) : "f"(__fadd_rn(1.0f, e)));
+  return __fmul_rn(__fmul_rn(gate, sigmoid), value);
+}
+
+// Puts what the prologue makes of a thread's block where its gate lies, and to `shown`, where that is.
+// By itself and not on the way to registers: there it leaves the compiler too few of them, and it spills.
+__device__ __forceinline__ void make(uint4 *tile, int lane, uint4 *shown) {
+#pragma unroll 2
+  for (int c = 0; c < CHUNKS; c++) {
+    uint4 &own = tile[place<CHUNKS>(lane, c)];
+    const uint4 w = own, v = chunk_of(tile + TILE * CHUNKS, lane, c);
+    const u32 gates[4] = {w.x, w.y, w.z, w.w}, values[4] = {v.x, v.y, v.z, v.w};
+    u32 words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      words[i] = pair_of(gated(low(gates[i]), low(values[i])), gated(high(gates[i]), high(values[i])));
+    own = make_uint4(words[0], words[1], words[2], words[3]);
+    if (SHOWN && shown) shown[c] = own;
+  }
 }
 
 __device__ __forceinline__ void read(float (&y)[ORDER], const uint4 *tile, int lane, float factor) {
@@ -151,7 +185,8 @@ __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, floa
       for (int w = 0; w < 4; w++)
         flags[w] = __funnelshift_l(__float_as_uint(limit - fabsf(y[32 * w + i])), flags[w], 1);
   }
-  if (lane < count) mask[start + lane] = make_uint4(~flags[0], ~flags[1], ~flags[2], ~flags[3]);
+  if (PROLOGUE == PLAIN && lane < count)
+    mask[start + lane] = make_uint4(~flags[0], ~flags[1], ~flags[2], ~flags[3]);
   if (OUT_BITS == 1) {
     u32 words[4] = {};
 #pragma unroll
@@ -204,17 +239,22 @@ __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, floa
 
 // x: (rows, 128 blocks) as chunks; scale (rows,), sums (rows,) or null; mask and out by blocks.
 // units: rows, or, where segment < TILE, groups of TILE blocks; total: blocks of all rows; teams: of a
-// thread block.
+// thread block. With a prologue x is the gate and `mask` null; beside: the values; shown: like x, or
+// null; pitch: chunks from a row of x, or of `beside`, to the next.
 extern "C" __global__ void __maxnreg__(REGISTERS)
     quantize(const uint4 *x, float *scale, uint4 *out, uint4 *mask, int *sums, i64 units, i64 total,
-             int blocks, int warps, int segment, int teams, float step, float threshold) {
+             int blocks, int warps, int segment, int teams, float step, float threshold
+#if PROLOGUE != PLAIN
+             , const uint4 *beside, uint4 *shown, int x_pitch, int beside_pitch
+#endif
+    ) {
   extern __shared__ uint4 tiles[];
   __shared__ Exchange<float> first[MAX_TEAMS], second[MAX_TEAMS];
   __shared__ Exchange<u32> largest[MAX_TEAMS];
   __shared__ Exchange<int> counts[MAX_TEAMS];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int team = warp / warps, part = warp % warps;
-  uint4 *own = tiles + warp * BUFFERS * TILE * CHUNKS;
+  uint4 *own = tiles + warp * BUFFERS * SOURCES * TILE * CHUNKS;
   const i64 stride = (i64)gridDim.x * teams;
   const bool packs = segment < TILE;  // rows into a warp
   auto first_block = [&](i64 unit) { return packs ? unit * TILE : unit * blocks + part * TILE; };
@@ -229,21 +269,51 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
   u32 spot[SPOTS];
   for (int i = 0; i < SPOTS; i++)
     spot[i] = (u32)__cvta_generic_to_shared(own + place<CHUNKS>(AT_ONCE * i + half, lane % CHUNKS)) - 512 * i;
+#define COPY(i) copy_in<512 * (i), 512 * (i)>(spot[(i) % SPOTS] + shift, from, left <= AT_ONCE * (i))
+#define EIGHT(F, i) F(i), F(i + 1), F(i + 2), F(i + 3), F(i + 4), F(i + 5), F(i + 6), F(i + 7)
+#if PROLOGUE == PLAIN
   auto fetch = [&](i64 unit, int buffer) {
     if (unit < units) {
       const uint4 *from = x + first_block(unit) * CHUNKS + lane;
       const u32 shift = buffer * TILE * CHUNKS * 16;
       const int left = held(unit) - half;
-#define COPY(i) copy_in<512 * (i), 512 * (i)>(spot[(i) % SPOTS] + shift, from, left <= AT_ONCE * (i))
-#define COPY_8(i) \
-  COPY(i), COPY(i + 1), COPY(i + 2), COPY(i + 3), COPY(i + 4), COPY(i + 5), COPY(i + 6), COPY(i + 7)
-      COPY_8(0), COPY_8(8);
-      if (CHUNKS == 32) COPY_8(16), COPY_8(24);
-#undef COPY_8
-#undef COPY
+      EIGHT(COPY, 0), EIGHT(COPY, 8);
+      if (CHUNKS == 32) EIGHT(COPY, 16), EIGHT(COPY, 24);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
+#else
+  // Source 0 is x, source 1 what is beside it.
+  const int log = __ffs(segment) - 1;
+  auto fetch = [&](i64 unit, int source) {
+    if (unit < units) {
+      const uint4 *base = source ? beside : x;
+      const int pitch = source ? beside_pitch : x_pitch;
+      u32 shift = source * TILE * CHUNKS * 16;
+      const int left = held(unit) - half;
+      int offset = packs ? lane % CHUNKS : part * TILE * CHUNKS + lane;
+      asm volatile("" : "+r"(offset));  // not kept from row to row: that would be one register too many
+      const uint4 *from = base + (packs ? unit << (5 - log) : unit) * pitch + offset;
+      if (packs) {
+        // Four copies at a time: what the compiler would keep of all sixteen places, it spills.
+#pragma unroll 1
+        for (int b = half; b < TILE; b += 4 * AT_ONCE, shift += 4 * 512) {
+          auto at = [&](int block) {
+            return from + (u32)((block >> log) * pitch + (block & (segment - 1)) * CHUNKS);
+          };
+#define COPY_ROW(i) copy_in<512 * (i), 0>(spot[i] + shift, at(b + AT_ONCE * (i)), left <= AT_ONCE * (i) + b - half)
+          COPY_ROW(0), COPY_ROW(1), COPY_ROW(2), COPY_ROW(3);
+#undef COPY_ROW
+        }
+      } else {
+        EIGHT(COPY, 0), EIGHT(COPY, 8);
+      }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+#endif
+#undef EIGHT
+#undef COPY
   if (warps > 1) {
     if (threadIdx.x < teams) {
       first[threadIdx.x].init(warps), second[threadIdx.x].init(warps);
@@ -254,6 +324,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
   int turn = 0, rares = 0;
   i64 unit = (i64)blockIdx.x * teams + team;
   fetch(unit, 0);
+  if (SOURCES > 1) fetch(unit, 1);
   for (; unit < units; unit += stride, turn++) {
     const int buffer = BUFFERS == 1 ? 0 : turn & 1;
     if (BUFFERS > 1) fetch(unit + stride, buffer ^ 1);
@@ -264,6 +335,11 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     const int count = held(unit);
     const bool inside = lane < count;
     const float n = 128.0f * blocks;
+#if PROLOGUE != PLAIN
+    make(tile, lane, inside && shown ? shown + (start + lane) * CHUNKS : nullptr);
+    __syncwarp();  // all have read what lies beside: the next may come there
+    fetch(unit + stride, 1);
+#endif
     float y[ORDER];
     read(y, tile, lane, 1.0f);
     // Three stages make the sum of squares eight times as large. (Of the inputs themselves, the compiler

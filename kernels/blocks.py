@@ -4,7 +4,10 @@ The same function as `quantize`, for the case that layers are made of: blocks of
 no sparsity, masks by a threshold. A block in one thread's registers makes the transform 896
 additions and nothing else, which Triton's layouts can't express. Everything else runs in
 `quantize`.
-Source: QuEST (arXiv 2502.05003), Algorithm 1.
+
+`gated` makes the rows itself, x = silu(gate) value, which saves writing them and reading them
+again: a prologue for inference, which needs no mask.
+Source: QuEST (arXiv 2502.05003), Algorithm 1; SwiGLU, arXiv 2002.05202.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ STATIC = 4096  # more than what blocks.cu declares besides
 VALUES, PACKED, CODES, INTEGERS = range(4)
 FORMS = {"codes": CODES, "integers": INTEGERS}
 INPUTS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+PLAIN, GATED = range(2)  # prologues
 
 
 def supports(program: Program, x: torch.Tensor) -> bool:
@@ -64,24 +68,36 @@ def _shape(blocks: int) -> tuple[int, int, int, int]:
     return warps, TILE, teams, RESIDENT // (warps * teams)
 
 
-def macros(dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int) -> dict[str, int]:
+def macros(
+    dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, prologue: int = PLAIN,
+    shown: bool = False,
+) -> dict[str, int]:  # fmt: skip
     """What blocks.cu is compiled with, for an input of `dtype`."""
     return {
         "REGISTERS": REGISTERS, "IN": INPUTS[dtype], "LEVELS": levels,
-        "EDGE": int(edge), "FORM": form, "BITS": bits,
+        "EDGE": int(edge), "FORM": form, "BITS": bits, "PROLOGUE": prologue, "SHOWN": int(shown),
     }  # fmt: skip
 
 
 @functools.cache
 def _kernel(
-    warps: int, dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, device: int
-) -> cuda.Kernel:
-    made = macros(dtype, levels, edge, form, bits)
+    warps: int, dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, device: int,
+    prologue: int = PLAIN, shown: bool = False,
+) -> cuda.Kernel:  # fmt: skip
+    made = macros(dtype, levels, edge, form, bits, prologue, shown)
     code = cuda.compile_("blocks.cu", cuda.architecture(device), made)
     return cuda.load(
-        code, "quantize", device, threads=32 * warps,
-        shared=warps * SHARED_OF_WARP, layout="5P2q4i2f",
+        code, "quantize", device, threads=32 * warps, shared=warps * SHARED_OF_WARP,
+        layout="5P2q4i2f" + ("2P2i" if prologue else ""),
     )  # fmt: skip
+
+
+def _grid(rows: int, blocks: int, device: int) -> tuple[int, tuple[int, ...], int]:
+    """(thread blocks, what the kernel is told of the shape, warps of a thread block)."""
+    warps, segment, teams, resident = _shape(blocks)
+    units = -(-rows * blocks // TILE) if segment < TILE else rows
+    count = min(-(-units // teams), resident * cuda.processors(device))
+    return count, (units, rows * blocks, blocks, warps, segment, teams), warps * teams
 
 
 def quantize(
@@ -108,16 +124,59 @@ def quantize(
     mask = outputs.empty((*lead, d // 8), torch.uint8, device)
     sum_ = outputs.empty((*lead, 1) if sums else (0,), torch.int32, device)
     if rows:
-        warps, segment, teams, resident = _shape(blocks)
+        count, told, warps = _grid(rows, blocks, device.index)
         kernel = _kernel(
-            warps * teams, x.dtype, program.levels, program.estimator != STE, form, bits,
-            device.index,
-        )  # fmt: skip
-        units = -(-rows * blocks // TILE) if segment < TILE else rows
+            warps, x.dtype, program.levels, program.estimator != STE, form, bits, device.index
+        )
         kernel.launch(
-            min(-(-units // teams), resident * cuda.processors(device.index)),
-            x.data_ptr(), scale.data_ptr(), out.data_ptr(), mask.data_ptr(),
-            sum_.data_ptr() if sums else 0, units, rows * blocks, blocks, warps,
-            segment, teams, program.step, program.threshold,
+            count, x.data_ptr(), scale.data_ptr(), out.data_ptr(), mask.data_ptr(),
+            sum_.data_ptr() if sums else 0, *told, program.step, program.threshold,
         )  # fmt: skip
     return out, scale, mask, sum_
+
+
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """x (rows, d) itself where the kernel can read it, rows apart or not; else a copy.
+
+    A copy asks for 16 bytes at a time, which must lie on a multiple of 16.
+    """
+    chunk = 16 // x.element_size()
+    pitch, rest = divmod(x.stride(0), chunk)
+    # Within a tile rows are counted in 32 bits.
+    fits = x.stride(1) == 1 and not rest and pitch < 2**26 and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def gated(
+    gate: torch.Tensor, value: torch.Tensor, program: Program, *, form: int, bits: int = 0,
+    show: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """(out, scale, sums, x) of x = silu(gate) value, both (rows, d) bfloat16 or float16.
+
+    They may be columns of a wider tensor. x is computed in float32 and rounded once; given back
+    where `show` is asked for, else None. The rest as in `quantize`: PACKED of one bit, CODES or
+    INTEGERS, and `supports` is to hold for both. No mask is made, whatever the estimator.
+    """
+    if form == VALUES or (form == PACKED and bits > 1):
+        raise ValueError(f"a prologue makes no form {form} with {bits} bits")
+    (rows, d), device = gate.shape, gate.device
+    gate, value = readable(gate), readable(value)
+    packed = form == PACKED
+    out = outputs.empty(
+        (rows, d // 8 if packed else d), torch.uint8 if packed else torch.int8, device
+    )
+    scale = outputs.empty((rows, 1), torch.float32, device)
+    sums = outputs.empty((rows, 1), torch.int32, device)
+    x = outputs.empty((rows, d), gate.dtype, device) if show else None
+    if rows:
+        count, told, warps = _grid(rows, d // ORDER, device.index)
+        kernel = _kernel(
+            warps, gate.dtype, program.levels, False, form, bits, device.index, GATED, show
+        )
+        chunk = 16 // gate.element_size()
+        kernel.launch(
+            count, gate.data_ptr(), scale.data_ptr(), out.data_ptr(), 0, sums.data_ptr(), *told,
+            program.step, program.threshold, value.data_ptr(), cuda.pointer(x),
+            gate.stride(0) // chunk, value.stride(0) // chunk,
+        )  # fmt: skip
+    return out, scale, sums, x

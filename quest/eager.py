@@ -235,6 +235,12 @@ def integers(operand: torch.Tensor, kind: str, width: int) -> torch.Tensor:
     return 2 * operand.int() + 1 if kind == "codes" else operand.int()
 
 
+def gated(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * value, in float32 and rounded once to the dtype of both."""
+    x = torch.nn.functional.silu(gate.float()) * value.float()
+    return x.to(gate.dtype).contiguous()
+
+
 def decode(
     operand: torch.Tensor, scale: torch.Tensor, q: Quantizer, kind: str, width: int,
     dtype: torch.dtype,

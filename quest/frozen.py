@@ -191,23 +191,37 @@ def linear(
             x, frozen.packed, frozen.scale, frozen.sums, bias, frozen.spec,
             frozen.names.partition(",")[2], dtype, True,
         )  # fmt: skip
-    rows = lowbit.as_rows(x)
+    rows, direct = lowbit.as_rows(x), ops.direct(x)
     kind = frozen.kinds.partition(",")[0]
-    weight: tuple[Tensor, ...] = (frozen.operand,)
-    multiply, launch = lowbit.product, lowbit.launch_product
-    if frozen.kept is not None and frozen.metadata is not None:
-        if paths.reads_compressed(len(rows)):
-            multiply, launch = sparse_product, launch_sparse_product
-            weight = (frozen.kept, frozen.metadata)
-    elif frozen.packed is not None and paths.reads_packed(len(rows), frozen.packed, x.shape[-1]):
-        multiply, launch, weight = packed_product, launch_packed, (frozen.packed,)
-    if ops.direct(x):
+    if direct:
         a, a_scale, _, a_sums = lowbit.launch_encode(rows, ops.quantizer(frozen.spec), kind)
-        multiply = launch
     else:
         a, a_scale, _, a_sums = lowbit.encode(rows, frozen.spec, kind)
-    y: Tensor = multiply(
-        a, *weight, a_scale, frozen.scale, a_sums, frozen.sums, bias, frozen.names, frozen.kinds,
-        x.shape[-1], dtype,
-    )  # fmt: skip
+    y = multiply((a, a_scale, a_sums), frozen, bias, x.shape[-1], dtype, direct)
     return y.view(*x.shape[:-1], frozen.operand.shape[0])
+
+
+def multiply(
+    rows: tuple[Tensor, Tensor, Tensor], frozen: Frozen, bias: Tensor | None, width: int,
+    dtype: torch.dtype, direct: bool,
+) -> Tensor:  # fmt: skip
+    """y (n, out) of `dtype` for rows of `width` entries and a weight, both as integers.
+
+    rows: operand (n, bytes), scale (n, 1), sums (n, 1), as `lowbit.encode` makes them. direct:
+    `ops.direct` of what they were made of.
+    """
+    assert frozen.operand is not None
+    a, a_scale, a_sums = rows
+    weight: tuple[Tensor, ...] = (frozen.operand,)
+    function, launch = lowbit.product, lowbit.launch_product
+    if frozen.kept is not None and frozen.metadata is not None:
+        if paths.reads_compressed(len(a)):
+            function, launch = sparse_product, launch_sparse_product
+            weight = (frozen.kept, frozen.metadata)
+    elif frozen.packed is not None and paths.reads_packed(len(a), frozen.packed, width):
+        function, launch, weight = packed_product, launch_packed, (frozen.packed,)
+    y: Tensor = (launch if direct else function)(
+        a, *weight, a_scale, frozen.scale, a_sums, frozen.sums, bias, frozen.names, frozen.kinds,
+        width, dtype,
+    )  # fmt: skip
+    return y

@@ -38,7 +38,7 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     for layer in layers:
         if not isinstance(layer, nn.Module):
             raise TypeError(f"layers must hold torch.nn.Modules, got {type(layer).__name__}")
-    plain = [layer for layer in layers if type(layer) is Linear and not _hooked(layer)]
+    plain = [layer for layer in layers if type(layer) is Linear and not hooked(layer)]
     if len(plain) < len(layers) or any(not _alike(p, plain[0]) for p in plain):
         return tuple(layer(x) for layer in layers)
     for layer in plain:
@@ -80,7 +80,8 @@ def _alike(a: Linear, b: Linear) -> bool:
     return a.recipe == b.recipe and a.weight.dtype == b.weight.dtype
 
 
-def _hooked(layer: nn.Module) -> bool:
+def hooked(layer: nn.Module) -> bool:
+    """Whether something must see the calls of this module."""
     return bool(
         layer._forward_hooks
         or layer._forward_pre_hooks

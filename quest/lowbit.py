@@ -168,7 +168,7 @@ def check_product(
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(q: Quantizer, kind: str, like: tuple[torch.dtype, int, torch.device]) -> tuple[Any, Any]:
+def plan(q: Quantizer, kind: str, like: tuple[torch.dtype, int, torch.device]) -> tuple[Any, Any]:
     """(program, form) of `launch_encode` for rows of this dtype, width and device.
 
     Made once: finding them takes longer than a launch.
@@ -184,7 +184,7 @@ def launch_encode(x: Tensor, q: Quantizer, kind: str) -> tuple[Tensor, Tensor, T
     from .kernels import quantize as kernel
 
     q.check(x)
-    program, form = _plan(q, kind, (x.dtype, x.shape[-1], x.device))
+    program, form = plan(q, kind, (x.dtype, x.shape[-1], x.device))
     if blocks.supports(program, x):
         chosen, bits = (blocks.PACKED, 1) if kind == "bits" else (blocks.FORMS[kind], 0)
         with ops.device_of(x):

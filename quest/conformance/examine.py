@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -112,6 +113,22 @@ def encoded(lane: Lane, x: Tensor, q: Quantizer, kind: str) -> list[Verdict]:
     if form.failure is None:
         found.append(judges.dequantized(q, codes["codes"], out["scale"], keep, values))
     return [*found, form]
+
+
+def gated(
+    lane: Lane, gate: Tensor, value: Tensor, q: Quantizer, kind: str, *, conclusive: bool = True
+) -> list[Verdict]:
+    """T1 of x = silu(gate) * value as it is shown, and given that x T2, T3 and T0 of its operand.
+
+    q: without sparsity; its grid has an operand of this kind.
+    """
+    out = lane.call("gated", gate, value, q=q, kind=kind)
+    form = judges.form("gated", out["x"], tuple(gate.shape), gate.dtype)
+    if form.failure is not None:
+        return [form]
+    made = {"a": out["operand"], "a_scale": out["scale"], "a_sums": out["sums"]}
+    inside = _operand_of(out["x"], q, kind, made, "gated", BUTTERFLY, conclusive)
+    return [form, judges.gated(gate, value, out["x"]), *inside]
 
 
 def compressed(lane: Lane, operand: Tensor) -> list[Verdict]:
@@ -248,31 +265,50 @@ def frozen(
 
 
 def _quantized_inside(lane: Lane, x: Tensor, made: Recipe, out: dict[str, Tensor]) -> list[Verdict]:
-    """T2, T3 and T0 of an operand, its scale and its sums; of grids with as many + as - points."""
+    """`_operand_of` of what one kernel quantized and multiplied."""
     kinds = operands.kinds(made.activation, made.weight)
     if kinds is None:
         raise ValueError(f"recipe {made} has no integer product")
-    bits, dtype = kinds[0] == "bits", torch.uint8 if kinds[0] == "bits" else torch.int8
-    columns = x.shape[-1] // 8 if bits else x.shape[-1]
+    sums = TENSOR_CORES if lane.device == "cuda" else BUTTERFLY
+    return _operand_of(x, made.activation, kinds[0], out, "frozen", sums, False)
+
+
+def _operand_of(
+    x: Tensor,
+    q: Quantizer,
+    kind: str,
+    out: dict[str, Tensor],
+    stage: str,
+    sums: Sums,
+    conclusive: bool,
+) -> list[Verdict]:
+    """T2, T3 and T0 of an operand, its scale and its sums, where nothing else tells the codes."""
+    lead, width = tuple(x.shape[:-1]), x.shape[-1]
+    bits, dtype = kind == "bits", torch.uint8 if kind == "bits" else torch.int8
     forms = [
-        judges.form("frozen operand", out["a"], (x.shape[0], columns), dtype),
-        judges.form("frozen scale", out["a_scale"], (x.shape[0], 1), torch.float32),
-        judges.form("frozen sums", out["a_sums"], (x.shape[0], 1), torch.int32),
+        judges.form(
+            f"{stage} operand", out["a"], (*lead, -(-width // 8) if bits else width), dtype
+        ),
+        judges.form(f"{stage} scale", out["a_scale"], (*lead, 1), torch.float32),
+        judges.form(f"{stage} sums", out["a_sums"], (*lead, 1), torch.int32),
     ]
     if any(v.failure for v in forms):
         return forms
-    whole = judges.whole(out["a"], kinds[0], x.shape[-1])
-    codes = torch.from_numpy((whole - 1) // 2).to(torch.int8)
-    order = made.activation.transform.order(x.shape[-1])
-    sums = TENSOR_CORES if lane.device == "cuda" else BUTTERFLY
+    whole = judges.whole(out["a"], kind, width)
+    even = q.require_grid().levels % 2 == 0
+    if even and (whole % 2 == 0).any():
+        told = "an even integer, where every point is half of an odd number of steps"
+        return [*forms, Verdict(f"{stage} operand", whole.size, math.inf, failure=told)]
+    codes = torch.from_numpy((whole - 1) // 2 if even else whole).to(torch.int16)
+    order = q.transform.order(width)
     return [
         *forms,
-        dataclasses.replace(judges.scaled(x, out["a_scale"], order, sums), stage="frozen scale"),
+        dataclasses.replace(judges.scaled(x, out["a_scale"], order, sums), stage=f"{stage} scale"),
         dataclasses.replace(
-            judges.coded(x, made.activation, codes, out["a_scale"], conclusive=False, sums=sums),
-            stage="frozen codes",
+            judges.coded(x, q, codes, out["a_scale"], conclusive=conclusive, sums=sums),
+            stage=f"{stage} codes",
         ),
-        judges.exact("frozen sums", out["a_sums"].numpy(), whole.sum(-1, keepdims=True)),
+        judges.exact(f"{stage} sums", out["a_sums"].numpy(), whole.sum(-1, keepdims=True)),
     ]
 
 

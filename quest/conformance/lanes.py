@@ -185,11 +185,13 @@ def full_sums() -> Iterator[None]:
 @functools.cache
 def operators(backend: str) -> Any:
     """The functions of a backend by operator name."""
-    from quest import compression, eager, lowbit, ops, sparse_product
+    from quest import compression, eager, lowbit, ops, prologue, sparse_product
 
     if backend == "dispatch":
         return SimpleNamespace(
             compress=compression.compress,
+            gated_encode=prologue.gated_encode,
+            gated_encode_shown=prologue.gated_encode_shown,
             encode=lambda x, q, kind: lowbit.encode(x, q.spec, kind),
             decode=lambda a, scale, q, *rest: lowbit.decode(a, scale, q.spec, *rest),
             accumulate=lowbit.accumulate,
@@ -203,16 +205,19 @@ def operators(backend: str) -> Any:
     functions = (
         (
             eager.hadamard, eager.masked_transpose, eager.quantize, eager.encode, eager.decode,
-            compression.eager_compress,
+            compression.eager_compress, prologue.eager_gated_encode,
         )
         if backend == "eager"
         else (
             ops.launch_hadamard, ops.launch_masked_transpose, ops.launch_quantize,
             lowbit.launch_encode, lowbit.launch_decode, compression.launch_compress,
+            functools.partial(prologue.launch_gated_encode, show=True),
         )
     )  # fmt: skip
     return SimpleNamespace(
         compress=functions[5],
+        gated_encode=lambda *arguments: functions[6](*arguments)[:3],
+        gated_encode_shown=functions[6],
         encode=functions[3],
         decode=functions[4],
         accumulate=eager.accumulate,
@@ -248,6 +253,18 @@ def _masked_transpose(lane: Lane, grad: Tensor, mask: Tensor, *, order: int) -> 
 def _encode(lane: Lane, x: Tensor, *, q: Any, kind: str) -> Outputs:
     names = ("operand", "scale", "mask", "sums")
     return dict(zip(names, operators(lane.backend).encode(x, q, kind), strict=True))
+
+
+def _gated(lane: Lane, gate: Tensor, value: Tensor, *, q: Any, kind: str) -> Outputs:
+    """What is made of silu(gate) * value, which is shown; nothing may change where it is not."""
+    f = operators(lane.backend)
+    names = ("operand", "scale", "sums", "x")
+    made = dict(zip(names, f.gated_encode_shown(gate, value, q.spec, kind), strict=True))
+    alone = f.gated_encode(gate, value, q.spec, kind)
+    for name, t in zip(names[:3], alone, strict=True):
+        if _bytes(t) != _bytes(made[name]):
+            raise GuardError(f"{lane} gated: {name} is another where x is shown")
+    return made
 
 
 def _decode(lane: Lane, operand: Tensor, scale: Tensor, *, q: Any, **static: Any) -> Outputs:
@@ -458,6 +475,7 @@ _STAGES: dict[str, Callable[..., Outputs]] = {
     "linear": _linear,
     "frozen": _frozen,
     "encode": _encode,
+    "gated": _gated,
     "decode": _decode,
     "compress": _compress,
     "accumulate": _accumulate,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quest.joint import together
+from quest.prologue import gated
 
 INIT_STD = 0.02
 
@@ -146,8 +147,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = together(x, (self.gate_proj, self.up_proj))
-        out: Tensor = self.down_proj(F.silu(gate) * up)
-        return out
+        return gated(gate, up, self.down_proj)
 
 
 class Block(nn.Module):

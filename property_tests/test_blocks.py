@@ -58,6 +58,39 @@ def test_every_variant_compiles_without_a_gpu(
     assert b"quantize" in made.code
 
 
+# One bit packed, integers and codes, without a mask: what a prologue's rows become.
+GATED = [
+    (t, levels, form, bits, shown)
+    for t in (torch.bfloat16, torch.float16)
+    for levels, form, bits in (
+        (2, blocks.PACKED, 1), (2, blocks.INTEGERS, 0), (3, blocks.INTEGERS, 0),
+        (8, blocks.INTEGERS, 0), (16, blocks.INTEGERS, 0), (256, blocks.CODES, 0),
+    )
+    for shown in (False, True)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "levels", "form", "bits", "shown"), GATED, ids=str)
+def test_every_prologue_compiles_without_a_gpu(
+    dtype: torch.dtype, levels: int, form: int, bits: int, shown: bool
+) -> None:
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    macros = blocks.macros(dtype, levels, False, form, bits, blocks.GATED, shown)
+    made = cuda.compile_("blocks.cu", "sm_90a", macros, cached=False)
+    assert b"quantize" in made.code
+    assert (
+        made.code
+        != cuda.compile_("blocks.cu", "sm_90a", macros | {"SHOWN": 1 - shown}, cached=False).code
+    )
+
+
+def test_a_prologue_of_float32_does_not_compile() -> None:
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    macros = blocks.macros(torch.float32, 16, False, blocks.INTEGERS, 0, blocks.GATED)
+    with pytest.raises(RuntimeError, match="a prologue takes 16 bits"):
+        cuda.compile_("blocks.cu", "sm_90a", macros, cached=False)
+
+
 @pytest.mark.parametrize("blocks_of_row", [1, 2, 3, 16, 31, 32, 33, 86, 112, 384])
 def test_shapes_fit_a_multiprocessor(blocks_of_row: int) -> None:
     warps, segment, teams, resident = blocks._shape(blocks_of_row)

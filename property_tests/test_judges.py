@@ -1824,6 +1824,147 @@ def test_layer_that_does_not_hear_its_input(recipe: str, dtype: torch.dtype, nam
         assert f"layer {name}" in failing_with(honest | {name: wrong}), wrong
 
 
+# --- the gate before a quantizer --------------------------------------------------------------
+
+
+def swish(g: Array) -> Array:
+    with np.errstate(over="ignore"):
+        return g / (1 + np.exp(-g))
+
+
+def rounded(a: Array, dtype: torch.dtype) -> Array:
+    return tensor(a, dtype).double().numpy()
+
+
+def gates(dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
+    gate = inputs.draw("heavy", (8, 256), dtype, seed) * 4
+    return gate, inputs.draw("gaussian", (8, 256), dtype, seed + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(seed=SEEDS)
+def test_gated_holds(dtype: torch.dtype, seed: int) -> None:
+    gate, value = gates(dtype, seed % 2**31)
+    g, v = oracle.lift(gate), oracle.lift(value)
+    single = gate.float()
+    in_float32 = (single / (1 + (-single).exp()) * value.float()).double().numpy()
+    for x in (swish(g) * v, in_float32, v * (g * np.exp(-np.logaddexp(0, -g)))):
+        judges.gated(gate, value, tensor(x, dtype)).require()
+    between = tensor(rounded(swish(g), dtype) * v, dtype)
+    judges.gated(gate, value, between, dtype).require()
+
+
+def test_gated_of_what_is_not_finite() -> None:
+    """Infinite or NaN, as it comes, but not finite; and a product beyond the range is infinite."""
+    inf, nan = math.inf, math.nan
+    gate = torch.tensor([[inf, -inf, nan, 1.0, -120.0, 3e38, 3e38, 1.0]])
+    value = torch.tensor([[1.0, 1.0, 1.0, -inf, inf, 3e38, -3e38, 1.0]])
+    x = torch.tensor([[inf, nan, nan, -inf, -inf, inf, -inf, 1 / (1 + math.exp(-1))]])
+    judges.gated(gate, value, x).require()
+    judges.gated(gate, value, torch.where(x.isfinite() | (gate == 3e38), x, nan)).require()
+    for at in range(8):
+        wrong = x.clone()
+        wrong[0, at] = 0.0
+        with pytest.raises(Rejected, match=r"^gated: at \(0, "):
+            judges.gated(gate, value, wrong).require()
+    wrong = x.clone()
+    wrong[0, 5] = -inf
+    with pytest.raises(Rejected, match=r"^gated"):
+        judges.gated(gate, value, wrong).require()
+
+
+GATE_FAULTS: dict[str, Callable[[Array, Array], Array]] = {
+    "the sigmoid alone": lambda g, v: swish(g) / g * v,
+    "gelu": lambda g, v: g * 0.5 * (1 + np.tanh(0.79788456 * (g + 0.044715 * g**3))) * v,
+    "gelu by a sigmoid": lambda g, v: g / (1 + np.exp(-1.702 * g)) * v,
+    "relu": lambda g, v: np.maximum(g, 0) * v,
+    "gate and value swapped": lambda g, v: swish(v) * g,
+    "exp of the gate, not of its negative": lambda g, v: g / (1 + np.exp(g)) * v,
+    "a power of two for exp": lambda g, v: g / (1 + np.exp2(-g)) * v,
+    "log2(e) in bfloat16": lambda g, v: g / (1 + np.exp2(-1.4453125 * g)) * v,
+    "the value left out": lambda g, v: swish(g),
+    "silu of the product": lambda g, v: swish(g * v),
+    "the next value": lambda g, v: swish(g) * np.roll(v, 1, -1),
+    "values of the next row": lambda g, v: swish(g) * np.roll(v, 1, 0),
+    "the last block's gate is 0": lambda g, v: np.where(np.arange(256) < 128, swish(g) * v, 0.0),
+    "tanh with 11 bits": lambda g, v: g / 2 * (1 + np.tanh(g / 2) * (1 + 2.0**-9)) * v,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", GATE_FAULTS)
+def test_gated_bites(name: str, dtype: torch.dtype) -> None:
+    gate, value = gates(dtype, 0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        x = GATE_FAULTS[name](oracle.lift(gate), oracle.lift(value))
+    with pytest.raises(Rejected, match=r"^gated: at \(\d, \d+\) it is"):
+        judges.gated(gate, value, tensor(x, dtype)).require()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gated_bites_what_is_rounded_twice(dtype: torch.dtype) -> None:
+    gate, value = gates(dtype, 0)
+    g, v = oracle.lift(gate), oracle.lift(value)
+    twice = tensor(rounded(swish(g), dtype) * v, dtype)
+    judges.gated(gate, value, twice, dtype).require()
+    with pytest.raises(Rejected, match=r"^gated"):
+        judges.gated(gate, value, twice).require()
+    truncated = tensor(np.nextafter((swish(g) * v).astype(F32), F32(0)), dtype)
+    judges.gated(gate, value, truncated).require()
+    bits = {torch.bfloat16: 16, torch.float16: 13}[dtype]
+    cut = (swish(g) * v).astype(F32).view(np.int32) >> bits << bits
+    with pytest.raises(Rejected, match=r"^gated"):
+        judges.gated(gate, value, tensor(cut.view(F32), dtype)).require()
+
+
+def test_a_fifth_over_the_gates_bound_is_too_far() -> None:
+    gate, value = gates(torch.float32, 3)
+    g, v = oracle.lift(gate), oracle.lift(value)
+    exact = swish(g) * v
+    sigmoid = 1 / (1 + np.exp(-g))
+    u = 2.0**-24
+    bound = np.abs(exact) * ((2 * np.abs(g) + 4) * u * (1 - sigmoid) + 5 * u + u)
+    judges.gated(gate, value, tensor(exact + 0.8 * bound)).require()
+    with pytest.raises(Rejected, match=r"^gated"):
+        judges.gated(gate, value, tensor(exact + 1.2 * bound)).require()
+
+
+@pytest.mark.parametrize("name", ["w1a1", "w4a4", "w8a8", "w1.58a1.58"])
+def test_gated_operand_that_is_wrong(name: str) -> None:
+    """Each output by itself, what belongs to other inputs, and x that is not what was quantized."""
+    q = quest.recipe(name).activation
+    kind = (operands.kinds(q, q) or ("",))[0]
+    cpu = lanes.all_lanes()[0]
+    gate, value = gates(torch.bfloat16, 0)
+    honest = cpu.call("gated", gate, value, q=q, kind=kind)
+    other = cpu.call("gated", value, gate, q=q, kind=kind)
+
+    def failing_with(**wrong: Tensor) -> set[str]:
+        lane = Scripted(lambda *_: honest | wrong)
+        return failing(examine.gated(lane, gate, value, q, kind))
+
+    assert not failing_with()
+    assert failing_with(operand=honest["operand"][:, :-1]) == {"gated operand"}
+    assert failing_with(scale=honest["scale"][:, 0]) == {"gated scale"}
+    assert failing_with(sums=honest["sums"].long()) == {"gated sums"}
+    assert failing_with(x=honest["x"].float()) == {"gated"}
+    assert "gated codes" in failing_with(operand=other["operand"])
+    assert "gated scale" in failing_with(scale=other["scale"])
+    assert failing_with(sums=other["sums"]) == {"gated sums"}
+    assert failing_with(sums=honest["sums"] + 2) == {"gated sums"}
+    # Of silu in 16 bits: right by itself, and not once.
+    twice = torch.nn.functional.silu(gate) * value
+    assert failing_with(**(cpu.call("encode", twice, q=q, kind=kind) | {"x": twice})) == {"gated"}
+    # The operand is of another x than the one that is shown.
+    found = failing_with(**cpu.call("encode", value, q=q, kind=kind))
+    assert {"gated scale", "gated codes"} <= found
+    turned = honest["operand"].clone()
+    turned[3, 5] ^= 127 if kind == "bits" else 2  # to a neighbour, or one further off
+    assert "gated codes" in failing_with(operand=turned)
+    if kind == "integers" and q.require_grid().levels % 2 == 0:
+        assert failing_with(operand=honest["operand"] + 1) == {"gated operand"}
+
+
 # --- what guards every call of a lane ---------------------------------------------------------
 
 FAKE = lanes.Lane("fake", "cpu", "eager")

@@ -12,6 +12,7 @@ import io
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -1963,6 +1964,24 @@ def test_gated_operand_that_is_wrong(name: str) -> None:
     assert "gated codes" in failing_with(operand=turned)
     if kind == "integers" and q.require_grid().levels % 2 == 0:
         assert failing_with(operand=honest["operand"] + 1) == {"gated operand"}
+
+
+def test_what_is_not_shown_must_be_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, value = gates(torch.bfloat16, 0)
+    static = {"q": quest.recipe("w4a4").activation, "kind": "integers"}
+    f = lanes.operators("dispatch")
+    for i in range(3):
+
+        def other(*given: Any, i: int = i) -> list[Tensor]:
+            made = list(f.gated_encode_shown(*given)[:3])
+            made[i] = made[i] + 1
+            return made
+
+        changed = SimpleNamespace(**(vars(f) | {"gated_encode": other}))
+        with monkeypatch.context() as patch:
+            patch.setattr(lanes, "operators", lambda _, changed=changed: changed)
+            with pytest.raises(lanes.GuardError, match="is another where x is shown"):
+                lanes.all_lanes()[0].call("gated", gate, value, **static)
 
 
 # --- what guards every call of a lane ---------------------------------------------------------

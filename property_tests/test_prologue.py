@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import quest
 from property_tests.lane_marks import every_dtype, every_lane, fewer
 from property_tests.ledger import LEDGER
-from quest import frozen, lowbit, operands, ops, paths, prologue
+from quest import eager, frozen, lowbit, operands, ops, paths, prologue
 from quest.conformance import examine, inputs, judges
 from quest.conformance.lanes import Lane
 from quest.conformance.strategies import SEEDS, widths
@@ -122,6 +122,10 @@ def test_opcheck(name: str, device: str) -> None:
     for operator in ("gated_encode", "gated_encode_shown"):
         overload = getattr(torch.ops.quest, operator).default
         torch.library.opcheck(overload, (gate, value, *SPECS[name]))
+        # Dense, but no row in one piece: what comes out lies as ever.
+        torch.library.opcheck(
+            overload, (*(t.mT.contiguous().mT for t in (gate, value)), *SPECS[name])
+        )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -185,10 +189,16 @@ def test_errors(position: int, value: Any, error: type[Exception], told: str) ->
         ("uniform4/identity/ste/dense", "bits", "has no operand of kind 'bits'"),
     ],
 )
-def test_errors_of_a_spec(spec: str, kind: str, told: str) -> None:
+def test_errors_of_a_spec(spec: str, kind: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is computed."""
+    monkeypatch.delattr(eager, "gated")
     x = torch.ones(2, 192)
-    with pytest.raises(ValueError, match=told):
-        prologue.gated_encode(x, x, spec, kind)
+    for run in (
+        prologue.gated_encode, prologue.gated_encode_shown, prologue.launch_gated_encode,
+        prologue._fake,
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=told):
+            run(x, x, spec, kind)
 
 
 def test_errors_of_a_layer() -> None:
@@ -236,7 +246,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     real: Callable[..., Any] = prologue.gated_encode
     monkeypatch.setattr(prologue, "gated_encode", lambda *a: seen.append(a[0]) or real(*a))
     monkeypatch.setattr(
-        prologue, "has_kernel", lambda spec, x: x.dtype in HALVES and "hadamard" in spec
+        prologue, "has_kernel", lambda spec, x: x.dtype in HALVES and spec.index("/") > 0
     )
     return seen
 
@@ -259,6 +269,13 @@ def test_a_frozen_layer_takes_it(recipe: str, dtype: torch.dtype, taken: list[Te
     x = prologue.gated_encode_shown(gate, up, held.spec, held.kinds.partition(",")[0])[3]
     assert y.shape == (5, 1, 24)
     assert torch.equal(y, frozen.linear(x, held, layer.bias, layer.recipe, dtype))
+
+
+def test_an_input_that_does_not_fit_is_refused(taken: list[Tensor]) -> None:
+    gate, up = (t[..., :128] for t in _pair())
+    with torch.no_grad(), pytest.raises(ValueError, match="x must have 256 columns"):
+        quest.gated(gate, up, _on_integers(_layer()))
+    assert not taken
 
 
 def test_few_rows_keep_their_kernel(taken: list[Tensor]) -> None:

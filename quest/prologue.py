@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import eager, frozen, lowbit, ops, paths
+from . import eager, frozen, lowbit, operands, ops, paths
 from .joint import hooked
 from .linear import Linear
 
@@ -55,16 +55,18 @@ def _check_pair(gate: Tensor, value: Tensor) -> None:
         raise ValueError(f"value must lie where gate lies, {gate.device}; got {value.device}")
 
 
-def _check(gate: Tensor, value: Tensor, spec: str) -> None:
+def _check(gate: Tensor, value: Tensor, spec: str, kind: str) -> None:
     _check_pair(gate, value)
-    ops.quantizer(spec).check(gate)
+    q = ops.quantizer(spec)
+    q.check(gate)
+    operands.form_of(q, kind)
 
 
 def eager_gated_encode(
     gate: Tensor, value: Tensor, spec: str, kind: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(operand, scale, sums, x) in plain PyTorch, on any device."""
-    _check(gate, value, spec)
+    _check(gate, value, spec, kind)
     x = eager.gated(gate, value)
     operand, scale, _, sums = eager.encode(x, ops.quantizer(spec), kind)
     return operand, scale, sums, x
@@ -74,7 +76,7 @@ def launch_gated_encode(
     gate: Tensor, value: Tensor, spec: str, kind: str, show: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`eager_gated_encode` by the kernels; x is None unless `show`."""
-    _check(gate, value, spec)
+    _check(gate, value, spec, kind)
     q, d = ops.quantizer(spec), gate.shape[-1]
     if not (gate.numel() and has_kernel(spec, gate)):
         x = eager.gated(gate, value)
@@ -115,7 +117,7 @@ def _fits_there(spec: str, width: int, device: str) -> bool:
 def _fake(
     gate: Tensor, value: Tensor, spec: str, kind: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(gate, value, spec)
+    _check(gate, value, spec, kind)
     operand, scale, _, sums = eager.encoded_like(gate, kind)
     return operand, scale, sums, gate.new_empty(gate.shape)
 

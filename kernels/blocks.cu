@@ -11,9 +11,12 @@
 // Formulas and special rows are those of quantize.py. A row whose sum of squares is far from 1 (or
 // zero, or not finite) is computed again, brought near 1 by a power of two: the RARE path.
 //
-// A prologue makes the rows: of a gate and a value, silu(gate) value, in float32 and rounded once to
-// their dtype, which is of 16 bits. Both may be rows of a wider tensor. What the rest works on is what
-// was rounded, which lies where the gate was. There is no mask.
+// A prologue makes the rows, in float32 and rounded once to the inputs' dtype, which is of 16 bits:
+//   GATED   silu(gate) value
+//   NORMED  h weight / sqrt(mean(h^2) + eps)
+//   ADDED   the same of h = x + beside, rounded, which is written too
+// Inputs may be rows of a wider tensor. What the rest works on is what was rounded, which lies where x,
+// the first input, was. There is no mask.
 //
 // Macros: REGISTERS (of a thread), IN (the input's dtype), LEVELS, EDGE (mask by threshold; else all
 // ones), FORM, BITS, PROLOGUE, and SHOWN (the rows that a prologue made are written, too).
@@ -23,6 +26,8 @@
 #define INTEGERS 3  // int8: 2 code + 1, or the code where LEVELS is odd
 #define PLAIN 0     // no prologue
 #define GATED 1
+#define NORMED 2
+#define ADDED 3
 typedef unsigned int u32;
 typedef long long i64;
 
@@ -31,10 +36,12 @@ typedef long long i64;
 constexpr int IN_BITS = IN == FLOAT32 ? 32 : 16;
 constexpr int ORDER = 128, CHUNKS = IN_BITS;  // elements of a block; its 16-byte chunks
 constexpr int WORD = 32 / IN_BITS;            // elements of 4 bytes
-constexpr int SOURCES = PROLOGUE == GATED ? 2 : 1;  // tiles that a row is made of
+constexpr int SOURCES = PROLOGUE == GATED || PROLOGUE == ADDED ? 2 : 1;  // tiles of a row
 constexpr int BUFFERS = WORD / SOURCES;             // rows that a warp has room for
 constexpr int TILE = 32;                 // blocks of a warp
 constexpr int MAX_WARPS = 12, MAX_TEAMS = 4;
+constexpr bool NORMS = PROLOGUE == NORMED || PROLOGUE == ADDED;
+constexpr int SUMS = NORMS ? 2 : 1;  // of squares, that the warps of a row exchange
 // Of an element; also the chunks of 16 bytes that a block becomes.
 constexpr int OUT_BITS = FORM == VALUES ? IN_BITS : FORM == PACKED ? BITS : 8;
 constexpr int LOWEST = -(LEVELS / 2);
@@ -75,21 +82,37 @@ __device__ __forceinline__ float gated(float gate, float value) {
   return __fmul_rn(__fmul_rn(gate, sigmoid), value);
 }
 
-// Puts what the prologue makes of a thread's block where its gate lies, and to `shown`, where that is.
+// Puts f(a, b) of a thread's block, and of what lies beside it, where the block lies.
 // By itself and not on the way to registers: there it leaves the compiler too few of them, and it spills.
-__device__ __forceinline__ void make(uint4 *tile, int lane, uint4 *shown) {
+template <typename F>
+__device__ __forceinline__ void make(uint4 *tile, int lane, const uint4 *beside, int block, uint4 *shown, F f) {
 #pragma unroll 2
   for (int c = 0; c < CHUNKS; c++) {
     uint4 &own = tile[place<CHUNKS>(lane, c)];
-    const uint4 w = own, v = chunk_of(tile + TILE * CHUNKS, lane, c);
-    const u32 gates[4] = {w.x, w.y, w.z, w.w}, values[4] = {v.x, v.y, v.z, v.w};
+    const uint4 w = own, v = chunk_of(beside, block, c);
+    const u32 first[4] = {w.x, w.y, w.z, w.w}, second[4] = {v.x, v.y, v.z, v.w};
     u32 words[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      words[i] = pair_of(gated(low(gates[i]), low(values[i])), gated(high(gates[i]), high(values[i])));
+    for (int i = 0; i < 4; i++) words[i] = pair_of(f(low(first[i]), low(second[i])), f(high(first[i]), high(second[i])));
     own = make_uint4(words[0], words[1], words[2], words[3]);
     if (SHOWN && shown) shown[c] = own;
   }
+}
+
+// The sum of a block's squares, as it lies in the tile.
+__device__ __forceinline__ float squares_of(const uint4 *tile, int lane) {
+  float s[4] = {};
+#pragma unroll 2
+  for (int c = 0; c < CHUNKS; c++) {
+    const uint4 w = chunk_of(tile, lane, c);
+    const u32 words[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float a = low(words[i]), b = high(words[i]);
+      s[i] = fmaf(a, a, fmaf(b, b, s[i]));
+    }
+  }
+  return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
 __device__ __forceinline__ void read(float (&y)[ORDER], const uint4 *tile, int lane, float factor) {
@@ -239,13 +262,14 @@ __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, floa
 
 // x: (rows, 128 blocks) as chunks; scale (rows,), sums (rows,) or null; mask and out by blocks.
 // units: rows, or, where segment < TILE, groups of TILE blocks; total: blocks of all rows; teams: of a
-// thread block. With a prologue x is the gate and `mask` null; beside: the values; shown: like x, or
-// null; pitch: chunks from a row of x, or of `beside`, to the next.
+// thread block. With a prologue `mask` is null. beside: the second input, or null; shown: like x, or
+// null; pitch: chunks from a row of x, or of `beside`, to the next; weight: a row; added: h, as rows.
 extern "C" __global__ void __maxnreg__(REGISTERS)
     quantize(const uint4 *x, float *scale, uint4 *out, uint4 *mask, int *sums, i64 units, i64 total,
              int blocks, int warps, int segment, int teams, float step, float threshold
 #if PROLOGUE != PLAIN
-             , const uint4 *beside, uint4 *shown, int x_pitch, int beside_pitch
+             , const uint4 *beside, uint4 *shown, int x_pitch, int beside_pitch, const uint4 *weight, uint4 *added,
+             float eps
 #endif
     ) {
   extern __shared__ uint4 tiles[];
@@ -283,13 +307,13 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
 #else
-  // Source 0 is x, source 1 what is beside it.
+  // Into slot 1 comes what is beside x, where a row has two sources; else the next row of x.
   const int log = __ffs(segment) - 1;
-  auto fetch = [&](i64 unit, int source) {
+  auto fetch = [&](i64 unit, int slot) {
     if (unit < units) {
-      const uint4 *base = source ? beside : x;
-      const int pitch = source ? beside_pitch : x_pitch;
-      u32 shift = source * TILE * CHUNKS * 16;
+      const uint4 *base = SOURCES > 1 && slot ? beside : x;
+      const int pitch = SOURCES > 1 && slot ? beside_pitch : x_pitch;
+      u32 shift = slot * TILE * CHUNKS * 16;
       const int left = held(unit) - half;
       int offset = packs ? lane % CHUNKS : part * TILE * CHUNKS + lane;
       asm volatile("" : "+r"(offset));  // not kept from row to row: that would be one register too many
@@ -321,6 +345,14 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     }
     __syncthreads();
   }
+#if PROLOGUE != PLAIN
+  uint4 *weights = tiles + blockDim.x / 32 * BUFFERS * SOURCES * TILE * CHUNKS;
+  if (NORMS) {
+    for (int i = threadIdx.x; i < blocks * CHUNKS; i += blockDim.x)
+      weights[place<CHUNKS>(i / CHUNKS, i % CHUNKS)] = weight[i];
+    __syncthreads();
+  }
+#endif
   int turn = 0, rares = 0;
   i64 unit = (i64)blockIdx.x * teams + team;
   fetch(unit, 0);
@@ -336,9 +368,31 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     const bool inside = lane < count;
     const float n = 128.0f * blocks;
 #if PROLOGUE != PLAIN
-    make(tile, lane, inside && shown ? shown + (start + lane) * CHUNKS : nullptr);
-    __syncwarp();  // all have read what lies beside: the next may come there
-    fetch(unit + stride, 1);
+    uint4 *const seen = SHOWN && inside ? shown + (start + lane) * CHUNKS : nullptr;
+    if (SOURCES > 1) {
+      if (PROLOGUE == GATED) make(tile, lane, tile + TILE * CHUNKS, lane, seen, gated);
+      else make(tile, lane, tile + TILE * CHUNKS, lane, nullptr, [](float a, float b) { return __fadd_rn(a, b); });
+      __syncwarp();  // all have read what lies beside: the next may come there
+      fetch(unit + stride, 1);
+    }
+    if (PROLOGUE == ADDED) {
+#pragma unroll 4
+      for (int i = 0; i < CHUNKS; i++) {
+        const int id = 32 * i + lane, block = id / CHUNKS;
+        if (block < count) added[start * CHUNKS + id] = chunk_of(tile, block, id % CHUNKS);
+      }
+    }
+    if (NORMS) {
+      float s = over_warp(inside ? squares_of(tile, lane) : 0.0f, Add(), segment);
+      if (warps > 1) {
+        first[team].leave(s, SUMS * turn, part);
+        s = first[team].fetch(Add(), SUMS * turn, warps);
+      }
+      const float inverse = 1.0f / sqrtf(s / n + eps);
+      const int block = packs ? lane & (segment - 1) : inside ? part * TILE + lane : 0;
+      __syncwarp();  // h is written as it lies there
+      make(tile, lane, weights, block, seen, [&](float h, float w) { return __fmul_rn(__fmul_rn(h, inverse), w); });
+    }
 #endif
     float y[ORDER];
     read(y, tile, lane, 1.0f);
@@ -346,9 +400,9 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     // would convert them twice.)
     butterfly<1, 8>(y);
     float s = over_warp(inside ? 0.125f * squares(y) : 0.0f, Add(), segment);
-    if (warps > 1) first[team].leave(s, turn, part);
+    if (warps > 1) first[team].leave(s, SUMS * turn + SUMS - 1, part);
     butterfly<8, ORDER>(y);  // while the others' sums come
-    if (warps > 1) s = first[team].fetch(Add(), turn, warps);
+    if (warps > 1) s = first[team].fetch(Add(), SUMS * turn + SUMS - 1, warps);
     float sigma = sqrtf(s / n), inner = sigma;
     bool rare = !(s >= SMALL && s <= GREAT);
     if (packs) rare = __any_sync(0xFFFFFFFF, rare && inside);

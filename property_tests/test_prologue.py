@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +18,14 @@ from torch.nn import functional as F
 import quest
 from property_tests.lane_marks import every_dtype, every_lane, fewer
 from property_tests.ledger import LEDGER
-from quest import eager, frozen, lowbit, operands, ops, paths, prologue
+from quest import eager, frozen, joint, lowbit, operands, ops, paths, prologue
 from quest.conformance import examine, inputs, judges
 from quest.conformance.lanes import Lane
 from quest.conformance.strategies import SEEDS, widths
 from quest.kernels import blocks, cuda, outputs
 from quest.kernels.product import unavailable
 from quest.models import Llama, LlamaConfig
-from quest.models.llama import MLP
+from quest.models.llama import Block
 from quest.quantizer import parse
 
 HOPPER = torch.cuda.is_available() and unavailable(torch.device("cuda")) is None
@@ -81,6 +83,45 @@ def test_gated(name: str, lane: Lane, dtype: torch.dtype, data: st.DataObject) -
     LEDGER.judge(lane, found, told, conclusive)
 
 
+@every_dtype
+@every_lane
+@pytest.mark.parametrize("name", [*SPECS, *OTHERS])
+@fewer
+@given(data=st.data())
+def test_normed(name: str, lane: Lane, dtype: torch.dtype, data: st.DataObject) -> None:
+    spec, kind = (SPECS | OTHERS)[name]
+    width = data.draw(widths(128), label="width")
+    lead = data.draw(st.sampled_from([(3,), (1,), (17,), (2, 3), (), (0,)]), label="lead")
+    names = sorted(inputs.DISTRIBUTIONS)
+    left = data.draw(st.sampled_from(["gaussian", *names]), label="x")
+    right = data.draw(st.sampled_from([None, "gaussian", *names]), label="residual")
+    layout = data.draw(st.sampled_from(inputs.LAYOUTS[:-1]), label="layout")
+    eps = data.draw(st.sampled_from([1e-5, 1e-6, 1.0]), label="eps")
+    seed = data.draw(SEEDS, label="seed")
+    x = inputs.lay_out(inputs.draw(left, (*lead, width), dtype, seed), layout)
+    weight = inputs.draw("gaussian", (width,), dtype, seed + 2)
+    residual = None
+    if right is not None:
+        residual = inputs.lay_out(inputs.draw(right, (*lead, width), dtype, seed + 1), layout)
+    conclusive = left == "gaussian" and right in (None, "gaussian")
+    found = examine.normed(lane, x, residual, weight, eps, parse(spec), kind, conclusive=conclusive)
+    told = f"{lead}, {width}, {left}, {right}, {layout}, {eps}, {dtype}, seed {seed}, {spec}"
+    LEDGER.judge(lane, found, told, conclusive)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_a_norm_of_torch_s_is_judged_too(dtype: torch.dtype, device: str) -> None:
+    """What runs where the operator does not: rounded once or, before its weight, twice."""
+    weight = inputs.draw("gaussian", (384,), dtype, 2)
+    norm = nn.RMSNorm(384, eps=1e-5, device=device, dtype=dtype)
+    with torch.no_grad():
+        norm.weight.copy_(weight)
+        for i, name in enumerate(("gaussian", "heavy", "mixed_rows", "outlier")):
+            h = inputs.draw(name, (9, 384), dtype, i)
+            judges.normed(h, weight, 1e-5, norm(h.to(device)).cpu(), dtype).require()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_the_composition_is_judged_too(dtype: torch.dtype, device: str) -> None:
@@ -126,6 +167,87 @@ def test_opcheck(name: str, device: str) -> None:
         torch.library.opcheck(
             overload, (*(t.mT.contiguous().mT for t in (gate, value)), *SPECS[name])
         )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("adds", [False, True])
+def test_opcheck_of_a_norm(adds: bool, device: str) -> None:
+    x, residual = _halves(torch.randn(2, 3, 512, dtype=torch.bfloat16, device=device))
+    weight = torch.randn(256, dtype=torch.bfloat16, device=device)
+    for operator in ("normed_encode", "normed_encode_shown"):
+        overload = getattr(torch.ops.quest, operator).default
+        for a, b in ((x, residual), (x.mT.contiguous().mT, residual.mT.contiguous().mT)):
+            given_ = (a, b if adds else None, weight, 1e-5, *SPECS["w4a4"])
+            torch.library.opcheck(overload, given_)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("name", SPECS)
+def test_a_norm_is_encode_of_what_it_shows(name: str, adds: bool) -> None:
+    spec, kind = SPECS[name]
+    x, residual = (inputs.draw("heavy", (2, 3, 256), torch.bfloat16, i) for i in range(2))
+    weight = inputs.draw("gaussian", (256,), torch.bfloat16, 2)
+    given_ = (x, residual if adds else None, weight, 1e-5)
+    *made, h, rows = prologue.normed_encode_shown(*given_, spec, kind)
+    operand, scale, _, sums = lowbit.encode(rows, spec, kind)
+    for t, expected in zip(made, (operand, scale, sums), strict=True):
+        assert torch.equal(t, expected)
+    assert torch.equal(h, residual + x if adds else x.new_empty(0))
+
+
+NORM = (torch.ones(2, 256), torch.ones(2, 256), torch.ones(256), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "error", "told"),
+    [
+        (0, [1.0], TypeError, "x must be a torch.Tensor, got list"),
+        (1, torch.ones(2, 256).int(), TypeError, "residual must be float32, bfloat16 or float16"),
+        (1, torch.ones(2, 256).half(), TypeError, "residual must have the dtype of x, torch.float"),
+        (1, torch.ones(256), ValueError, "x and residual must have one shape with at least one ax"),
+        (1, torch.ones(2, 256, device="meta"), ValueError, "residual must lie where x lies, cpu"),
+        (
+            2,
+            torch.ones(128),
+            ValueError,
+            "weight must be torch.float32 of shape (256,) on cpu, got",
+        ),
+        (
+            2,
+            torch.ones(256).half(),
+            ValueError,
+            "weight must be torch.float32 of shape (256,) on c",
+        ),
+        (3, 0.0, ValueError, "eps must be positive and finite, got 0.0"),
+        (3, float("nan"), ValueError, "eps must be positive and finite, got nan"),
+    ],
+)
+def test_errors_of_a_norm(
+    position: int, value: Any, error: type[Exception], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(eager, "normed")
+    given_: list[Any] = list(NORM)
+    given_[position] = value
+    for run in (prologue.eager_normed_encode, prologue.launch_normed_encode, prologue._fake_norm):
+        with pytest.raises(error, match=re.escape(told)):
+            run(*given_, *SPECS["w4a4"])
+    if position < 2:
+        with pytest.raises(error, match=re.escape(told)):
+            quest.normed(given_[0], nn.RMSNorm(256), [nn.Linear(256, 4)], given_[1])
+
+
+def test_errors_around_a_norm() -> None:
+    x, norm = NORM[0], nn.RMSNorm(256)
+    with pytest.raises(TypeError, match=r"norm must be a torch\.nn\.Module, got function"):
+        quest.normed(x, F.silu, [nn.Linear(256, 4)])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a sequence of layers, got a Linear"):
+        quest.normed(x, norm, nn.Linear(256, 4))  # type: ignore[arg-type]
+    with torch.no_grad(), pytest.raises(ValueError, match="layers must name at least one layer"):
+        quest.normed(x, norm, [])
+    with pytest.raises(ValueError, match="width 192 is not divisible"):
+        prologue.normed_encode(x[:, :192], None, torch.ones(192), 1e-5, *SPECS["w4a4"])
+    with pytest.raises(ValueError, match="has no operand of kind 'bits'"):
+        prologue.normed_encode(x, None, torch.ones(256), 1e-5, SPECS["w4a4"][0], "bits")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -243,11 +365,13 @@ def _on_integers(layer: quest.Linear, few: int = 0) -> quest.Linear:
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The gates that the operator gets, on a machine whose kernel is its CPU implementation."""
     seen: list[Tensor] = []
-    real: Callable[..., Any] = prologue.gated_encode
-    monkeypatch.setattr(prologue, "gated_encode", lambda *a: seen.append(a[0]) or real(*a))
+    for name in ("gated_encode", "normed_encode"):
+        real: Callable[..., Any] = getattr(prologue, name)
+        monkeypatch.setattr(prologue, name, lambda *a, real=real: seen.append(a[0]) or real(*a))
     monkeypatch.setattr(
-        prologue, "has_kernel", lambda spec, x: x.dtype in HALVES and spec.index("/") > 0
-    )
+        prologue, "has_kernel",
+        lambda spec, x, weighted=False: x.dtype in HALVES and spec.index("/") > 0,
+    )  # fmt: skip
     return seen
 
 
@@ -341,6 +465,108 @@ def test_who_does_not_take_it(
     assert y.requires_grad == (case == "gradient")
 
 
+def _stacked(recipe: str, dtype: torch.dtype) -> list[quest.Linear]:
+    """Three layers whose frozen weights lie stacked, one of them without a bias."""
+    layers = []
+    for seed, outs in enumerate((8, 8, 16)):
+        torch.manual_seed(seed)
+        layers.append(_on_integers(quest.Linear(256, outs, seed != 1, recipe, dtype=dtype)))
+    assert joint.stack(layers)
+    return layers
+
+
+def _norm(dtype: torch.dtype = torch.bfloat16, **options: Any) -> nn.RMSNorm:
+    norm = nn.RMSNorm(256, **({"eps": 1e-5} | options)).to(dtype)
+    if norm.weight is not None:
+        nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(2))
+    return norm.eval()
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("recipe", ["w4a4", "w1a1", "w8a8"])
+def test_layers_behind_a_norm_take_it(
+    recipe: str, dtype: torch.dtype, adds: bool, taken: list[Tensor]
+) -> None:
+    layers, norm = _stacked(recipe, dtype), _norm(dtype)
+    x, other = _pair(dtype)
+    residual = other if adds else None
+    held = layers[0].current()
+    assert held is not None
+    with torch.no_grad():
+        for some in (layers, [_on_integers(_layer(recipe, dtype))]):
+            taken.clear()
+            h, made = quest.normed(x, norm, some, residual)
+            assert [t.data_ptr() for t in taken] == [x.data_ptr()]
+            assert torch.equal(h, other + x if adds else x)
+            assert adds or h is x
+            rows = prologue.normed_encode_shown(
+                x, residual, norm.weight, 1e-5, held.spec, held.kinds.partition(",")[0]
+            )[-1]
+            expected = quest.together(rows, some) if len(some) > 1 else (some[0](rows),)
+            assert len(made) == len(expected)
+            for y, z in zip(made, expected, strict=True):
+                assert torch.equal(y, z)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "gradient", "not stacked", "not frozen", "some", "float32", "hook", "hook of the norm",
+        "another norm", "subclass", "no weight", "eps", "no eps", "weight's dtype",
+        "weight's shape", "autocast", "few", "no layers alike",
+    ],
+)  # fmt: skip
+def test_what_a_norm_keeps(case: str, taken: list[Tensor]) -> None:
+    """These are called one after another, with the same bits."""
+    dtype = torch.float32 if case == "float32" else torch.bfloat16
+    layers: list[Any] = _stacked("w4a4", dtype)
+    norm: Any = _norm(dtype)
+    x, residual = _pair(dtype)
+    seen: list[int] = []
+    if case == "not stacked":
+        layers = [_on_integers(_layer()), _on_integers(_layer())]
+    elif case == "not frozen":
+        layers = [_layer().eval() for _ in range(2)]
+    elif case == "some":
+        layers = layers[:2]
+    elif case == "hook":
+        layers[1].register_forward_hook(lambda *_: seen.append(1))
+    elif case == "hook of the norm":
+        norm.register_forward_hook(lambda *_: seen.append(1))
+    elif case == "another norm":
+        norm = nn.LayerNorm(256, dtype=dtype)
+    elif case == "subclass":
+        norm.__class__ = type("Other", (nn.RMSNorm,), {})
+    elif case == "no weight":
+        norm = _norm(elementwise_affine=False)
+    elif case in ("eps", "no eps"):
+        norm.eps = None if case == "no eps" else 0.0
+    elif case == "weight's dtype":
+        norm.weight = nn.Parameter(norm.weight.float())
+    elif case == "weight's shape":
+        norm = nn.RMSNorm((1, 256), eps=1e-5, dtype=dtype)
+    elif case == "few":
+        for layer in layers:
+            held = layer.current()
+            layer.hold(dataclasses.replace(held, few=64, whole=None))
+        joint.stack(layers)
+    elif case == "no layers alike":
+        layers = [*layers, nn.Linear(256, 4, dtype=dtype)]
+    context: Any = torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast")
+    with torch.set_grad_enabled(case == "gradient"), context, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of a weight of another dtype
+        h, made = quest.normed(x, norm, layers, residual)
+        calls = len(seen)
+        assert torch.equal(h, residual + x)
+        expected = quest.together(norm(residual + x), layers)
+    assert not taken
+    assert calls == ("hook" in case)
+    for y, z in zip(made, expected, strict=True):
+        assert torch.equal(y, z)
+        assert y.requires_grad == (case == "gradient")
+
+
 def test_gradients_pass() -> None:
     layer, alone = _layer(dtype=torch.float32), _layer(dtype=torch.float32)
     gate, up = (t.requires_grad_() for t in _pair(torch.float32))
@@ -360,10 +586,15 @@ def _config() -> LlamaConfig:
 def test_a_model_is_the_same_on_a_cpu(recipe: str) -> None:
     """Bit for bit what `down(silu(gate) * up)` gives: trained, frozen and in bfloat16."""
 
-    class Plain(MLP):
-        def forward(self, x: Tensor) -> Tensor:
-            gate, up = quest.together(x, (self.gate_proj, self.up_proj))
-            y: Tensor = self.down_proj(F.silu(gate) * up)
+    class Plain(Block):
+        def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+            mlp = self.mlp
+            gate, up = quest.together(
+                self.post_attention_layernorm(x), (mlp.gate_proj, mlp.up_proj)
+            )
+            y: Tensor = x + mlp.down_proj(F.silu(gate) * up)
+            assert torch.equal(y, x + mlp(self.post_attention_layernorm(x)))
             return y
 
     torch.manual_seed(0)
@@ -372,10 +603,10 @@ def test_a_model_is_the_same_on_a_cpu(recipe: str) -> None:
     tokens = torch.arange(24).reshape(2, 12)
 
     def plainly(run: Callable[[], Any]) -> Any:
-        mlp = model.layers[0].mlp
-        mlp.__class__ = Plain
+        block = model.layers[0]
+        block.__class__ = Plain
         made = run()
-        mlp.__class__ = MLP
+        block.__class__ = Block
         return made
 
     def step() -> list[Tensor]:
@@ -398,12 +629,18 @@ def test_a_model_takes_it(taken: list[Tensor]) -> None:
     quest.quantize_(model, "w4a4")
     tokens = torch.arange(24).reshape(2, 12)
     expected = quest.freeze_(model)(tokens)
-    mlp = model.layers[0].mlp
-    _on_integers(mlp.down_proj)
+    block = model.layers[0]
+    for layers in ("q_proj", "k_proj", "v_proj"), ("o_proj",):
+        made = [_on_integers(getattr(block.self_attn, name)) for name in layers]
+        assert joint.stack(made) == (len(made) > 1)
+    for layers in ("gate_proj", "up_proj"), ("down_proj",):
+        made = [_on_integers(getattr(block.mlp, name)) for name in layers]
+        assert joint.stack(made) == (len(made) > 1)
     with torch.no_grad():
         y = model(tokens)
+        assert len(taken) == 3  # two norms and a gate
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens)
-    assert len(taken) == 2
+    assert len(taken) == 6
     assert y.isfinite().all()
     # One more rounding here and there, and values instead of integers: no judge, only the place.
     assert (y - expected).abs().mean() < 0.1 * expected.abs().mean()
@@ -500,6 +737,111 @@ def test_many_turns_of_a_block(name: str, width: int, monkeypatch: pytest.Monkey
                     continue
                 expected = torch.cat([each[i] for each in apart])
                 assert torch.equal(t.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("width", [w for w in WIDTHS if w < 40000])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", ["w1a1", "w4a4", "w8a8"])
+def test_norms_of_a_kernel(name: str, dtype: torch.dtype, width: int) -> None:
+    """As `test_rows_of_a_kernel`, with a residual and without."""
+    _needs_kernel()
+    lane, (spec, kind) = Lane("triton-cuda", "cuda", "dispatch"), SPECS[name]
+    q, probe = parse(spec), torch.empty(1, width, dtype=dtype, device="cuda")
+    assert prologue.has_kernel(spec, probe, True)
+    weight = inputs.draw("gaussian", (width,), dtype, 5)
+    pairs = [("gaussian", None), ("heavy", "gaussian"), ("non_finite", None), ("huge", None),
+             ("mixed_rows", "outlier"), ("tiny", "zeros"), ("zeros", None)]  # fmt: skip
+    for i, (left, right) in enumerate(pairs):
+        rows = (1, 9, 33)[i % 3] if width < 10000 else 5
+        x = inputs.draw(left, (rows, width), dtype, i)
+        residual = None if right is None else inputs.draw(right, (rows, width), dtype, 9)
+        found = examine.normed(lane, x, residual, weight, 1e-5, q, kind, conclusive=i == 0)
+        told = f"{left}, {right}, {rows} rows of {width}, {spec}"
+        LEDGER.judge(lane, found, told)
+        given_ = (x.cuda(), None if residual is None else residual.cuda(), weight.cuda(), 1e-5)
+        *made, _, shown = prologue.normed_encode_shown(*given_, spec, kind)
+        operand, scale, _, sums = lowbit.launch_encode(shown, q, kind)
+        for t, expected in zip(made, (operand, scale, sums), strict=True):
+            assert torch.equal(t.view(torch.uint8), expected.view(torch.uint8)), told
+
+
+def test_a_weight_that_leaves_no_room() -> None:
+    _needs_kernel()
+    spec = SPECS["w4a4"][0]
+    probe = torch.empty(1, 49152, dtype=torch.bfloat16, device="cuda")
+    assert prologue.has_kernel(spec, probe)
+    assert not prologue.has_kernel(spec, probe, True)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("width", [128, 256, 2048, 4096, 5632, 8192])
+def test_many_turns_of_a_norm(width: int, adds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One multiprocessor has all rows: the same as by themselves, sums of two kinds in turn."""
+    _needs_kernel()
+    g = torch.Generator("cuda").manual_seed(0)
+    wide = torch.randn(500, 2 * width, device="cuda", generator=g)
+    wide[::7] *= 1e-15
+    wide[3::11] = 0
+    wide[5::13, 0] = torch.nan
+    wide[6::17] *= 1e25
+    x, other = _halves(wide.bfloat16())
+    weight = torch.randn(width, device="cuda", generator=g).bfloat16()
+    program = ops.program(parse(SPECS["w4a4"][0]), x)
+
+    def run(x: Tensor, other: Tensor, show: bool) -> tuple[Tensor | None, ...]:
+        residual = other if adds else None
+        return blocks.normed(x, residual, weight, 1e-5, program, form=blocks.INTEGERS, show=show)
+
+    apart = [run(a, b, True) for a, b in zip(x.split(20), other.split(20), strict=True)]
+    for processors in (1, 132):
+        for show in (True, False):
+            with monkeypatch.context() as patch, outputs.poisoned(0xA5):
+                patch.setattr(cuda, "processors", lambda _, n=processors: n)
+                made = run(x, other, show)
+            for i, t in enumerate(made):
+                if t is None:
+                    continue
+                expected = torch.cat([each[i] for each in apart])
+                assert torch.equal(t.view(torch.uint8), expected.view(torch.uint8))
+
+
+@on_hopper
+@pytest.mark.parametrize("recipe", ["w4a4", "w1a1"])
+@pytest.mark.parametrize("rows", [40, paths.MIN_ROWS])
+def test_layers_behind_a_norm_on_hopper(rows: int, recipe: str) -> None:
+    """Eagerly, compiled and from a graph: the same bits."""
+    layers = [quest.Linear(256, n, recipe=recipe) for n in (48, 48, 16)]
+    for layer in layers:
+        layer.to("cuda", torch.bfloat16).eval().freeze()
+    assert joint.stack(layers)
+    norm = _norm().cuda()
+    x, residual = torch.randn(2, rows, 256, device="cuda").bfloat16()
+    held = layers[0].current()
+    assert held is not None
+    with torch.no_grad():
+        h, made = quest.normed(x, norm, layers, residual)
+        assert torch.equal(h, residual + x)
+        kind = held.kinds.partition(",")[0]
+        shown = prologue.normed_encode_shown(x, residual, norm.weight, 1e-5, held.spec, kind)[-1]
+        for y, z in zip(made, quest.together(shown, layers), strict=True):
+            assert torch.equal(y, z)
+        torch.compiler.reset()
+        compiled = torch.compile(lambda a, b: quest.normed(a, norm, layers, b), fullgraph=True)
+        other, again = compiled(x, residual)
+        assert torch.equal(other, h)
+        for y, z in zip(again, made, strict=True):
+            assert torch.equal(y, z)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            h, made = quest.normed(x, norm, layers, residual)
+        x.normal_()
+        graph.replay()
+        fresh, expected = quest.normed(x, norm, layers, residual)
+        assert torch.equal(h, fresh)
+        for y, z in zip(made, expected, strict=True):
+            assert torch.equal(y, z)
+    torch.compiler.reset()
 
 
 def test_layouts_of_a_kernel() -> None:

@@ -241,6 +241,20 @@ def gated(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return x.to(gate.dtype).contiguous()
 
 
+def normed(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h, h weight / sqrt(mean(h^2) + eps)), the second in float32 and rounded once to h's dtype.
+
+    h: residual + x, or x where there is none.
+    """
+    h = x if residual is None else residual + x
+    # Sums follow the memory order: the same values in another layout must give the same bits.
+    single = h.float().contiguous()
+    inverse = (single.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return h, (single * inverse * weight.float()).to(h.dtype).contiguous()
+
+
 def decode(
     operand: torch.Tensor, scale: torch.Tensor, q: Quantizer, kind: str, width: int,
     dtype: torch.dtype,

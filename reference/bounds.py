@@ -49,6 +49,12 @@ EXP_ROUNDINGS = 4
 GATED_ROUNDINGS = 5
 # Where exp(-g) nears the end of float32's range, its reciprocal may be 0.
 SIGMOID_SMALLEST = 2.0**-126
+# Of mean(h^2) + eps, beside one for each square: the division by d (a reciprocal and a product),
+# eps as a float, and the sum of both.
+MEAN_ROUNDINGS = 4
+# Of 1 / sqrt: a root and a quotient, or an approximation two units in the last place off (rsqrtf:
+# CUDA C++ Programming Guide). Then the products with h and the weight.
+NORM_ROUNDINGS = 6
 
 
 @dataclass(frozen=True)
@@ -210,4 +216,36 @@ def gated(gate: Float64, value: Float64, between: str | None = None) -> Float64:
         if between is not None:
             error = output(silu, error, between)
         bound: Float64 = error * v * (1 + U32) + (between is not None) * U32 * silu * v + ETA32 / 2
+    return bound
+
+
+def squares_overflow(h: Float64) -> Bool:
+    """Rows (..., 1) of finite h whose squares may add up to more than float32 holds.
+
+    The reciprocal of the root is then 0.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = (h**2).sum(-1, keepdims=True)
+        reached = total * (1 + gamma(h.shape[-1], U32)) >= LARGEST["float32"]
+    return np.asarray(reached & np.isfinite(h).all(-1, keepdims=True))
+
+
+def normed(h: Float64, weight: Float64, eps: float, between: str | None = None) -> Float64:
+    """Bound of h weight / sqrt(mean(h^2) + eps) in float32, not yet stored; no overflow.
+
+    d squares and their sum: gamma_d, all terms positive, and MEAN_ROUNDINGS more; squares may be
+    subnormal. The root of what is off by m is off by at most (1 - m)^(-1/2) - 1; NORM_ROUNDINGS
+    follow. between: the dtype that h / sqrt is stored in before the weight, where it is.
+    """
+    d = h.shape[-1]
+    with np.errstate(invalid="ignore", over="ignore"):
+        mean = (h**2).sum(-1, keepdims=True) / max(d, 1)
+        off = gamma(d + MEAN_ROUNDINGS, U32) + ETA32 / (mean + eps)
+        share = (1 - off) ** -0.5 * (1 + gamma(NORM_ROUNDINGS, U32)) - 1
+        unit = np.abs(h) / np.sqrt(mean + eps)
+        error = unit * share + ETA32 / 2
+        if between is not None:
+            error = output(unit, error, between)
+        v = np.abs(weight)
+        bound: Float64 = error * v * (1 + U32) + (between is not None) * U32 * unit * v + ETA32 / 2
     return bound

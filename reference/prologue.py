@@ -1,7 +1,9 @@
-"""What stands before a quantizer in an MLP: SwiGLU's gate (arXiv 2002.05202, section 2).
+"""What stands before a quantizer in a transformer: SwiGLU's gate, and RMSNorm.
 
-x = silu(gate) * value, silu(g) = g / (1 + exp(-g)). The fused operator computes x in float32 and
-rounds it once to the dtype of its inputs; the quantizer's definition then applies to that x.
+Gate (arXiv 2002.05202, section 2): x = silu(gate) * value, silu(g) = g / (1 + exp(-g)).
+Norm (arXiv 1910.07467, equation 4): x = h weight / sqrt(mean(h^2) + eps), along the last axis.
+The fused operators compute x in float32 and round it once to the dtype of their inputs; the
+quantizer's definition then applies to that x.
 """
 
 from __future__ import annotations
@@ -29,3 +31,19 @@ def gated(gate: npt.ArrayLike, value: npt.ArrayLike) -> Float64:
         raise ValueError(f"value has shape {value.shape}; that of gate, {gate.shape}, is allowed")
     with np.errstate(invalid="ignore", over="ignore"):
         return np.asarray(gate * sigmoid(gate) * value, dtype=np.float64)
+
+
+def normed(h: npt.ArrayLike, weight: npt.ArrayLike, eps: float) -> Float64:
+    """h weight / sqrt(mean(h^2) + eps): real (..., d) and (d,) to float64 (..., d).
+
+    A row with an infinity is 0 but for NaN in its place; one with a NaN is NaN. Raises ValueError
+    for a weight of another width, or an eps that is not positive.
+    """
+    h, weight = real("h", h), real("weight", weight)
+    if weight.shape != h.shape[-1:]:
+        raise ValueError(f"weight has shape {weight.shape}; {h.shape[-1:]} is allowed")
+    if not eps > 0:
+        raise ValueError(f"eps is {eps}; positive numbers are allowed")
+    with np.errstate(invalid="ignore", over="ignore"):
+        mean = (h**2).sum(-1, keepdims=True) / max(h.shape[-1], 1)
+        return np.asarray(h / np.sqrt(mean + eps) * weight, dtype=np.float64)

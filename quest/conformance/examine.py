@@ -120,7 +120,7 @@ def gated(
 ) -> list[Verdict]:
     """T1 of x = silu(gate) * value as it is shown, and given that x T2, T3 and T0 of its operand.
 
-    q: without sparsity; its grid has an operand of this kind.
+    q: of a uniform grid that has an operand of this kind, and without sparsity.
     """
     out = lane.call("gated", gate, value, q=q, kind=kind)
     form = judges.form("gated", out["x"], tuple(gate.shape), gate.dtype)
@@ -129,6 +129,37 @@ def gated(
     made = {"a": out["operand"], "a_scale": out["scale"], "a_sums": out["sums"]}
     inside = _operand_of(out["x"], q, kind, made, "gated", BUTTERFLY, conclusive)
     return [form, judges.gated(gate, value, out["x"]), *inside]
+
+
+def normed(
+    lane: Lane,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    q: Quantizer,
+    kind: str,
+    *,
+    conclusive: bool = True,
+) -> list[Verdict]:
+    """T0 of h = residual + x; given h T1 of its norm, and given that T2, T3 and T0 of its operand.
+
+    q: as in `gated`.
+    """
+    extra = () if residual is None else (residual,)
+    out = lane.call("normed", x, weight, *extra, q=q, kind=kind, eps=eps)
+    shape = tuple(x.shape)
+    forms = [
+        judges.form("added", out["h"], shape if extra else (0,), x.dtype),
+        judges.form("normed", out["x"], shape, x.dtype),
+    ]
+    if any(v.failure for v in forms):
+        return forms
+    sums = [] if residual is None else [judges.added(x, residual, out["h"])]
+    h = x if residual is None else out["h"]
+    made = {"a": out["operand"], "a_scale": out["scale"], "a_sums": out["sums"]}
+    inside = _operand_of(out["x"], q, kind, made, "normed", BUTTERFLY, conclusive)
+    return [*forms, *sums, judges.normed(h, weight, eps, out["x"]), *inside]
 
 
 def compressed(lane: Lane, operand: Tensor) -> list[Verdict]:

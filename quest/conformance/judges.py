@@ -132,6 +132,32 @@ def gated(gate: Tensor, value: Tensor, x: Tensor, between: torch.dtype | None = 
     return close("gated", x, expected, bound, free=~(np.isfinite(g) & np.isfinite(v)))
 
 
+def added(x: Tensor, residual: Tensor, h: Tensor) -> Verdict:
+    """T0: h = residual + x, rounded once; of 16 bits, float32 in between changes nothing."""
+    expected = lift((residual.double() + x.double()).to(h.dtype))
+    return close("added", h, expected, np.zeros(expected.shape))
+
+
+def normed(
+    h: Tensor, weight: Tensor, eps: float, rows: Tensor, between: torch.dtype | None = None
+) -> Verdict:
+    """T1: rows = h weight / sqrt(mean(h^2) + eps), computed in float32 and stored in their dtype.
+
+    between: the dtype that is stored in before the weight, where it is. A row of h that is not
+    finite may hold any infinity and NaN; where squares leave float32, rows may be 0.
+    """
+    h64, w64 = lift(h), lift(weight)
+    stored = None if between is None else oracle.dtype_name(between)
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = prologue.normed(h64, w64, eps)
+        bound = bounds.output(
+            expected, bounds.normed(h64, w64, eps, stored), oracle.dtype_name(rows.dtype)
+        )
+    zero = bounds.squares_overflow(h64) & (lift(rows) == 0)
+    free = np.broadcast_to(~np.isfinite(h64).all(-1, keepdims=True), h64.shape)
+    return close("normed", rows, np.where(zero, 0.0, expected), bound, free)
+
+
 def _cell(codes: Array, grid: reference_grids.Grid) -> tuple[Array, Array]:
     """[low, high): the values that have these codes."""
     ends = np.concatenate([[-np.inf], grid.midpoints, [np.inf]])

@@ -192,6 +192,8 @@ def operators(backend: str) -> Any:
             compress=compression.compress,
             gated_encode=prologue.gated_encode,
             gated_encode_shown=prologue.gated_encode_shown,
+            normed_encode=prologue.normed_encode,
+            normed_encode_shown=prologue.normed_encode_shown,
             encode=lambda x, q, kind: lowbit.encode(x, q.spec, kind),
             decode=lambda a, scale, q, *rest: lowbit.decode(a, scale, q.spec, *rest),
             accumulate=lowbit.accumulate,
@@ -206,18 +208,22 @@ def operators(backend: str) -> Any:
         (
             eager.hadamard, eager.masked_transpose, eager.quantize, eager.encode, eager.decode,
             compression.eager_compress, prologue.eager_gated_encode,
+            prologue.eager_normed_encode,
         )
         if backend == "eager"
         else (
             ops.launch_hadamard, ops.launch_masked_transpose, ops.launch_quantize,
             lowbit.launch_encode, lowbit.launch_decode, compression.launch_compress,
             functools.partial(prologue.launch_gated_encode, show=True),
+            functools.partial(prologue.launch_normed_encode, show=True),
         )
     )  # fmt: skip
     return SimpleNamespace(
         compress=functions[5],
         gated_encode=lambda *arguments: functions[6](*arguments)[:3],
         gated_encode_shown=functions[6],
+        normed_encode=lambda *arguments: functions[7](*arguments)[:4],
+        normed_encode_shown=functions[7],
         encode=functions[3],
         decode=functions[4],
         accumulate=eager.accumulate,
@@ -258,12 +264,31 @@ def _encode(lane: Lane, x: Tensor, *, q: Any, kind: str) -> Outputs:
 def _gated(lane: Lane, gate: Tensor, value: Tensor, *, q: Any, kind: str) -> Outputs:
     """What is made of silu(gate) * value, which is shown; nothing may change where it is not."""
     f = operators(lane.backend)
-    names = ("operand", "scale", "sums", "x")
-    made = dict(zip(names, f.gated_encode_shown(gate, value, q.spec, kind), strict=True))
-    alone = f.gated_encode(gate, value, q.spec, kind)
-    for name, t in zip(names[:3], alone, strict=True):
+    pair = f.gated_encode_shown, f.gated_encode
+    return _prologue(lane, pair, ("operand", "scale", "sums", "x"), gate, value, q.spec, kind)
+
+
+def _normed(
+    lane: Lane, x: Tensor, weight: Tensor, *residual: Tensor, q: Any, kind: str, eps: float
+) -> Outputs:
+    """What is made of the norm of x, or of residual + x, which is shown, too."""
+    f = operators(lane.backend)
+    names, added = ("operand", "scale", "sums", "h", "x"), residual[0] if residual else None
+    pair = f.normed_encode_shown, f.normed_encode
+    return _prologue(lane, pair, names, x, added, weight, eps, q.spec, kind)
+
+
+def _prologue(
+    lane: Lane,
+    pair: tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]],
+    names: tuple[str, ...],
+    *arguments: Any,
+) -> Outputs:
+    """The outputs of the first, by name; the second makes all but the last."""
+    made = dict(zip(names, pair[0](*arguments), strict=True))
+    for name, t in zip(names[:-1], pair[1](*arguments), strict=True):
         if _bytes(t) != _bytes(made[name]):
-            raise GuardError(f"{lane} gated: {name} is another where x is shown")
+            raise GuardError(f"{lane}: {name} is another where the rows of a prologue are shown")
     return made
 
 
@@ -476,6 +501,7 @@ _STAGES: dict[str, Callable[..., Outputs]] = {
     "frozen": _frozen,
     "encode": _encode,
     "gated": _gated,
+    "normed": _normed,
     "decode": _decode,
     "compress": _compress,
     "accumulate": _accumulate,

@@ -144,6 +144,19 @@ def _gated(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
     return found
 
 
+def _normed(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
+    q = quest.recipe(name).activation
+    (kind, _) = operands.kinds(q, q) or ("", "")
+    weight = inputs.draw("gaussian", (384,), dtype, 7)
+    found = []
+    for i, (left, right) in enumerate(GATES):
+        x, residual = (inputs.draw(n, (17, 384), dtype, i) for n in (left, right))
+        for given in (None, residual):
+            judged = examine.normed(lane, x, given, weight, 1e-5, q, kind, conclusive=i == 0)
+            found.append(judged)
+    return found
+
+
 def _products(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
     found = []
     for i, kind in enumerate(("gaussian", "heavy", "equal")):
@@ -181,6 +194,7 @@ def rows(lane: Lane, quick: bool) -> Iterator[Row]:
             yield Row(lane, "encode", name, dtype, partial(_operands, lane, name, dtype))
             if name in GATED:
                 yield Row(lane, "gated", name, dtype, partial(_gated, lane, name, dtype))
+                yield Row(lane, "normed", name, dtype, partial(_normed, lane, name, dtype))
             if no_product(lane) is None:
                 yield Row(lane, "product", name, dtype, partial(_products, lane, name, dtype))
             if lane.supports("linear", {"path": "integers"}):

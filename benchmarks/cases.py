@@ -153,6 +153,19 @@ def prefilled() -> list[Any]:
     ]
 
 
+# (rows, width) of an MLP's middle: that of the 1.6B-class model at 8 x 512 tokens, and wider ones.
+GATES = ((4096, 5632), (16384, 5632), (4096, 14336)) if CUDA else ((256, 768),)
+
+
+def gates() -> list[Any]:
+    """(rows, width, recipe) of a gate before a quantizer."""
+    return [
+        pytest.param(*shape, recipe, id=f"{_size(*shape)}-{recipe}")
+        for recipe in ("w1a1", "w4a4")
+        for shape in GATES
+    ]
+
+
 def quantizer(grid: str, pattern: str) -> Quantizer:
     """The quantizer of a case; 1 bit clips at 1.30, all others trust (method, section 4)."""
     estimator = quest.Clip(1.30) if grid == "uniform1" else quest.Trust()

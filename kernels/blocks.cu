@@ -11,12 +11,23 @@
 // Formulas and special rows are those of quantize.py. A row whose sum of squares is far from 1 (or
 // zero, or not finite) is computed again, brought near 1 by a power of two: the RARE path.
 //
+// A prologue makes the rows, in float32 and rounded once to the inputs' dtype, which is of 16 bits:
+//   GATED   silu(gate) value
+//   NORMED  h weight / sqrt(mean(h^2) + eps)
+//   ADDED   the same of h = x + beside, rounded, which is written too
+// Inputs may be rows of a wider tensor. What the rest works on is what was rounded, which lies where x,
+// the first input, was. There is no mask.
+//
 // Macros: REGISTERS (of a thread), IN (the input's dtype), LEVELS, EDGE (mask by threshold; else all
-// ones), FORM and BITS.
+// ones), FORM, BITS, PROLOGUE, and SHOWN (the rows that a prologue made are written, too).
 #define VALUES 0    // dequantized, in the input's dtype
 #define PACKED 1    // codes from 0, BITS each
 #define CODES 2     // int8: the code
 #define INTEGERS 3  // int8: 2 code + 1, or the code where LEVELS is odd
+#define PLAIN 0     // no prologue
+#define GATED 1
+#define NORMED 2
+#define ADDED 3
 typedef unsigned int u32;
 typedef long long i64;
 
@@ -26,12 +37,16 @@ typedef long long i64;
 constexpr int IN_BITS = IN == FLOAT32 ? 32 : 16;
 constexpr int ORDER = 128, CHUNKS = IN_BITS;  // elements of a block; its 16-byte chunks
 constexpr int WORD = 32 / IN_BITS;            // elements of 4 bytes
-constexpr int BUFFERS = WORD;                 // tiles that a warp has room for
+constexpr int SOURCES = PROLOGUE == GATED || PROLOGUE == ADDED ? 2 : 1;  // tiles of a row
+constexpr int BUFFERS = WORD / SOURCES;             // rows that a warp has room for
 constexpr int TILE = 32;                 // blocks of a warp
 constexpr int MAX_WARPS = 12, MAX_TEAMS = 4;
+constexpr bool NORMS = PROLOGUE == NORMED || PROLOGUE == ADDED;
+constexpr int SUMS = NORMS ? 2 : 1;  // of squares, that the warps of a row exchange
 // Of an element; also the chunks of 16 bytes that a block becomes.
 constexpr int OUT_BITS = FORM == VALUES ? IN_BITS : FORM == PACKED ? BITS : 8;
 constexpr float ROOT = 11.313708498984761f;  // 128^0.5
+static_assert(PROLOGUE == PLAIN || IN != FLOAT32, "a prologue takes 16 bits");
 
 // 16 bytes, SPAN_TO and SPAN_FROM bytes beyond the addresses, unless `skip`.
 template <int SPAN_TO, int SPAN_FROM>
@@ -52,6 +67,48 @@ template <int COUNT> __device__ __forceinline__ int place(int block, int chunk) 
 // A block's chunk c, of CHUNKS.
 __device__ __forceinline__ const uint4 &chunk_of(const uint4 *tile, int block, int c) {
   return tile[place<CHUNKS>(block, c)];
+}
+
+// silu(gate) value. 2^t errs by 2^-22 and the reciprocal by 2^-23 (PTX ISA, ex2.approx, rcp.approx); a
+// reciprocal below 2^-126 is 0.
+__device__ __forceinline__ float gated(float gate, float value) {
+  float e, sigmoid;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(__fmul_rn(gate, -1.4426950408889634f)));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(sigmoid) : "f"(__fadd_rn(1.0f, e)));
+  return __fmul_rn(__fmul_rn(gate, sigmoid), value);
+}
+
+// Puts f(a, b) of a thread's block, and of what lies beside it, where the block lies.
+// By itself and not on the way to registers: there it leaves the compiler too few of them, and it spills.
+template <typename F>
+__device__ __forceinline__ void make(uint4 *tile, int lane, const uint4 *beside, int block, uint4 *shown, F f) {
+#pragma unroll 2
+  for (int c = 0; c < CHUNKS; c++) {
+    uint4 &own = tile[place<CHUNKS>(lane, c)];
+    const uint4 w = own, v = chunk_of(beside, block, c);
+    const u32 first[4] = {w.x, w.y, w.z, w.w}, second[4] = {v.x, v.y, v.z, v.w};
+    u32 words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) words[i] = pair_of(f(low(first[i]), low(second[i])), f(high(first[i]), high(second[i])));
+    own = make_uint4(words[0], words[1], words[2], words[3]);
+    if (SHOWN && shown) shown[c] = own;
+  }
+}
+
+// The sum of a block's squares, as it lies in the tile.
+__device__ __forceinline__ float squares_of(const uint4 *tile, int lane) {
+  float s[4] = {};
+#pragma unroll 2
+  for (int c = 0; c < CHUNKS; c++) {
+    const uint4 w = chunk_of(tile, lane, c);
+    const u32 words[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float a = low(words[i]), b = high(words[i]);
+      s[i] = fmaf(a, a, fmaf(b, b, s[i]));
+    }
+  }
+  return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
 __device__ __forceinline__ void read(float (&y)[ORDER], const uint4 *tile, int lane, float factor) {
@@ -138,7 +195,8 @@ __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, floa
       for (int w = 0; w < 4; w++)
         flags[w] = __funnelshift_l(__float_as_uint(limit - fabsf(y[32 * w + i])), flags[w], 1);
   }
-  if (mask && lane < count) mask[start + lane] = make_uint4(~flags[0], ~flags[1], ~flags[2], ~flags[3]);
+  if (PROLOGUE == PLAIN && mask && lane < count)
+    mask[start + lane] = make_uint4(~flags[0], ~flags[1], ~flags[2], ~flags[3]);
   if (OUT_BITS == 1) {
     u32 words[4] = {};
 #pragma unroll
@@ -189,10 +247,16 @@ __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, floa
 
 // x: (rows, 128 blocks) as chunks; scale (rows,), sums (rows,) or null; out and mask, or null, by blocks.
 // units: rows, or, where segment < TILE, groups of TILE blocks; total: blocks of all rows; teams: of a
-// thread block.
+// thread block. With a prologue `mask` is null. beside: the second input, or null; shown: like x, or
+// null; pitch: chunks from a row of x, or of `beside`, to the next; weight: a row; added: h, as rows.
 extern "C" __global__ void __maxnreg__(REGISTERS)
     quantize(const uint4 *x, float *scale, uint4 *out, uint4 *mask, int *sums, i64 units, i64 total,
-             int blocks, int warps, int segment, int teams, float step, float threshold) {
+             int blocks, int warps, int segment, int teams, float step, float threshold
+#if PROLOGUE != PLAIN
+             , const uint4 *beside, uint4 *shown, int x_pitch, int beside_pitch, const uint4 *weight, uint4 *added,
+             float eps
+#endif
+    ) {
   extern __shared__ uint4 tiles[];
   __shared__ Exchange<float> first[MAX_TEAMS], second[MAX_TEAMS];
   __shared__ Exchange<u32> largest[MAX_TEAMS];
@@ -202,7 +266,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
 #endif
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int team = warp / warps, part = warp % warps;
-  uint4 *own = tiles + warp * BUFFERS * TILE * CHUNKS;
+  uint4 *own = tiles + warp * BUFFERS * SOURCES * TILE * CHUNKS;
   const i64 stride = (i64)gridDim.x * teams;
   const bool packs = segment < TILE;  // rows into a warp
   auto first_block = [&](i64 unit) { return packs ? unit * TILE : unit * blocks + part * TILE; };
@@ -217,21 +281,51 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
   u32 spot[SPOTS];
   for (int i = 0; i < SPOTS; i++)
     spot[i] = (u32)__cvta_generic_to_shared(own + place<CHUNKS>(AT_ONCE * i + half, lane % CHUNKS)) - 512 * i;
+#define COPY(i) copy_in<512 * (i), 512 * (i)>(spot[(i) % SPOTS] + shift, from, left <= AT_ONCE * (i))
+#define EIGHT(F, i) F(i), F(i + 1), F(i + 2), F(i + 3), F(i + 4), F(i + 5), F(i + 6), F(i + 7)
+#if PROLOGUE == PLAIN
   auto fetch = [&](i64 unit, int buffer) {
     if (unit < units) {
       const uint4 *from = x + first_block(unit) * CHUNKS + lane;
       const u32 shift = buffer * TILE * CHUNKS * 16;
       const int left = held(unit) - half;
-#define COPY(i) copy_in<512 * (i), 512 * (i)>(spot[(i) % SPOTS] + shift, from, left <= AT_ONCE * (i))
-#define COPY_8(i) \
-  COPY(i), COPY(i + 1), COPY(i + 2), COPY(i + 3), COPY(i + 4), COPY(i + 5), COPY(i + 6), COPY(i + 7)
-      COPY_8(0), COPY_8(8);
-      if (CHUNKS == 32) COPY_8(16), COPY_8(24);
-#undef COPY_8
-#undef COPY
+      EIGHT(COPY, 0), EIGHT(COPY, 8);
+      if (CHUNKS == 32) EIGHT(COPY, 16), EIGHT(COPY, 24);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
+#else
+  // Into slot 1 comes what is beside x, where a row has two sources; else the next row of x.
+  const int log = __ffs(segment) - 1;
+  auto fetch = [&](i64 unit, int slot) {
+    if (unit < units) {
+      const uint4 *base = SOURCES > 1 && slot ? beside : x;
+      const int pitch = SOURCES > 1 && slot ? beside_pitch : x_pitch;
+      u32 shift = slot * TILE * CHUNKS * 16;
+      const int left = held(unit) - half;
+      int offset = packs ? lane % CHUNKS : part * TILE * CHUNKS + lane;
+      asm volatile("" : "+r"(offset));  // not kept from row to row: that would be one register too many
+      const uint4 *from = base + (packs ? unit << (5 - log) : unit) * pitch + offset;
+      if (packs) {
+        // Four copies at a time: what the compiler would keep of all sixteen places, it spills.
+#pragma unroll 1
+        for (int b = half; b < TILE; b += 4 * AT_ONCE, shift += 4 * 512) {
+          auto at = [&](int block) {
+            return from + (u32)((block >> log) * pitch + (block & (segment - 1)) * CHUNKS);
+          };
+#define COPY_ROW(i) copy_in<512 * (i), 0>(spot[i] + shift, at(b + AT_ONCE * (i)), left <= AT_ONCE * (i) + b - half)
+          COPY_ROW(0), COPY_ROW(1), COPY_ROW(2), COPY_ROW(3);
+#undef COPY_ROW
+        }
+      } else {
+        EIGHT(COPY, 0), EIGHT(COPY, 8);
+      }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+#endif
+#undef EIGHT
+#undef COPY
   if (warps > 1) {
     if (threadIdx.x < teams) {
       first[threadIdx.x].init(warps), second[threadIdx.x].init(warps);
@@ -239,9 +333,18 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     }
     __syncthreads();
   }
+#if PROLOGUE != PLAIN
+  uint4 *weights = tiles + blockDim.x / 32 * BUFFERS * SOURCES * TILE * CHUNKS;
+  if (NORMS) {
+    for (int i = threadIdx.x; i < blocks * CHUNKS; i += blockDim.x)
+      weights[place<CHUNKS>(i / CHUNKS, i % CHUNKS)] = weight[i];
+    __syncthreads();
+  }
+#endif
   int turn = 0, rares = 0;
   i64 unit = (i64)blockIdx.x * teams + team;
   fetch(unit, 0);
+  if (SOURCES > 1) fetch(unit, 1);
   for (; unit < units; unit += stride, turn++) {
     const int buffer = BUFFERS == 1 ? 0 : turn & 1;
     if (BUFFERS > 1) fetch(unit + stride, buffer ^ 1);
@@ -252,15 +355,42 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     const int count = held(unit);
     const bool inside = lane < count;
     const float n = 128.0f * blocks;
+#if PROLOGUE != PLAIN
+    uint4 *const seen = SHOWN && inside ? shown + (start + lane) * CHUNKS : nullptr;
+    if (SOURCES > 1) {
+      if (PROLOGUE == GATED) make(tile, lane, tile + TILE * CHUNKS, lane, seen, gated);
+      else make(tile, lane, tile + TILE * CHUNKS, lane, nullptr, [](float a, float b) { return __fadd_rn(a, b); });
+      __syncwarp();  // all have read what lies beside: the next may come there
+      fetch(unit + stride, 1);
+    }
+    if (PROLOGUE == ADDED) {
+#pragma unroll 4
+      for (int i = 0; i < CHUNKS; i++) {
+        const int id = 32 * i + lane, block = id / CHUNKS;
+        if (block < count) added[start * CHUNKS + id] = chunk_of(tile, block, id % CHUNKS);
+      }
+    }
+    if (NORMS) {
+      float s = over_warp(inside ? squares_of(tile, lane) : 0.0f, Add(), segment);
+      if (warps > 1) {
+        first[team].leave(s, SUMS * turn, part);
+        s = first[team].fetch(Add(), SUMS * turn, warps);
+      }
+      const float inverse = 1.0f / sqrtf(s / n + eps);
+      const int block = packs ? lane & (segment - 1) : inside ? part * TILE + lane : 0;
+      __syncwarp();  // h is written as it lies there
+      make(tile, lane, weights, block, seen, [&](float h, float w) { return __fmul_rn(__fmul_rn(h, inverse), w); });
+    }
+#endif
     float y[ORDER];
     read(y, tile, lane, 1.0f);
     // Three stages make the sum of squares eight times as large. (Of the inputs themselves, the compiler
     // would convert them twice.)
     butterfly<1, 8>(y);
     float s = over_warp(inside ? 0.125f * squares(y) : 0.0f, Add(), segment);
-    if (warps > 1) first[team].leave(s, turn, part);
+    if (warps > 1) first[team].leave(s, SUMS * turn + SUMS - 1, part);
     butterfly<8, ORDER>(y);  // while the others' sums come
-    if (warps > 1) s = first[team].fetch(Add(), turn, warps);
+    if (warps > 1) s = first[team].fetch(Add(), SUMS * turn + SUMS - 1, warps);
     float sigma = sqrtf(s / n), inner = sigma;
     // Rows that share a warp are computed again together. Those that had no need get the same bits:
     // a row's numbers are its own, whatever lies beside it.

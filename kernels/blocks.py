@@ -4,7 +4,10 @@ The same function as `quantize`, for the case that layers are made of: blocks of
 no sparsity, masks by a threshold. A block in one thread's registers makes the transform 896
 additions and nothing else, which Triton's layouts can't express. Everything else runs in
 `quantize`.
-Source: QuEST (arXiv 2502.05003), Algorithm 1.
+
+`gated` and `normed` make the rows themselves, of a gate and a value or by RMSNorm, which saves
+writing them and reading them again: prologues for inference, which needs no mask.
+Source: QuEST (arXiv 2502.05003), Algorithm 1; SwiGLU, arXiv 2002.05202; RMSNorm, arXiv 1910.07467.
 """
 
 from __future__ import annotations
@@ -23,15 +26,21 @@ TILE = 32  # blocks that a warp holds
 WARP_LIMIT = RESIDENT = 12
 REGISTERS = 168
 SHARED_OF_WARP = 2 * TILE * 2 * ORDER  # two buffers of 16-bit blocks, or one of float32
-STATIC = 4096  # more than what blocks.cu declares besides
+STATIC = 3072  # more than the 2688 that blocks.cu declares besides
+RESERVED = 1024  # of a thread block, for the system (CUDA C++ Programming Guide)
 # The numbers of blocks.cu.
 VALUES, PACKED, CODES, INTEGERS = range(4)
 OPERANDS = {"bits": (PACKED, 1), "codes": (CODES, 0), "integers": (INTEGERS, 0)}  # form, bits
 INPUTS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+PLAIN, GATED, NORMED, ADDED = range(4)  # prologues
 
 
-def supports(program: Program, x: torch.Tensor) -> bool:
-    """Whether the kernel does this; `quantize` does the rest."""
+def supports(program: Program, x: torch.Tensor, weighted: bool = False) -> bool:
+    """Whether the kernel does this; `quantize` does the rest.
+
+    weighted: with a row of weights in shared memory, for `normed`.
+    """
+    more = x.shape[-1] * x.element_size() if weighted else 0
     return (
         program.order == ORDER
         and program.base is None
@@ -43,7 +52,7 @@ def supports(program: Program, x: torch.Tensor) -> bool:
         # y / (sigma step), at most sqrt(d) / step, is rounded beside 1.5 * 2^23.
         and math.sqrt(x.shape[-1]) < 2**22 * program.step
         and cuda.unavailable(x.device) is None
-        and _shared(x.shape[-1] // ORDER) + STATIC <= cuda.shared(x.device.index)
+        and _shared(x.shape[-1] // ORDER) + more + STATIC <= cuda.shared(x.device.index)
     )
 
 
@@ -64,23 +73,27 @@ def _shape(blocks: int) -> tuple[int, int, int, int]:
     return warps, TILE, teams, RESIDENT // (warps * teams)
 
 
-def macros(dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int) -> dict[str, int]:
+def macros(
+    dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, prologue: int = PLAIN,
+    shown: bool = False,
+) -> dict[str, int]:  # fmt: skip
     """What blocks.cu is compiled with, for an input of `dtype`."""
     return {
         "REGISTERS": REGISTERS, "IN": INPUTS[dtype], "LEVELS": levels,
-        "EDGE": int(edge), "FORM": form, "BITS": bits,
+        "EDGE": int(edge), "FORM": form, "BITS": bits, "PROLOGUE": prologue, "SHOWN": int(shown),
     }  # fmt: skip
 
 
 @functools.cache
 def _kernel(
-    warps: int, dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, device: int
-) -> cuda.Kernel:
-    made = macros(dtype, levels, edge, form, bits)
+    warps: int, dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, device: int,
+    prologue: int = PLAIN, shown: bool = False, more: int = 0,
+) -> cuda.Kernel:  # fmt: skip
+    made = macros(dtype, levels, edge, form, bits, prologue, shown)
     code = cuda.compile_("blocks.cu", cuda.architecture(device), made)
     return cuda.load(
-        code, "quantize", device, threads=32 * warps,
-        shared=warps * SHARED_OF_WARP, layout="5P2q4i2f",
+        code, "quantize", device, threads=32 * warps, shared=warps * SHARED_OF_WARP + more,
+        layout="5P2q4i2f" + ("2P2i2Pf" if prologue else ""),
     )  # fmt: skip
 
 
@@ -88,6 +101,20 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     """x contiguous, at a multiple of 16 bytes."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _grid(rows: int, blocks: int, device: int, more: int = 0) -> tuple[int, tuple[int, ...], int]:
+    """(thread blocks, what the kernel is told of the shape, warps of a thread block).
+
+    more: bytes of shared memory that a thread block takes besides its tiles.
+    """
+    warps, segment, teams, resident = _shape(blocks)
+    if more:
+        one = warps * teams * SHARED_OF_WARP + more + STATIC + RESERVED
+        resident = max(1, min(resident, (cuda.shared(device) + RESERVED) // one))
+    units = -(-rows * blocks // TILE) if segment < TILE else rows
+    count = min(-(-units // teams), resident * cuda.processors(device))
+    return count, (units, rows * blocks, blocks, warps, segment, teams), warps * teams
 
 
 def quantize(
@@ -131,14 +158,94 @@ def launch(
     scale: int, mask: int, sums: int,
 ) -> None:  # fmt: skip
     """`quantize` of x, rows of d entries, contiguous and aligned, to addresses; mask, sums or 0."""
-    blocks, device = d // ORDER, x.device.index
-    warps, segment, teams, resident = _shape(blocks)
-    kernel = _kernel(
-        warps * teams, x.dtype, program.levels, program.estimator != STE, form, bits, device
-    )
-    units = -(-rows * blocks // TILE) if segment < TILE else rows
+    device = x.device.index
+    count, told, warps = _grid(rows, d // ORDER, device)
+    kernel = _kernel(warps, x.dtype, program.levels, program.estimator != STE, form, bits, device)
     kernel.launch(
-        min(-(-units // teams), resident * cuda.processors(device)),
-        x.data_ptr(), scale, out, mask, sums, units, rows * blocks, blocks, warps, segment, teams,
-        program.step, program.threshold,
+        count, x.data_ptr(), scale, out, mask, sums, *told, program.step, program.threshold
+    )
+
+
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """x (rows, d) itself where the kernel can read it, rows apart or not; else a copy.
+
+    A copy asks for 16 bytes at a time, which must lie on a multiple of 16.
+    """
+    chunk = 16 // x.element_size()
+    pitch, rest = divmod(x.stride(0), chunk)
+    # Within a tile rows are counted in 32 bits.
+    fits = x.stride(1) == 1 and not rest and pitch < 2**26 and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def gated(
+    gate: torch.Tensor, value: torch.Tensor, program: Program, *, form: int, bits: int = 0,
+    show: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """(out, scale, sums, x) of x = silu(gate) value, both (rows, d) bfloat16 or float16.
+
+    They may be columns of a wider tensor. x is computed in float32 and rounded once; given back
+    where `show` is asked for, else None. The rest as in `quantize`: PACKED of one bit, CODES or
+    INTEGERS, and `supports` is to hold for both. No mask is made, whatever the estimator.
+    """
+    out, scale, sums, _, x = _made(
+        gate, value, program, form=form, bits=bits, show=show, prologue=GATED
+    )
+    return out, scale, sums, x
+
+
+def normed(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float,
+    program: Program, *, form: int, bits: int = 0, show: bool = False,
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None
+]:  # fmt: skip
+    """(out, scale, sums, h, rows) of rows = h weight / sqrt(mean(h^2) + eps).
+
+    h = residual + x, rounded, is given back where there is a residual; else it is x, and None. x,
+    residual: (rows, d) bfloat16 or float16, weight: (d,) of that dtype. The rest as in `gated`;
+    `supports` is to hold with `weighted`.
+    """
+    prologue = NORMED if residual is None else ADDED
+    return _made(
+        x, residual, program, form=form, bits=bits, show=show, prologue=prologue, weight=weight,
+        eps=eps,
     )  # fmt: skip
+
+
+def _made(
+    first: torch.Tensor, second: torch.Tensor | None, program: Program, *, form: int, bits: int,
+    show: bool, prologue: int, weight: torch.Tensor | None = None, eps: float = 0.0,
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None
+]:  # fmt: skip
+    """(out, scale, sums, sum of both inputs, rows): a prologue's; the last two may be None."""
+    if form == VALUES or (form == PACKED and bits > 1):
+        raise ValueError(f"a prologue makes no form {form} with {bits} bits")
+    (rows, d), device = first.shape, first.device
+    first = readable(first)
+    second = first if second is None else readable(second)
+    packed = form == PACKED
+    out = outputs.empty(
+        (rows, d // 8 if packed else d), torch.uint8 if packed else torch.int8, device
+    )
+    scale = outputs.empty((rows, 1), torch.float32, device)
+    sums = outputs.empty((rows, 1), torch.int32, device)
+    added = outputs.empty((rows, d), first.dtype, device) if prologue == ADDED else None
+    shown = outputs.empty((rows, d), first.dtype, device) if show else None
+    if rows:
+        more = 0 if weight is None else d * weight.element_size()
+        weight = None if weight is None else readable(weight[None])
+        count, told, warps = _grid(rows, d // ORDER, device.index, more)
+        kernel = _kernel(
+            warps, first.dtype, program.levels, False, form, bits, device.index, prologue, show,
+            more,
+        )  # fmt: skip
+        chunk = 16 // first.element_size()
+        kernel.launch(
+            count, first.data_ptr(), scale.data_ptr(), out.data_ptr(), 0, sums.data_ptr(), *told,
+            program.step, program.threshold, second.data_ptr(), cuda.pointer(shown),
+            first.stride(0) // chunk, second.stride(0) // chunk, cuda.pointer(weight),
+            cuda.pointer(added), eps,
+        )  # fmt: skip
+    return out, scale, sums, added, shown

@@ -58,6 +58,56 @@ def test_every_variant_compiles_without_a_gpu(
     assert b"quantize" in made.code
 
 
+# One bit packed, integers and codes, without a mask: what a prologue's rows become.
+PROLOGUES = [
+    (prologue, t, levels, form, bits, shown)
+    for prologue in (blocks.GATED, blocks.NORMED, blocks.ADDED)
+    for t in (torch.bfloat16, torch.float16)
+    for levels, form, bits in (
+        (2, blocks.PACKED, 1), (2, blocks.INTEGERS, 0), (3, blocks.INTEGERS, 0),
+        (8, blocks.INTEGERS, 0), (16, blocks.INTEGERS, 0), (256, blocks.CODES, 0),
+    )
+    for shown in (False, True)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("prologue", "dtype", "levels", "form", "bits", "shown"), PROLOGUES, ids=str
+)
+def test_every_prologue_compiles_without_a_gpu(
+    prologue: int, dtype: torch.dtype, levels: int, form: int, bits: int, shown: bool
+) -> None:
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    macros = blocks.macros(dtype, levels, False, form, bits, prologue, shown)
+    made = cuda.compile_("blocks.cu", "sm_90a", macros, cached=False)
+    assert b"quantize" in made.code
+
+
+def test_a_prologue_of_float32_does_not_compile() -> None:
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    macros = blocks.macros(torch.float32, 16, False, blocks.INTEGERS, 0, blocks.GATED)
+    with pytest.raises(RuntimeError, match="a prologue takes 16 bits"):
+        cuda.compile_("blocks.cu", "sm_90a", macros, cached=False)
+
+
+@pytest.mark.parametrize("blocks_of_row", [1, 16, 32, 33, 40, 64, 86, 192])
+def test_thread_blocks_with_weights_fit_a_multiprocessor(
+    blocks_of_row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a launch with so many thread blocks all run at once."""
+    monkeypatch.setattr(cuda, "shared", lambda _: 227 * 1024)
+    monkeypatch.setattr(cuda, "processors", lambda _: 10)
+    more = 256 * blocks_of_row
+    count, told, warps = blocks._grid(10**6, blocks_of_row, 0, more)
+    each = warps * blocks.SHARED_OF_WARP + more + blocks.STATIC + blocks.RESERVED
+    assert count % 10 == 0
+    assert count // 10 * each <= 228 * 1024
+    plain, same, _ = blocks._grid(10**6, blocks_of_row, 0)
+    assert told == same
+    assert count <= plain
+    assert (count == plain) == (blocks_of_row <= 32 or warps > 6)
+
+
 @pytest.mark.parametrize("blocks_of_row", [1, 2, 3, 16, 31, 32, 33, 86, 112, 384])
 def test_shapes_fit_a_multiprocessor(blocks_of_row: int) -> None:
     warps, segment, teams, resident = blocks._shape(blocks_of_row)

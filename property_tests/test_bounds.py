@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quest.reference import bounds, hadamard, quantize
+from quest.reference import bounds, hadamard, prologue, quantize
 
 Array = np.ndarray
 F32 = np.float32
@@ -383,3 +383,141 @@ def test_code_margin_leaves_codes_decided() -> None:
     margin = bounds.code_margin(x, 128, sigma)
     step = 2 * 3.9222 / 255
     assert 2 * margin.mean() / step < 5e-4
+
+
+# --- the gate ---------------------------------------------------------------------------------
+
+
+def test_gated_counts_its_roundings() -> None:
+    """Term by term: no wider than what its docstring derives."""
+    u = 2.0**-24
+    one = np.ones((1, 1))
+    # Half of the sigmoid's sum is exp(0), off by four roundings; five more follow.
+    zero = bounds.gated(0 * one, one)
+    np.testing.assert_allclose(zero, 2.0**-150 * 2, rtol=1e-6)
+    for g in (-60.0, -8.0, -1.0, 0.25, 1.0, 8.0, 60.0):
+        sigmoid = 1 / (1 + math.exp(-g))
+        share = (2 * abs(g) + 4) * u / (1 + math.exp(g)) + 5 * u
+        silu = abs(g) * sigmoid
+        expected = silu * share + abs(g) * 2.0**-126
+        np.testing.assert_allclose(bounds.gated(g * one, one), expected, rtol=1e-3)
+        np.testing.assert_allclose(bounds.gated(g * one, -3 * one), 3 * expected, rtol=1e-3)
+        stored = expected + 2.0**-8 * silu
+        np.testing.assert_allclose(bounds.gated(g * one, one, "bfloat16"), stored, rtol=1e-3)
+    far = bounds.gated(1e30 * one, one)
+    np.testing.assert_allclose(far, 1e30 * (5 * u + 2.0**-126), rtol=1e-3)
+    np.testing.assert_allclose(bounds.gated(-1e30 * one, one), 1e30 * 2.0**-126, rtol=1e-3)
+
+
+def float32_gates(gate: Array, value: Array, rng: np.random.Generator) -> Iterator[Array]:
+    """silu(gate) value in float32: by exp and a quotient, and by a GPU's fast instructions.
+
+    Of these 2^t is off by 2^-22 and the reciprocal by 2^-23, either way, and flushed to 0.
+    """
+    with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
+        e = np.exp(-gate.astype(np.float64)).astype(F32)
+        yield gate / (F32(1) + e) * value
+        yield gate * (F32(1) / (F32(1) + e)) * value
+        t = (gate * F32(-1.4426950408889634)).astype(np.float64)
+        for _ in range(4):
+            a, b = rng.choice([-1.0, 1.0], (2, *gate.shape))
+            # What rounds to float32 here is part of what the instruction may be off by.
+            power = np.exp2(t) * (1 + a * (2.0**-22 - U32))
+            power = np.where(power < 2.0**-126, 0.0, power).astype(F32)
+            reciprocal = 1 / (F32(1) + power).astype(np.float64) * (1 + b * (2.0**-23 - U32))
+            sigmoid = np.where(reciprocal < 2.0**-126, 0.0, reciprocal).astype(F32)
+            yield gate * sigmoid * value
+
+
+@given(seed=SEEDS)
+def test_gated_is_never_exceeded_by_float32(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    gate = (rng.standard_normal((8, 200)) * 2.0 ** rng.integers(-20, 9, (8, 1))).astype(F32)
+    gate[0] = rng.uniform(-130, 130, 200)
+    value = (rng.standard_normal((8, 200)) * 2.0 ** rng.integers(-140, 100, (8, 1))).astype(F32)
+    exact = prologue.gated(gate, value)
+    bound = bounds.gated(gate.astype(np.float64), value.astype(np.float64))
+    for got in float32_gates(gate, value, rng):
+        assert (np.abs(got - exact) <= bound).all()
+
+
+def test_gated_is_not_vacuous() -> None:
+    rng = np.random.default_rng(0)
+    gate = rng.standard_normal((50, 200)).astype(F32) * 4
+    value = rng.standard_normal((50, 200)).astype(F32)
+    exact = prologue.gated(gate, value)
+    bound = bounds.gated(gate.astype(np.float64), value.astype(np.float64))
+    reached = [float((np.abs(x - exact) / bound).max()) for x in float32_gates(gate, value, rng)]
+    assert min(reached) > 0.1
+    assert max(reached) > 0.5
+    # Far below what bfloat16 and float16 keep.
+    assert (bound / np.abs(exact)).max() < 2.0**-17
+
+
+# --- the norm ---------------------------------------------------------------------------------
+
+
+def test_normed_counts_its_roundings() -> None:
+    """Term by term: no wider than what its docstring derives."""
+    u, h, w = 2.0**-24, np.sqrt(np.arange(1.0, 17.0))[None], np.linspace(-3, 3, 16)
+    mean = 8.5
+    unit = h / np.sqrt(mean + 0.25)
+    expected = unit * ((16 + 4) / 2 + 6) * u
+    found = bounds.normed(h, w, 0.25)
+    np.testing.assert_allclose(found, expected * np.abs(w), rtol=1e-5)
+    stored = bounds.normed(h, w, 0.25, "bfloat16")
+    np.testing.assert_allclose(stored, (expected + unit * 2.0**-8) * np.abs(w), rtol=1e-4)
+    zero = bounds.normed(0 * h, w, 1e-5)
+    np.testing.assert_allclose(zero[0], 2.0**-150 * (1 + np.abs(w)), rtol=1e-6)
+    # Squares that vanish, beside an eps that is as small.
+    small = bounds.normed(h * 2.0**-76, w, 2.0**-149)
+    mean = 8.5 * 2.0**-152 + 2.0**-149
+    share = (1 - 2.0**-149 / mean) ** -0.5 - 1
+    np.testing.assert_allclose(small, np.abs(w) * h * 2.0**-76 / np.sqrt(mean) * share, rtol=1e-4)
+
+
+def test_where_squares_overflow() -> None:
+    h = np.array([[2.0**64, 0.0], [2.0**63.4, 2.0**63.4], [2.0**63.5, 2.0**63.6], [1e30, math.inf]])
+    over = bounds.squares_overflow(h)
+    np.testing.assert_array_equal(over[:, 0], [True, False, True, False])
+
+
+def float32_norms(h: Array, w: Array, eps: float, rng: np.random.Generator) -> Iterator[Array]:
+    """In float32: sums in several orders, a root and a quotient, and an rsqrt two units off."""
+    squares = h**2
+    for total in (
+        np.cumsum(squares, -1, dtype=F32)[:, -1:],
+        np.cumsum(squares[:, rng.permutation(h.shape[1])], -1, dtype=F32)[:, -1:],
+        squares.sum(-1, keepdims=True, dtype=F32),
+    ):
+        mean = total / F32(h.shape[1]) + F32(eps)
+        yield h * (F32(1) / np.sqrt(mean)) * w
+        sign = rng.choice([-1.0, 1.0], mean.shape)
+        rsqrt = 1 / np.sqrt(mean.astype(np.float64)) * (1 + sign * (2.0**-22 - U32))
+        yield h * rsqrt.astype(F32) * w
+        yield h * (w * rsqrt.astype(F32))
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 64, 300])
+@given(seed=SEEDS)
+def test_normed_is_never_exceeded_by_float32(width: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    h = (rng.standard_normal((6, width)) * 2.0 ** rng.integers(-70, 50, (6, 1))).astype(F32)
+    w = rng.standard_normal(width).astype(F32)
+    eps = float(2.0 ** rng.integers(-40, 3))
+    exact = prologue.normed(h, w, eps)
+    bound = bounds.normed(h.astype(np.float64), w.astype(np.float64), eps)
+    for got in float32_norms(h, w, eps, rng):
+        assert (np.abs(got - exact) <= bound).all()
+
+
+def test_normed_is_not_vacuous() -> None:
+    rng = np.random.default_rng(0)
+    h, w = rng.standard_normal((500, 4)).astype(F32), rng.standard_normal(4).astype(F32)
+    exact = prologue.normed(h, w, 1e-5)
+    bound = bounds.normed(h.astype(np.float64), w.astype(np.float64), 1e-5)
+    reached = [float((np.abs(x - exact) / bound).max()) for x in float32_norms(h, w, 1e-5, rng)]
+    assert max(reached) > 0.4
+    # Of the widths that layers have it is still far below what bfloat16 keeps.
+    wide = np.ones((1, 8192))
+    assert bounds.normed(wide, wide[0], 1e-5).max() < 2.0**-11

@@ -12,6 +12,7 @@ import io
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -1825,6 +1826,312 @@ def test_layer_that_does_not_hear_its_input(recipe: str, dtype: torch.dtype, nam
     assert not failing_with(honest)
     for wrong in deaf(honest[name], other[name]):
         assert f"layer {name}" in failing_with(honest | {name: wrong}), wrong
+
+
+# --- the gate before a quantizer --------------------------------------------------------------
+
+
+def swish(g: Array) -> Array:
+    with np.errstate(over="ignore"):
+        return g / (1 + np.exp(-g))
+
+
+def rounded(a: Array, dtype: torch.dtype) -> Array:
+    return tensor(a, dtype).double().numpy()
+
+
+def gates(dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
+    gate = inputs.draw("heavy", (8, 256), dtype, seed) * 4
+    return gate, inputs.draw("gaussian", (8, 256), dtype, seed + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(seed=SEEDS)
+def test_gated_holds(dtype: torch.dtype, seed: int) -> None:
+    gate, value = gates(dtype, seed % 2**31)
+    g, v = oracle.lift(gate), oracle.lift(value)
+    single = gate.float()
+    in_float32 = (single / (1 + (-single).exp()) * value.float()).double().numpy()
+    for x in (swish(g) * v, in_float32, v * (g * np.exp(-np.logaddexp(0, -g)))):
+        judges.gated(gate, value, tensor(x, dtype)).require()
+    between = tensor(rounded(swish(g), dtype) * v, dtype)
+    judges.gated(gate, value, between, dtype).require()
+
+
+def test_gated_of_what_is_not_finite() -> None:
+    """Infinite or NaN, as it comes, but not finite; and a product beyond the range is infinite."""
+    inf, nan = math.inf, math.nan
+    gate = torch.tensor([[inf, -inf, nan, 1.0, -120.0, 3e38, 3e38, 1.0]])
+    value = torch.tensor([[1.0, 1.0, 1.0, -inf, inf, 3e38, -3e38, 1.0]])
+    x = torch.tensor([[inf, nan, nan, -inf, -inf, inf, -inf, 1 / (1 + math.exp(-1))]])
+    judges.gated(gate, value, x).require()
+    judges.gated(gate, value, torch.where(x.isfinite() | (gate == 3e38), x, nan)).require()
+    for at in range(8):
+        wrong = x.clone()
+        wrong[0, at] = 0.0
+        with pytest.raises(Rejected, match=r"^gated: at \(0, "):
+            judges.gated(gate, value, wrong).require()
+    wrong = x.clone()
+    wrong[0, 5] = -inf
+    with pytest.raises(Rejected, match=r"^gated"):
+        judges.gated(gate, value, wrong).require()
+
+
+GATE_FAULTS: dict[str, Callable[[Array, Array], Array]] = {
+    "the sigmoid alone": lambda g, v: swish(g) / g * v,
+    "gelu": lambda g, v: g * 0.5 * (1 + np.tanh(0.79788456 * (g + 0.044715 * g**3))) * v,
+    "gelu by a sigmoid": lambda g, v: g / (1 + np.exp(-1.702 * g)) * v,
+    "relu": lambda g, v: np.maximum(g, 0) * v,
+    "gate and value swapped": lambda g, v: swish(v) * g,
+    "exp of the gate, not of its negative": lambda g, v: g / (1 + np.exp(g)) * v,
+    "a power of two for exp": lambda g, v: g / (1 + np.exp2(-g)) * v,
+    "log2(e) in bfloat16": lambda g, v: g / (1 + np.exp2(-1.4453125 * g)) * v,
+    "the value left out": lambda g, v: swish(g),
+    "silu of the product": lambda g, v: swish(g * v),
+    "the next value": lambda g, v: swish(g) * np.roll(v, 1, -1),
+    "values of the next row": lambda g, v: swish(g) * np.roll(v, 1, 0),
+    "the last block's gate is 0": lambda g, v: np.where(np.arange(256) < 128, swish(g) * v, 0.0),
+    "tanh with 11 bits": lambda g, v: g / 2 * (1 + np.tanh(g / 2) * (1 + 2.0**-9)) * v,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", GATE_FAULTS)
+def test_gated_bites(name: str, dtype: torch.dtype) -> None:
+    gate, value = gates(dtype, 0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        x = GATE_FAULTS[name](oracle.lift(gate), oracle.lift(value))
+    with pytest.raises(Rejected, match=r"^gated: at \(\d, \d+\) it is"):
+        judges.gated(gate, value, tensor(x, dtype)).require()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gated_bites_what_is_rounded_twice(dtype: torch.dtype) -> None:
+    gate, value = gates(dtype, 0)
+    g, v = oracle.lift(gate), oracle.lift(value)
+    twice = tensor(rounded(swish(g), dtype) * v, dtype)
+    judges.gated(gate, value, twice, dtype).require()
+    with pytest.raises(Rejected, match=r"^gated"):
+        judges.gated(gate, value, twice).require()
+    truncated = tensor(np.nextafter((swish(g) * v).astype(F32), F32(0)), dtype)
+    judges.gated(gate, value, truncated).require()
+    bits = {torch.bfloat16: 16, torch.float16: 13}[dtype]
+    cut = (swish(g) * v).astype(F32).view(np.int32) >> bits << bits
+    with pytest.raises(Rejected, match=r"^gated"):
+        judges.gated(gate, value, tensor(cut.view(F32), dtype)).require()
+
+
+def test_a_fifth_over_the_gates_bound_is_too_far() -> None:
+    gate, value = gates(torch.float32, 3)
+    g, v = oracle.lift(gate), oracle.lift(value)
+    exact = swish(g) * v
+    sigmoid = 1 / (1 + np.exp(-g))
+    u = 2.0**-24
+    bound = np.abs(exact) * ((2 * np.abs(g) + 4) * u * (1 - sigmoid) + 5 * u + u)
+    judges.gated(gate, value, tensor(exact + 0.8 * bound)).require()
+    with pytest.raises(Rejected, match=r"^gated"):
+        judges.gated(gate, value, tensor(exact + 1.2 * bound)).require()
+
+
+@pytest.mark.parametrize("name", ["w1a1", "w4a4", "w8a8", "w1.58a1.58"])
+def test_gated_operand_that_is_wrong(name: str) -> None:
+    """Each output by itself, what belongs to other inputs, and x that is not what was quantized."""
+    q = quest.recipe(name).activation
+    kind = (operands.kinds(q, q) or ("",))[0]
+    cpu = lanes.all_lanes()[0]
+    gate, value = gates(torch.bfloat16, 0)
+    honest = cpu.call("gated", gate, value, q=q, kind=kind)
+    other = cpu.call("gated", value, gate, q=q, kind=kind)
+
+    def failing_with(**wrong: Tensor) -> set[str]:
+        lane = Scripted(lambda *_: honest | wrong)
+        return failing(examine.gated(lane, gate, value, q, kind))
+
+    assert not failing_with()
+    assert failing_with(operand=honest["operand"][:, :-1]) == {"gated operand"}
+    assert failing_with(scale=honest["scale"][:, 0]) == {"gated scale"}
+    assert failing_with(sums=honest["sums"].long()) == {"gated sums"}
+    assert failing_with(x=honest["x"].float()) == {"gated"}
+    assert "gated codes" in failing_with(operand=other["operand"])
+    assert "gated scale" in failing_with(scale=other["scale"])
+    assert failing_with(sums=other["sums"]) == {"gated sums"}
+    assert failing_with(sums=honest["sums"] + 2) == {"gated sums"}
+    # Of silu in 16 bits: right by itself, and not once.
+    twice = torch.nn.functional.silu(gate) * value
+    assert failing_with(**(cpu.call("encode", twice, q=q, kind=kind) | {"x": twice})) == {"gated"}
+    # The operand is of another x than the one that is shown.
+    found = failing_with(**cpu.call("encode", value, q=q, kind=kind))
+    assert {"gated scale", "gated codes"} <= found
+    turned = honest["operand"].clone()
+    turned[3, 5] ^= 127 if kind == "bits" else 2  # to a neighbour, or one further off
+    assert "gated codes" in failing_with(operand=turned)
+    if kind == "integers" and q.require_grid().levels % 2 == 0:
+        assert failing_with(operand=honest["operand"] + 1) == {"gated operand"}
+
+
+def normal(h: Array, w: Array, eps: float = 1e-5) -> Array:
+    return h / np.sqrt(np.mean(h**2, -1, keepdims=True) + eps) * w
+
+
+def norms_case(dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
+    h = inputs.draw("heavy", (8, 256), dtype, seed) * 4
+    return h, inputs.draw("gaussian", (256,), dtype, seed + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(seed=SEEDS)
+def test_normed_holds(dtype: torch.dtype, seed: int) -> None:
+    h, weight = norms_case(dtype, seed % 2**31)
+    h64, w = oracle.lift(h), oracle.lift(weight)
+    sigma = np.sqrt((h64**2).mean(-1, keepdims=True) + 1e-5)
+    single = torch.nn.functional.rms_norm(h.float(), (256,), weight.float(), 1e-5)
+    for x in (normal(h64, w), h64 * (w / sigma), single.double().numpy()):
+        judges.normed(h, weight, 1e-5, tensor(x, dtype)).require()
+    between = tensor(rounded(h64 / sigma, dtype) * w, dtype)
+    judges.normed(h, weight, 1e-5, between, dtype).require()
+
+
+def test_normed_of_what_is_not_finite() -> None:
+    inf, nan = math.inf, math.nan
+    h = torch.tensor([[1.0, inf], [nan, 1.0], [3e38, 1.0], [3.0, -4.0]])
+    weight = torch.ones(2)
+    right = tensor(normal(oracle.lift(h[3:]), np.ones(2)))
+    x = torch.cat((torch.tensor([[0.0, nan], [nan, nan], [0.0, 0.0]]), right))
+    judges.normed(h, weight, 1e-5, x).require()
+    # Where squares overflow, what is right by a wider sum is right, too; and all else is not.
+    wide = x.clone()
+    wide[2] = torch.tensor([math.sqrt(2), math.sqrt(2) / 3e38])
+    judges.normed(h, weight, 1e-5, wide).require()
+    for row, column, value in ((0, 1, 1.0), (1, 0, 0.0), (1, 1, 1.0), (2, 0, 1.0), (3, 0, 0.0)):
+        wrong = x.clone()
+        wrong[row, column] = value
+        with pytest.raises(Rejected, match=rf"^normed: at \({row}, {column}\)"):
+            judges.normed(h, weight, 1e-5, wrong).require()
+
+
+NORM_FAULTS: dict[str, Callable[[Array, Array], Array]] = {
+    "the mean is taken off": lambda h, w: normal(h - h.mean(-1, keepdims=True), w),
+    "the sum for the mean": lambda h, w: normal(h, w) / 16,
+    "divided by d - 1": lambda h, w: normal(h, w) * math.sqrt(255 / 256),
+    "no root": lambda h, w: h / (np.mean(h**2, -1, keepdims=True) + 1e-5) * w,
+    "the weight left out": lambda h, w: normal(h, np.ones(256)),
+    "1 + weight": lambda h, w: normal(h, 1 + w),
+    "the weight of the first block for all": lambda h, w: normal(h, np.tile(w[:128], 2)),
+    "the next weight": lambda h, w: normal(h, np.roll(w, 1)),
+    "the row before's scale": lambda h, w: h * np.roll(normal(h, w) / h, 1, 0),
+    "the first block's squares alone": lambda h, w: (
+        h / np.sqrt(np.mean(h[:, :128] ** 2, -1, keepdims=True) + 1e-5) * w
+    ),
+    "the last column is not counted": lambda h, w: (
+        h / np.sqrt((h[:, :-1] ** 2).sum(-1, keepdims=True) / 256 + 1e-5) * w
+    ),
+    "not normalised": lambda h, w: h * w,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NORM_FAULTS)
+def test_normed_bites(name: str, dtype: torch.dtype) -> None:
+    h, weight = norms_case(dtype, 0)
+    h = torch.where(h == 0, 1.0, h)
+    # The last column weighs enough to be missed.
+    h[:, -1] = h.abs().amax(-1)
+    x = NORM_FAULTS[name](oracle.lift(h), oracle.lift(weight))
+    with pytest.raises(Rejected, match=r"^normed: at \(\d, \d+\) it is"):
+        judges.normed(h, weight, 1e-5, tensor(x, dtype)).require()
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-4])
+def test_another_eps(eps: float) -> None:
+    h, weight = norms_case(torch.bfloat16, 0)
+    h = (h * 2.0**-8).bfloat16()
+    x = tensor(normal(oracle.lift(h), oracle.lift(weight), eps), torch.bfloat16)
+    judges.normed(h, weight, eps, x).require()
+    with pytest.raises(Rejected, match=r"^normed"):
+        judges.normed(h, weight, 1e-5, x).require()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_normed_bites_what_is_rounded_twice(dtype: torch.dtype) -> None:
+    h, weight = norms_case(dtype, 0)
+    h64, w = oracle.lift(h), oracle.lift(weight)
+    twice = tensor(rounded(normal(h64, np.ones(256)), dtype) * w, dtype)
+    judges.normed(h, weight, 1e-5, twice, dtype).require()
+    with pytest.raises(Rejected, match=r"^normed"):
+        judges.normed(h, weight, 1e-5, twice).require()
+
+
+def test_a_fifth_over_the_norms_bound_is_too_far() -> None:
+    h, weight = norms_case(torch.float32, 3)
+    exact, u = normal(oracle.lift(h), oracle.lift(weight)), 2.0**-24
+    bound = np.abs(exact) * ((256 + 4) / 2 + 6 + 1) * u
+    judges.normed(h, weight, 1e-5, tensor(exact + 0.8 * bound)).require()
+    with pytest.raises(Rejected, match=r"^normed"):
+        judges.normed(h, weight, 1e-5, tensor(exact + 1.2 * bound)).require()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_added_holds_and_bites(dtype: torch.dtype) -> None:
+    x, residual = (inputs.draw(n, (64, 64), dtype, 0) for n in ("heavy", "non_finite"))
+    h = residual + x
+    judges.added(x, residual, h).require()
+    # Beyond the range, and once more through float64.
+    top = torch.full((1, 1), torch.finfo(dtype).max, dtype=dtype)
+    judges.added(top, top, top + top).require()
+    up = torch.nextafter(h, torch.full_like(h, math.inf))
+    for wrong in (residual - x, x, up, torch.where(h.isnan(), 0.0, h)):
+        with pytest.raises(Rejected, match=r"^added"):
+            judges.added(x, residual, wrong).require()
+
+
+@pytest.mark.parametrize("name", ["w1a1", "w4a4", "w8a8"])
+@pytest.mark.parametrize("adds", [False, True])
+def test_normed_operand_that_is_wrong(adds: bool, name: str) -> None:
+    """Each output by itself, and rows of other inputs."""
+    q = quest.recipe(name).activation
+    kind = (operands.kinds(q, q) or ("",))[0]
+    cpu = lanes.all_lanes()[0]
+    x, weight = norms_case(torch.bfloat16, 0)
+    residual = inputs.draw("gaussian", (8, 256), torch.bfloat16, 5)
+    extra = (residual,) if adds else ()
+    static = {"q": q, "kind": kind, "eps": 1e-5}
+    honest = cpu.call("normed", x, weight, *extra, **static)
+    other = cpu.call("normed", residual, weight, *extra, **static)
+
+    def failing_with(**wrong: Tensor) -> set[str]:
+        lane = Scripted(lambda *_: honest | wrong)
+        given = residual if adds else None
+        return failing(examine.normed(lane, x, given, weight, 1e-5, q, kind))
+
+    assert not failing_with()
+    assert failing_with(operand=honest["operand"][:, :-1]) == {"normed operand"}
+    assert failing_with(x=honest["x"].float()) == {"normed"}
+    assert failing_with(h=x[:1]) == {"added"}
+    assert "normed codes" in failing_with(operand=other["operand"])
+    assert "normed scale" in failing_with(scale=other["scale"] * 1.001)
+    assert failing_with(sums=honest["sums"] + 2) == {"normed sums"}
+    if adds:
+        assert {"added", "normed"} <= failing_with(h=x)
+    encoded = {k: other[k] for k in ("operand", "scale", "sums")}
+    assert "normed" in failing_with(**encoded, x=other["x"])
+
+
+def test_what_is_not_shown_must_be_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, value = gates(torch.bfloat16, 0)
+    static = {"q": quest.recipe("w4a4").activation, "kind": "integers"}
+    f = lanes.operators("dispatch")
+    for i in range(3):
+
+        def other(*given: Any, i: int = i) -> list[Tensor]:
+            made = list(f.gated_encode_shown(*given)[:3])
+            made[i] = made[i] + 1
+            return made
+
+        changed = SimpleNamespace(**(vars(f) | {"gated_encode": other}))
+        with monkeypatch.context() as patch:
+            patch.setattr(lanes, "operators", lambda _, changed=changed: changed)
+            with pytest.raises(lanes.GuardError, match="is another where the rows"):
+                lanes.all_lanes()[0].call("gated", gate, value, **static)
 
 
 # --- what guards every call of a lane ---------------------------------------------------------

@@ -22,6 +22,7 @@ if TYPE_CHECKING or "torch" in sys.modules:
     from .estimators import STE, Clip, Trust
     from .joint import together
     from .linear import Linear, freeze_, quantize_
+    from .prologue import gated, normed
     from .quantizer import Packed, Quantized, Quantizer
     from .recipes import Recipe, recipe
     from .sparsity import NM, Pairwise
@@ -30,6 +31,7 @@ else:
     _HOMES = {
         **dict.fromkeys(("STE", "Clip", "Trust"), "estimators"),
         "together": "joint",
+        **dict.fromkeys(("gated", "normed"), "prologue"),
         **dict.fromkeys(("Linear", "freeze_", "quantize_"), "linear"),
         **dict.fromkeys(("Packed", "Quantized", "Quantizer"), "quantizer"),
         **dict.fromkeys(("Recipe", "recipe"), "recipes"),
@@ -62,7 +64,9 @@ __all__ = [
     "Recipe",
     "Trust",
     "freeze_",
+    "gated",
     "grids",
+    "normed",
     "quantize_",
     "recipe",
     "together",

@@ -247,6 +247,26 @@ def integers(operand: torch.Tensor, form: operands.Form, width: int) -> torch.Te
     return form.stride * stored.int() - form.top
 
 
+def gated(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * value, in float32 and rounded once to the dtype of both."""
+    x = torch.nn.functional.silu(gate.float()) * value.float()
+    return x.to(gate.dtype).contiguous()
+
+
+def normed(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h, h weight / sqrt(mean(h^2) + eps)), the second in float32 and rounded once to h's dtype.
+
+    h: residual + x, or x where there is none.
+    """
+    h = x if residual is None else residual + x
+    # Sums follow the memory order: the same values in another layout must give the same bits.
+    single = h.float().contiguous()
+    inverse = (single.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return h, (single * inverse * weight.float()).to(h.dtype).contiguous()
+
+
 def decode(
     operand: torch.Tensor, scale: torch.Tensor, q: Quantizer, kind: str, width: int,
     dtype: torch.dtype,

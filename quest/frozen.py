@@ -9,7 +9,7 @@ last bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from . import direct, fused, lowbit, operands, ops, paths
 from .compression import compress
 from .estimators import STE
-from .packed import odd, packed_product
+from .packed import launch_packed, odd, packed_product
 from .recipes import Recipe
 from .sparse_product import launch_sparse_product, sparse_product
 from .sparsity import NM
@@ -197,20 +197,35 @@ def linear(
         if made is not None:
             return made
     rows, kind = lowbit.as_rows(x), frozen.kinds.partition(",")[0]
-    weight: tuple[Tensor, ...] = (frozen.operand,)
-    multiply: Callable[..., Tensor] = lowbit.launch_product if unwatched else lowbit.product
-    if frozen.kept is not None and frozen.metadata is not None:
-        if paths.reads_compressed(len(rows)):
-            multiply = launch_sparse_product if unwatched else sparse_product
-            weight = (frozen.kept, frozen.metadata)
-    elif frozen.packed is not None and paths.reads_packed(len(rows), frozen.packed, x.shape[-1]):
-        multiply, weight = packed_product, (frozen.packed,)
     if unwatched:
-        a, a_scale, a_sums = lowbit.launch_operand(rows, ops.quantizer(frozen.spec), kind)
+        quantized = lowbit.launch_operand(rows, ops.quantizer(frozen.spec), kind)
     else:
-        a, a_scale, a_sums = lowbit.operand(rows, frozen.spec, kind)
-    y: Tensor = multiply(
-        a, *weight, a_scale, frozen.scale, a_sums, frozen.sums, bias, frozen.names, frozen.kinds,
-        x.shape[-1], dtype,
-    )  # fmt: skip
+        quantized = lowbit.operand(rows, frozen.spec, kind)
+    y = multiply(quantized, frozen, bias, x.shape[-1], dtype, unwatched)
     return y.view(*x.shape[:-1], frozen.operand.shape[0])
+
+
+def multiply(
+    rows: tuple[Tensor, Tensor, Tensor], frozen: Frozen, bias: Tensor | None, width: int,
+    dtype: torch.dtype, unwatched: bool,
+) -> Tensor:  # fmt: skip
+    """y (n, out) of `dtype` for rows of `width` entries and a weight, both as integers.
+
+    rows: operand (n, bytes), scale (n, 1), sums (n, 1), as `lowbit.operand` makes them.
+    unwatched: `ops.direct` of what they were made of.
+    """
+    assert frozen.operand is not None
+    a, a_scale, a_sums = rows
+    weight: tuple[Tensor, ...] = (frozen.operand,)
+    function, launch = lowbit.product, lowbit.launch_product
+    if frozen.kept is not None and frozen.metadata is not None:
+        if paths.reads_compressed(len(a)):
+            function, launch = sparse_product, launch_sparse_product
+            weight = (frozen.kept, frozen.metadata)
+    elif frozen.packed is not None and paths.reads_packed(len(a), frozen.packed, width):
+        function, launch, weight = packed_product, launch_packed, (frozen.packed,)
+    y: Tensor = (launch if unwatched else function)(
+        a, *weight, a_scale, frozen.scale, a_sums, frozen.sums, bias, frozen.names, frozen.kinds,
+        width, dtype,
+    )  # fmt: skip
+    return y

@@ -38,8 +38,8 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     for layer in layers:
         if not isinstance(layer, nn.Module):
             raise TypeError(f"layers must hold torch.nn.Modules, got {type(layer).__name__}")
-    plain = [layer for layer in layers if type(layer) is Linear and not _hooked(layer)]
-    if len(plain) < len(layers) or any(not _alike(p, plain[0]) for p in plain):
+    plain = alike(layers)
+    if plain is None:
         return tuple(layer(x) for layer in layers)
     for layer in plain:
         layer.check(x)
@@ -48,13 +48,35 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     held = [h for h in (layer.current() for layer in plain) if h is not None]
     if not held:
         return _live(x, plain)
-    whole = frozen.stacked(held) if len(held) == len(plain) else None
-    if whole is None:
+    one = frozen.stacked(held) if len(held) == len(plain) else None
+    if one is None:
         return tuple(layer(x) for layer in plain)
-    biases = _biases(plain)
-    bias = torch.cat(biases) if biases else None
-    y = frozen.linear(x, whole, bias, plain[0].recipe, plain[0].out_dtype(x))
+    y = frozen.linear(x, one, joined(plain), plain[0].recipe, plain[0].out_dtype(x))
     return torch.split(y, [layer.out_features for layer in plain], -1)
+
+
+def alike(layers: Sequence[nn.Module]) -> list[Linear] | None:
+    """These layers, if they are `quest.Linear`s with one recipe and dtype that nothing watches."""
+    plain = [layer for layer in layers if type(layer) is Linear and not hooked(layer)]
+    if len(plain) < len(layers) or any(not _alike(p, plain[0]) for p in plain):
+        return None
+    return plain or None
+
+
+def whole(layers: list[Linear]) -> frozen.Frozen | None:
+    """The frozen weight of one layer, or the one in which those of several lie stacked."""
+    held = [h for h in (layer.current() for layer in layers) if h is not None]
+    if len(held) < len(layers):
+        return None
+    return held[0] if len(held) == 1 else frozen.stacked(held)
+
+
+def joined(layers: list[Linear]) -> Tensor | None:
+    """The biases of layers in one, for weights that lie stacked."""
+    if len(layers) == 1:
+        return layers[0].bias
+    biases = _biases(layers)
+    return torch.cat(biases) if biases else None
 
 
 def stack(layers: Sequence[nn.Module]) -> bool:
@@ -80,7 +102,8 @@ def _alike(a: Linear, b: Linear) -> bool:
     return a.recipe == b.recipe and a.weight.dtype == b.weight.dtype
 
 
-def _hooked(layer: nn.Module) -> bool:
+def hooked(layer: nn.Module) -> bool:
+    """Whether something must see the calls of this module."""
     return bool(
         layer._forward_hooks
         or layer._forward_pre_hooks

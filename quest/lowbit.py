@@ -222,7 +222,7 @@ def _terms(
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(q: Quantizer, kind: str, like: tuple[torch.dtype, int, torch.device]) -> tuple[Any, Any]:
+def plan(q: Quantizer, kind: str, like: tuple[torch.dtype, int, torch.device]) -> tuple[Any, Any]:
     """(program, form) of `launch_encode` for rows of this dtype, width and device.
 
     Made once: finding them takes longer than a launch.
@@ -238,7 +238,7 @@ def launch_encode(x: Tensor, q: Quantizer, kind: str) -> tuple[Tensor, Tensor, T
     from .kernels import quantize as kernel
 
     q.check(x)
-    program, form = _plan(q, kind, (x.dtype, x.shape[-1], x.device))
+    program, form = plan(q, kind, (x.dtype, x.shape[-1], x.device))
     if blocks.supports(program, x):
         chosen, bits = blocks.OPERANDS[kind]
         with ops.device_of(x):
@@ -255,7 +255,7 @@ def launch_operand(x: Tensor, q: Quantizer, kind: str) -> tuple[Tensor, Tensor, 
     from .kernels import blocks, rows
 
     q.check(x)
-    program, _ = _plan(q, kind, (x.dtype, x.shape[-1], x.device))
+    program, _ = plan(q, kind, (x.dtype, x.shape[-1], x.device))
     if not blocks.supports(program, x):
         return _without_mask(launch_encode(x, q, kind))
     with ops.device_of(x):

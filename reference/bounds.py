@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import hadamard
+from . import hadamard, prologue
 from .arrays import Bool, Float64
 
 UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -40,6 +40,21 @@ VALUE_ROUNDINGS = 4
 # An integer product: the factor of both units, its product with the row's scale, the accumulator to
 # float32 (a second time where it has a fraction), and the products with both scales.
 PRODUCT_ROUNDINGS = 6
+# exp(-g) in float32, beside its argument's own error: ex2.approx is off by 2^-22 at the most (PTX
+# ISA), and exp by two units in the last place (CUDA C++ Programming Guide; vector libraries too),
+# which is as much.
+EXP_ROUNDINGS = 4
+# silu(g) v after exp: the sum 1 + e, the reciprocal (2^-23, as much as two roundings: PTX ISA,
+# rcp.approx), and the products with g and v.
+GATED_ROUNDINGS = 5
+# Where exp(-g) nears the end of float32's range, its reciprocal may be 0.
+SIGMOID_SMALLEST = 2.0**-126
+# Of mean(h^2) + eps, beside one for each square: the division by d (a reciprocal and a product),
+# eps as a float, and the sum of both.
+MEAN_ROUNDINGS = 4
+# Of 1 / sqrt: a root and a quotient, or an approximation two units in the last place off (rsqrtf:
+# CUDA C++ Programming Guide). Then the products with h and the weight.
+NORM_ROUNDINGS = 6
 
 
 @dataclass(frozen=True)
@@ -177,3 +192,60 @@ def code_margin(x: Float64, order: int, sigma: Float64, sums: Sums = BUTTERFLY) 
     turned = _rotation_in_range(x, order, sums=sums)
     margin = turned / sigma + gamma(CODE_ROUNDINGS, U32) * np.abs(z) + lost
     return np.asarray(np.where(zero, 0.0, margin), dtype=np.float64)
+
+
+def gated(gate: Float64, value: Float64, between: str | None = None) -> Float64:
+    """Bound of silu(gate) value in float32, not yet stored.
+
+    The argument -g log2(e) is rounded twice (the constant, the product), which moves exp(-g) by
+    gamma_{2|g|}, and exp is off by EXP_ROUNDINGS more: in all d <= gamma_{2|g| + 4}. Of 1 + e the
+    share e / (1 + e) = 1 - sigmoid moves by d, so the sum by m = (1 - sigmoid) d and the reciprocal
+    by up to 1 / (1 - m); the rest rounds GATED_ROUNDINGS times. Beyond |g| = 128 exp(-g) is far
+    outside of float32, and the sigmoid is 1, or 0 within SIGMOID_SMALLEST.
+    between: the dtype that silu is stored in before the product, where it is.
+    """
+    g, v = np.abs(gate), np.abs(value)
+    with np.errstate(invalid="ignore", over="ignore"):
+        k = (2 * np.minimum(g, 128.0) + EXP_ROUNDINGS) * U32
+        moved = prologue.sigmoid(-gate) * (k / (1 - k))
+        share = (1 + moved / (1 - moved)) * (1 + gamma(GATED_ROUNDINGS, U32)) - 1
+        silu = g * prologue.sigmoid(gate)
+        # The products with g and v may be subnormal.
+        lost = g * SIGMOID_SMALLEST + ETA32 / 2
+        error = silu * share + lost
+        if between is not None:
+            error = output(silu, error, between)
+        bound: Float64 = error * v * (1 + U32) + (between is not None) * U32 * silu * v + ETA32 / 2
+    return bound
+
+
+def squares_overflow(h: Float64) -> Bool:
+    """Rows (..., 1) of finite h whose squares may add up to more than float32 holds.
+
+    The reciprocal of the root is then 0.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = (h**2).sum(-1, keepdims=True)
+        reached = total * (1 + gamma(h.shape[-1], U32)) >= LARGEST["float32"]
+    return np.asarray(reached & np.isfinite(h).all(-1, keepdims=True))
+
+
+def normed(h: Float64, weight: Float64, eps: float, between: str | None = None) -> Float64:
+    """Bound of h weight / sqrt(mean(h^2) + eps) in float32, not yet stored; no overflow.
+
+    d squares and their sum: gamma_d, all terms positive, and MEAN_ROUNDINGS more; squares may be
+    subnormal. The root of what is off by m is off by at most (1 - m)^(-1/2) - 1; NORM_ROUNDINGS
+    follow. between: the dtype that h / sqrt is stored in before the weight, where it is.
+    """
+    d = h.shape[-1]
+    with np.errstate(invalid="ignore", over="ignore"):
+        mean = (h**2).sum(-1, keepdims=True) / max(d, 1)
+        off = gamma(d + MEAN_ROUNDINGS, U32) + ETA32 / (mean + eps)
+        share = (1 - off) ** -0.5 * (1 + gamma(NORM_ROUNDINGS, U32)) - 1
+        unit = np.abs(h) / np.sqrt(mean + eps)
+        error = unit * share + ETA32 / 2
+        if between is not None:
+            error = output(unit, error, between)
+        v = np.abs(weight)
+        bound: Float64 = error * v * (1 + U32) + (between is not None) * U32 * unit * v + ETA32 / 2
+    return bound

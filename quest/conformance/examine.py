@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -151,6 +152,53 @@ def packed_operand(
     return [*found, judges.packed(q, codes, packed), same]
 
 
+def gated(
+    lane: Lane, gate: Tensor, value: Tensor, q: Quantizer, kind: str, *, conclusive: bool = True
+) -> list[Verdict]:
+    """T1 of x = silu(gate) * value as it is shown, and given that x T2, T3 and T0 of its operand.
+
+    q: of a uniform grid that has an operand of this kind, and without sparsity.
+    """
+    out = lane.call("gated", gate, value, q=q, kind=kind)
+    form = judges.form("gated", out["x"], tuple(gate.shape), gate.dtype)
+    if form.failure is not None:
+        return [form]
+    shown = (out["operand"], out["scale"], out["sums"])
+    inside = _quantized(out["x"], q, kind, shown, "gated", BUTTERFLY, conclusive)
+    return [form, judges.gated(gate, value, out["x"]), *inside]
+
+
+def normed(
+    lane: Lane,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    q: Quantizer,
+    kind: str,
+    *,
+    conclusive: bool = True,
+) -> list[Verdict]:
+    """T0 of h = residual + x; given h T1 of its norm, and given that T2, T3 and T0 of its operand.
+
+    q: as in `gated`.
+    """
+    extra = () if residual is None else (residual,)
+    out = lane.call("normed", x, weight, *extra, q=q, kind=kind, eps=eps)
+    shape = tuple(x.shape)
+    forms = [
+        judges.form("added", out["h"], shape if extra else (0,), x.dtype),
+        judges.form("normed", out["x"], shape, x.dtype),
+    ]
+    if any(v.failure for v in forms):
+        return forms
+    sums = [] if residual is None else [judges.added(x, residual, out["h"])]
+    h = x if residual is None else out["h"]
+    shown = (out["operand"], out["scale"], out["sums"])
+    inside = _quantized(out["x"], q, kind, shown, "normed", BUTTERFLY, conclusive)
+    return [*forms, *sums, judges.normed(h, weight, eps, out["x"]), *inside]
+
+
 def compressed(lane: Lane, operand: Tensor) -> list[Verdict]:
     """T0 of the compressed form of a 2:4 sparse operand (rows, d) int8."""
     out = lane.call("compress", operand)
@@ -295,7 +343,13 @@ def _of_rows(lane: Lane, x: Tensor, made: Recipe, out: dict[str, Tensor]) -> lis
 
 
 def _quantized(
-    x: Tensor, q: Quantizer, kind: str, shown: tuple[Tensor, Tensor, Tensor], stage: str, by: Sums
+    x: Tensor,
+    q: Quantizer,
+    kind: str,
+    shown: tuple[Tensor, Tensor, Tensor],
+    stage: str,
+    by: Sums,
+    conclusive: bool = False,
 ) -> list[Verdict]:
     """T2, T3 and T0 of x's (operand, scale, sums), of uniform grids, whatever made them."""
     operand, scale, sums = shown
@@ -314,13 +368,16 @@ def _quantized(
         return forms
     whole = judges.whole(operand, kind, d)
     even = q.require_grid().levels % 2 == 0
-    codes = torch.from_numpy((whole - 1) // 2 if even else whole).to(torch.int8)
+    if even and (whole % 2 == 0).any():
+        told = "an even integer, where every point is half of an odd number of steps"
+        return [*forms, Verdict(f"{stage} operand", whole.size, math.inf, failure=told)]
+    codes = torch.from_numpy((whole - 1) // 2 if even else whole).to(torch.int16)
     order = q.transform.order(d)
     return [
         *forms,
         dataclasses.replace(judges.scaled(x, scale, order, by), stage=f"{stage} scale"),
         dataclasses.replace(
-            judges.coded(x, q, codes, scale, conclusive=False, sums=by), stage=f"{stage} codes"
+            judges.coded(x, q, codes, scale, conclusive=conclusive, sums=by), stage=f"{stage} codes"
         ),
         judges.exact(f"{stage} sums", sums.numpy(), whole.sum(-1, keepdims=True)),
     ]

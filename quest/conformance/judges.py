@@ -20,7 +20,7 @@ from torch import Tensor
 from quest import operands
 from quest.quantizer import Quantizer
 from quest.recipes import Recipe
-from quest.reference import bounds, compression, hadamard, packing, quantize
+from quest.reference import bounds, compression, hadamard, packing, prologue, quantize
 from quest.reference import grids as reference_grids
 from quest.reference.bounds import BUTTERFLY, Sums
 
@@ -116,6 +116,46 @@ def scaled(x: Tensor, scale: Tensor, order: int, sums: Sums = BUTTERFLY) -> Verd
         bound = bounds.scale(np.where(np.isnan(sigma), 0.0, x64), order, sigma, sums)
     bound = np.where(sigma == 0, 0.0, bound)
     return close("scale", scale.reshape(-1, 1), sigma, bound)
+
+
+def gated(gate: Tensor, value: Tensor, x: Tensor, between: torch.dtype | None = None) -> Verdict:
+    """T1: x = silu(gate) value, computed in float32 and stored in its dtype.
+
+    between: the dtype that silu is stored in before the product, where it is. Where an input is not
+    finite, x is not either; which of infinity and NaN it is depends on the order of the products.
+    """
+    g, v = lift(gate), lift(value)
+    stored = None if between is None else oracle.dtype_name(between)
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = prologue.gated(g, v)
+        bound = bounds.output(expected, bounds.gated(g, v, stored), oracle.dtype_name(x.dtype))
+    return close("gated", x, expected, bound, free=~(np.isfinite(g) & np.isfinite(v)))
+
+
+def added(x: Tensor, residual: Tensor, h: Tensor) -> Verdict:
+    """T0: h = residual + x, rounded once; of 16 bits, float32 in between changes nothing."""
+    expected = lift((residual.double() + x.double()).to(h.dtype))
+    return close("added", h, expected, np.zeros(expected.shape))
+
+
+def normed(
+    h: Tensor, weight: Tensor, eps: float, rows: Tensor, between: torch.dtype | None = None
+) -> Verdict:
+    """T1: rows = h weight / sqrt(mean(h^2) + eps), computed in float32 and stored in their dtype.
+
+    between: the dtype that is stored in before the weight, where it is. A row of h that is not
+    finite may hold any infinity and NaN; where squares leave float32, rows may be 0.
+    """
+    h64, w64 = lift(h), lift(weight)
+    stored = None if between is None else oracle.dtype_name(between)
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = prologue.normed(h64, w64, eps)
+        bound = bounds.output(
+            expected, bounds.normed(h64, w64, eps, stored), oracle.dtype_name(rows.dtype)
+        )
+    zero = bounds.squares_overflow(h64) & (lift(rows) == 0)
+    free = np.broadcast_to(~np.isfinite(h64).all(-1, keepdims=True), h64.shape)
+    return close("normed", rows, np.where(zero, 0.0, expected), bound, free)
 
 
 def _cell(codes: Array, grid: reference_grids.Grid) -> tuple[Array, Array]:

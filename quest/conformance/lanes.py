@@ -185,11 +185,15 @@ def full_sums() -> Iterator[None]:
 @functools.cache
 def operators(backend: str) -> Any:
     """The functions of a backend by operator name."""
-    from quest import compression, eager, lowbit, ops, sparse_product
+    from quest import compression, eager, lowbit, ops, prologue, sparse_product
 
     if backend == "dispatch":
         return SimpleNamespace(
             compress=compression.compress,
+            gated_encode=prologue.gated_encode,
+            gated_encode_shown=prologue.gated_encode_shown,
+            normed_encode=prologue.normed_encode,
+            normed_encode_shown=prologue.normed_encode_shown,
             encode=lambda x, q, kind: lowbit.encode(x, q.spec, kind),
             operand=lambda x, q, kind: lowbit.operand(x, q.spec, kind),
             pack_operand=lambda a, q: lowbit.pack_operand(a, q.spec),
@@ -206,16 +210,23 @@ def operators(backend: str) -> Any:
         (
             eager.hadamard, eager.masked_transpose, eager.quantize, eager.encode, eager.decode,
             compression.eager_compress, lowbit.eager_operand, eager.pack_operand,
+            prologue.eager_gated_encode, prologue.eager_normed_encode,
         )
         if backend == "eager"
         else (
             ops.launch_hadamard, ops.launch_masked_transpose, ops.launch_quantize,
             lowbit.launch_encode, lowbit.launch_decode, compression.launch_compress,
             lowbit.launch_operand, lowbit.launch_pack,
+            functools.partial(prologue.launch_gated_encode, show=True),
+            functools.partial(prologue.launch_normed_encode, show=True),
         )
     )  # fmt: skip
     return SimpleNamespace(
         compress=functions[5],
+        gated_encode=lambda *arguments: functions[8](*arguments)[:3],
+        gated_encode_shown=functions[8],
+        normed_encode=lambda *arguments: functions[9](*arguments)[:4],
+        normed_encode_shown=functions[9],
         encode=functions[3],
         operand=functions[6],
         pack_operand=functions[7],
@@ -258,6 +269,37 @@ def _encode(lane: Lane, x: Tensor, *, q: Any, kind: str) -> Outputs:
 def _operand(lane: Lane, x: Tensor, *, q: Any, kind: str) -> Outputs:
     names = ("operand", "scale", "sums")
     return dict(zip(names, operators(lane.backend).operand(x, q, kind), strict=True))
+
+
+def _gated(lane: Lane, gate: Tensor, value: Tensor, *, q: Any, kind: str) -> Outputs:
+    """What is made of silu(gate) * value, which is shown; nothing may change where it is not."""
+    f = operators(lane.backend)
+    pair = f.gated_encode_shown, f.gated_encode
+    return _prologue(lane, pair, ("operand", "scale", "sums", "x"), gate, value, q.spec, kind)
+
+
+def _normed(
+    lane: Lane, x: Tensor, weight: Tensor, *residual: Tensor, q: Any, kind: str, eps: float
+) -> Outputs:
+    """What is made of the norm of x, or of residual + x, which is shown, too."""
+    f = operators(lane.backend)
+    names, added = ("operand", "scale", "sums", "h", "x"), residual[0] if residual else None
+    pair = f.normed_encode_shown, f.normed_encode
+    return _prologue(lane, pair, names, x, added, weight, eps, q.spec, kind)
+
+
+def _prologue(
+    lane: Lane,
+    pair: tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]],
+    names: tuple[str, ...],
+    *arguments: Any,
+) -> Outputs:
+    """The outputs of the first, by name; the second makes all but the last."""
+    made = dict(zip(names, pair[0](*arguments), strict=True))
+    for name, t in zip(names[:-1], pair[1](*arguments), strict=True):
+        if _bytes(t) != _bytes(made[name]):
+            raise GuardError(f"{lane}: {name} is another where the rows of a prologue are shown")
+    return made
 
 
 def _decode(lane: Lane, operand: Tensor, scale: Tensor, *, q: Any, **static: Any) -> Outputs:
@@ -475,6 +517,8 @@ _STAGES: dict[str, Callable[..., Outputs]] = {
     "frozen": _frozen,
     "encode": _encode,
     "operand": _operand,
+    "gated": _gated,
+    "normed": _normed,
     "decode": _decode,
     "pack_operand": _pack_operand,
     "compress": _compress,

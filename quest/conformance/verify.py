@@ -52,6 +52,12 @@ SPARSE: dict[str, quest.NM | quest.Pairwise] = {
     "4:8 pairs": quest.Pairwise(4, 8),
 }
 INTEGER = ("w1a1", "w4a4", "w8a8", "w4a8", "fp4", "w4a4-2:4")  # with an integer product
+GATED = ("w1a1", "w4a4", "w8a8")
+# Of gate and value.
+GATES = (
+    ("gaussian", "gaussian"), ("heavy", "outlier"), ("outlier", "mixed_rows"),
+    ("mixed_rows", "heavy"), ("non_finite", "gaussian"), ("huge", "tiny"), ("tiny", "huge"),
+)  # fmt: skip
 RECIPES = ("w1a1", "w4a4", "w8a8", "fp4", "w4a4-2:4", "w4a4-4:8", "w4a16")
 
 
@@ -129,6 +135,30 @@ def _operands(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
     return found
 
 
+def _gated(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
+    q = quest.recipe(name).activation
+    (kind, _) = operands.kinds(q, q) or ("", "")
+    found = []
+    for i, (left, right) in enumerate(GATES):
+        gate = inputs.draw(left, (17, 384), dtype, i)
+        value = inputs.draw(right, (17, 384), dtype, i + 1)
+        found.append(examine.gated(lane, gate, value, q, kind, conclusive=i == 0))
+    return found
+
+
+def _normed(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
+    q = quest.recipe(name).activation
+    (kind, _) = operands.kinds(q, q) or ("", "")
+    weight = inputs.draw("gaussian", (384,), dtype, 7)
+    found = []
+    for i, (left, right) in enumerate(GATES):
+        x, residual = (inputs.draw(n, (17, 384), dtype, i) for n in (left, right))
+        for given in (None, residual):
+            judged = examine.normed(lane, x, given, weight, 1e-5, q, kind, conclusive=i == 0)
+            found.append(judged)
+    return found
+
+
 def _products(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
     found = []
     for i, kind in enumerate(("gaussian", "heavy", "equal")):
@@ -164,6 +194,9 @@ def rows(lane: Lane, quick: bool) -> Iterator[Row]:
             yield Row(lane, "linear", name, dtype, partial(_layers, lane, name, dtype, "values"))
         for name in ("w1a1",) if quick else INTEGER:
             yield Row(lane, "encode", name, dtype, partial(_operands, lane, name, dtype))
+            if name in GATED:
+                yield Row(lane, "gated", name, dtype, partial(_gated, lane, name, dtype))
+                yield Row(lane, "normed", name, dtype, partial(_normed, lane, name, dtype))
             if no_product(lane) is None:
                 yield Row(lane, "product", name, dtype, partial(_products, lane, name, dtype))
             if lane.supports("linear", {"path": "integers"}):

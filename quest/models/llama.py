@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quest.joint import together
+from quest.prologue import gated, normed
 
 INIT_STD = 0.02
 
@@ -121,10 +122,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.width, config.width, bias=False)
         self.o_proj = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, norm: nn.RMSNorm | None = None
+    ) -> Tensor:
+        """norm: what x still has to go through."""
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        made = together(x, layers) if norm is None else normed(x, norm, layers)[1]
         q, k, v = (
             torch.unflatten(projected, -1, (self.heads, -1)).transpose(1, 2)  # (B, h, T, d/h)
-            for projected in together(x, (self.q_proj, self.k_proj, self.v_proj))
+            for projected in made
         )
         mixed = F.scaled_dot_product_attention(
             rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True
@@ -144,10 +150,16 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.width, config.hidden, bias=False)
         self.down_proj = nn.Linear(config.hidden, config.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = together(x, (self.gate_proj, self.up_proj))
-        out: Tensor = self.down_proj(F.silu(gate) * up)
-        return out
+    def forward(
+        self, x: Tensor, norm: nn.RMSNorm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """With a norm and a residual, h + mlp(norm(h)) for h = residual + x."""
+        layers = (self.gate_proj, self.up_proj)
+        if norm is None:
+            gate, up = together(x, layers)
+            return gated(gate, up, self.down_proj)
+        h, (gate, up) = normed(x, norm, layers, residual)
+        return h + gated(gate, up, self.down_proj)
 
 
 class Block(nn.Module):
@@ -161,8 +173,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        mixed = self.self_attn(x, cos, sin, self.input_layernorm)
+        out: Tensor = self.mlp(mixed, self.post_attention_layernorm, x)
         return out
 
 

@@ -1,0 +1,61 @@
+"""Quantizers that make their rows themselves, against the rows made first.
+
+The baseline is what models did before: the rows by torch.compile, in one kernel, then our quantizer
+without a prologue. Both read halves of one tensor, as a stacked product leaves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import quest
+from quest import lowbit, operands, prologue
+from quest.conformance import examine
+from quest.conformance.lanes import Lane
+from quest.conformance.verdict import Verdict
+
+from . import cases, gate
+from .timed import Timed
+
+
+def _halves(wide: Tensor) -> tuple[Tensor, Tensor]:
+    left, right = wide.tensor_split(2, -1)
+    return left, right
+
+
+def _judge(name: str, kind: str, width: int) -> gate.Judge:
+    def judge(lane: Lane, distribution: str) -> list[Verdict]:
+        q = quest.recipe(name).activation
+        wide = gate.normal(gate.ROWS, 2 * width, distribution)
+        # Gates of other magnitudes leave rows of near zeros, which say nothing of ties.
+        return examine.gated(lane, *_halves(wide), q, kind, conclusive=distribution == "gaussian")
+
+    return judge
+
+
+@pytest.mark.parametrize(("rows", "width", "recipe"), cases.gates())
+def test_gated(timed: Timed, rows: int, width: int, recipe: str) -> None:
+    """silu(gate) * value, quantized: operand, scale and sums; no mask, as in a frozen layer."""
+    q = quest.recipe(recipe, estimator=quest.STE()).activation
+    kind = (operands.kinds(q, q) or ("",))[0]
+
+    def rows_of(wide: Tensor) -> Tensor:
+        left, right = _halves(wide)
+        return F.silu(left) * right
+
+    torch.compiler.reset()
+    made: Callable[[Tensor], Tensor] = torch.compile(rows_of)
+    timed(
+        spec=q.spec,
+        shape=(rows, width),
+        key=("gated", q.spec, width),
+        judge=_judge(recipe, kind, width),
+        draw=((rows, 2 * width),),
+        run=lambda wide: prologue.gated_encode(*_halves(wide), q.spec, kind),
+        baseline=lambda wide: lowbit.encode(made(wide), q.spec, kind),
+    )

@@ -1,0 +1,359 @@
+"""What stands before a layer and ends in its quantizer's kernel, for inference: gates and norms.
+
+quest::gated_encode(gate, value, spec, kind) -> (operand, scale, sums)
+quest::gated_encode_shown(gate, value, spec, kind) -> (operand, scale, sums, rows)
+quest::normed_encode(x, residual, weight, eps, spec, kind) -> (operand, scale, sums, h)
+quest::normed_encode_shown(...) -> (operand, scale, sums, h, rows)
+
+Rows are silu(gate) * value, or h weight / sqrt(mean(h^2) + eps) of h = residual + x, which is given
+back where there is a residual. They are computed in float32 and rounded once to the inputs' dtype,
+as inductor does it, and quantized as `lowbit.encode` does, without a mask. CPU: plain PyTorch.
+CUDA: one kernel for 16 bits, blocks of 128, uniform grids and no sparsity, which saves writing the
+rows and reading them again; else one after the other. Inputs may be columns of a wider tensor: no
+copy is made.
+
+`gated` and `normed` are what models call.
+Source: SwiGLU, arXiv 2002.05202; RMSNorm, arXiv 1910.07467; QuEST (arXiv 2502.05003), Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import eager, frozen, lowbit, operands, ops, paths
+from .joint import alike, hooked, joined, together, whole
+from .linear import Linear
+
+_GATED = "(Tensor gate, Tensor value, str spec, str kind)"
+_NORMED = "(Tensor x, Tensor? residual, Tensor weight, float eps, str spec, str kind)"
+_library: Any = torch.library.Library("quest", "FRAGMENT")  # type: ignore[no-untyped-call]
+for _name, _arguments, _results in (
+    ("gated_encode", _GATED, 3),
+    ("gated_encode_shown", _GATED, 4),
+    ("normed_encode", _NORMED, 4),
+    ("normed_encode_shown", _NORMED, 5),
+):
+    _library.define(
+        f"{_name}{_arguments} -> ({', '.join(['Tensor'] * _results)})",
+        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+    )
+
+
+def _check_pair(first: Tensor, second: Tensor, names: tuple[str, str] = ("gate", "value")) -> None:
+    """Raise TypeError or ValueError unless both are (..., d) floats alike."""
+    for name, t in zip(names, (first, second), strict=True):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.dtype not in ops.DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {t.dtype}")
+    one, other = names
+    if first.dtype != second.dtype:
+        raise TypeError(f"{other} must have the dtype of {one}, {first.dtype}, got {second.dtype}")
+    if first.shape != second.shape or first.ndim == 0:
+        raise ValueError(
+            f"{one} and {other} must have one shape with at least one axis, got "
+            f"{tuple(first.shape)} and {tuple(second.shape)}"
+        )
+    if first.device != second.device:
+        raise ValueError(f"{other} must lie where {one} lies, {first.device}; got {second.device}")
+
+
+def _check(gate: Tensor, value: Tensor, spec: str, kind: str) -> None:
+    _check_pair(gate, value)
+    q = ops.quantizer(spec)
+    q.check(gate)
+    operands.form_of(q, kind)
+
+
+def eager_gated_encode(
+    gate: Tensor, value: Tensor, spec: str, kind: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(operand, scale, sums, x) in plain PyTorch, on any device."""
+    _check(gate, value, spec, kind)
+    x = eager.gated(gate, value)
+    operand, scale, _, sums = eager.encode(x, ops.quantizer(spec), kind)
+    return operand, scale, sums, x
+
+
+def launch_gated_encode(
+    gate: Tensor, value: Tensor, spec: str, kind: str, show: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`eager_gated_encode` by the kernels; x is None unless `show`."""
+    _check(gate, value, spec, kind)
+    q, d = ops.quantizer(spec), gate.shape[-1]
+    if not (gate.numel() and has_kernel(spec, gate)):
+        x = eager.gated(gate, value)
+        operand, scale, _, sums = lowbit.launch_encode(x, q, kind)
+        return operand, scale, sums, x if show else None
+    from .kernels import blocks
+
+    program, _ = lowbit.plan(q, kind, (gate.dtype, d, gate.device))
+    form, bits = blocks.OPERANDS[kind]
+    with ops.device_of(gate):
+        *made, shown = blocks.gated(
+            lowbit.as_rows(gate), lowbit.as_rows(value), program, form=form, bits=bits, show=show
+        )
+    operand, scale, sums = (t.view(*gate.shape[:-1], t.shape[-1]) for t in made)
+    return operand, scale, sums, None if shown is None else shown.view(gate.shape)
+
+
+def has_kernel(spec: str, x: Tensor, weighted: bool = False) -> bool:
+    """Whether one kernel makes rows like x (..., d) and quantizes them by this spec.
+
+    weighted: with the weight of a norm.
+    """
+    halves = x.dtype is torch.bfloat16 or x.dtype is torch.float16
+    return halves and x.is_cuda and _fits(spec, x.shape[-1], str(x.device), weighted)
+
+
+# A constant for torch.compile, which need not read how it is found.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _fits(spec: str, width: int, device: str, weighted: bool) -> bool:
+    return _fits_there(spec, width, device, weighted)
+
+
+@functools.cache
+def _fits_there(spec: str, width: int, device: str, weighted: bool) -> bool:
+    from .kernels import blocks
+
+    like = torch.empty(0, width, dtype=torch.bfloat16, device=device)
+    return blocks.supports(ops.program(ops.quantizer(spec), like), like, weighted)
+
+
+def _check_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, spec: str, kind: str
+) -> None:
+    _check_pair(x, x if residual is None else residual, ("x", "residual"))
+    if weight.dtype != x.dtype or weight.device != x.device or weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"weight must be {x.dtype} of shape {tuple(x.shape[-1:])} on {x.device}, got "
+            f"{weight.dtype} of shape {tuple(weight.shape)} on {weight.device}"
+        )
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps must be positive and finite, got {eps}")
+    q = ops.quantizer(spec)
+    q.check(x)
+    operands.form_of(q, kind)
+
+
+def eager_normed_encode(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, spec: str, kind: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(operand, scale, sums, h, rows) in plain PyTorch; h has shape (0,) without a residual."""
+    _check_norm(x, residual, weight, eps, spec, kind)
+    h, rows = eager.normed(x, residual, weight, eps)
+    operand, scale, _, sums = eager.encode(rows, ops.quantizer(spec), kind)
+    return operand, scale, sums, _given(h, residual), rows
+
+
+def _given(h: Tensor, residual: Tensor | None) -> Tensor:
+    """h as operators return it: nothing where it is an input."""
+    return h.new_empty(0) if residual is None else h.contiguous()
+
+
+def launch_normed_encode(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, spec: str, kind: str,
+    show: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """`eager_normed_encode` by the kernels; rows are None unless `show`."""
+    _check_norm(x, residual, weight, eps, spec, kind)
+    q, d = ops.quantizer(spec), x.shape[-1]
+    if not (x.numel() and has_kernel(spec, x, True)):
+        h, rows = eager.normed(x, residual, weight, eps)
+        operand, scale, _, sums = lowbit.launch_encode(rows, q, kind)
+        return operand, scale, sums, _given(h, residual), rows if show else None
+    from .kernels import blocks
+
+    program, _ = lowbit.plan(q, kind, (x.dtype, d, x.device))
+    form, bits = blocks.OPERANDS[kind]
+    with ops.device_of(x):
+        *made, added, shown = blocks.normed(
+            lowbit.as_rows(x), None if residual is None else lowbit.as_rows(residual), weight, eps,
+            program, form=form, bits=bits, show=show,
+        )  # fmt: skip
+    operand, scale, sums = (t.view(*x.shape[:-1], t.shape[-1]) for t in made)
+    given = x.new_empty(0) if added is None else added.view(x.shape)
+    return operand, scale, sums, given, None if shown is None else shown.view(x.shape)
+
+
+def _fake_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, spec: str, kind: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_norm(x, residual, weight, eps, spec, kind)
+    operand, scale, _, sums = eager.encoded_like(x, kind)
+    given = x.new_empty(0 if residual is None else x.shape)
+    return operand, scale, sums, given, x.new_empty(x.shape)
+
+
+def _fake(
+    gate: Tensor, value: Tensor, spec: str, kind: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(gate, value, spec, kind)
+    operand, scale, _, sums = eager.encoded_like(gate, kind)
+    return operand, scale, sums, gate.new_empty(gate.shape)
+
+
+_library.impl("gated_encode", lambda *arguments: eager_gated_encode(*arguments)[:3], "CPU")
+_library.impl("gated_encode", lambda *arguments: launch_gated_encode(*arguments)[:3], "CUDA")
+_library.impl("gated_encode_shown", eager_gated_encode, "CPU")
+_library.impl("gated_encode_shown", functools.partial(launch_gated_encode, show=True), "CUDA")
+torch.library.register_fake(
+    "quest::gated_encode", lambda *arguments: _fake(*arguments)[:3], lib=_library
+)
+torch.library.register_fake("quest::gated_encode_shown", _fake, lib=_library)
+_library.impl("normed_encode", lambda *arguments: eager_normed_encode(*arguments)[:4], "CPU")
+_library.impl("normed_encode", lambda *arguments: launch_normed_encode(*arguments)[:4], "CUDA")
+_library.impl("normed_encode_shown", eager_normed_encode, "CPU")
+_library.impl("normed_encode_shown", functools.partial(launch_normed_encode, show=True), "CUDA")
+torch.library.register_fake(
+    "quest::normed_encode", lambda *arguments: _fake_norm(*arguments)[:4], lib=_library
+)
+torch.library.register_fake("quest::normed_encode_shown", _fake_norm, lib=_library)
+
+
+def gated_encode(
+    gate: Tensor, value: Tensor, spec: str, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(operand, scale, sums) of x = silu(gate) * value as `lowbit.encode` makes them of x.
+
+    gate, value: (..., d) float32, bfloat16 or float16, alike; rows of either may lie apart. spec:
+    of the quantizer, whose estimator does not count here; kind: see `quest.operands`. No gradient.
+    Raises TypeError and ValueError for what does not fit.
+    """
+    made: tuple[Tensor, Tensor, Tensor] = torch.ops.quest.gated_encode.default(
+        gate, value, spec, kind
+    )
+    return made
+
+
+def gated_encode_shown(
+    gate: Tensor, value: Tensor, spec: str, kind: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`gated_encode`, and x as it was quantized."""
+    made: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.quest.gated_encode_shown.default(
+        gate, value, spec, kind
+    )
+    return made
+
+
+def normed_encode(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, spec: str, kind: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(operand, scale, sums, h) of rows = h weight / sqrt(mean(h^2) + eps), h = residual + x.
+
+    x, residual: (..., d) float32, bfloat16 or float16, alike; without a residual h is x, and what
+    is given back in its place has shape (0,). weight: (d,) of that dtype. The rest as in
+    `gated_encode`.
+    """
+    made: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.quest.normed_encode.default(
+        x, residual, weight, eps, spec, kind
+    )
+    return made
+
+
+def normed_encode_shown(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, spec: str, kind: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`normed_encode`, and the rows as they were quantized."""
+    made: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = (
+        torch.ops.quest.normed_encode_shown.default(x, residual, weight, eps, spec, kind)
+    )
+    return made
+
+
+def _held(layers: Sequence[nn.Module], x: Tensor, weighted: bool = False) -> frozen.Frozen | None:
+    """The frozen weight of layers that a prologue can stand before; x: like their input.
+
+    Not where one kernel quantizes few rows and multiplies them, nor where something must see a
+    layer's call or another dtype.
+    """
+    if torch.is_grad_enabled():
+        return None
+    plain = alike(layers)
+    if plain is None:
+        return None
+    for layer in plain:
+        layer.check(x)
+    held = whole(plain)
+    if held is None or held.operand is None or paths.fuses(x, held.few):
+        return None
+    dtypes = x.dtype == plain[0].weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    return held if dtypes and has_kernel(held.spec, x, weighted) else None
+
+
+def gated(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
+    """layer(silu(gate) * up), for gate and up (..., in) of one dtype and shape.
+
+    Where no gradient is asked for and `layer` is a frozen `quest.Linear` without hooks that
+    multiplies integers, one kernel makes the product, rounded once, and quantizes it; gate and up
+    may be halves of one tensor. Elsewhere it is these three operations, one after another, and in
+    16 bits silu(gate) is rounded by itself. Raises TypeError and ValueError for a gate and an up
+    that differ or what is no module, and what the layer raises.
+    """
+    _check_pair(gate, up)
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"layer must be a torch.nn.Module, got {type(layer).__name__}")
+    held = _held((layer,), gate)
+    if held is None:
+        y: Tensor = layer(nn.functional.silu(gate) * up)
+        return y
+    assert isinstance(layer, Linear)
+    kind = held.kinds.partition(",")[0]
+    direct = ops.direct(gate) and ops.direct(up)
+    encode = launch_gated_encode if direct else gated_encode
+    a, scale, sums = encode(gate, up, held.spec, kind)[:3]
+    rows = (lowbit.as_rows(a), lowbit.as_rows(scale), lowbit.as_rows(sums))
+    y = frozen.multiply(rows, held, layer.bias, gate.shape[-1], gate.dtype, direct)
+    return y.view(*gate.shape[:-1], layer.out_features)
+
+
+def normed(
+    x: Tensor, norm: nn.Module, layers: Sequence[nn.Module], residual: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(h, together(norm(h), layers)), for h = residual + x, or h = x without a residual.
+
+    x, residual: (..., in) of one dtype and shape. Where no gradient is asked for, `norm` is a
+    `torch.nn.RMSNorm` with a weight and without hooks, and `layers` are frozen `quest.Linear`s,
+    stacked if several, that multiply integers, one kernel adds, normalises, rounds once and
+    quantizes. Elsewhere these are operations one after another, as in `quest.together`. Raises
+    TypeError and ValueError for x and a residual that differ or a norm that is no module, and what
+    `quest.together` raises.
+    """
+    _check_pair(x, x if residual is None else residual, ("x", "residual"))
+    if not isinstance(norm, nn.Module):
+        raise TypeError(f"norm must be a torch.nn.Module, got {type(norm).__name__}")
+    weight = _weight(norm, x)
+    held = None if weight is None or isinstance(layers, nn.Module) else _held(layers, x, True)
+    if held is None or weight is None:
+        h = x if residual is None else residual + x
+        return h, together(norm(h), layers)
+    assert isinstance(norm, nn.RMSNorm)
+    kind = held.kinds.partition(",")[0]
+    direct = all(ops.direct(t) for t in (x, weight, residual) if t is not None)
+    encode = launch_normed_encode if direct else normed_encode
+    assert norm.eps is not None
+    a, scale, sums, h = encode(x, residual, weight, norm.eps, held.spec, kind)[:4]
+    rows = (lowbit.as_rows(a), lowbit.as_rows(scale), lowbit.as_rows(sums))
+    plain = [layer for layer in layers if isinstance(layer, Linear)]
+    y = frozen.multiply(rows, held, joined(plain), x.shape[-1], x.dtype, direct)
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    return (
+        x if residual is None else h,
+        tuple(torch.split(y, [layer.out_features for layer in plain], -1)),
+    )
+
+
+def _weight(norm: nn.Module, x: Tensor) -> Tensor | None:
+    """The weight of a norm that the kernel can take over; None where it can't."""
+    if type(norm) is not nn.RMSNorm or hooked(norm) or norm.weight is None:
+        return None
+    weight: Tensor = norm.weight
+    fits = weight.shape == x.shape[-1:] and weight.dtype == x.dtype and weight.device == x.device
+    # Not torch's own eps, nor one of 0, which makes NaN of a row of zeros.
+    return weight if fits and norm.eps is not None and 0 < norm.eps < math.inf else None

@@ -45,15 +45,17 @@ for _name, _arguments, _results in (
     )
 
 
-def _check_pair(first: Tensor, second: Tensor, names: tuple[str, str] = ("gate", "value")) -> None:
-    """Raise TypeError or ValueError unless both are (..., d) floats alike."""
+def _check_pair(
+    first: Tensor, second: Tensor, names: tuple[str, str] = ("gate", "value"), mixed: bool = False
+) -> None:
+    """Raise TypeError or ValueError unless both are (..., d) floats alike; mixed: of any dtypes."""
     for name, t in zip(names, (first, second), strict=True):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
         if t.dtype not in ops.DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16 or float16, got {t.dtype}")
     one, other = names
-    if first.dtype != second.dtype:
+    if first.dtype != second.dtype and not mixed:
         raise TypeError(f"{other} must have the dtype of {one}, {first.dtype}, got {second.dtype}")
     if first.shape != second.shape or first.ndim == 0:
         raise ValueError(
@@ -318,17 +320,18 @@ def normed(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(h, together(norm(h), layers)), for h = residual + x, or h = x without a residual.
 
-    x, residual: (..., in) of one dtype and shape. Where no gradient is asked for, `norm` is a
-    `torch.nn.RMSNorm` with a weight and without hooks, and `layers` are frozen `quest.Linear`s,
-    stacked if several, that multiply integers, one kernel adds, normalises, rounds once and
-    quantizes. Elsewhere these are operations one after another, as in `quest.together`. Raises
-    TypeError and ValueError for x and a residual that differ or a norm that is no module, and what
-    `quest.together` raises.
+    x, residual: (..., in) floats of one shape. Where no gradient is asked for, both have one dtype,
+    `norm` is a `torch.nn.RMSNorm` with a weight and without hooks, and `layers` are frozen
+    `quest.Linear`s, stacked if several, that multiply integers, one kernel adds, normalises, rounds
+    once and quantizes. Elsewhere these are operations one after another, as in `quest.together`,
+    and h has the dtype of a sum: under autocast a residual stream is float32. Raises TypeError and
+    ValueError for an x and a residual of other shapes, devices or dtypes, for a norm that is no
+    module, and what `quest.together` raises.
     """
-    _check_pair(x, x if residual is None else residual, ("x", "residual"))
+    _check_pair(x, x if residual is None else residual, ("x", "residual"), mixed=True)
     if not isinstance(norm, nn.Module):
         raise TypeError(f"norm must be a torch.nn.Module, got {type(norm).__name__}")
-    weight = _weight(norm, x)
+    weight = _weight(norm, x) if residual is None or residual.dtype == x.dtype else None
     held = None if weight is None or isinstance(layers, nn.Module) else _held(layers, x, True)
     if held is None or weight is None:
         h = x if residual is None else residual + x

@@ -1737,6 +1737,7 @@ def test_operand_and_product_that_do_not_hear_their_input(name: str) -> None:
     q = made.weight
     kinds = operands.kinds(made.activation, q)
     assert kinds is not None
+    packs = operands.saved(q, kinds[1]).kind in operands.PACKED
     static = {"q": q, "kind": kinds[1], "width": 48, "dtype": torch.float32}
     cpu = lanes.all_lanes()[0]
 
@@ -1750,6 +1751,7 @@ def test_operand_and_product_that_do_not_hear_their_input(name: str) -> None:
             "encode": b,
             "decode": cpu.call("decode", b["operand"], b["scale"], **static),
             "left": a,
+            "pack_operand": cpu.call("pack_operand", b["operand"], q=q) if packs else {},
             "compress": cpu.call("compress", b["operand"]) if q.sparsity else {},
             "accumulate": cpu.call("accumulate", a["operand"], b["operand"]),
             "product": cpu.call("product", a["operand"], b["operand"], *vectors, grids=names,
@@ -1764,6 +1766,7 @@ def test_operand_and_product_that_do_not_hear_their_input(name: str) -> None:
         ("encode", "mask", "operand mask"),
         ("encode", "sums", "operand sums"),
         ("decode", "values", "values"),
+        *([("pack_operand", "packed", "packed codes")] if packs else []),
         ("accumulate", "accumulators", "accumulators"),
         ("product", "y", "product"),
     ):
@@ -1776,7 +1779,7 @@ def test_operand_and_product_that_do_not_hear_their_input(name: str) -> None:
             lane = Scripted(write)
             found = (
                 examine.encoded(lane, w, q, kinds[1])
-                if stage in ("encode", "decode")
+                if stage in ("encode", "decode", "pack_operand")
                 else examine.product(lane, x, w, None, made, torch.float32)
             )
             good = wrong is honest[stage][output]

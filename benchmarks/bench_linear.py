@@ -24,6 +24,12 @@ def _layers(inside: int, outside: int, made: Recipe) -> tuple[quest.Linear, nn.L
     return quest.Linear.from_linear(dense, made), dense
 
 
+def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y: Tensor = layer(x)
+    return y
+
+
 def judge_of_layer(
     tokens: int,
     inside: int,
@@ -77,19 +83,14 @@ def test_forward(timed: Timed, tokens: int, inside: int, outside: int, recipe: s
     path = path_of(tokens, inside, made)
     ours, dense = _layers(inside, outside, made)
 
-    def forward(layer: nn.Linear, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            y: Tensor = layer(x)
-        return y
-
     timed(
         spec=made.spec,
         shape=(tokens, inside, outside),
         draw=((tokens, inside),),
         key=("layer", made.spec, tokens, inside, outside, path),
         judge=judge_of_layer(tokens, inside, outside, made, path),
-        run=lambda x: forward(ours, x),
-        baseline=lambda x: forward(dense, x),
+        run=lambda x: _forward(ours, x),
+        baseline=lambda x: _forward(dense, x),
         constant=(dense.weight.detach(),),
         operations=2.0 * tokens * inside * outside,
     )
@@ -102,9 +103,34 @@ def test_frozen(timed: Timed, tokens: int, inside: int, outside: int, recipe: st
     ours, dense = _layers(inside, outside, made)
     held = frozen.freeze(ours.freeze().weight, made)
 
-    def forward(layer: nn.Linear, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            y: Tensor = layer(x)
+    timed(
+        spec=made.spec,
+        shape=(tokens, inside, outside),
+        draw=((tokens, inside),),
+        key=("frozen", made.spec, tokens, inside, outside),
+        judge=judge_of_frozen(tokens, inside, outside, made),
+        run=lambda x: _forward(ours, x),
+        baseline=lambda x: _forward(dense, x),
+        constant=held.read(),
+        operations=2.0 * tokens * inside * outside,
+    )
+
+
+@pytest.mark.parametrize(("tokens", "inside", "outside", "recipe"), cases.eager())
+def test_frozen_eager(timed: Timed, tokens: int, inside: int, outside: int, recipe: str) -> None:
+    """The same, call after call from Python, and the host waits before the first.
+
+    The time is the host's where it can't queue calls as fast as the device makes them.
+    """
+    made = quest.recipe(recipe)
+    ours, dense = _layers(inside, outside, made)
+    held = frozen.freeze(ours.freeze().weight, made)
+
+    def calls(layer: nn.Linear, x: Tensor) -> Tensor:
+        if cases.CUDA:
+            torch.cuda.synchronize()
+        for _ in range(cases.EAGER_CALLS):
+            y = _forward(layer, x)
         return y
 
     timed(
@@ -113,10 +139,11 @@ def test_frozen(timed: Timed, tokens: int, inside: int, outside: int, recipe: st
         draw=((tokens, inside),),
         key=("frozen", made.spec, tokens, inside, outside),
         judge=judge_of_frozen(tokens, inside, outside, made),
-        run=lambda x: forward(ours, x),
-        baseline=lambda x: forward(dense, x),
+        run=lambda x: calls(ours, x),
+        baseline=lambda x: calls(dense, x),
         constant=held.read(),
         operations=2.0 * tokens * inside * outside,
+        calls=cases.EAGER_CALLS,
     )
 
 

@@ -110,6 +110,17 @@ def frozen() -> list[Any]:
     return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made]
 
 
+EAGER_CALLS = 64  # in a row
+
+
+def eager() -> list[Any]:
+    """(tokens, in_features, out_features, recipe) of a frozen layer with the host's time."""
+    sizes = [(tokens, FROZEN[0]) for tokens in ((1, 16, 64, 256, 1024) if CUDA else (1,))]
+    sizes += [(64, shape) for shape in FROZEN[1:]]
+    made = [(n, inside, outside, r) for n, (outside, inside) in sizes for r in ("w1a1", "w4a4")]
+    return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made]
+
+
 def peers() -> list[Any]:
     """(tokens, in_features, out_features) of an int8 layer."""
     made = [

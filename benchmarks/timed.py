@@ -57,6 +57,7 @@ class Timed:
         prepare: Callable[..., tuple[Tensor, ...]] | None = None,
         operations: float = 0.0,
         memory: tuple[int, int] = (0, 0),
+        calls: int = 1,
     ) -> None:
         """Pass the gate, then time `run` and `baseline` on the same normal inputs.
 
@@ -64,7 +65,8 @@ class Timed:
         one set of inputs, by default (shape,). constant: what `run` reads in every call besides.
         prepare: what `run` and `baseline` get after the inputs, made of them beforehand; `run` then
         reads that alone. operations: multiplications and additions of a call. memory: the
-        most bytes that `run` and `baseline` held, where that was measured.
+        most bytes that `run` and `baseline` held, where that was measured. calls: what `run` and
+        `baseline` do so many times in a row; reported is the time of one.
         Bytes moved at the least: inputs and constants read once, outputs of `run` written once.
         """
         __tracebackhide__ = True
@@ -79,7 +81,7 @@ class Timed:
                 sets = _sets(shapes, input_sets(size(more or inputs), cases.DEVICE))
                 if prepare:
                     sets = [each + prepare(*each) for each in sets]
-                times = timing.measure(run, baseline, sets, moved, cases.DEVICE)
+                times = timing.measure(run, baseline, sets, moved, cases.DEVICE).of_one(calls)
         except Exception:
             # A target that fails: pytest-benchmark records no time, and does not miss its call.
             with contextlib.suppress(_NoTimeError):

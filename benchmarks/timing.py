@@ -44,6 +44,11 @@ class Times:
         """The baseline's median over ours: above 1 we are faster."""
         return median(self.baseline) / median(self.ours)
 
+    def of_one(self, calls: int) -> Times:
+        """The same where each round made so many calls of ours and of the baseline."""
+        each = ([t / calls for t in times] for times in (self.ours, self.baseline))
+        return Times(*each, self.copy, self.host_bound)
+
     def interval(self) -> tuple[float, float]:
         """95% bootstrap interval of `ratio`, rounds resampled as wholes."""
         g = np.random.default_rng(0)

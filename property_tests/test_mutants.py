@@ -14,7 +14,17 @@ from typing import Any
 
 import pytest
 
-from property_tests.mutants import child, cuda_source, patches, pool, runner, systematic, table
+from property_tests.mutants import (
+    child,
+    choice,
+    command,
+    cuda_source,
+    patches,
+    pool,
+    runner,
+    systematic,
+    table,
+)
 from property_tests.mutants.baseline import IMPORT, Baseline
 from property_tests.mutants.choice import Part, quick, stages
 from property_tests.mutants.command import _sampled, all_mutants, order
@@ -150,6 +160,19 @@ def test_an_id_stays_where_lines_move() -> None:
 def test_mutants_of_cuda_text(source: str, expected: set[str]) -> None:
     found = cuda_source.mutants("x.cu", source.encode())
     assert {m.apply(source.encode()).decode() for m in found} == expected
+
+
+def test_who_launches_a_header() -> None:
+    assert choice.launchers("kernels/hopper.cuh") == ["kernels/product.py", "kernels/sparse.py"]
+    assert choice.launchers("kernels/codes.cuh") == ["kernels/blocks.py", "kernels/rows.py"]
+    assert choice.launchers("kernels/rows.cu") == ["kernels/rows.py"]
+    assert all(map(choice.launchers, command.CUDA))
+
+
+def test_files_that_have_mutants() -> None:
+    assert {"kernels/hopper.cuh", "kernels/rows.cu"} < set(command.CUDA)
+    assert {"kernels/rows.py", "quest/prologue.py"} < set(command.SYSTEMATIC)
+    assert {*choice.OWN} >= {*command.CUDA, *command.SYSTEMATIC}
 
 
 def test_every_mutant_has_a_name_of_its_own_and_parses() -> None:

@@ -18,43 +18,61 @@ from collections import Counter
 from dataclasses import dataclass
 
 from .baseline import IMPORT, Baseline
-from .mutant import Mutant, read
+from .mutant import ROOT, Mutant, read
 from .trace import WATCHED
 
 # The tests that are about a file.
 OWN = {
-    "kernels/blocks.py": ("blocks",),
-    "kernels/blocks.cu": ("blocks", "quantizer", "product", "layer"),
+    "kernels/blocks.py": ("blocks", "prologue"),
+    "kernels/blocks.cu": ("blocks", "prologue", "quantizer", "product", "layer"),
+    "kernels/codes.cuh": ("blocks", "rows", "prologue"),
     "kernels/cuda.py": ("product", "few", "blocks"),
     "kernels/compress.py": ("compress",),
-    "kernels/decode.py": ("product",),
+    "kernels/decode.py": ("packed_operand", "product"),
     "kernels/few.py": ("few",),
     "kernels/few.cu": ("few", "packed_product", "frozen"),
     "kernels/few_ptx.cuh": ("few", "packed_product", "frozen"),
     "kernels/few_rows.cuh": ("few", "packed_product", "frozen", "fused"),
     "kernels/halves.cuh": ("blocks", "few", "fused"),
     "kernels/hadamard.py": ("hadamard_cases", "hadamard", "backward"),
+    "kernels/hopper.cuh": ("product", "sparse_product", "frozen"),
+    "kernels/hopper.py": ("product", "sparse_product"),
     "kernels/outputs.py": ("outputs", "api", "errors"),
+    "kernels/pack.py": ("packed_operand",),
     "kernels/product.py": ("product",),
     "kernels/product.cu": ("product", "layer", "frozen"),
+    "kernels/product.cuh": ("product", "layer", "frozen"),
     "kernels/quantize.py": ("quantizer", "product"),
+    "kernels/rows.cu": ("rows", "frozen"),
+    "kernels/rows.py": ("rows",),
     "kernels/sparse.cu": ("sparse_product",),
     "kernels/sparse.py": ("sparse_product",),
+    "kernels/whole.py": ("quantizer", "hadamard"),
     "quest/compression.py": ("compress", "sparse_product"),
-    "quest/eager.py": ("hadamard", "backward", "product", "quantizer", "operators"),
+    "quest/direct.py": ("frozen",),
+    "quest/eager.py": (
+        "hadamard",
+        "backward",
+        "product",
+        "quantizer",
+        "operators",
+        "packed_operand",
+        "prologue",
+    ),
     "quest/estimators.py": ("api", "errors"),
     "quest/frozen.py": ("frozen", "joint", "sparse_product"),
     "quest/fused.py": ("fused", "frozen"),
     "quest/grids.py": ("api", "constants", "errors"),
     "quest/joint.py": ("joint",),
     "quest/linear.py": ("linear", "quantize_model", "layer"),
-    "quest/lowbit.py": ("product", "errors"),
+    "quest/lowbit.py": ("product", "rows", "packed_operand", "errors"),
     "quest/lowbit_linear.py": ("layer", "joint"),
-    "quest/operands.py": ("product", "errors"),
+    "quest/operands.py": ("product", "packed_operand", "errors"),
     "quest/ops.py": ("operators", "errors", "hadamard"),
     "quest/packed.py": ("packed_product", "few"),
     "quest/packing.py": ("packing", "errors"),
     "quest/paths.py": ("frozen", "linear"),
+    "quest/prologue.py": ("prologue",),
     "quest/quantizer.py": ("api", "errors", "quantizer"),
     "quest/recipes.py": ("api", "errors"),
     "quest/sparse_product.py": ("sparse_product",),
@@ -76,12 +94,6 @@ HELPERS = (
     "reference_grids", "reference_hadamard", "reference_linear", "reference_packing",
     "reference_quantize", "reference_sparsity",
 )  # fmt: skip
-# Headers, and who launches what includes them.
-HEADERS = {
-    "kernels/few_ptx.cuh": ("kernels/few.py",),
-    "kernels/few_rows.cuh": ("kernels/few.py",),
-    "kernels/halves.cuh": ("kernels/blocks.py", "kernels/few.py"),
-}
 # A first process stays small: what it imports and runs is paid by every mutant.
 FIRST_FILES, FIRST_SECONDS = 2, 15.0
 
@@ -99,6 +111,17 @@ class Part:
     profile: str
     paths: tuple[str, ...]
     tests: dict[str, float]
+
+
+def launchers(file: str) -> list[str]:
+    """The Python files that launch what is compiled from a .cu file, or from a header."""
+    kernels = {f"kernels/{p.name}": p.read_text() for p in (ROOT / "kernels").glob("*.cu*")}
+    found, before = {file}, set[str]()
+    while found != before:
+        before = set(found)
+        names = "|".join(re.escape(f.removeprefix("kernels/")) for f in found)
+        found |= {f for f, text in kernels.items() if re.search(f'#include "({names})"', text)}
+    return sorted(f.replace(".cu", ".py") for f in found if f.endswith(".cu"))
 
 
 def stages(
@@ -162,7 +185,7 @@ def _covering(mutant: Mutant, baseline: Baseline) -> set[str]:
         return baseline.covering(mutant.file, *mutant.lines)
     # What a test executes of a CUDA C++ kernel is not seen; that it is launched is.
     found: set[str] = set()
-    for python in HEADERS.get(mutant.file, (mutant.file.replace(".cu", ".py"),)):
+    for python in launchers(mutant.file):
         lines = read(python).decode().splitlines()
         launches = [n for n, line in enumerate(lines, 1) if ".launch(" in line]
         found = found.union(*(baseline.covering(python, n, n) for n in launches))

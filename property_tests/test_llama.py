@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -117,6 +118,26 @@ def test_logits_equal_those_of_hugging_face(model: Llama) -> None:
     tokens = torch.arange(60).reshape(2, 30) % 37
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_block_is_its_formula_without_a_gradient(model: Llama, dtype: torch.dtype) -> None:
+    """Where norms may be taken over by quantizers; and a hook sees what each module gets."""
+    torch.manual_seed(1)
+    block, config = copy.deepcopy(model.layers[0]).to(dtype), model.config
+    x = torch.randn(2, 5, 64, dtype=dtype)
+    angles = [t.to(dtype) for t in rope_angles(config, 5, x.device)]
+    h = x + block.self_attn(block.input_layernorm(x), *angles)
+    normed = block.post_attention_layernorm(h)
+    expected = h + block.mlp(normed)
+    with torch.no_grad():
+        assert torch.equal(block(x, *angles), expected)
+        seen: list[torch.Tensor] = []
+        block.mlp.register_forward_hook(lambda _, given, __: seen.append(given[0]))
+        assert torch.equal(block(x, *angles), expected)
+        assert torch.equal(seen[0], normed)
+        block.mlp = nn.Identity()  # a user's own
+        assert torch.equal(block(x, *angles), h + normed)
 
 
 def test_compiles_as_one_graph(model: Llama) -> None:

@@ -102,7 +102,7 @@ def test_opcheck_integer_path(device: str, recipe: str) -> None:
     check(torch.ops.quest.product, (a[0], b[0], *vectors, *static))
     x, w = x.requires_grad_(), w.requires_grad_()
     more = torch.ones(3, 48, device=x.device, requires_grad=True)
-    pair_of_specs = (pair[0].spec, pair[1].spec, torch.float32)
+    pair_of_specs = (pair[0].spec, pair[1].spec, torch.float32, True)
     check(torch.ops.quest.low_bit_linear, (x, [w, more], [], *pair_of_specs))
     with torch.no_grad():
         read = torch.ops.quest.low_bit_linear(x, [w, more], [], *pair_of_specs)[2:]

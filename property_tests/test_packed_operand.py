@@ -14,7 +14,7 @@ from torch import Tensor
 import quest
 from property_tests.lane_marks import every_lane, fewer
 from property_tests.ledger import LEDGER
-from quest import grids, lowbit, lowbit_linear, operands
+from quest import grids, lowbit, lowbit_linear, operands, paths
 from quest.conformance import examine
 from quest.conformance.lanes import Lane
 from quest.conformance.strategies import DTYPES, SEEDS
@@ -121,7 +121,9 @@ def test_what_is_packed(name: str, kinds: tuple[str, str]) -> None:
     ]
     assert tuple(found) == kinds
     x, w = torch.randn(3, 72), torch.randn(5, 72)
-    read = lowbit_linear.low_bit_linear(x, [w], [], pair[0].spec, pair[1].spec, torch.float32)[1:]
+    read = lowbit_linear.low_bit_linear(
+        x, [w], [], pair[0].spec, pair[1].spec, torch.float32, True
+    )[1:]
     widths = {"bits": 9, "packed2": 18, "packed4": 36, "integers": 72, "codes": 72}
     assert [tuple(t.shape) for t in read[::3]] == [(3, widths[kinds[0]]), (5, widths[kinds[1]])]
 
@@ -138,7 +140,7 @@ def test_gradients_are_those_of_operands_in_bytes(
     real = lowbit_linear._pair
 
     def grads() -> list[Tensor]:
-        y = lowbit_linear.low_bit_linear(x, [v, w], [], *specs, torch.float32)
+        y = lowbit_linear.low_bit_linear(x, [v, w], [], *specs, torch.float32, True)
         loss = y[0].square().sum() + y[1].square().sum()
         return [y[0], y[1], *torch.autograd.grad(loss, (x, v, w))]
 
@@ -147,6 +149,30 @@ def test_gradients_are_those_of_operands_in_bytes(
         lowbit_linear, "_pair", lambda *names: real(*names)._replace(saved=real(*names).kinds)
     )
     assert all(map(torch.equal, packed, grads()))
+
+
+def test_nothing_is_saved_where_no_gradient_is_asked_for() -> None:
+    """By layers, alone and together; the operator refuses a gradient then."""
+    layers = [quest.Linear(72, n, recipe="w4a4", bias=False) for n in (5, 4)]
+    specs = (layers[0].recipe.activation.spec, layers[0].recipe.weight.spec)
+    weights = [layer.weight for layer in layers]
+    x = torch.randn(3, 72)
+    assert len(lowbit_linear.low_bit_linear(x, weights, [], *specs, torch.float32, True)) == 11
+    seen: list[int] = []
+    real = lowbit_linear._CPU.pack
+    for asked in (True, False):
+        counted = lowbit_linear._CPU._replace(pack=lambda *a: seen.append(1) or real(*a))
+        with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(asked):
+            patch.setattr(lowbit_linear, "_CPU", counted)
+            with paths.only("integers"):
+                made = [layers[0](x), *quest.together(x, layers)]
+        assert [y.requires_grad for y in made] == [asked] * 3
+        assert len(seen) == 5  # x and the weights, when asked for
+    with torch.no_grad():
+        ys = lowbit_linear.low_bit_linear(x, weights, [], *specs, torch.float32, False)
+    assert all(map(torch.equal, ys, made[1:]))
+    with pytest.raises(RuntimeError, match="told to save nothing, and a gradient is asked for"):
+        lowbit_linear.low_bit_linear(x, weights, [], *specs, torch.float32, False)
 
 
 @pytest.mark.parametrize(

@@ -66,10 +66,9 @@ def test_encode(lane: Lane, name: str, data: st.DataObject) -> None:
     assert kinds is not None
     which = data.draw(st.sampled_from((0, 1)), label="activation, weight")
     q = (made.activation, made.weight)[which]
-    shape = data.draw(
-        st.sampled_from(((3, 64), (1, 8), (2, 3, 40), (3, 12), (5, 2000), (0, 16))),
-        label="shape",
-    )
+    group = 1 if q.sparsity is None else q.sparsity.m
+    shapes = ((3, 64), (1, 8), (2, 3, 40), (3, 12), (5, 2000), (0, 16))
+    shape = data.draw(st.sampled_from([s for s in shapes if s[-1] % group == 0]), label="shape")
     kind = data.draw(
         st.sampled_from(("gaussian", "outlier", "mixed_rows", "non_finite")), label="distribution"
     )
@@ -182,7 +181,7 @@ def test_layer_of_the_integer_path(name: str, dtype: torch.dtype, device: str) -
     grad = inputs.draw("gaussian", (2, 5, 24), dtype, 1).to(device)
     pair = (made.activation, made.weight)
     y, a, a_scale, a_mask, b, b_scale, b_mask = low_bit_linear(
-        x, [layer.weight], [layer.bias], pair[0].spec, pair[1].spec, dtype
+        x, [layer.weight], [layer.bias], pair[0].spec, pair[1].spec, dtype, True
     )
     assert y.shape == (2, 5, 24)
     assert y.dtype == dtype
@@ -239,7 +238,7 @@ def test_layer_with_an_empty_axis(rows: int, d: int, outs: int) -> None:
     x, w = torch.ones(rows, d, requires_grad=True), torch.ones(outs, d, requires_grad=True)
     made = quest.recipe("w4a4", transform=quest.Identity())
     specs = (made.activation.spec, made.weight.spec)
-    y = low_bit_linear(x, [w], [], *specs, torch.float32)[0]
+    y = low_bit_linear(x, [w], [], *specs, torch.float32, True)[0]
     assert torch.equal(y, torch.zeros(rows, outs))
     for grad, t in zip(torch.autograd.grad(y.sum(), (x, w)), (x, w), strict=True):
         assert torch.equal(grad, torch.zeros_like(t))

@@ -123,7 +123,9 @@ def _live(x: Tensor, layers: list[Linear]) -> tuple[Tensor, ...]:
     if paths.choose(x, recipe) == "integers":
         specs = recipe.activation.spec, recipe.weight.spec
         weights = [layer.weight for layer in layers]
-        made = low_bit_linear(x, weights, _biases(layers), *specs, layers[0].out_dtype(x))
+        made = low_bit_linear(
+            x, weights, _biases(layers), *specs, layers[0].out_dtype(x), torch.is_grad_enabled()
+        )
         return tuple(made[: len(layers)])
     values = recipe.activation(x)
     return tuple(

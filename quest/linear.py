@@ -110,7 +110,9 @@ class Linear(nn.Linear):
     def _integers(self, x: Tensor) -> Tensor:
         specs = self.recipe.activation.spec, self.recipe.weight.spec
         bias = [] if self.bias is None else [self.bias]
-        y: Tensor = low_bit_linear(x, [self.weight], bias, *specs, self.out_dtype(x))[0]
+        y: Tensor = low_bit_linear(
+            x, [self.weight], bias, *specs, self.out_dtype(x), torch.is_grad_enabled()
+        )[0]
         return y
 
     def current(self) -> frozen.Frozen | None:

@@ -97,26 +97,30 @@ def low_bit_linear(
     activation: str,
     weight: str,
     dtype: torch.dtype,
+    saves: bool,
 ) -> list[Tensor]:
     """y = Q(x H) Q(w H)^T + b (..., out) of `dtype` for each weight, by products of integers.
 
     x (..., in), quantized once; weights (out, in) each, of one dtype; biases: none at all, or one
     (out,) for each weight; activation, weight: specs of quantizers that `operands.kinds` can pair.
-    After the y's come what the backward reads: operand, in the kind of `operands.saved`, scale and
-    packed mask of x, as rows, and of each weight.
+    After the y's come what the backward reads, if it `saves` that: operand, in the kind of
+    `operands.saved`, scale and packed mask of x, as rows, and of each weight.
     """
     made = _pair(activation, weight)
     _check(x, weights, biases, made)
     f = _CUDA if x.is_cuda else _CPU
     d, kinds = x.shape[-1], ",".join(made.kinds)
     a, a_scale, a_mask, a_sums = f.encode(lowbit.as_rows(x), made.activation, made.kinds[0])
-    ys, read = [], [_saved(f, a, made.activation, made.saved[0]), a_scale, a_mask]
+    ys, read = [], []
+    if saves:
+        read = [_saved(f, a, made.activation, made.saved[0]), a_scale, a_mask]
     for i, w in enumerate(weights):
         b, b_scale, b_mask, b_sums = f.encode(w, made.weight, made.kinds[1])
         bias = biases[i] if biases else None
         y = f.product(a, b, a_scale, b_scale, a_sums, b_sums, bias, made.names, kinds, d, dtype)
         ys.append(y.view(*x.shape[:-1], w.shape[0]))
-        read += [_saved(f, b, made.weight, made.saved[1]), b_scale, b_mask]
+        if saves:
+            read += [_saved(f, b, made.weight, made.saved[1]), b_scale, b_mask]
     return ys + read
 
 
@@ -132,10 +136,13 @@ def _(
     activation: str,
     weight: str,
     dtype: torch.dtype,
+    saves: bool,
 ) -> list[Tensor]:
     made = _pair(activation, weight)
     _check(x, weights, biases, made)
     ys = [x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype) for w in weights]
+    if not saves:
+        return ys
     read = _read_like(lowbit.as_rows(x), made.kinds[0], made.saved[0])
     for w in weights:
         read += _read_like(w, made.kinds[1], made.saved[1])
@@ -222,7 +229,9 @@ def _(
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, biases, ctx.activation, ctx.weight, _ = inputs
+    x, weights, biases, ctx.activation, ctx.weight, _, saves = inputs
+    if not saves:
+        raise RuntimeError("low_bit_linear was told to save nothing, and a gradient is asked for")
     read = output[len(weights) :]
     ctx.save_for_backward(*read)
     ctx.mark_non_differentiable(*read)
@@ -255,7 +264,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     for i, g in zip(used, rows, strict=True):
         if dbs and ctx.needs_input_grad[2][i]:
             dbs[i] = g.sum(0).to(ctx.biases[i])
-    return dx, dws, dbs, None, None, None
+    return dx, dws, dbs, None, None, None, None
 
 
 low_bit_linear.register_autograd(_backward, setup_context=_context)

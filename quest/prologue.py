@@ -46,16 +46,20 @@ for _name, _arguments, _results in (
 
 
 def _check_pair(
-    first: Tensor, second: Tensor, names: tuple[str, str] = ("gate", "value"), mixed: bool = False
+    first: Tensor, second: Tensor, names: tuple[str, str] = ("gate", "value"), plain: bool = False
 ) -> None:
-    """Raise TypeError or ValueError unless both are (..., d) floats alike; mixed: of any dtypes."""
+    """Raise TypeError or ValueError unless both are (..., d) floats alike.
+
+    plain: of whatever dtypes torch's own operations take.
+    """
     for name, t in zip(names, (first, second), strict=True):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-        if t.dtype not in ops.DTYPES:
-            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {t.dtype}")
+        if not (t.is_floating_point() if plain else t.dtype in ops.DTYPES):
+            wanted = "of floats" if plain else "float32, bfloat16 or float16"
+            raise TypeError(f"{name} must be {wanted}, got {t.dtype}")
     one, other = names
-    if first.dtype != second.dtype and not mixed:
+    if first.dtype != second.dtype and not plain:
         raise TypeError(f"{other} must have the dtype of {one}, {first.dtype}, got {second.dtype}")
     if first.shape != second.shape or first.ndim == 0:
         raise ValueError(
@@ -290,18 +294,19 @@ def _held(layers: Sequence[nn.Module], x: Tensor, weighted: bool = False) -> fro
 
 
 def gated(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
-    """layer(silu(gate) * up), for gate and up (..., in) of one dtype and shape.
+    """layer(silu(gate) * up), for gate and up (..., in), floats of one shape.
 
-    Where no gradient is asked for and `layer` is a frozen `quest.Linear` without hooks that
-    multiplies integers, one kernel makes the product, rounded once, and quantizes it; gate and up
-    may be halves of one tensor. Elsewhere it is these three operations, one after another, and in
-    16 bits silu(gate) is rounded by itself. Raises TypeError and ValueError for a gate and an up
-    that differ or what is no module, and what the layer raises.
+    Where no gradient is asked for, both have one dtype and `layer` is a frozen `quest.Linear`
+    without hooks that multiplies integers, one kernel makes the product, rounded once, and
+    quantizes it; gate and up may be halves of one tensor. Elsewhere it is these three operations,
+    one after another, and in 16 bits silu(gate) is rounded by itself. Raises TypeError and
+    ValueError for a gate and an up of other shapes or devices, for what is no module, and what the
+    layer raises.
     """
-    _check_pair(gate, up)
+    _check_pair(gate, up, ("gate", "up"), plain=True)
     if not isinstance(layer, nn.Module):
         raise TypeError(f"layer must be a torch.nn.Module, got {type(layer).__name__}")
-    held = _held((layer,), gate)
+    held = _held((layer,), gate) if gate.dtype == up.dtype else None
     if held is None:
         y: Tensor = layer(nn.functional.silu(gate) * up)
         return y
@@ -325,10 +330,10 @@ def normed(
     `quest.Linear`s, stacked if several, that multiply integers, one kernel adds, normalises, rounds
     once and quantizes. Elsewhere these are operations one after another, as in `quest.together`,
     and h has the dtype of a sum: under autocast a residual stream is float32. Raises TypeError and
-    ValueError for an x and a residual of other shapes, devices or dtypes, for a norm that is no
+    ValueError for an x and a residual of other shapes or devices, for a norm that is no
     module, and what `quest.together` raises.
     """
-    _check_pair(x, x if residual is None else residual, ("x", "residual"), mixed=True)
+    _check_pair(x, x if residual is None else residual, ("x", "residual"), plain=True)
     if not isinstance(norm, nn.Module):
         raise TypeError(f"norm must be a torch.nn.Module, got {type(norm).__name__}")
     weight = _weight(norm, x) if residual is None or residual.dtype == x.dtype else None

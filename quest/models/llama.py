@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quest.joint import together
+from quest.joint import hooked, together
 from quest.prologue import gated, normed
 
 INIT_STD = 0.02
@@ -122,15 +122,19 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.width, config.width, bias=False)
         self.o_proj = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, norm: nn.RMSNorm | None = None
-    ) -> Tensor:
-        """norm: what x still has to go through."""
-        layers = (self.q_proj, self.k_proj, self.v_proj)
-        made = together(x, layers) if norm is None else normed(x, norm, layers)[1]
+    @property
+    def inputs(self) -> tuple[nn.Module, ...]:
+        """The layers that see the module's input."""
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return self.mixed(together(x, self.inputs), cos, sin)
+
+    def mixed(self, projected: tuple[Tensor, ...], cos: Tensor, sin: Tensor) -> Tensor:
+        """What follows from the outputs of `inputs`."""
         q, k, v = (
-            torch.unflatten(projected, -1, (self.heads, -1)).transpose(1, 2)  # (B, h, T, d/h)
-            for projected in made
+            torch.unflatten(each, -1, (self.heads, -1)).transpose(1, 2)  # (B, h, T, d/h)
+            for each in projected
         )
         mixed = F.scaled_dot_product_attention(
             rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True
@@ -150,16 +154,14 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.width, config.hidden, bias=False)
         self.down_proj = nn.Linear(config.hidden, config.width, bias=False)
 
-    def forward(
-        self, x: Tensor, norm: nn.RMSNorm | None = None, residual: Tensor | None = None
-    ) -> Tensor:
-        """With a norm and a residual, h + mlp(norm(h)) for h = residual + x."""
-        layers = (self.gate_proj, self.up_proj)
-        if norm is None:
-            gate, up = together(x, layers)
-            return gated(gate, up, self.down_proj)
-        h, (gate, up) = normed(x, norm, layers, residual)
-        return h + gated(gate, up, self.down_proj)
+    @property
+    def inputs(self) -> tuple[nn.Module, ...]:
+        """The layers that see the module's input."""
+        return self.gate_proj, self.up_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = together(x, self.inputs)
+        return gated(gate, up, self.down_proj)
 
 
 class Block(nn.Module):
@@ -173,9 +175,21 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        mixed = self.self_attn(x, cos, sin, self.input_layernorm)
-        out: Tensor = self.mlp(mixed, self.post_attention_layernorm, x)
-        return out
+        attention, mlp = self.self_attn, self.mlp
+        if torch.is_grad_enabled() or not (_own(attention, Attention) and _own(mlp, MLP)):
+            x = x + attention(self.input_layernorm(x), cos, sin)
+            out: Tensor = x + mlp(self.post_attention_layernorm(x))
+            return out
+        # The same, where a frozen layer's quantizer takes over the norm before it.
+        _, projected = normed(x, self.input_layernorm, attention.inputs)
+        mixed = attention.mixed(projected, cos, sin)
+        h, (gate, up) = normed(mixed, self.post_attention_layernorm, mlp.inputs, x)
+        return h + gated(gate, up, mlp.down_proj)
+
+
+def _own(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether it is of this file, and nothing waits for its call."""
+    return type(module) is kind and not hooked(module)
 
 
 class Llama(nn.Module):

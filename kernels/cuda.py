@@ -2,7 +2,8 @@
 
 A source lies beside this file and takes its constants as macros. NVRTC compiles a variant once, in
 one to a few seconds, and keeps the binary in the user's cache. For a launch values are packed into
-one buffer that the driver copies, which costs the least host time.
+one buffer that the driver copies, and the driver is called with what is ready in memory: that costs
+the least host time. Launches can be recorded, and made again with other addresses.
 Source: NVIDIA, CUDA Driver API and NVRTC; cuda-core, cuda-bindings.
 """
 
@@ -13,6 +14,8 @@ import functools
 import re
 import struct
 import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,45 +155,104 @@ class Kernel:
         overlap: it may start before the kernel before it in the stream has ended, and waits for
         that itself.
         """
-        from cuda.bindings import driver
-
         local = self._local
         packed = getattr(local, "packed", None)
         if packed is None:
             packed = local.packed = _Parameters(self.layout)
-            local.configs = {}
+            local.ready = {}
         packed.fill(*values)
-        stream = torch._C._cuda_getCurrentRawStream(self.device)
-        if overlap:
-            config = local.configs.get(blocks)
-            if config is None:
-                config = local.configs[blocks] = self._config(blocks, _overlapping())
-            config.hStream = stream
-            queue = functools.partial(
-                driver.cuLaunchKernelEx, config, self.function, packed.pointers, 0
-            )
-        else:
-            queue = functools.partial(
-                driver.cuLaunchKernel, self.function, blocks, 1, 1, self.threads, 1, 1, self.shared,
-                stream, packed.pointers, 0,
-            )  # fmt: skip
-        (status,) = queue()
-        if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
-            # A thread of autograd's that has not used this device yet.
-            done(driver.cuCtxSetCurrent(self.context))
-            (status,) = queue()
-        if status:
-            done((status,))
+        ready = local.ready.get((blocks, overlap))
+        if ready is None:
+            ready = local.ready[blocks, overlap] = Ready(self, blocks, overlap, packed)
+        ready.queue(torch._C._cuda_getCurrentRawStream(self.device))
+        taken: list[Ready] | None = getattr(_recorder, "taken", None)
+        if taken is not None:
+            taken.append(Ready(self, blocks, overlap, packed.copy()))
 
-    def _config(self, blocks: int, attribute: Any) -> Any:
+    def config(self, blocks: int, *attributes: Any) -> Any:
+        """The driver's description of a launch, but for the stream."""
         from cuda.bindings import driver
 
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
         config.sharedMemBytes = self.shared
-        config.attrs, config.numAttrs = [attribute], 1
+        if attributes:
+            config.attrs, config.numAttrs = list(attributes), len(attributes)
         return config
+
+
+class Ready:
+    """A launch with all that the driver reads but the stream; of one thread."""
+
+    def __init__(self, kernel: Kernel, blocks: int, overlap: bool, values: _Parameters) -> None:
+        self.kernel, self.values = kernel, values
+        self._config = kernel.config(blocks, *([_overlapping()] if overlap else []))
+        at = (self._config.getPtr(), int(kernel.function), values.pointers, 0)
+        self._arguments = tuple(map(ctypes.c_void_p, at))
+
+    def queue(self, stream: int) -> None:
+        """Queue it; RuntimeError where the driver refuses."""
+        self._config.hStream = stream
+        status = _driver().cuLaunchKernelEx(*self._arguments)
+        if status:
+            self._insist(status)
+
+    def _insist(self, status: int) -> None:
+        from cuda.bindings import driver
+
+        if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            # A thread of autograd's that has not used this device yet.
+            done(driver.cuCtxSetCurrent(self.kernel.context))
+            status = _driver().cuLaunchKernelEx(*self._arguments)
+        if status:
+            done((driver.CUresult(status),))
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    """The driver itself: cuda-bindings takes the host as long as the driver does."""
+    return ctypes.CDLL("libcuda.so.1")
+
+
+_recorder = threading.local()
+
+
+@contextmanager
+def recording() -> Iterator[list[Ready]]:
+    """The launches of this thread inside the block, each with what it was told."""
+    before = getattr(_recorder, "taken", None)
+    taken: list[Ready] = []
+    _recorder.taken = taken
+    try:
+        yield taken
+    finally:
+        _recorder.taken = before
+
+
+class Again:
+    """Recorded launches that are made again with other addresses in the places of some.
+
+    addresses: those that were given, each to one parameter of one of the launches. ValueError for
+    one that was not, or to several. Of the thread that made it.
+    """
+
+    def __init__(self, launches: Sequence[Ready], *addresses: int) -> None:
+        self._launches = tuple(launches)
+        puts = [
+            [put for launch in launches for put in launch.values.places(address)]
+            for address in addresses
+        ]
+        if any(len(found) != 1 for found in puts):
+            raise ValueError(f"the addresses stand in {[len(found) for found in puts]} places")
+        self._puts = [found[0] for found in puts]
+
+    def queue(self, stream: int, *addresses: int) -> None:
+        """Queue all of them."""
+        for put, address in zip(self._puts, addresses, strict=True):
+            put(address)
+        for launch in self._launches:
+            launch.queue(stream)
 
 
 def _overlapping() -> Any:
@@ -211,7 +273,7 @@ def clusters(kernel: Kernel, size: int) -> int:
     attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
     dimension = attribute.value.clusterDim
     dimension.x, dimension.y, dimension.z = size, 1, 1
-    config = kernel._config(size, attribute)
+    config = kernel.config(size, attribute)
     return int(done(driver.cuOccupancyMaxActiveClusters(kernel.function, config)))
 
 
@@ -219,16 +281,36 @@ class _Parameters:
     """The parameters of a kernel in one buffer, and the array of pointers to them."""
 
     def __init__(self, layout: str) -> None:
-        self._struct = struct.Struct(layout)
+        self._layout, self._struct = layout, struct.Struct(layout)
         self._buffer = ctypes.create_string_buffer(self._struct.size)
         self.fill = functools.partial(self._struct.pack_into, self._buffer, 0)
         at, address, parts = 0, ctypes.addressof(self._buffer), []
+        self._addresses: list[int] = []  # where the parameters lie that are pointers
         for letter in _letters(layout):
             at += -at % (1 if letter.endswith("s") else struct.calcsize(letter))
             parts.append(address + at)
+            if letter == "P":
+                self._addresses.append(at)
             at += struct.calcsize(letter)
         self._pointers = (ctypes.c_void_p * len(parts))(*parts)
         self.pointers = ctypes.addressof(self._pointers)
+
+    def copy(self) -> _Parameters:
+        """The same values in a buffer of their own."""
+        made = _Parameters(self._layout)
+        ctypes.memmove(made._buffer, self._buffer, self._struct.size)
+        return made
+
+    def places(self, address: int) -> list[Callable[[int], None]]:
+        """What puts another in the place of a pointer to this address."""
+        return [
+            functools.partial(_POINTER.pack_into, self._buffer, at)
+            for at in self._addresses
+            if _POINTER.unpack_from(self._buffer, at)[0] == address
+        ]
+
+
+_POINTER = struct.Struct("P")
 
 
 def _letters(layout: str) -> list[str]:

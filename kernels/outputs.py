@@ -15,6 +15,11 @@ import torch
 _poison: int | None = None
 
 
+def poisons() -> bool:
+    """Whether outputs are filled first."""
+    return _poison is not None
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised contiguous tensor; filled with the poison byte inside `poisoned`."""
     out = torch.empty(tuple(shape), dtype=dtype, device=device)

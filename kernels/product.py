@@ -98,6 +98,11 @@ def only(tiles: Shape | None) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> Shape | None:
+    """The tiles of `only`; None outside of such a block."""
+    return _forced
+
+
 @functools.lru_cache(maxsize=4096)
 def shape(binary: bool, rows: int, columns: int, processors: int) -> Shape:
     """The tiles of a product: those whose turns of the whole GPU take the least.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import quest
-from quest import direct, frozen, fused, lowbit, operands, ops, paths
+from quest import frozen, fused, lowbit, operands, paths
 from quest.conformance import examine
 from quest.conformance.lanes import Lane, all_lanes
 from quest.kernels.product import unavailable
@@ -54,43 +54,6 @@ def test_the_same_numbers(recipe: str, dtype: torch.dtype, device: str) -> None:
             verdict.require()
     else:
         assert torch.equal(y, expected)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows", [1, 5, 20, 70, 700])
-@pytest.mark.parametrize("recipe", ["w4a4", "w1a1", "w8a8", "w4a8", "w1.58a1.58", "w4a4-2:4"])
-def test_layers_that_nothing_watches(
-    recipe: str, rows: int, bias: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are launched without operators, and give the same bits; of strided rows, too."""
-    torch.manual_seed(0)
-    for width in (3840, 136):  # in blocks of 128, and not
-        layer = quest.Linear(width, 200, bias is not None, recipe, device="cuda").bfloat16()
-        if bias is not None:
-            layer.bias = torch.nn.Parameter(torch.randn(200, device="cuda", dtype=bias))
-        layer.eval().freeze()
-        x = torch.randn(rows, 2 * width, device="cuda").bfloat16()[:, :width]
-        with torch.no_grad():
-            y = layer(x)
-            with monkeypatch.context() as patch:
-                patch.setattr(ops, "direct", lambda _: False)
-                expected = layer(x)
-            assert torch.equal(y, expected)
-            assert torch.equal(layer(x[None])[0], y)
-            assert layer(x[:0]).shape == (0, 200)
-
-
-def test_direct_is_for_a_gpu() -> None:
-    layer = _layer().freeze()
-    held = layer._frozen
-    assert held is not None
-    x = torch.randn(3, 256)
-    made = dataclasses.replace(
-        held, operand=layer.weight, scale=x, sums=x, spec=layer.recipe.activation.spec,
-        names="uniform4,uniform4", kinds="integers,integers",
-    )  # fmt: skip
-    assert direct.linear(x, made, None, torch.float32) is None
 
 
 def test_it_is_the_frozen_weight_that_is_used() -> None:

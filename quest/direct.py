@@ -4,11 +4,18 @@ In eager mode few tokens take the device less time than checks, operators and te
 Here nothing is checked that freezing a weight and `Linear` have settled, and operand, scale and
 sums of the input are addresses in one allocation. The kernels and the numbers are those of
 `lowbit.operand` and then `lowbit.product` or `packed.packed_product`.
+
+What a first call launches is recorded, and a call like it (`again`) gives the same launches the
+addresses of its input and its output, and does nothing else. Both calls of a thread share the
+memory between their kernels with every other on their stream, where one ends before the next
+begins.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +26,101 @@ from . import grids, operands, ops, paths
 
 if TYPE_CHECKING:
     from .frozen import Frozen
+
+MOST_CALLS = 64  # kinds of calls that are kept for a weight
+# Elements of an input whose calls are recorded: with more the device takes longer than the host.
+MOST_ELEMENTS = 2**23
+
+
+class Calls(dict[tuple[object, ...], tuple[Any, tuple[int, ...]]]):
+    """(launches, shape of y) by kind of call; of no use to a copy."""
+
+    def __reduce__(self) -> tuple[type[Calls], tuple[()]]:
+        return Calls, ()
+
+
+def _kind(x: Tensor) -> tuple[object, ...] | None:
+    """What a recorded call depends on besides its weight; None where it is not to be recorded."""
+    from .kernels import outputs, product
+
+    index = x.get_device()
+    if (
+        not ops.direct(x)
+        or index != torch._C._cuda_getDevice()
+        or not x.is_contiguous()
+        or x.data_ptr() % 16
+        or torch.is_autocast_enabled("cuda")
+        or torch._C._cuda_isCurrentStreamCapturing()  # a graph's memory is its own
+        or outputs.poisons()
+        or product.forced() is not None
+        or not paths.allows("integers")
+    ):
+        return None
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    return x.shape, x.dtype, index, stream, threading.get_ident()
+
+
+def again(x: Tensor, held: Frozen) -> Tensor | None:
+    """y (..., out) of x's dtype by launches that were recorded for such an x; None without them.
+
+    For layers without a bias, where no gradient is asked for and x fits.
+    """
+    kind = _kind(x) if held.calls else None
+    found = None if kind is None else held.calls.get(kind)
+    if found is None or kind is None:
+        return None
+    launches, shape = found
+    y = x.new_empty(shape)
+    launches.queue(kind[3], x.data_ptr(), y.data_ptr())
+    return y
+
+
+def recorded(x: Tensor, held: Frozen, run: Callable[[], Tensor | None]) -> Tensor | None:
+    """run(), which is y for x or None; its launches are kept for `again`.
+
+    Between its kernels it may use no memory but that of `_between`, and what the weight holds.
+    """
+    from .kernels import cuda
+
+    kind = _kind(x) if 0 < x.numel() <= MOST_ELEMENTS else None
+    if kind is None:
+        return run()
+    _memory.shared = True
+    try:
+        with cuda.recording() as taken:
+            y = run()
+    finally:
+        _memory.shared = False
+    if y is None:
+        return None
+    try:
+        launches = cuda.Again(taken, x.data_ptr(), y.data_ptr())
+    except ValueError:  # something was copied or converted on the way
+        return y
+    if len(held.calls) >= MOST_CALLS:
+        held.calls.clear()
+    held.calls[kind] = launches, tuple(y.shape)
+    return y
+
+
+# Of a thread: `shared`, whether a call is being recorded, and `held`, the memory between two
+# kernels by device, stream and size.
+_memory = threading.local()
+
+
+def _between(size: int, device: torch.device) -> Tensor:
+    """Uninitialised bytes, at least `size`, that the first kernel writes and the second reads."""
+    from .kernels import outputs
+
+    if not getattr(_memory, "shared", False):
+        return outputs.empty((size,), torch.uint8, device)
+    size = 1 << (size - 1).bit_length()
+    key = (device.index, torch._C._cuda_getCurrentRawStream(device.index), size)
+    all_ = _memory.__dict__.setdefault("held", {})
+    if key not in all_:
+        all_[key] = torch.empty(size, dtype=torch.uint8, device=device)
+    kept: Tensor = all_[key]
+    return kept
 
 
 @dataclass(frozen=True)
@@ -74,19 +176,16 @@ def linear(x: Tensor, held: Frozen, bias: Tensor | None, dtype: torch.dtype) -> 
     plan = _plan(held.spec, held.names, held.kinds, width, x.dtype, x.device)
     if plan is None or w is None or held.scale is None or held.sums is None:
         return None
-    columns = w.shape[0]
+    columns, count = w.shape[0], x.numel() // width
+    form = held.form(count, width)
+    if form == "compressed":
+        return None
     y = outputs.empty((*x.shape[:-1], columns), dtype, x.device)
     if y.numel() == 0:
         return y
-    count = x.numel() // width
-    packed = held.packed
-    if packed is not None and not paths.reads_packed(count, packed, width):
-        packed = None
-    if held.kept is not None and paths.reads_compressed(count):
-        return None
     x = blocks.aligned(x)
     size = count * plan.bytes
-    made = outputs.empty((size + 8 * count,), torch.uint8, x.device)
+    made = _between(size + 8 * count, x.device)
     a = made.data_ptr()
     scale, sums = a + size, a + size + 4 * count
     terms, device = plan.terms, x.device.index
@@ -99,7 +198,7 @@ def linear(x: Tensor, held: Frozen, bias: Tensor | None, dtype: torch.dtype) -> 
                 x, plan.program, plan.form, plan.bits, count, width, a, scale, 0, sums
             )  # fmt: skip
         # That launch lies between what wrote the weight and these, which makes it settled.
-        if packed is not None:
+        if form == "packed" and (packed := held.packed) is not None:
             few.launch(
                 y.data_ptr(), a, packed.data_ptr(), count, columns, width,
                 packed.shape[1] * 8 // width, device, dtype, terms.factor, terms.length, scale,

@@ -9,8 +9,9 @@ last bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class Frozen:
     quantizer, without a mask. few: rows that `fused.few_linear` takes with it, at most. state: of
     the weight that it was made of; weight: that one, held so that no other gets its address. whole,
     place: the stack of several that this one's tensors are rows of, and which of them it is; see
-    `stack`.
+    `stack`. calls: see `direct`.
     """
 
     values: Tensor | None = None
@@ -54,6 +55,7 @@ class Frozen:
     state: tuple[object, ...] = ()
     whole: Stack | None = None
     place: int = 0
+    calls: direct.Calls = field(default_factory=direct.Calls, init=False, repr=False)
 
     @property
     def path(self) -> str:
@@ -63,6 +65,14 @@ class Frozen:
     def is_of(self, weight: Tensor) -> bool:
         """Whether it was made of this weight as it is now."""
         return self.state == _state(weight)
+
+    def form(self, rows: int, width: int) -> str:
+        """What so many rows are multiplied with: "operand", "packed" or "compressed"."""
+        if self.kept is not None and paths.reads_compressed(rows):
+            return "compressed"
+        if self.packed is not None and paths.reads_packed(rows, self.packed, width):
+            return "packed"
+        return "operand"
 
     def read(self) -> tuple[Tensor, ...]:
         """What a forward reads at the least."""
@@ -185,15 +195,21 @@ def linear(
         b = None if bias is None else bias.to(dtype)
         return torch.nn.functional.linear(values, frozen.values.to(dtype), b)
     unwatched = ops.direct(x) and _plain(bias, x)
+    steady = unwatched and bias is None and dtype is x.dtype
+    if steady and (made := direct.again(x, frozen)) is not None:
+        return made
+    run: Callable[[], Tensor | None] | None = None
     if frozen.packed is not None and paths.fuses(x, frozen.few):
         # Settled: `freeze` has queued another kernel after that which wrote the codes.
-        few = fused.unchecked if unwatched else fused.few_linear
-        return few(
+        run = functools.partial(
+            fused.unchecked if unwatched else fused.few_linear,
             x, frozen.packed, frozen.scale, frozen.sums, bias, frozen.spec,
             frozen.names.partition(",")[2], dtype, True,
         )  # fmt: skip
-    if unwatched:
-        made = direct.linear(x, frozen, bias, dtype)
+    elif unwatched:
+        run = functools.partial(direct.linear, x, frozen, bias, dtype)
+    if run is not None:
+        made = direct.recorded(x, frozen, run) if steady else run()
         if made is not None:
             return made
     rows, kind = lowbit.as_rows(x), frozen.kinds.partition(",")[0]
@@ -218,11 +234,11 @@ def multiply(
     a, a_scale, a_sums = rows
     weight: tuple[Tensor, ...] = (frozen.operand,)
     function, launch = lowbit.product, lowbit.launch_product
-    if frozen.kept is not None and frozen.metadata is not None:
-        if paths.reads_compressed(len(a)):
-            function, launch = sparse_product, launch_sparse_product
-            weight = (frozen.kept, frozen.metadata)
-    elif frozen.packed is not None and paths.reads_packed(len(a), frozen.packed, width):
+    form = frozen.form(len(a), width)
+    if form == "compressed" and frozen.kept is not None and frozen.metadata is not None:
+        function, launch = sparse_product, launch_sparse_product
+        weight = (frozen.kept, frozen.metadata)
+    elif form == "packed" and frozen.packed is not None:
         function, launch, weight = packed_product, launch_packed, (frozen.packed,)
     y: Tensor = (launch if unwatched else function)(
         a, *weight, a_scale, frozen.scale, a_sums, frozen.sums, bias, frozen.names, frozen.kinds,

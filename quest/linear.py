@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import frozen, ops, paths
+from . import direct, frozen, ops, paths
 from .lowbit_linear import low_bit_linear
 from .recipes import Recipe, recipe
 
@@ -97,6 +97,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., out_features) for x (..., in_features) float32, bfloat16 or float16."""
+        if not torch.compiler.is_compiling() and (made := self._again(x)) is not None:
+            return made
         self.check(x)
         held = None if torch.is_grad_enabled() else self.current()
         if held is not None:
@@ -106,6 +108,13 @@ class Linear(nn.Linear):
         values = self.recipe.activation(x)
         weights = self.recipe.weight(self.weight)
         return nn.functional.linear(values, weights, self.bias)
+
+    def _again(self, x: Tensor) -> Tensor | None:
+        """y where a call like this one was checked and recorded; see `direct`."""
+        held, bias = self._frozen, cast("Tensor | None", self.bias)
+        if held is None or not held.calls or bias is not None or torch.is_grad_enabled():
+            return None
+        return direct.again(x, held) if held.is_of(self.weight) else None
 
     def _integers(self, x: Tensor) -> Tensor:
         specs = self.recipe.activation.spec, self.recipe.weight.spec

@@ -1,0 +1,179 @@
+"""Frozen layers that nothing watches: fewer steps on the host, the same kernels and bits."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+import quest
+from quest import direct, ops, paths
+from quest.kernels import outputs, product
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def _layer(recipe: str, width: int = 3840, bias: torch.dtype | None = None) -> quest.Linear:
+    torch.manual_seed(0)
+    layer = quest.Linear(width, 200, bias is not None, recipe, device="cuda").bfloat16()
+    if bias is not None:
+        layer.bias = torch.nn.Parameter(torch.randn(200, device="cuda", dtype=bias))
+    return layer.eval().freeze()
+
+
+def _watched(layer: quest.Linear, x: Tensor) -> Tensor:
+    """y by operators."""
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(ops, "direct", lambda _: False)
+        y: Tensor = layer(x)
+    return y
+
+
+@on_cuda
+@pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 20, 70, 700])
+@pytest.mark.parametrize("recipe", ["w4a4", "w1a1", "w8a8", "w4a8", "w1.58a1.58", "w4a4-2:4"])
+def test_layers_that_nothing_watches(recipe: str, rows: int, bias: torch.dtype | None) -> None:
+    """They are launched without operators, and give the same bits; of strided rows, too."""
+    for width in (3840, 136):  # in blocks of 128, and not
+        layer = _layer(recipe, width, bias)
+        x = torch.randn(rows, 2 * width, device="cuda").bfloat16()[:, :width]
+        expected = _watched(layer, x)
+        with torch.no_grad():
+            for _ in range(3):
+                assert torch.equal(layer(x), expected)
+                assert torch.equal(layer(x[None].contiguous())[0], expected)
+            assert layer(x[:0]).shape == (0, 200)
+
+
+@on_cuda
+@pytest.mark.parametrize("rows", [1, 5, 20, 70, 700])
+@pytest.mark.parametrize("recipe", ["w4a4", "w1a1", "w8a8"])
+def test_calls_are_made_again(recipe: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what was recorded of the first: other inputs, elsewhere, in turns with other layers."""
+    if product.unavailable(torch.device("cuda")) is not None:
+        pytest.skip("no integer product here")
+    layers = [_layer(recipe), _layer(recipe)]
+    g = torch.Generator("cuda").manual_seed(1)
+    xs = [torch.randn(rows, 3840, device="cuda", generator=g).bfloat16() for _ in range(4)]
+    expected = [[_watched(layer, x) for x in xs] for layer in layers]
+    with torch.no_grad():
+        for layer in layers:
+            layer(xs[0])
+            assert len(layer._frozen.calls) == 1
+        monkeypatch.setattr(direct, "recorded", None)  # neither again the first way
+        monkeypatch.setattr(quest.Linear, "check", None)
+        for _ in range(3):
+            made = [[layer(x) for layer in layers] for x in xs]
+            for i, ys in enumerate(made):
+                for y, right in zip(ys, expected, strict=True):
+                    assert torch.equal(y, right[i])
+        with torch.inference_mode():
+            assert torch.equal(layers[0](xs[2]), expected[0][2])
+
+
+@on_cuda
+def test_what_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anything that the recorded launches can't know of."""
+    if product.unavailable(torch.device("cuda")) is not None:
+        pytest.skip("no integer product here")
+    layer, x = _layer("w4a4"), torch.randn(70, 3840, device="cuda").bfloat16()
+    seen: list[int] = []
+    real = direct.linear
+    monkeypatch.setattr(direct, "linear", lambda *a: seen.append(1) or real(*a))
+
+    def passes(run: object = None, calls: int = 1, x: Tensor = x) -> Tensor:
+        before = len(seen)
+        y: Tensor = layer(x)
+        torch.cuda.synchronize()
+        assert len(seen) - before == calls, run
+        return y
+
+    with torch.no_grad():
+        first = passes("first")
+        passes("again", 0)
+        passes("another shape", x=x[None])
+        passes("rows apart", x=torch.randn(70, 4000, device="cuda").bfloat16()[:, :3840])
+        passes("misaligned", x=torch.randn(70 * 3840 + 1, device="cuda").bfloat16()[1:].view_as(x))
+        with outputs.poisoned(0xFF):
+            passes("poison")
+        with product.only(product.NARROW):
+            passes("other tiles")
+        with torch.autocast("cuda", torch.bfloat16):
+            passes("autocast")
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            passes("another stream")
+            passes("another stream again", 0)
+            assert torch.equal(passes("and again", 0), first)
+        torch.cuda.current_stream().wait_stream(side)
+        told: list[Tensor] = []
+        thread = threading.Thread(target=lambda: told.append(_without_gradient(layer, x)))
+        before = len(seen)
+        thread.start()
+        thread.join()
+        assert len(seen) == before + 1
+        assert torch.equal(told[0], first)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert not twin._frozen.calls
+            assert torch.equal(twin(x), first)
+        x.neg_()
+        graph.replay()
+        assert torch.equal(y, passes("again", 0))
+        layer.weight.neg_()  # frozen anew
+        assert torch.equal(passes("another weight"), _watched(layer, x))
+        with paths.only("values"):
+            passes("the other path", 0)
+    passes("a gradient", 0)
+
+
+def _without_gradient(layer: quest.Linear, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y: Tensor = layer(x)
+        torch.cuda.synchronize()
+    return y
+
+
+@on_cuda
+def test_calls_that_are_kept() -> None:
+    """So many kinds for a weight, and none of large inputs."""
+    layer = _layer("w4a4", 128)
+    with torch.no_grad():
+        for rows in range(1, direct.MOST_CALLS + 2):
+            layer(torch.ones(rows, 128, device="cuda", dtype=torch.bfloat16))
+            assert len(layer._frozen.calls) in (0, 1 + (rows - 1) % direct.MOST_CALLS)
+        layer._frozen.calls.clear()
+        rows = direct.MOST_ELEMENTS // 128 + 1
+        layer(torch.ones(rows, 128, device="cuda", dtype=torch.bfloat16))
+        assert not layer._frozen.calls
+
+
+def test_calls_are_of_no_use_to_a_copy() -> None:
+    calls = direct.Calls({("kind",): (object(), (1,))})
+    for twin in (copy.deepcopy(calls), pickle.loads(pickle.dumps(calls))):
+        assert type(twin) is direct.Calls
+        assert not twin
+
+
+def test_it_is_for_a_gpu() -> None:
+    layer = quest.Linear(256, 48, recipe="w4a4").freeze()
+    held = layer._frozen
+    assert held is not None
+    x = torch.randn(3, 256)
+    made = dataclasses.replace(
+        held, operand=layer.weight, scale=x, sums=x, spec=layer.recipe.activation.spec,
+        names="uniform4,uniform4", kinds="integers,integers",
+    )  # fmt: skip
+    assert direct.linear(x, made, None, torch.float32) is None
+    assert direct.again(x, made) is None
+    made.calls["kind",] = object(), (1,)  # type: ignore[assignment]
+    assert direct.again(x, made) is None

@@ -190,10 +190,12 @@ class Ready:
         self._config = kernel.config(blocks, *([_overlapping()] if overlap else []))
         at = (self._config.getPtr(), int(kernel.function), values.pointers, 0)
         self._arguments = tuple(map(ctypes.c_void_p, at))
+        self._stream = 0
 
     def queue(self, stream: int) -> None:
         """Queue it; RuntimeError where the driver refuses."""
-        self._config.hStream = stream
+        if stream != self._stream:
+            self._config.hStream = self._stream = stream
         status = _driver().cuLaunchKernelEx(*self._arguments)
         if status:
             self._insist(status)

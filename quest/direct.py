@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import grids, operands, ops, paths
+from .kernels import outputs, product
 
 if TYPE_CHECKING:
     from .frozen import Frozen
@@ -41,8 +42,6 @@ class Calls(dict[tuple[object, ...], tuple[Any, tuple[int, ...]]]):
 
 def _kind(x: Tensor) -> tuple[object, ...] | None:
     """What a recorded call depends on besides its weight; None where it is not to be recorded."""
-    from .kernels import outputs, product
-
     index = x.get_device()
     if (
         not ops.direct(x)
@@ -110,8 +109,6 @@ _memory = threading.local()
 
 def _between(size: int, device: torch.device) -> Tensor:
     """Uninitialised bytes, at least `size`, that the first kernel writes and the second reads."""
-    from .kernels import outputs
-
     if not getattr(_memory, "shared", False):
         return outputs.empty((size,), torch.uint8, device)
     size = 1 << (size - 1).bit_length()
@@ -145,7 +142,7 @@ def _plan(
     spec: str, names: str, kinds: str, width: int, dtype: torch.dtype, device: torch.device
 ) -> _Plan | None:
     """None where these kernels don't do it."""
-    from .kernels import blocks, product
+    from .kernels import blocks
 
     kind, other = kinds.split(",")
     like = torch.empty((1, width), dtype=dtype, device=device)
@@ -170,7 +167,7 @@ def linear(x: Tensor, held: Frozen, bias: Tensor | None, dtype: torch.dtype) -> 
 
     held has an operand; bias is contiguous and lies where x does.
     """
-    from .kernels import blocks, few, outputs, product, rows
+    from .kernels import blocks, few, rows
 
     width, w = x.shape[-1], held.operand
     plan = _plan(held.spec, held.names, held.kinds, width, x.dtype, x.device)

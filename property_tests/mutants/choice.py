@@ -23,9 +23,9 @@ from .trace import WATCHED
 
 # The tests that are about a file.
 OWN = {
-    "kernels/blocks.py": ("blocks", "prologue"),
-    "kernels/blocks.cu": ("blocks", "prologue", "quantizer", "product", "layer"),
-    "kernels/codes.cuh": ("blocks", "rows", "prologue"),
+    "kernels/blocks.py": ("blocks", "prologue_kernel"),
+    "kernels/blocks.cu": ("blocks", "prologue_kernel", "prologue", "quantizer", "product", "layer"),
+    "kernels/codes.cuh": ("blocks", "rows", "prologue_kernel"),
     "kernels/cuda.py": ("product", "few", "blocks"),
     "kernels/compress.py": ("compress",),
     "kernels/decode.py": ("packed_operand", "product"),
@@ -72,7 +72,7 @@ OWN = {
     "quest/packed.py": ("packed_product", "few"),
     "quest/packing.py": ("packing", "errors"),
     "quest/paths.py": ("frozen", "linear"),
-    "quest/prologue.py": ("prologue",),
+    "quest/prologue.py": ("prologue", "prologue_layers"),
     "quest/quantizer.py": ("api", "errors", "quantizer"),
     "quest/recipes.py": ("api", "errors"),
     "quest/sparse_product.py": ("sparse_product",),

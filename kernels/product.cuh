@@ -54,6 +54,8 @@ struct Row { float scale, up; int sum; };
 // bits, which saves a conversion at a quarter of the rate.
 constexpr int WHOLE = 0x4B400000;
 
+// LARGE: some row of the warp may be large. Another rounds as it would beside any rows: two tiles may
+// have it, beside different ones.
 template <bool LARGE>
 __device__ __forceinline__ float finish(int acc, int column_sum, const Row &row, float column, float bias) {
   float p;
@@ -66,7 +68,7 @@ __device__ __forceinline__ float finish(int acc, int column_sum, const Row &row,
   } else {
     p = (float)acc;
   }
-  if (LARGE) return fmaf(p * row.scale * column, row.up, bias);
+  if (LARGE && row.up != 1.0f) return fmaf(p * row.scale * column, row.up, bias);
   return fmaf(p * row.scale, column, bias);
 }
 

@@ -86,11 +86,12 @@ __device__ __forceinline__ int first_token(int column, int tokens) {
 struct Tokens { float scale[TILE_N], up[TILE_N]; };
 struct Feature { float scale, bias; int sum; };
 
+// LARGE: some token of the tile may be large; another rounds as it would beside any, as in product.cuh.
 template <bool LARGE>
 __device__ __forceinline__ float finish(int acc, const Feature &f, float scale, float up) {
   float p = (float)acc;
   if (EPILOGUE == CORRECTED) p = (float)(acc + (f.sum >> 2)) + 0.25f * (float)(f.sum & 3);
-  if (LARGE) return fmaf(p * scale * f.scale, up, f.bias);
+  if (LARGE && up != 1.0f) return fmaf(p * scale * f.scale, up, f.bias);
   return fmaf(p * scale, f.scale, f.bias);
 }
 

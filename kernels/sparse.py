@@ -153,6 +153,6 @@ def product(
         tensor_map(values.data_ptr(), features, values.shape[1], tiles.rows, TILE_K // 2),
         tensor_map(x.data_ptr(), tokens, x.shape[1], tiles.columns // tiles.cluster, TILE_K),
         metadata.data_ptr(), y.data_ptr(), at(feature_scale), at(token_scale), at(bias),
-        at(feature_sum), features, tokens, metadata.shape[1] // 8, factor,
+        at(feature_sum), features, tokens, metadata.shape[1] // 8, factor, overlap=True,
     )  # fmt: skip
     return y

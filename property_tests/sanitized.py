@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 
 import quest
-from quest import compression, fused, lowbit, operands
-from quest.kernels import product, sparse
+from quest import compression, fused, lowbit, operands, prologue
+from quest.kernels import cuda, product, sparse
 from quest.packed import packed_product
 from quest.sparse_product import sparse_product
 
@@ -38,6 +39,12 @@ def _encoded(name: str, x: torch.Tensor, w: torch.Tensor) -> tuple[tuple[torch.T
         operand, scale, _, sums = lowbit.encode(t, q.spec, kind)
         found.append((operand, scale, sums))
     return tuple(found)
+
+
+def _kind(name: str) -> str:
+    """Of the operand of a recipe's input."""
+    made = quest.recipe(name)
+    return (operands.kinds(made.activation, made.weight) or ("",))[0]
 
 
 def _names(name: str) -> tuple[str, str]:
@@ -76,8 +83,7 @@ def _blocks(name: str, width: int, dtype: torch.dtype) -> Launch:
         x = _normal(9, width, dtype)
         x[3], x[5, 7] = 0.0, float("nan")
         made = quest.recipe(name).activation
-        kind = "bits" if name.startswith("w1") else "integers"
-        return lowbit.encode(x, made.spec, kind), made(x)
+        return lowbit.encode(x, made.spec, _kind(name)), made(x)
 
     return run
 
@@ -86,8 +92,37 @@ def _rows(name: str, width: int, dtype: torch.dtype) -> Launch:
     def run() -> object:
         x = _normal(9, width, dtype)
         x[3], x[5, 7] = 0.0, float("nan")
-        kind = "bits" if name.startswith("w1") else "integers"
-        return lowbit.operand(x, quest.recipe(name).activation.spec, kind)
+        return lowbit.operand(x, quest.recipe(name).activation.spec, _kind(name))
+
+    return run
+
+
+# More than the blocks of one multiprocessor take in a turn: 192 rows of 256, 12 of 4096, 4 of 11008
+# (`blocks._shape`).
+TURNS = {256: 500, 4096: 30, 11008: 9}
+
+
+def _prologues(name: str, width: int, dtype: torch.dtype) -> Launch:
+    """A gate, a norm, and a norm of a sum; each with its rows shown, and without."""
+
+    def run() -> object:
+        x, other = _normal(TURNS[width], 2 * width, dtype).tensor_split(2, -1)
+        x[3], x[5, 7] = 0.0, float("nan")
+        weight = _normal(1, width, dtype)[0]
+        spec, kind = quest.recipe(name).activation.spec, _kind(name)
+        if not prologue.has_kernel(spec, x, True):
+            raise RuntimeError(f"there is no kernel with a prologue for {name}, {width}, {dtype}")
+        with mock.patch.object(cuda, "processors", return_value=1):
+            gates = [
+                gated(x, other, spec, kind)
+                for gated in (prologue.gated_encode, prologue.gated_encode_shown)
+            ]
+            norms = [
+                normed(x, residual, weight, 1e-5, spec, kind)
+                for normed in (prologue.normed_encode, prologue.normed_encode_shown)
+                for residual in (None, other)
+            ]
+        return gates, norms
 
     return run
 
@@ -139,13 +174,17 @@ def launches() -> Iterator[tuple[str, Launch]]:
     yield "product w4a4 middle", _product("w4a4", product.MIDDLE)
     for told, shape in (("wide", sparse.WIDE), ("narrow", sparse.NARROW)):
         yield f"sparse {told}", _sparse(shape)
-    for name in ("w1a1", "w4a4"):
+    for name in ("w1a1", "w4a4", "w8a8"):
         for width in (256, 4096, 11008):
             for dtype in (torch.bfloat16, torch.float32):
                 yield f"blocks {name} {width} {dtype}", _blocks(name, width, dtype)
                 yield f"rows {name} {width} {dtype}", _rows(name, width, dtype)
+            for dtype in (torch.bfloat16, torch.float16):
+                yield f"prologues {name} {width} {dtype}", _prologues(name, width, dtype)
         for rows in (2, 20, 300):
             yield f"frozen {name} {rows} rows", _frozen(name, rows)
+    yield "frozen w4a4-2:4 600 rows", _frozen("w4a4-2:4", 600)  # compressed
+    for name in ("w1a1", "w4a4"):
         for rows in (5, 40):
             yield f"few {name} {rows} rows", _few(name, rows, 1152)
         for rows, width in ((1, 1152), (5, 4096), (16, 4096)):

@@ -10,9 +10,10 @@ import torch
 
 import quest
 from quest import frozen, fused, lowbit, operands, paths
-from quest.conformance import examine
+from quest.conformance import examine, inputs, oracle
 from quest.conformance.lanes import Lane, all_lanes
 from quest.kernels.product import unavailable
+from quest.reference import bounds, quantize
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 RECIPES = ["w4a4", "w1a1", "w8a8", "w1.58a1.58", "fp4", "w4a4-2:4", "w4a16", "bf16"]
@@ -217,6 +218,34 @@ def test_the_court_of_one_kernel_bites(recipe: str) -> None:
         found = examine.frozen(lane, x, w, None, made)
         failed = {v.stage for v in found if v.failure is not None}
         assert (stage in failed) if stage else not failed
+
+
+def test_sums_of_tensor_cores_are_one_kernel_s() -> None:
+    """A scale between the bounds of both kinds of sums: right where that kernel made it."""
+    made, w = quest.recipe("w4a4"), torch.randn(24, 256)
+    x = inputs.draw("gaussian", (5, 256), torch.float32, 0)
+    a, _, _, a_sums = lowbit.encode(x, made.activation.spec, "integers")
+    b, b_scale, _, b_sums = lowbit.encode(w, made.weight.spec, "integers")
+    x64 = oracle.lift(x)
+    sigma = quantize.scale(x64)
+    near, far = (
+        bounds.scale(x64, 128, sigma, by) for by in (bounds.BUTTERFLY, examine.TENSOR_CORES)
+    )
+    scale = torch.from_numpy(sigma + (near + far) / 2).float()
+    y = lowbit.product(
+        a, b, scale, b_scale, a_sums, b_sums, None, "uniform4,uniform4", "integers,integers", 256,
+        torch.float32,
+    )  # fmt: skip
+    out = {"y": y, "a": a, "a_scale": scale, "a_sums": a_sums, "b": b, "b_scale": b_scale}
+
+    class Stub(Lane):
+        def call(self, stage: str, *tensors: torch.Tensor, **static: object) -> dict[str, object]:
+            return given
+
+    for given in (out, out | {"fused": torch.ones(1)}):
+        found = examine.frozen(Stub("stub", "cuda", "dispatch"), x, w, None, made)
+        failed = {v.stage for v in found if v.failure is not None}
+        assert failed == (set() if "fused" in given else {"frozen scale"})
 
 
 @pytest.mark.parametrize("few", [0, 2, 64])

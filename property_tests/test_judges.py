@@ -2006,10 +2006,14 @@ def test_normed_of_what_is_not_finite() -> None:
     wide[2] = torch.tensor([math.sqrt(2), math.sqrt(2) / 3e38])
     judges.normed(h, weight, 1e-5, wide).require()
     for row, column, value in ((0, 1, 1.0), (1, 0, 0.0), (1, 1, 1.0), (2, 0, 1.0), (3, 0, 0.0)):
-        wrong = x.clone()
+        wrong = wide.clone()
         wrong[row, column] = value
         with pytest.raises(Rejected, match=rf"^normed: at \({row}, {column}\)"):
             judges.normed(h, weight, 1e-5, wrong).require()
+    # A row has one sum, which overflows for all of it or for none.
+    part = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
+    with pytest.raises(Rejected, match=r"^normed: at \(0, 1\)"):
+        judges.normed(torch.full((1, 4), 3e38), torch.ones(4), 1e-5, part).require()
 
 
 NORM_FAULTS: dict[str, Callable[[Array, Array], Array]] = {

@@ -313,6 +313,37 @@ def test_every_kind_of_tile(
     judges.accumulated(a, b, acc).require()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["w1a1", "w4a4", "w8a8"])
+@pytest.mark.parametrize("tiles", list(TILES))
+def test_a_large_scale_leaves_other_rows_alone(tiles: str, name: str) -> None:
+    """Those of its warp, and those that the last tile, which begins early, has once more."""
+    if product.unavailable(torch.device("cuda", torch.cuda.current_device())) is not None:
+        pytest.skip(str(product.unavailable(torch.device("cuda", torch.cuda.current_device()))))
+    made = quest.recipe(name)
+    pair = (made.activation, made.weight)
+    kinds = operands.kinds(*pair) or ("", "")
+    x, w = (inputs.draw("gaussian", (n, 512), torch.float32, n).cuda() for n in (70, 300))
+    bias = inputs.draw("gaussian", (300,), torch.float32, 0).cuda()
+    a, a_scale, _, a_sums = lowbit.encode(x, pair[0].spec, kinds[0])
+    b, b_scale, _, b_sums = lowbit.encode(w, pair[1].spec, kinds[1])
+    names = ",".join(q.require_grid().name for q in pair)
+    large = a_scale.clone()
+    large[3] = 1e25
+    with product.only(TILES[tiles][name == "w1a1"]):
+        y, plain = (
+            lowbit.product(
+                a, b, scale, b_scale, a_sums, b_sums, bias, names, ",".join(kinds), 512,
+                torch.float32,
+            )
+            for scale in (large, a_scale)
+        )  # fmt: skip
+    assert y[3].isfinite().all()
+    assert not torch.equal(y[3], plain[3])
+    y[3] = plain[3]
+    assert torch.equal(y, plain)
+
+
 def _require_compiler() -> None:
     pytest.importorskip(
         "cuda.core", reason="cuda-core is not installed: pip install 'quest-lowbit[hopper]'"

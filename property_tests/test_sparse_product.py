@@ -68,6 +68,37 @@ def test_scales_at_the_ends_of_the_range(lane: Lane, name: str) -> None:
     LEDGER.judge(lane, found, name)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["w4a4-2:4", "w4a8-2:4"])
+@pytest.mark.parametrize("tiles", list(TILES))
+def test_a_large_scale_leaves_other_rows_alone(tiles: str, name: str) -> None:
+    """Those of its tile, and those that the last tile, which begins early, has once more."""
+    _require_product("cuda")
+    made = quest.recipe(name)
+    pair = (made.activation, made.weight)
+    kinds = operands.kinds(*pair) or ("", "")
+    for rows in (70, 300):
+        x, w = (inputs.draw("gaussian", (n, 512), torch.float32, n).cuda() for n in (rows, 130))
+        bias = inputs.draw("gaussian", (130,), torch.float32, 0).cuda()
+        a, a_scale, _, a_sums = lowbit.encode(x, pair[0].spec, kinds[0])
+        b, b_scale, _, b_sums = lowbit.encode(w, pair[1].spec, kinds[1])
+        names = ",".join(q.require_grid().name for q in pair)
+        large = a_scale.clone()
+        large[3] = 1e25
+        with sparse.only(TILES[tiles]):
+            y, plain = (
+                sparse_product(
+                    a, *compression.compress(b), scale, b_scale, a_sums, b_sums, bias, names,
+                    ",".join(kinds), 512, torch.float32,
+                )
+                for scale in (large, a_scale)
+            )  # fmt: skip
+        assert y[3].isfinite().all()
+        assert not torch.equal(y[3], plain[3])
+        y[3] = plain[3]
+        assert torch.equal(y, plain)
+
+
 def _operand(kind: str, rows: int, width: int, g: torch.Generator) -> torch.Tensor:
     if kind == "low":
         return torch.full((rows, width), -128, dtype=torch.int8)

@@ -19,9 +19,9 @@ from . import judges
 from .lanes import Lane
 from .verdict import Verdict
 
-# The transform of the kernel of few rows (kernels/few_rows.cuh): sixteen terms on the tensor cores,
-# which cut what lies 2^-24 below the largest and the sum to float32, 7.5 roundings at the most, and
-# three additions.
+# The transform of the kernel that quantizes few rows and multiplies them (kernels/few_rows.cuh):
+# sixteen terms on the tensor cores, which cut what lies 2^-24 below the largest and the sum to
+# float32, 7.5 roundings at the most, and three additions.
 TENSOR_CORES = Sums(roundings=11)
 
 
@@ -324,7 +324,7 @@ def frozen(
         return [form]
     pairs = ((x, made.activation), (w, made.weight))
     if "a" in out:
-        inside = _of_rows(lane, x, made, out) if "a_sums" in out else []
+        inside = _of_rows(x, made, out) if "a_sums" in out else []
         if any(v.failure for v in inside):
             return inside
         found = [dataclasses.replace(v, stage="frozen y") for v in _products(pairs, bias, out)]
@@ -332,12 +332,12 @@ def frozen(
     return [judges.values_product(x.dtype, bias, out, accumulation(lane), "frozen y")]
 
 
-def _of_rows(lane: Lane, x: Tensor, made: Recipe, out: dict[str, Tensor]) -> list[Verdict]:
-    """What a frozen layer multiplied with its weight. Few rows may be the tensor cores' sums."""
+def _of_rows(x: Tensor, made: Recipe, out: dict[str, Tensor]) -> list[Verdict]:
+    """What a frozen layer multiplied with its weight; `fused`: what the kernel of both has made."""
     kinds = operands.kinds(made.activation, made.weight)
     if kinds is None:
         raise ValueError(f"recipe {made} has no integer product")
-    sums = TENSOR_CORES if lane.device == "cuda" else BUTTERFLY
+    sums = TENSOR_CORES if "fused" in out else BUTTERFLY
     shown = (out["a"], out["a_scale"], out["a_sums"])
     return _quantized(x, made.activation, kinds[0], shown, "frozen", sums)
 

@@ -144,7 +144,7 @@ def normed(
     """T1: rows = h weight / sqrt(mean(h^2) + eps), computed in float32 and stored in their dtype.
 
     between: the dtype that is stored in before the weight, where it is. A row of h that is not
-    finite may hold any infinity and NaN; where squares leave float32, rows may be 0.
+    finite may hold any infinity and NaN; where squares leave float32, it may be 0 as a whole.
     """
     h64, w64 = lift(h), lift(weight)
     stored = None if between is None else oracle.dtype_name(between)
@@ -153,7 +153,7 @@ def normed(
         bound = bounds.output(
             expected, bounds.normed(h64, w64, eps, stored), oracle.dtype_name(rows.dtype)
         )
-    zero = bounds.squares_overflow(h64) & (lift(rows) == 0)
+    zero = bounds.squares_overflow(h64) & (lift(rows) == 0).all(-1, keepdims=True)
     free = np.broadcast_to(~np.isfinite(h64).all(-1, keepdims=True), h64.shape)
     return close("normed", rows, np.where(zero, 0.0, expected), bound, free)
 

@@ -459,7 +459,7 @@ def _frozen(
     """The forward of a layer with a frozen weight, and the operands that it multiplied.
 
     parts: as in `_linear`. a_sums: only of uniform grids. Where one kernel quantized x and
-    multiplied it, a is what that kernel shows.
+    multiplied it, a is what that kernel shows, and there is `fused`.
     """
     from quest import lowbit, operands, paths
     from quest.frozen import stacked
@@ -504,7 +504,7 @@ def _shown(
     )
     if _bytes(again) != _bytes(y):
         raise GuardError(f"{lane} frozen: y is another where the operand is shown")
-    return {"a": a, "a_scale": scale, "a_sums": sums}
+    return {"a": a, "a_scale": scale, "a_sums": sums, "fused": torch.ones(1, device=x.device)}
 
 
 _STAGES: dict[str, Callable[..., Outputs]] = {

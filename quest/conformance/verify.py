@@ -152,7 +152,8 @@ def _normed(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
     weight = inputs.draw("gaussian", (384,), dtype, 7)
     found = []
     for i, (left, right) in enumerate(GATES):
-        x, residual = (inputs.draw(n, (17, 384), dtype, i) for n in (left, right))
+        x = inputs.draw(left, (17, 384), dtype, i)
+        residual = inputs.draw(right, (17, 384), dtype, i + 1)
         for given in (None, residual):
             judged = examine.normed(lane, x, given, weight, 1e-5, q, kind, conclusive=i == 0)
             found.append(judged)

@@ -18,6 +18,7 @@ import math
 import torch
 
 from . import cuda, outputs
+from .layout import aligned as aligned  # for quest.direct
 from .quantize import DISTANCE, STE, Program
 
 ORDER = 128
@@ -95,12 +96,6 @@ def _kernel(
         code, "quantize", device, threads=32 * warps, shared=warps * SHARED_OF_WARP + more,
         layout="5P2q4i2f" + ("2P2i2Pf" if prologue else ""),
     )  # fmt: skip
-
-
-def aligned(x: torch.Tensor) -> torch.Tensor:
-    """x contiguous, at a multiple of 16 bytes."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _grid(rows: int, blocks: int, device: int, more: int = 0) -> tuple[int, tuple[int, ...], int]:

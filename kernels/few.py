@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import cuda, outputs
+from .layout import aligned, rows_of
 
 if TYPE_CHECKING:
     from cuda.core import ObjectCode
@@ -207,19 +208,6 @@ def inverse(p: Plan, bits: int, source: Source) -> int:
     return 0 if blocks == 1 else -(-(2**32) // blocks)
 
 
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-def _rows_of(x: torch.Tensor) -> torch.Tensor:
-    """x (rows, width) of 16 bits, its rows contiguous, beginning at multiples of 16 bytes."""
-    even = x.shape[0] == 1 or x.stride(0) % 8 == 0
-    if even and x.stride(1) == 1 and x.data_ptr() % 16 == 0:
-        return x
-    return _aligned(x)
-
-
 def product(
     a: torch.Tensor,
     w: torch.Tensor,
@@ -251,7 +239,7 @@ def product(
     if y.numel() == 0:
         return y
     width = a.shape[1] * (8 if bits == 1 else 1)
-    given, a, w = w, _aligned(a), _aligned(w)
+    given, a, w = w, aligned(a), aligned(w)
     at = cuda.pointer
     launch(
         y.data_ptr(), a.data_ptr(), w.data_ptr(), rows, columns, width, bits, a.device.index,
@@ -327,8 +315,8 @@ def linear(
     if rows == 0 or columns == 0:
         return y, a, scale, sums
     kernel, blocks, *split_ = _ready(rows, columns, width, bits, out_dtype, x.dtype, device.index)
-    x = _rows_of(x if x.ndim == 2 else x.reshape(rows, width))
-    given, w = w, _aligned(w)
+    x = rows_of(x if x.ndim == 2 else x.reshape(rows, width))
+    given, w = w, aligned(w)
     at = cuda.pointer
     kernel.launch(
         blocks,

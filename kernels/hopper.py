@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from . import cuda
+from . import cuda, layout
 
 RAW, PLAIN, CORRECTED = range(3)
 OUT = {torch.int32: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -31,8 +31,7 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     width = max(16, -(-x.shape[1] // 16) * 16)  # a tensor map has no empty axis
     if x.shape[1] != width:
         return torch.nn.functional.pad(x, (0, width - x.shape[1]))
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+    return layout.aligned(x)
 
 
 @functools.lru_cache(maxsize=512)

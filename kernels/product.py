@@ -19,28 +19,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import cuda, outputs
-from .hopper import ARCHITECTURE, CORRECTED, OUT, PLAIN, RAW, aligned, tensor_map, unavailable
+from .hopper import ARCHITECTURE, OUT, aligned, tensor_map
+from .hopper import CORRECTED as CORRECTED  # and these for quest.direct
+from .hopper import PLAIN as PLAIN
+from .hopper import unavailable as unavailable
 
 if TYPE_CHECKING:
     from cuda.core import ObjectCode
-
-__all__ = [
-    "CORRECTED",
-    "MIDDLE",
-    "NARROW",
-    "OUT",
-    "PLAIN",
-    "RAW",
-    "WIDE",
-    "Shape",
-    "aligned",
-    "compile_",
-    "only",
-    "product",
-    "shape",
-    "tensor_map",
-    "unavailable",
-]
 
 # The numbers of product.cu.
 TILE_K, CLUSTER, CONSUMERS = 128, 2, 2
@@ -155,13 +140,13 @@ def product(
 ) -> torch.Tensor:
     """a (M, bytes), b (N, bytes): int8, or uint8 of eight bits each. Returns (M, N) of `out`.
 
-    epilogue: RAW writes the int32 accumulators; else y = p factor row_scale column_scale + bias.
-    PLAIN: p is the accumulator. CORRECTED, for bits: the sum over `length` of products of signs,
-    4 acc - row_sum - column_sum - length with the sums of the rows' signs. CORRECTED, for int8: the
-    sum of (a + 1/2)(b + 1/2), acc + (row_sum + column_sum - length) / 4 with the sums of 2 a + 1.
-    row_scale (M,), column_scale, bias (N,) float32; row_sum (M,), column_sum (N,) int32. acc, or
-    with bits 4 acc, must fit int32, which K below 2**17 does.
-    A sum of products of signs must be below 2**22 in size, which K below 2**17 makes it.
+    epilogue, of hopper.py: RAW writes the int32 accumulators; else y = p factor row_scale
+    column_scale + bias. PLAIN: p is the accumulator. CORRECTED, for bits: the sum over `length` of
+    products of signs, 4 acc - row_sum - column_sum - length with the sums of the rows' signs.
+    CORRECTED, for int8: the sum of (a + 1/2)(b + 1/2), acc + (row_sum + column_sum - length) / 4
+    with the sums of 2 a + 1. row_scale (M,), column_scale, bias (N,) float32; row_sum (M,),
+    column_sum (N,) int32. acc, or with bits 4 acc, must fit int32, which K below 2**17 does. A sum
+    of products of signs must be below 2**22 in size, which K below 2**17 makes it.
     settled: between what wrote b and this launch, another launch that did not overlap has been
     queued on this stream. b may then be asked for before the kernel before this one has ended.
     """

@@ -16,6 +16,7 @@ import math
 import torch
 
 from . import blocks, cuda, outputs
+from .layout import rows_of
 from .quantize import Program
 
 GROUP = 8  # blocks of a warp
@@ -41,14 +42,6 @@ def _kernel(dtype: torch.dtype, levels: int, kind: str, warps: int, device: int)
     )
 
 
-def _rows_of(x: torch.Tensor) -> torch.Tensor:
-    """x (rows, d), its rows contiguous and at multiples of 16 bytes."""
-    if x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0:
-        return x
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
 def quantize(
     x: torch.Tensor, program: Program, kind: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -65,7 +58,7 @@ def quantize(
     scale = outputs.empty((*lead, 1), torch.float32, device)
     sums = outputs.empty((*lead, 1), torch.int32, device)
     if rows:
-        x = _rows_of(x if x.ndim == 2 else x.reshape(rows, d))
+        x = rows_of(x if x.ndim == 2 else x.reshape(rows, d))
         launch(x, program, kind, rows, d, operand.data_ptr(), scale.data_ptr(), sums.data_ptr())
     return operand, scale, sums
 

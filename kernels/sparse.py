@@ -18,22 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import cuda, outputs
-from .hopper import ARCHITECTURE, CORRECTED, OUT, PLAIN, RAW, aligned, tensor_map, unavailable
+from .hopper import ARCHITECTURE, OUT, aligned, tensor_map
 
 if TYPE_CHECKING:
     from cuda.core import ObjectCode
-
-__all__ = [
-    "CORRECTED",
-    "OUT",
-    "PLAIN",
-    "RAW",
-    "Shape",
-    "compile_",
-    "only",
-    "product",
-    "unavailable",
-]
 
 # The numbers of sparse.cu.
 TILE_K = 128
@@ -132,9 +120,9 @@ def product(
 ) -> torch.Tensor:
     """x (M, K) int8 and the compressed form of w (N, K): y (M, N) of `out`.
 
-    epilogue: RAW writes the int32 accumulators; else y = p factor token_scale feature_scale + bias
-    with p the accumulator (PLAIN), or p = acc + feature_sum / 4 (CORRECTED): for x of codes, each
-    1/2 less than what it stands for, feature_sum is twice the sum of w's row.
+    epilogue, of hopper.py: RAW writes the int32 accumulators; else y = p factor token_scale
+    feature_scale + bias with p the accumulator (PLAIN), or p = acc + feature_sum / 4 (CORRECTED):
+    for x of codes, each 1/2 less than what it stands for, feature_sum is twice the sum of w's row.
     feature_scale, bias (N,), token_scale (M,) float32; feature_sum (N,) int32.
     """
     tokens, features = x.shape[0], values.shape[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import quest
 from quest import direct, ops, paths
-from quest.kernels import outputs, product
+from quest.kernels import hopper, outputs, product
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -56,7 +56,7 @@ def test_layers_that_nothing_watches(recipe: str, rows: int, bias: torch.dtype |
 @pytest.mark.parametrize("recipe", ["w4a4", "w1a1", "w8a8"])
 def test_calls_are_made_again(recipe: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what was recorded of the first: other inputs, elsewhere, in turns with other layers."""
-    if product.unavailable(torch.device("cuda")) is not None:
+    if hopper.unavailable(torch.device("cuda")) is not None:
         pytest.skip("no integer product here")
     layers = [_layer(recipe), _layer(recipe)]
     g = torch.Generator("cuda").manual_seed(1)
@@ -80,7 +80,7 @@ def test_calls_are_made_again(recipe: str, rows: int, monkeypatch: pytest.Monkey
 @on_cuda
 def test_what_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Anything that the recorded launches can't know of."""
-    if product.unavailable(torch.device("cuda")) is not None:
+    if hopper.unavailable(torch.device("cuda")) is not None:
         pytest.skip("no integer product here")
     layer, x = _layer("w4a4"), torch.randn(70, 3840, device="cuda").bfloat16()
     seen: list[int] = []

@@ -13,9 +13,9 @@ from property_tests.lane_marks import fewer
 from quest import packing
 from quest.conformance import judges
 from quest.conformance.strategies import SEEDS
-from quest.kernels import cuda, few, outputs, product
+from quest.kernels import cuda, few, hopper, outputs
 
-HOPPER = torch.cuda.is_available() and product.unavailable(torch.device("cuda")) is None
+HOPPER = torch.cuda.is_available() and hopper.unavailable(torch.device("cuda")) is None
 on_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU and cuda-core")
 BITS = (1, 2, 4)
 

@@ -12,7 +12,7 @@ import quest
 from quest import frozen, fused, lowbit, operands, paths
 from quest.conformance import examine, inputs, oracle
 from quest.conformance.lanes import Lane, all_lanes
-from quest.kernels.product import unavailable
+from quest.kernels.hopper import unavailable
 from quest.reference import bounds, quantize
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]

@@ -14,7 +14,7 @@ from quest.conformance import inputs, judges
 from quest.conformance.strategies import SEEDS
 from quest.fused import few_linear, few_linear_shown
 from quest.kernels import few, outputs
-from quest.kernels.product import unavailable
+from quest.kernels.hopper import unavailable
 from quest.packed import packed_product
 
 HOPPER = torch.cuda.is_available() and unavailable(torch.device("cuda")) is None

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import quest
 from quest import eager, lowbit, operands, ops, packing
 from quest.conformance import inputs
-from quest.kernels.product import unavailable
+from quest.kernels.hopper import unavailable
 from quest.quantizer import parse
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]

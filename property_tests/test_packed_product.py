@@ -7,7 +7,7 @@ import torch
 
 import quest
 from quest import lowbit, operands
-from quest.kernels.product import unavailable
+from quest.kernels.hopper import unavailable
 from quest.packed import packed_product
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]

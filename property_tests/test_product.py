@@ -16,7 +16,7 @@ from quest import lowbit, operands, packing
 from quest.conformance import examine, inputs, judges, oracle
 from quest.conformance.lanes import Lane, no_product
 from quest.conformance.strategies import SEEDS
-from quest.kernels import cuda, product
+from quest.kernels import cuda, hopper, product
 from quest.lowbit_linear import low_bit_linear
 from quest.reference import packing as reference
 
@@ -173,8 +173,8 @@ def _whole(saved: torch.Tensor, q: quest.Quantizer, kind: str, width: int) -> ND
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layer_of_the_integer_path(name: str, dtype: torch.dtype, device: str) -> None:
     """y by the product's judge, gradients by the layer's; most are the float path's bit for bit."""
-    if device == "cuda" and product.unavailable(torch.device("cuda")) is not None:
-        pytest.skip(str(product.unavailable(torch.device("cuda"))))
+    if device == "cuda" and hopper.unavailable(torch.device("cuda")) is not None:
+        pytest.skip(str(hopper.unavailable(torch.device("cuda"))))
     made = quest.recipe(name)
     layer = quest.Linear(72, 24, bias=True, recipe=made, dtype=dtype, device=device)
     x = inputs.draw("gaussian", (2, 5, 72), dtype, 0).to(device).requires_grad_()
@@ -303,8 +303,8 @@ def test_every_kind_of_tile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """On few processors a cluster has many tiles: both teams, every lap of the ring, all groups."""
-    if product.unavailable(torch.device("cuda", torch.cuda.current_device())) is not None:
-        pytest.skip(str(product.unavailable(torch.device("cuda", torch.cuda.current_device()))))
+    if hopper.unavailable(torch.device("cuda", torch.cuda.current_device())) is not None:
+        pytest.skip(str(hopper.unavailable(torch.device("cuda", torch.cuda.current_device()))))
     monkeypatch.setattr(cuda, "processors", lambda _: processors)
     g = torch.Generator().manual_seed(0)
     a, b = (_bytes(kind, n, shape[2], dtype, g) for n in shape[:2])
@@ -318,8 +318,8 @@ def test_every_kind_of_tile(
 @pytest.mark.parametrize("tiles", list(TILES))
 def test_a_large_scale_leaves_other_rows_alone(tiles: str, name: str) -> None:
     """Those of its warp, and those that the last tile, which begins early, has once more."""
-    if product.unavailable(torch.device("cuda", torch.cuda.current_device())) is not None:
-        pytest.skip(str(product.unavailable(torch.device("cuda", torch.cuda.current_device()))))
+    if hopper.unavailable(torch.device("cuda", torch.cuda.current_device())) is not None:
+        pytest.skip(str(hopper.unavailable(torch.device("cuda", torch.cuda.current_device()))))
     made = quest.recipe(name)
     pair = (made.activation, made.weight)
     kinds = operands.kinds(*pair) or ("", "")
@@ -351,9 +351,9 @@ def _require_compiler() -> None:
 
 
 # RAW writes int32, and nothing else does.
-VARIANTS = [(product.RAW, torch.int32)] + [
+VARIANTS = [(hopper.RAW, torch.int32)] + [
     (epilogue, out)
-    for epilogue in (product.PLAIN, product.CORRECTED)
+    for epilogue in (hopper.PLAIN, hopper.CORRECTED)
     for out in (torch.float32, torch.bfloat16, torch.float16)
 ]
 

@@ -7,7 +7,7 @@ import torch
 
 import quest
 from quest import lowbit, operands
-from quest.kernels import product
+from quest.kernels import hopper, product
 from quest.lowbit_linear import low_bit_linear
 
 
@@ -21,11 +21,11 @@ def test_a_source_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None
     _require_compiler()
     monkeypatch.setattr(product, "ARCHITECTURE", "sm_80")  # has no clusters
     with pytest.raises(RuntimeError, match="not supported for this GPU architecture"):
-        product.compile_(True, product.RAW, torch.int32, product.NARROW, cached=False)
+        product.compile_(True, hopper.RAW, torch.int32, product.NARROW, cached=False)
 
 
 def test_a_device_without_the_product() -> None:
-    assert "is not a CUDA device" in str(product.unavailable(torch.device("cpu")))
+    assert "is not a CUDA device" in str(hopper.unavailable(torch.device("cpu")))
 
 
 def _operands(kind: str = "int8", rows: int = 3, width: int = 16) -> torch.Tensor:

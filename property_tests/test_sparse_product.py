@@ -14,7 +14,7 @@ from quest import compression, frozen, lowbit, operands, paths
 from quest.conformance import examine, inputs, judges
 from quest.conformance.lanes import Lane, no_product
 from quest.conformance.strategies import SEEDS
-from quest.kernels import cuda, sparse
+from quest.kernels import cuda, hopper, sparse
 from quest.sparse_product import eager_sparse_product, sparse_product
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
@@ -24,8 +24,8 @@ TILES = {"wide": sparse.WIDE, "narrow": sparse.NARROW}
 
 
 def _require_product(device: str) -> None:
-    if device == "cuda" and sparse.unavailable(torch.device("cuda")) is not None:
-        pytest.skip(str(sparse.unavailable(torch.device("cuda"))))
+    if device == "cuda" and hopper.unavailable(torch.device("cuda")) is not None:
+        pytest.skip(str(hopper.unavailable(torch.device("cuda"))))
 
 
 @every_lane
@@ -132,13 +132,13 @@ def test_accumulators(
     w = _pruned(_operand(kind, outs, width, g), g)
     values, metadata = (t.cuda() for t in compression.compress(w))
     with sparse.only(TILES[tiles]):
-        made = sparse.product(values, metadata, a.cuda(), torch.int32, epilogue=sparse.RAW)
+        made = sparse.product(values, metadata, a.cuda(), torch.int32, epilogue=hopper.RAW)
     judges.accumulated(a, w, made.cpu()).require()
 
 
 # RAW writes int32, and nothing else does.
-VARIANTS = [(sparse.RAW, torch.int32)] + [
-    (epilogue, out) for epilogue in (sparse.PLAIN, sparse.CORRECTED) for out in DTYPES
+VARIANTS = [(hopper.RAW, torch.int32)] + [
+    (epilogue, out) for epilogue in (hopper.PLAIN, hopper.CORRECTED) for out in DTYPES
 ]
 
 

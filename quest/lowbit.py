@@ -292,21 +292,22 @@ def launch_decode(
 
 def require_product(device: torch.device) -> None:
     """RuntimeError where the low-bit product can't run on `device`; the message says why."""
-    from .kernels import product as kernel
+    from .kernels import hopper
 
-    reason = kernel.unavailable(device)
+    reason = hopper.unavailable(device)
     if reason is not None:
         raise RuntimeError(f"the low-bit product can't run here: {reason}")
 
 
 @accumulate.register_kernel("cuda")
 def _(a: Tensor, b: Tensor) -> Tensor:
+    from .kernels import hopper
     from .kernels import product as kernel
 
     _check_pair(a, b)
     require_product(a.device)
     with ops.device_of(a):
-        return kernel.product(a, b, torch.int32, epilogue=kernel.RAW)
+        return kernel.product(a, b, torch.int32, epilogue=hopper.RAW)
 
 
 @product.register_kernel("cuda")
@@ -315,6 +316,7 @@ def launch_product(
     bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """`eager_product` by the kernel."""
+    from .kernels import hopper
     from .kernels import product as kernel
 
     terms = check_product(
@@ -328,7 +330,7 @@ def launch_product(
     with ops.device_of(a):
         return kernel.product(
             a, b, dtype,
-            epilogue=kernel.CORRECTED if terms.corrected else kernel.PLAIN,
+            epilogue=hopper.CORRECTED if terms.corrected else hopper.PLAIN,
             length=terms.length, factor=terms.factor,
             row_scale=a_scale.contiguous(), column_scale=b_scale.contiguous(),
             row_sum=scaled(a_sums, terms.rows), column_sum=scaled(b_sums, terms.columns),

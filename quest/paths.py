@@ -70,10 +70,10 @@ def only(path: str) -> Iterator[None]:
 # A constant for torch.compile, which need not read how it is found.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _possible(activation: str, weight: str, device: str) -> bool:
-    from .kernels import product
+    from .kernels import hopper
 
     pair = operands.kinds(parse(activation), parse(weight))
-    return pair is not None and product.unavailable(torch.device(device)) is None
+    return pair is not None and hopper.unavailable(torch.device(device)) is None
 
 
 def has_integers(t: Tensor, recipe: Recipe) -> bool:

@@ -88,7 +88,7 @@ def launch_sparse_product(
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """`eager_sparse_product` by the kernel."""
-    from .kernels import sparse
+    from .kernels import hopper, sparse
 
     terms = _check(
         a, values, metadata, a_scale, w_scale, a_sums, w_sums, bias, grid_names, kinds, width, dtype
@@ -97,7 +97,7 @@ def launch_sparse_product(
     with ops.device_of(a):
         return sparse.product(
             values, metadata, a, dtype,
-            epilogue=sparse.CORRECTED if terms.corrected else sparse.PLAIN, factor=terms.factor,
+            epilogue=hopper.CORRECTED if terms.corrected else hopper.PLAIN, factor=terms.factor,
             feature_scale=w_scale.contiguous(), token_scale=a_scale.contiguous(),
             feature_sum=(terms.columns * w_sums).contiguous() if terms.corrected else None,
             bias=None if bias is None else bias.float().contiguous(),

@@ -37,6 +37,7 @@ OWN = {
     "kernels/hadamard.py": ("hadamard_cases", "hadamard", "backward"),
     "kernels/hopper.cuh": ("product", "sparse_product", "frozen"),
     "kernels/hopper.py": ("product", "product_errors", "sparse_product"),
+    "kernels/layout.py": ("layout", "few", "rows"),
     "kernels/outputs.py": ("outputs", "api", "errors"),
     "kernels/pack.py": ("packed_operand",),
     "kernels/product.py": ("product", "product_errors"),

@@ -101,7 +101,7 @@ def no_product(lane: Lane) -> str | None:
         return "the low-bit product is CUDA C++, which Triton's interpreter can't run"
     if lane.name != "triton-cuda":
         return None
-    from quest.kernels.product import unavailable
+    from quest.kernels.hopper import unavailable
 
     return unavailable(torch.device("cuda"))
 

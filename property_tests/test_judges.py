@@ -2014,6 +2014,9 @@ def test_normed_of_what_is_not_finite() -> None:
     part = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
     with pytest.raises(Rejected, match=r"^normed: at \(0, 1\)"):
         judges.normed(torch.full((1, 4), 3e38), torch.ones(4), 1e-5, part).require()
+    # And nothing is 0 where squares do not overflow.
+    with pytest.raises(Rejected, match=r"^normed: at \(0, "):
+        judges.normed(h[3:], weight, 1e-5, torch.zeros(1, 2)).require()
 
 
 NORM_FAULTS: dict[str, Callable[[Array, Array], Array]] = {

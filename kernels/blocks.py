@@ -18,7 +18,7 @@ import math
 import torch
 
 from . import cuda, outputs
-from .layout import aligned as aligned  # for quest.direct
+from .layout import aligned
 from .quantize import DISTANCE, STE, Program
 
 ORDER = 128

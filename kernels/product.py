@@ -20,9 +20,6 @@ import torch
 
 from . import cuda, outputs
 from .hopper import ARCHITECTURE, OUT, aligned, tensor_map
-from .hopper import CORRECTED as CORRECTED  # and these for quest.direct
-from .hopper import PLAIN as PLAIN
-from .hopper import unavailable as unavailable
 
 if TYPE_CHECKING:
     from cuda.core import ObjectCode

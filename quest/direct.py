@@ -142,7 +142,7 @@ def _plan(
     spec: str, names: str, kinds: str, width: int, dtype: torch.dtype, device: torch.device
 ) -> _Plan | None:
     """None where these kernels don't do it."""
-    from .kernels import blocks
+    from .kernels import blocks, hopper
 
     kind, other = kinds.split(",")
     like = torch.empty((1, width), dtype=dtype, device=device)
@@ -153,12 +153,12 @@ def _plan(
     ]
     terms = operands.terms(pair[0], pair[1], width)
     whole = {terms.rows, terms.columns} <= {0, 1}  # no sum is to be doubled
-    if not (whole and blocks.supports(program, like) and product.unavailable(device) is None):
+    if not (whole and blocks.supports(program, like) and hopper.unavailable(device) is None):
         return None
     form, bits = blocks.OPERANDS[kind]
     return _Plan(
         program, kind, form, bits, width // 8 if kind == "bits" else width, terms,
-        product.CORRECTED if terms.corrected else product.PLAIN,
+        hopper.CORRECTED if terms.corrected else hopper.PLAIN,
     )  # fmt: skip
 
 
@@ -167,7 +167,7 @@ def linear(x: Tensor, held: Frozen, bias: Tensor | None, dtype: torch.dtype) -> 
 
     held has an operand; bias is contiguous and lies where x does.
     """
-    from .kernels import blocks, few, rows
+    from .kernels import blocks, few, layout, rows
 
     width, w = x.shape[-1], held.operand
     plan = _plan(held.spec, held.names, held.kinds, width, x.dtype, x.device)
@@ -180,7 +180,7 @@ def linear(x: Tensor, held: Frozen, bias: Tensor | None, dtype: torch.dtype) -> 
     y = outputs.empty((*x.shape[:-1], columns), dtype, x.device)
     if y.numel() == 0:
         return y
-    x = blocks.aligned(x)
+    x = layout.aligned(x)
     size = count * plan.bytes
     made = _between(size + 8 * count, x.device)
     a = made.data_ptr()

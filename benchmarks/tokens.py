@@ -1,14 +1,16 @@
-"""Draws how fast a frozen layer is at each number of tokens, from a record.
+"""Draws how fast a frozen layer is at each number of tokens, from a record or a run's table.
 
-    python -m benchmarks.tokens [RECORD.json] [--out tokens.png]
+    python -m benchmarks.tokens [RECORD.json | TABLE.txt] [--out tokens.png]
 
-Without a record: the latest of this kind of machine. The picture lies beside the record unless
---out says otherwise.
+Without either: the latest record of this kind of machine. A run with failures saves no record, and
+its table is what it printed at its end. The picture lies beside what it was drawn from unless --out
+says otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -17,33 +19,52 @@ from typing import Any
 from . import records
 
 Series = dict[str, list[tuple[int, float]]]
+Ratio = tuple[tuple[int, int, int], str, float]  # tokens, in_features, out_features; recipe; ratio
+_LINE = re.compile(r"frozen\[(\d+)x(\d+)x(\d+)-([^\]]+)\].*?([\d.]+)x ")
+_TITLE = re.compile(r"=+ (.+): against torch and the copy bound =+")
 
 
-def series(record: dict[str, Any]) -> dict[tuple[int, int], Series]:
-    """(tokens, bf16's time over ours) by (in_features, out_features) and recipe, ascending."""
-    found: dict[tuple[int, int], Series] = defaultdict(lambda: defaultdict(list))
+def of_record(record: dict[str, Any]) -> tuple[str, list[Ratio]]:
+    """The device, and bf16's time over ours of each frozen layer."""
+    found = []
     for bench in record["benchmarks"]:
         if "::test_frozen[" in bench["fullname"]:
-            tokens, inside, outside = bench["extra_info"]["shape"]
-            recipe = bench["fullname"].rpartition("-")[2].rstrip("]")
-            ratio = bench["extra_info"]["ratio_to_baseline"]
-            found[inside, outside][recipe].append((tokens, ratio))
+            info, recipe = bench["extra_info"], bench["fullname"].rpartition("-")[2].rstrip("]")
+            tokens, inside, outside = info["shape"]
+            found.append(((tokens, inside, outside), recipe, info["ratio_to_baseline"]))
+    return str(record.get("environment", {}).get("device", "")), found
+
+
+def of_table(text: str) -> tuple[str, list[Ratio]]:
+    """The same from the table that ends a run."""
+    title = _TITLE.search(text)
+    found: list[Ratio] = []
+    for tokens, inside, outside, recipe, ratio in _LINE.findall(text):
+        found.append(((int(tokens), int(inside), int(outside)), recipe, float(ratio)))
+    return title[1] if title else "", found
+
+
+def series(ratios: list[Ratio]) -> dict[tuple[int, int], Series]:
+    """(tokens, ratio) by (in_features, out_features) and recipe, ascending."""
+    found: dict[tuple[int, int], Series] = defaultdict(lambda: defaultdict(list))
+    for (tokens, inside, outside), recipe, ratio in ratios:
+        found[inside, outside][recipe].append((tokens, ratio))
     for lines in found.values():
         for points in lines.values():
             points.sort()
     return found
 
 
-def draw(record: dict[str, Any], path: Path) -> None:
-    """Write the picture; ValueError where the record has no frozen layer."""
+def draw(device: str, ratios: list[Ratio], path: Path) -> None:
+    """Write the picture; ValueError where there is no frozen layer."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    found = series(record)
+    found = series(ratios)
     if not found:
-        raise ValueError("the record has no benchmark of a frozen layer (test_frozen)")
+        raise ValueError("there is no benchmark of a frozen layer (test_frozen)")
     figure, axes = plt.subplots(
         1, len(found), figsize=(1 + 3.6 * len(found), 4), sharey=True, squeeze=False
     )
@@ -61,10 +82,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("speed, bf16 nn.Linear = 1")
     axes[0][-1].legend()
-    about = record.get("environment", {})
-    figure.suptitle(
-        f"Frozen quest.Linear, quantization of the activations included; {about.get('device', '')}"
-    )
+    figure.suptitle(f"Frozen quest.Linear, quantization of the activations included; {device}")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -73,7 +91,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tokens", description=__doc__)
-    parser.add_argument("record", nargs="?", type=Path, help="a record; the latest by default")
+    parser.add_argument(
+        "record", nargs="?", type=Path, help="a record, or a table; by default the latest record"
+    )
     parser.add_argument("--out", type=Path, help="where the picture goes")
     given = parser.parse_args(arguments)
     path = given.record
@@ -84,7 +104,9 @@ def main(arguments: list[str] | None = None) -> int:
         path = there[-1]
     out = given.out or path.with_name("tokens.png")
     try:
-        draw(records.load(path), out)
+        table = path.suffix == ".txt"
+        made = of_table(path.read_text("utf-8")) if table else of_record(records.load(path))
+        draw(*made, out)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f"wrote {out}")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import tokens
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -54,3 +56,23 @@ def test_torch_s_own_use_of_torchscript_is_let_through(tail: str) -> None:
         warn(told, "quest.ops")
     with pytest.raises(DeprecationWarning, match="something else"):
         warn("something else is deprecated", "torch.jit._script")
+
+
+def test_a_table_and_a_record_are_drawn_alike() -> None:
+    info = {"shape": [64, 4096, 11008], "ratio_to_baseline": 1.25}
+    name = "benchmarks/bench_linear.py::test_frozen[64x4096x11008-w4a4]"
+    eager = {"fullname": name.replace("frozen", "frozen_eager"), "extra_info": info}
+    record = {
+        "environment": {"device": "NVIDIA X"},
+        "benchmarks": [{"fullname": name, "extra_info": info}, eager],
+    }
+    table = "\n".join((
+        "===== NVIDIA X: against torch and the copy bound =====",
+        "frozen[64x4096x11008-w4a4]    25.9 us    1.25x   1.13-1.46      0.463   249  0.98",
+        "frozen_eager[64x4096x11008-w4a4] (host)   49 us    0.40x   0.38-0.41",
+    ))  # fmt: skip
+    expected = ("NVIDIA X", [((64, 4096, 11008), "w4a4", 1.25)])
+    assert tokens.of_record(record) == expected
+    assert tokens.of_table(table) == expected
+    with pytest.raises(ValueError, match="no benchmark of a frozen layer"):
+        tokens.draw("", [], ROOT / "not.png")

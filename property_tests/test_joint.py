@@ -142,6 +142,13 @@ def test_only_the_input_or_only_a_weight_asks_for_a_gradient() -> None:
     assert [layer.weight.grad is None for layer in layers] == [True, True, False]
 
 
+def test_layers_that_come_one_by_one() -> None:
+    layers = [quest.Linear(16, n, recipe="w4a4") for n in (3, 5)]
+    x = torch.randn(2, 16)
+    made: Any = quest.together(x, (layer for layer in layers))  # type: ignore[arg-type]
+    assert [y.shape[-1] for y in made] == [3, 5]
+
+
 def test_biases_of_some() -> None:
     layers = _layers(bias=True)
     layers[1].bias = None

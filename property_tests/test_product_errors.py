@@ -38,6 +38,7 @@ def _operands(kind: str = "int8", rows: int = 3, width: int = 16) -> torch.Tenso
         (_operands("int16"), _operands(), "a must be int8, or uint8 for bits, of two axes"),
         (_operands(), _operands()[0], "b must be int8, or uint8 for bits, of two axes"),
         (_operands(), _operands("uint8"), "must have the same dtype, columns and device"),
+        (_operands(width=8), _operands(), "must have the same dtype, columns and device"),
         (_operands(), _operands(width=17), "must have the same dtype, columns and device"),
         (_operands(width=2**16 + 1), _operands(width=2**16 + 1), "65536 fit an int32 accumulator"),
         (_operands("uint8", width=2**13 + 1), _operands("uint8", width=2**13 + 1), "65536 fit"),

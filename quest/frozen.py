@@ -145,9 +145,9 @@ def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
     """Quantize a weight (out, in) for layers that run where it lies."""
     pair = operands.kinds(recipe.activation, recipe.weight)
     if pair is None or not paths.has_integers(weight, recipe):
-        values = recipe.weight(weight.detach())
+        values = recipe.weight(weight)
         return Frozen(values, weight=weight, state=_state(weight))
-    operand, scale, _, sums = lowbit.encode(weight.detach(), recipe.weight.spec, pair[1])
+    operand, scale, _, sums = lowbit.encode(weight, recipe.weight.spec, pair[1])
     packed = kept = metadata = None
     if pair[1] == "bits" and _can_be_read(weight, 1):
         packed = operand

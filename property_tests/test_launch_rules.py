@@ -1,0 +1,236 @@
+"""Rules of launchers that only a GPU follows, and numbers that they share with CUDA C++; no GPU.
+
+A wrong tile or a wrong number of bytes would often give right results more slowly, or fail on a
+device alone. What was chosen for a reason stands here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import quest
+from quest import operands, paths
+from quest.kernels import blocks, cuda, few, hadamard, hopper, product, rows, sparse
+from quest.kernels.whole import power_of_two, quotient
+
+KERNELS = Path(blocks.__file__).parent
+
+
+def numbers(file: str) -> dict[str, int]:
+    """What a source names by #define or by constexpr int, where that is a number."""
+    text = (KERNELS / file).read_text()
+    found = dict(re.findall(r"#define (\w+) (\d+)\b", text))
+    for line in re.findall(r"constexpr int ([^;]*);", text):
+        found |= dict(re.findall(r"(\w+) = (\d+)(?=,|$)", line))
+    return {name: int(value) for name, value in found.items()}
+
+
+def test_whole_numbers() -> None:
+    for n in range(1, 3000):
+        power = power_of_two(n)
+        assert power & (power - 1) == 0
+        assert power // 2 < n <= power
+    for a in range(200):
+        for b in range(1, 30):
+            assert (quotient(a, b) - 1) * b < a <= quotient(a, b) * b
+
+
+def test_numbers_of_the_sources() -> None:
+    shared = numbers("hopper.cuh")
+    assert (
+        shared["RAW"], shared["PLAIN"], shared["CORRECTED"],
+    ) == (hopper.RAW, hopper.PLAIN, hopper.CORRECTED)  # fmt: skip
+    dtypes = {
+        torch.int32: "INT32", torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16",
+        torch.float16: "FLOAT16",
+    }  # fmt: skip
+    assert {t: shared[name] for t, name in dtypes.items()} == hopper.OUT
+    floats = {t: name for t, name in dtypes.items() if t.is_floating_point}
+    for file, known in (("halves.cuh", blocks.INPUTS), ("few.cu", few.OUT)):
+        assert {t: numbers(file)[name] for t, name in floats.items()} == known
+    forms = numbers("blocks.cu")
+    assert tuple(forms[name] for name in ("VALUES", "PACKED", "CODES", "INTEGERS")) == (
+        blocks.VALUES,
+        blocks.PACKED,
+        blocks.CODES,
+        blocks.INTEGERS,
+    )
+    assert tuple(forms[name] for name in ("PLAIN", "GATED", "NORMED", "ADDED")) == (
+        blocks.PLAIN,
+        blocks.GATED,
+        blocks.NORMED,
+        blocks.ADDED,
+    )
+    for name in ("PACKED", "CODES", "INTEGERS"):
+        assert numbers("rows.cu")[name] == forms[name]
+    assert (
+        forms["ORDER"], forms["TILE"], forms["MAX_WARPS"],
+    ) == (blocks.ORDER, blocks.TILE, blocks.WARP_LIMIT)  # fmt: skip
+    assert numbers("sparse.cu")["TILE_K"] == sparse.TILE_K == 128
+    assert sparse.BLOCK == 256
+    assert (product.TILE_K, product.CLUSTER, product.CONSUMERS) == (128, 2, 2)
+    assert product.THREADS == 384
+
+
+@pytest.mark.parametrize(
+    ("count", "warps", "segment", "teams", "resident"),
+    [
+        (1, 1, 1, 4, 3), (2, 1, 2, 4, 3), (16, 1, 16, 4, 3), (3, 1, 32, 4, 3), (31, 1, 32, 4, 3),
+        (32, 1, 32, 4, 3), (33, 2, 32, 2, 3), (64, 2, 32, 2, 3), (65, 3, 32, 1, 4),
+        (86, 3, 32, 1, 4), (128, 4, 32, 1, 3), (129, 5, 32, 1, 2), (384, 12, 32, 1, 1),
+    ],
+)  # fmt: skip
+def test_rows_of_blocks(count: int, warps: int, segment: int, teams: int, resident: int) -> None:
+    """Warps of a row, blocks of a row that share a warp, rows of a thread block at a time, and
+    thread blocks of a multiprocessor: twelve warps are what its registers hold.
+    """
+    assert blocks._shape(count) == (warps, segment, teams, resident)
+    assert blocks._shape(count)[0] * teams * resident <= blocks.RESIDENT
+    assert blocks._shared(count) == warps * teams * 2 * 32 * 2 * 128
+
+
+@pytest.mark.parametrize(
+    ("elements", "warps"),
+    [(16, 1), (1024, 1), (2047, 1), (2048, 2), (4096, 4), (16384, 16), (32768, 16)],
+)
+def test_warps_of_a_tile(elements: int, warps: int) -> None:
+    assert hadamard.warps(elements) == warps
+
+
+@pytest.mark.parametrize(
+    ("shape", "order", "tile"),
+    [
+        ((5, 4096), 128, (1, 1024)), ((5, 1000), 8, (1, 1024)), ((5, 256), 128, (4, 256)),
+        ((3, 256), 128, (4, 256)), ((2, 256), 128, (2, 256)), ((1, 256), 128, (1, 256)),
+        ((100, 16), 16, (64, 16)), ((9, 16), 16, (16, 16)), ((5, 4096), 4096, (1, 4096)),
+        ((7, 24), 8, (8, 32)),
+    ],
+)  # fmt: skip
+def test_tiles_of_the_transform(shape: tuple[int, int], order: int, tile: tuple[int, int]) -> None:
+    assert hadamard.tile(*shape, order) == tile
+
+
+def test_warps_of_few_rows() -> None:
+    """Eight blocks of 128 a warp, sixteen warps at the most."""
+    assert [rows._warps(w) for w in (128, 1024, 1152, 4096, 16384, 65536)] == [1, 1, 2, 4, 16, 16]
+    assert rows.SHARED_OF_WARP == 4096
+
+
+@pytest.mark.parametrize(
+    ("tiles", "rows_", "shared"),
+    [
+        (product.WIDE[False], 128, 220240), (product.WIDE[True], 64, 231520),
+        (product.MIDDLE, 128, 218736), (product.NARROW, 64, 220304),
+    ],
+)  # fmt: skip
+def test_shared_memory_of_a_product(tiles: product.Shape, rows_: int, shared: int) -> None:
+    """As product.cu counts it, within what a block of Hopper may have."""
+    assert (tiles.rows, tiles.shared) == (rows_, shared)
+    assert shared <= 227 * 1024
+    pair = 2 * tiles.rows
+    assert tiles.clusters(1, 1) == tiles.clusters(pair, tiles.columns) == 1
+    assert tiles.clusters(pair + 1, tiles.columns + 1) == 4
+
+
+@pytest.mark.parametrize(
+    ("tiles", "numbers_"),
+    [(sparse.WIDE, (128, 384, 227408)), (sparse.NARROW, (128, 384, 217216))],
+)
+def test_tiles_of_the_sparse_product(tiles: sparse.Shape, numbers_: tuple[int, ...]) -> None:
+    assert (tiles.rows, tiles.threads, tiles.shared) == numbers_
+    assert tiles.shared <= 227 * 1024
+    assert tiles.clusters(256, tiles.columns) == 1
+    assert tiles.clusters(257, tiles.columns) == tiles.clusters(256, tiles.columns + 1) == 2
+    assert tiles.clusters(512, 3 * tiles.columns) == 6
+
+
+def test_the_choice_of_sparse_tiles() -> None:
+    """Small ones where large ones leave a quarter of the GPU idle."""
+    at_least = 132 * 3 // 4  # thread blocks, two a cluster
+    assert sparse.shape(256 * 50, 256, 132) == sparse.WIDE
+    assert 2 * 50 >= at_least > 2 * 49
+    assert sparse.shape(256 * 49, 256, 132) == sparse.NARROW
+    assert sparse.shape(256, 256 * 50, 132) == sparse.WIDE
+    assert sparse.shape(256, 128, 2) == sparse.WIDE
+    assert sparse.shape(22016, 1024, 132) == sparse.WIDE
+    with sparse.only(sparse.NARROW):
+        assert sparse.shape(22016, 1024, 132) == sparse.NARROW
+
+
+def _of_few() -> Iterator[tuple[tuple[int, ...], int]]:
+    """(rows, steps, own, bits, cluster), and the bytes that few.cu counts for an operand."""
+    yield (1, 8, 2, 4, 1), 8 * 64 * 2 * 8 + 4 * (1 * 36 + 96 + 2)
+    yield (8, 8, 2, 1, 1), 8 * 64 * 1 * 8 + 4 * (8 * 36 + 96 + 16)
+    yield (9, 4, 1, 2, 4), 16 * 64 * 4 * 4 + 4 * (9 * 20 + 48 + 18)
+    yield (33, 2, 3, 4, 8), 64 * 64 * 2 * 2 + 4 * (33 * 52 + 144 + 66)
+
+
+@pytest.mark.parametrize(("case", "expected"), list(_of_few()))
+def test_shared_memory_of_few_rows(case: tuple[int, ...], expected: int) -> None:
+    rows_, steps, own, bits, cluster = case
+    assert few._shared(rows_, steps, own, bits, cluster, False) == expected
+    # To quantize: two numbers a row, two of each block of the cluster, two a Hadamard block.
+    more = 2 * rows_ * (1 + cluster + steps * 4 // bits)
+    assert few._shared(rows_, steps, own, bits, cluster, True) == expected + 4 * more
+
+
+def test_numbers_of_few_rows() -> None:
+    assert [few._row_tiles(n) for n in (1, 8, 9, 16, 17, 32, 33, 64)] == [1, 1, 2, 2, 4, 4, 8, 8]
+    assert [few._depth(n) for n in few.TILES] == [4, 4, 4, 3]
+    assert [few._parts(bits) for bits in (1, 2, 4)] == [1, 4, 2]
+    assert [few._steps(4096, bits, 1) for bits in (1, 2, 4)] == [8, 16, 32]
+    assert [few._steps(4096 + 128, 4, c) for c in (1, 2, 8)] == [33, 17, 5]
+    assert [few._blocks(3, bits) for bits in (1, 2, 4)] == [12, 6, 3]
+    assert (few.WARPS, few.SHARED, few.QUANTIZED) == (16, 232448, 16384)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_binary_is_kept_where_that_is_asked_for(
+    cached: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    from cuda.core import utils
+
+    real, made = utils.FileStreamProgramCache, []
+
+    def cache() -> object:
+        made.append(real(tmp_path))
+        return made[-1]
+
+    monkeypatch.setattr(utils, "FileStreamProgramCache", cache)
+    macros = rows.macros(torch.bfloat16, 2, "bits")
+    code = cuda.compile_("rows.cu", "sm_90a", macros, cached=cached)
+    assert len(made) == cached
+    assert any(tmp_path.rglob("*")) == cached
+    assert code.code == cuda.compile_("rows.cu", "sm_90a", macros, cached=cached).code
+
+
+def test_who_takes_the_integers_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are enough, on a GPU, narrow enough, of a recipe and a device that have it."""
+    asked: list[str] = []
+
+    def possible(*names: str) -> bool:
+        asked.append(names[-1])
+        return names[0].startswith("uniform4")
+
+    monkeypatch.setattr(paths, "_possible", possible)
+    four, eight = quest.recipe("w4a4"), quest.recipe("w8a8")
+    shapes = {paths.MIN_ROWS: "integers", paths.MIN_ROWS - 1: "values"}
+    for count, expected in shapes.items():
+        x: Any = SimpleNamespace(shape=(count, 256), device=torch.device("cuda", 1))
+        assert paths.choose(x, four) == expected
+        assert paths.choose(x, eight) == "values"
+    assert set(asked) == {"cuda:1"}
+    for shape, device, expected in (
+        ((1, operands.MAX_WIDTH), "cuda", True), ((1, operands.MAX_WIDTH + 1), "cuda", False),
+        ((1, 256), "cpu", False),
+    ):  # fmt: skip
+        t: Any = SimpleNamespace(shape=shape, device=torch.device(device))
+        assert paths.has_integers(t, four) is expected

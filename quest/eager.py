@@ -151,7 +151,7 @@ def _mask(
         return torch.ones(y.shape, dtype=torch.bool, device=y.device)
     inside, pruned, edge = q.thresholds()
     if not edge:
-        distance = (point - y * torch.where(sigma > 0, sigma, 1.0).reciprocal()).abs()
+        distance = (point - y * sigma.reciprocal()).abs()  # NaN in rows of zeros
         return ((distance <= inside) | (sigma == 0)) & (sigma == sigma)
     bound = inside * sigma
     if keep is not None and isinstance(q.estimator, Trust):

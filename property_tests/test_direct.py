@@ -144,6 +144,22 @@ def _without_gradient(layer: quest.Linear, x: Tensor) -> Tensor:
 
 
 @on_cuda
+def test_memory_between_kernels_outlives_its_thread() -> None:
+    """A thread that is new may have the number of one that ended, and so its calls."""
+    if hopper.unavailable(torch.device("cuda")) is not None:
+        pytest.skip("no integer product here")
+    layer, x = _layer("w4a4"), torch.randn(70, 3840, device="cuda").bfloat16()
+    thread = threading.Thread(target=_without_gradient, args=(layer, x))
+    thread.start()
+    thread.join()
+    ((_, _, memory),) = layer._frozen.calls.values()
+    assert memory is not None
+    assert memory.numel() >= 70 * 3840
+    other = torch.full((memory.numel(),), 7, dtype=torch.uint8, device="cuda")
+    assert other.data_ptr() != memory.data_ptr()
+
+
+@on_cuda
 def test_calls_that_are_kept() -> None:
     """So many kinds for a weight, and none of large inputs."""
     layer = _layer("w4a4", 128)
@@ -158,7 +174,7 @@ def test_calls_that_are_kept() -> None:
 
 
 def test_calls_are_of_no_use_to_a_copy() -> None:
-    calls = direct.Calls({("kind",): (object(), (1,))})
+    calls = direct.Calls({("kind",): (object(), (1,), None)})
     for twin in (copy.deepcopy(calls), pickle.loads(pickle.dumps(calls))):
         assert type(twin) is direct.Calls
         assert not twin
@@ -175,5 +191,5 @@ def test_it_is_for_a_gpu() -> None:
     )  # fmt: skip
     assert direct.linear(x, made, None, torch.float32) is None
     assert direct.again(x, made) is None
-    made.calls["kind",] = object(), (1,)  # type: ignore[assignment]
+    made.calls["kind",] = object(), (1,), None
     assert direct.again(x, made) is None

@@ -28,13 +28,16 @@ from .kernels import outputs, product
 if TYPE_CHECKING:
     from .frozen import Frozen
 
-MOST_CALLS = 64  # kinds of calls that are kept for a weight
+MOST_CALLS = 16  # kinds of calls that are kept for a weight
 # Elements of an input whose calls are recorded: with more the device takes longer than the host.
 MOST_ELEMENTS = 2**23
 
 
-class Calls(dict[tuple[object, ...], tuple[Any, tuple[int, ...]]]):
-    """(launches, shape of y) by kind of call; of no use to a copy."""
+class Calls(dict[tuple[object, ...], tuple[Any, tuple[int, ...], Tensor | None]]):
+    """(launches, shape of y, memory between kernels) by kind of call; of no use to a copy.
+
+    The memory is held here, too: a thread may end, and another get its number.
+    """
 
     def __reduce__(self) -> tuple[type[Calls], tuple[()]]:
         return Calls, ()
@@ -68,7 +71,7 @@ def again(x: Tensor, held: Frozen) -> Tensor | None:
     found = None if kind is None else held.calls.get(kind)
     if found is None or kind is None:
         return None
-    launches, shape = found
+    launches, shape, _ = found
     y = x.new_empty(shape)
     launches.queue(kind[3], x.data_ptr(), y.data_ptr())
     return y
@@ -84,7 +87,7 @@ def recorded(x: Tensor, held: Frozen, run: Callable[[], Tensor | None]) -> Tenso
     kind = _kind(x) if 0 < x.numel() <= MOST_ELEMENTS else None
     if kind is None:
         return run()
-    _memory.shared = True
+    _memory.shared, _memory.used = True, None
     try:
         with cuda.recording() as taken:
             y = run()
@@ -98,12 +101,12 @@ def recorded(x: Tensor, held: Frozen, run: Callable[[], Tensor | None]) -> Tenso
         return y
     if len(held.calls) >= MOST_CALLS:
         held.calls.clear()
-    held.calls[kind] = launches, tuple(y.shape)
+    held.calls[kind] = launches, tuple(y.shape), _memory.used
     return y
 
 
-# Of a thread: `shared`, whether a call is being recorded, and `held`, the memory between two
-# kernels by device, stream and size.
+# Of a thread: `shared`, whether a call is being recorded; `used`, what it got between its kernels;
+# and `held`, that memory by device, stream and size.
 _memory = threading.local()
 
 
@@ -117,6 +120,7 @@ def _between(size: int, device: torch.device) -> Tensor:
     if key not in all_:
         all_[key] = torch.empty(size, dtype=torch.uint8, device=device)
     kept: Tensor = all_[key]
+    _memory.used = kept
     return kept
 
 

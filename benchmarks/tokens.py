@@ -29,7 +29,7 @@ def of_record(record: dict[str, Any]) -> tuple[str, list[Ratio]]:
     found = []
     for bench in record["benchmarks"]:
         if "::test_frozen[" in bench["fullname"]:
-            info, recipe = bench["extra_info"], bench["fullname"].rpartition("-")[2].rstrip("]")
+            info, recipe = bench["extra_info"], bench["fullname"].partition("-")[2].rstrip("]")
             tokens, inside, outside = info["shape"]
             found.append(((tokens, inside, outside), recipe, info["ratio_to_baseline"]))
     return str(record.get("environment", {}).get("device", "")), found

@@ -57,6 +57,10 @@ def _toolchain() -> str | None:
         nvrtc.nvrtcVersion()
     except (DynamicLibNotFoundError, RuntimeError) as error:
         return f"NVRTC is not installed: pip install 'quest-lowbit[hopper]' ({error})"
+    try:
+        _driver().cuLaunchKernelEx  # noqa: B018
+    except (OSError, AttributeError) as error:
+        return f"the CUDA driver is not found, or too old: {error}"
     return None
 
 

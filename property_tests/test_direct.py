@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import pickle
 import threading
 
@@ -64,8 +65,11 @@ def test_calls_are_made_again(recipe: str, rows: int, monkeypatch: pytest.Monkey
     expected = [[_watched(layer, x) for x in xs] for layer in layers]
     with torch.no_grad():
         for layer in layers:
+            assert not layer._frozen.calls
             layer(xs[0])
-            assert len(layer._frozen.calls) == 1
+            assert list(layer._frozen.calls.values()) == [None]
+            layer(xs[0])
+            assert None not in layer._frozen.calls.values()
         monkeypatch.setattr(direct, "recorded", None)  # neither again the first way
         monkeypatch.setattr(quest.Linear, "check", None)
         for _ in range(3):
@@ -96,6 +100,7 @@ def test_what_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with torch.no_grad():
         first = passes("first")
+        passes("second")
         passes("again", 0)
         passes("another shape", x=x[None])
         passes("rows apart", x=torch.randn(70, 4000, device="cuda").bfloat16()[:, :3840])
@@ -110,6 +115,7 @@ def test_what_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             passes("another stream")
+            passes("another stream, second")
             passes("another stream again", 0)
             assert torch.equal(passes("and again", 0), first)
         torch.cuda.current_stream().wait_stream(side)
@@ -144,33 +150,72 @@ def _without_gradient(layer: quest.Linear, x: Tensor) -> Tensor:
 
 
 @on_cuda
-def test_memory_between_kernels_outlives_its_thread() -> None:
+def test_memory_between_kernels_outlives_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that is new may have the number of one that ended, and so its calls."""
     if hopper.unavailable(torch.device("cuda")) is not None:
         pytest.skip("no integer product here")
     layer, x = _layer("w4a4"), torch.randn(70, 3840, device="cuda").bfloat16()
-    thread = threading.Thread(target=_without_gradient, args=(layer, x))
-    thread.start()
-    thread.join()
+    expected = _watched(layer, x)
+    monkeypatch.setattr(direct.threading, "get_ident", lambda: 1)
+    told: list[Tensor] = []
+
+    def calls(n: int) -> None:
+        told.extend(_without_gradient(layer, x) for _ in range(n))
+
+    def run(n: int) -> None:
+        thread = threading.Thread(target=calls, args=(n,))
+        thread.start()
+        thread.join()
+
+    run(2)
     ((_, _, memory),) = layer._frozen.calls.values()
-    assert memory is not None
-    assert memory.numel() >= 70 * 3840
-    other = torch.full((memory.numel(),), 7, dtype=torch.uint8, device="cuda")
-    assert other.data_ptr() != memory.data_ptr()
+    size = memory.numel()
+    del memory
+    gc.collect()
+    others = [torch.full((size,), 7, dtype=torch.uint8, device="cuda") for _ in range(4)]
+    monkeypatch.setattr(direct, "linear", None)
+    run(2)
+    assert len(told) == 4
+    assert all(torch.equal(y, expected) for y in told)
+    assert all((other == 7).all() for other in others)
 
 
 @on_cuda
 def test_calls_that_are_kept() -> None:
-    """So many kinds for a weight, and none of large inputs."""
+    """So many kinds for a weight, the oldest go; and none of large inputs."""
+    if hopper.unavailable(torch.device("cuda")) is not None:
+        pytest.skip("no integer product here")
     layer = _layer("w4a4", 128)
     with torch.no_grad():
-        for rows in range(1, direct.MOST_CALLS + 2):
+        for rows in range(1, direct.MOST_CALLS + 3):
             layer(torch.ones(rows, 128, device="cuda", dtype=torch.bfloat16))
-            assert len(layer._frozen.calls) in (0, 1 + (rows - 1) % direct.MOST_CALLS)
+        kept = [kind[0][0] for kind in layer._frozen.calls]
+        assert kept == list(range(3, direct.MOST_CALLS + 3))
         layer._frozen.calls.clear()
         rows = direct.MOST_ELEMENTS // 128 + 1
-        layer(torch.ones(rows, 128, device="cuda", dtype=torch.bfloat16))
+        for _ in range(3):
+            layer(torch.ones(rows, 128, device="cuda", dtype=torch.bfloat16))
         assert not layer._frozen.calls
+
+
+def test_the_oldest_call_goes() -> None:
+    calls = direct.Calls()
+    for i in range(direct.MOST_CALLS + 2):
+        direct._keep(calls, (i,), None)
+    assert list(calls) == [(i,) for i in range(2, direct.MOST_CALLS + 2)]
+    direct._keep(calls, (2,), (None, (1,), None))
+    assert next(iter(calls)) == (2,)
+    assert len(calls) == direct.MOST_CALLS
+
+
+def test_what_is_no_tensor_is_told() -> None:
+    """Also where calls are kept."""
+    layer = quest.Linear(16, 4, False, "w4a4").eval().freeze()
+    held = layer._frozen
+    assert held is not None
+    held.calls["kind",] = None
+    with torch.no_grad(), pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got list"):
+        layer([1.0])
 
 
 def test_calls_are_of_no_use_to_a_copy() -> None:

@@ -142,6 +142,21 @@ def test_only_the_input_or_only_a_weight_asks_for_a_gradient() -> None:
     assert [layer.weight.grad is None for layer in layers] == [True, True, False]
 
 
+@pytest.mark.parametrize("recipe", ["bf16", "w4a4", "w4a16"])
+def test_a_stacked_model_is_copied(recipe: str) -> None:
+    layers = torch.nn.ModuleList(quest.Linear(16, n, recipe=recipe).eval() for n in (3, 5))
+    for layer in layers:
+        layer.freeze()
+    assert joint.stack(list(layers))
+    x = torch.randn(2, 16)
+    with torch.no_grad():
+        twins = list(copy.deepcopy(layers))
+        both = (quest.together(x, list(layers)), quest.together(x, twins))
+        for y, z in zip(*both, strict=True):
+            assert torch.equal(y, z)
+            assert not y.requires_grad
+
+
 def test_layers_that_come_one_by_one() -> None:
     layers = [quest.Linear(16, n, recipe="w4a4") for n in (3, 5)]
     x = torch.randn(2, 16)

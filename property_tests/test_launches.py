@@ -76,6 +76,23 @@ def test_a_launch(driver: Driver) -> None:
     ]
 
 
+def test_each_launch_goes_to_the_stream_that_is_current(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = kernel()
+    with cuda.recording() as taken:
+        one.launch(1, 1000, MAP, 0, 0, 0.0)
+    again = cuda.Again(taken, 1000)
+    for stream in (7, 8, 0, 0, 7):
+        again.queue(stream, 5)
+        assert driver.seen[-1][1] == stream
+        monkeypatch.setattr(
+            torch._C, "_cuda_getCurrentRawStream", lambda _, s=stream: s, raising=False
+        )
+        one.launch(1, 1000, MAP, 0, 0, 0.0)
+        assert driver.seen[-1][1] == stream
+
+
 def test_what_the_driver_refuses(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
     monkeypatch.setattr(cuda, "done", told.append)

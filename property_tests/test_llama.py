@@ -136,6 +136,10 @@ def test_a_block_is_its_formula_without_a_gradient(model: Llama, dtype: torch.dt
         block.mlp.register_forward_hook(lambda _, given, __: seen.append(given[0]))
         assert torch.equal(block(x, *angles), expected)
         assert torch.equal(seen[0], normed)
+        compiled: list[int] = []
+        block.self_attn.compile(backend=lambda made, _: compiled.append(1) or made.forward)
+        block(x, *angles)
+        assert compiled
         block.mlp = nn.Identity()  # a user's own
         assert torch.equal(block(x, *angles), h + normed)
 

@@ -166,8 +166,14 @@ def test_nothing_is_saved_where_no_gradient_is_asked_for() -> None:
             patch.setattr(lowbit_linear, "_CPU", counted)
             with paths.only("integers"):
                 made = [layers[0](x), *quest.together(x, layers)]
+                assert len(seen) == 5  # x and the weights, when asked for
+                for layer in layers:
+                    layer.requires_grad_(False)
+                layers[0](x), quest.together(x, layers)
+                for layer in layers:
+                    layer.requires_grad_(True)
         assert [y.requires_grad for y in made] == [asked] * 3
-        assert len(seen) == 5  # x and the weights, when asked for
+        assert len(seen) == 5
     with torch.no_grad():
         ys = lowbit_linear.low_bit_linear(x, weights, [], *specs, torch.float32, False)
     assert all(map(torch.equal, ys, made[1:]))

@@ -60,7 +60,7 @@ def test_torch_s_own_use_of_torchscript_is_let_through(tail: str) -> None:
 
 def test_a_table_and_a_record_are_drawn_alike() -> None:
     info = {"shape": [64, 4096, 11008], "ratio_to_baseline": 1.25}
-    name = "benchmarks/bench_linear.py::test_frozen[64x4096x11008-w4a4]"
+    name = "benchmarks/bench_linear.py::test_frozen[64x4096x11008-w4a4-2:4]"
     eager = {"fullname": name.replace("frozen", "frozen_eager"), "extra_info": info}
     record = {
         "environment": {"device": "NVIDIA X"},
@@ -68,10 +68,10 @@ def test_a_table_and_a_record_are_drawn_alike() -> None:
     }
     table = "\n".join((
         "===== NVIDIA X: against torch and the copy bound =====",
-        "frozen[64x4096x11008-w4a4]    25.9 us    1.25x   1.13-1.46      0.463   249  0.98",
+        "frozen[64x4096x11008-w4a4-2:4]    25.9 us    1.25x   1.13-1.46      0.463   249  0.98",
         "frozen_eager[64x4096x11008-w4a4] (host)   49 us    0.40x   0.38-0.41",
     ))  # fmt: skip
-    expected = ("NVIDIA X", [((64, 4096, 11008), "w4a4", 1.25)])
+    expected = ("NVIDIA X", [((64, 4096, 11008), "w4a4-2:4", 1.25)])
     assert tokens.of_record(record) == expected
     assert tokens.of_table(table) == expected
     with pytest.raises(ValueError, match="no benchmark of a frozen layer"):

@@ -5,10 +5,10 @@ Here nothing is checked that freezing a weight and `Linear` have settled, and op
 sums of the input are addresses in one allocation. The kernels and the numbers are those of
 `lowbit.operand` and then `lowbit.product` or `packed.packed_product`.
 
-What a first call launches is recorded, and a call like it (`again`) gives the same launches the
-addresses of its input and its output, and does nothing else. Both calls of a thread share the
-memory between their kernels with every other on their stream, where one ends before the next
-begins.
+What a second call of a kind launches is recorded, and a call like it (`again`) gives the same
+launches the addresses of its input and its output, and does nothing else. Both calls of a thread
+share the memory between their kernels with every other on their stream, where one ends before the
+next begins.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ from .kernels import outputs, product
 if TYPE_CHECKING:
     from .frozen import Frozen
 
-MOST_CALLS = 16  # kinds of calls that are kept for a weight
+MOST_CALLS = 64  # kinds of calls that are kept for a weight
 # Elements of an input whose calls are recorded: with more the device takes longer than the host.
 MOST_ELEMENTS = 2**23
 
 
-class Calls(dict[tuple[object, ...], tuple[Any, tuple[int, ...], Tensor | None]]):
+class Calls(dict[tuple[object, ...], tuple[Any, tuple[int, ...], Tensor | None] | None]):
     """(launches, shape of y, memory between kernels) by kind of call; of no use to a copy.
+
+    None for a kind that was seen once: to record takes as long as a call, and shapes may not recur.
 
     The memory is held here, too: a thread may end, and another get its number.
     """
@@ -43,8 +45,10 @@ class Calls(dict[tuple[object, ...], tuple[Any, tuple[int, ...], Tensor | None]]
         return Calls, ()
 
 
-def _kind(x: Tensor) -> tuple[object, ...] | None:
+def _kind(x: Any) -> tuple[object, ...] | None:
     """What a recorded call depends on besides its weight; None where it is not to be recorded."""
+    if not isinstance(x, Tensor):
+        return None
     index = x.get_device()
     if (
         not ops.direct(x)
@@ -78,7 +82,7 @@ def again(x: Tensor, held: Frozen) -> Tensor | None:
 
 
 def recorded(x: Tensor, held: Frozen, run: Callable[[], Tensor | None]) -> Tensor | None:
-    """run(), which is y for x or None; its launches are kept for `again`.
+    """run(), which is y for x or None; at the second of a kind its launches are kept for `again`.
 
     Between its kernels it may use no memory but that of `_between`, and what the weight holds.
     """
@@ -86,6 +90,9 @@ def recorded(x: Tensor, held: Frozen, run: Callable[[], Tensor | None]) -> Tenso
 
     kind = _kind(x) if 0 < x.numel() <= MOST_ELEMENTS else None
     if kind is None:
+        return run()
+    if kind not in held.calls:
+        _keep(held.calls, kind, None)
         return run()
     _memory.shared, _memory.used = True, None
     try:
@@ -99,10 +106,17 @@ def recorded(x: Tensor, held: Frozen, run: Callable[[], Tensor | None]) -> Tenso
         launches = cuda.Again(taken, x.data_ptr(), y.data_ptr())
     except ValueError:  # something was copied or converted on the way
         return y
-    if len(held.calls) >= MOST_CALLS:
-        held.calls.clear()
-    held.calls[kind] = launches, tuple(y.shape), _memory.used
+    _keep(held.calls, kind, (launches, tuple(y.shape), _memory.used))
     return y
+
+
+def _keep(
+    calls: Calls, kind: tuple[object, ...], call: tuple[Any, tuple[int, ...], Tensor | None] | None
+) -> None:
+    """Put a call in the place of the oldest where there are many."""
+    while len(calls) >= MOST_CALLS and kind not in calls:
+        calls.pop(next(iter(tuple(calls))), None)
+    calls[kind] = call
 
 
 # Of a thread: `shared`, whether a call is being recorded; `used`, what it got between its kernels;

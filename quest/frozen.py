@@ -96,6 +96,7 @@ class Stack:
 _ROWS = ("values", "operand", "packed", "scale", "sums", "kept", "metadata")
 
 
+@torch.no_grad()
 def stack(parts: Sequence[Frozen]) -> list[Frozen]:
     """The same frozen weights as rows of one, `stacked(...)`. They must be of one recipe."""
     made: dict[str, Tensor | None] = {}
@@ -145,7 +146,7 @@ def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
     """Quantize a weight (out, in) for layers that run where it lies."""
     pair = operands.kinds(recipe.activation, recipe.weight)
     if pair is None or not paths.has_integers(weight, recipe):
-        values = recipe.weight(weight)
+        values = recipe.weight(weight.detach())  # which "bf16" returns as it is
         return Frozen(values, weight=weight, state=_state(weight))
     operand, scale, _, sums = lowbit.encode(weight, recipe.weight.spec, pair[1])
     packed = kept = metadata = None

@@ -18,7 +18,7 @@ from torch.nn.modules import module as modules
 
 from . import frozen, paths
 from .linear import Linear
-from .lowbit_linear import low_bit_linear
+from .lowbit_linear import low_bit_linear, saves
 
 
 def together(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
@@ -109,6 +109,7 @@ def hooked(layer: nn.Module) -> bool:
         or layer._forward_pre_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks
+        or layer._compiled_call_impl is not None  # compiled by itself
         or "forward" in vars(layer)  # replaced for this one, as libraries that move weights do
         or modules._global_forward_hooks
         or modules._global_forward_pre_hooks
@@ -122,9 +123,9 @@ def _live(x: Tensor, layers: list[Linear]) -> tuple[Tensor, ...]:
     recipe = layers[0].recipe
     if paths.choose(x, recipe) == "integers":
         specs = recipe.activation.spec, recipe.weight.spec
-        weights = [layer.weight for layer in layers]
+        weights, biases = [layer.weight for layer in layers], _biases(layers)
         made = low_bit_linear(
-            x, weights, _biases(layers), *specs, layers[0].out_dtype(x), torch.is_grad_enabled()
+            x, weights, biases, *specs, layers[0].out_dtype(x), saves(x, weights, biases)
         )
         return tuple(made[: len(layers)])
     values = recipe.activation(x)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import direct, frozen, ops, paths
-from .lowbit_linear import low_bit_linear
+from .lowbit_linear import low_bit_linear, saves
 from .recipes import Recipe, recipe
 
 HEADS = frozenset({"lm_head", "output", "head", "embed_out", "classifier", "score"})
@@ -120,7 +120,7 @@ class Linear(nn.Linear):
         specs = self.recipe.activation.spec, self.recipe.weight.spec
         bias = [] if self.bias is None else [self.bias]
         y: Tensor = low_bit_linear(
-            x, [self.weight], bias, *specs, self.out_dtype(x), torch.is_grad_enabled()
+            x, [self.weight], bias, *specs, self.out_dtype(x), saves(x, [self.weight], bias)
         )[0]
         return y
 

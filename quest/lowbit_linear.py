@@ -89,6 +89,11 @@ def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], made:
         )
 
 
+def saves(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> bool:
+    """Whether a gradient will be asked of `low_bit_linear` for any of these."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *biases))
+
+
 @torch.library.custom_op("quest::low_bit_linear", mutates_args=())
 def low_bit_linear(
     x: Tensor,

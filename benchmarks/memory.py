@@ -38,7 +38,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quest
-from quest import paths
+from quest import operands, paths
 from quest.models import SIZES, Llama, LlamaConfig
 from quest.train.optimizer import adamw
 from quest.train.step import Step
@@ -70,14 +70,16 @@ class Shape:
         """What a saved tensor is."""
         c, n = self.config, self.tokens
         rows = math.prod(t.shape[:-1])
+        d, hidden = c.width, c.hidden
+        weights = ((d, d), (hidden, d), (d, hidden), (c.vocab_size, d))
+        if t.dtype == torch.bfloat16 and tuple(t.shape) in (*weights, *(w[::-1] for w in weights)):
+            return WEIGHTS
         if t.dtype in (torch.uint8, torch.int8):
             return OURS if rows == n else OURS_WEIGHTS
         if t.numel() <= max(n, self.length * c.head_width, n * c.heads):
             return SMALL
         if t.numel() == n * c.vocab_size:
             return LOGITS
-        if t.ndim == 2 and rows != n and t.dtype == torch.bfloat16:
-            return WEIGHTS
         if t.numel() == n * c.hidden:
             return GATED
         if t.ndim == 4:
@@ -253,6 +255,19 @@ def main(
 ) -> None:
     """What a step of training holds at its peak."""
     shape = Shape(SIZES[size].architecture(vocabulary), sequences, length)
+    config = shape.config
+    if shape.tokens in (config.width, config.hidden, vocabulary):
+        raise click.UsageError(
+            f"{shape.tokens} tokens are as many as the model's width, hidden width or vocabulary: "
+            "what is a weight and what an activation could not be told apart"
+        )
+    for name in recipes:
+        try:
+            made = quest.recipe(name)
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--recipe") from None
+        if name != "bf16" and operands.kinds(made.activation, made.weight) is None:
+            raise click.BadParameter(f"{name} has no product of integers", param_hint="--recipe")
     columns = {recipe: at_peak(shape, recipe, not eager) for recipe in recipes}
     real = {r: measured(shape, r) for r in recipes} if cases.CUDA and not eager else {}
     click.echo(f"{size}, {sequences} x {length} tokens, blocks {'eager' if eager else 'compiled'}")

@@ -87,3 +87,17 @@ def test_storages_count_once_and_until_their_end() -> None:
         del z
     assert live.now.total() == 0
     assert live.peak.total() == 8000
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--recipe", "w4b4"], "Invalid value for --recipe: recipe must be"),
+        (["--recipe", "w4a16"], "Invalid value for --recipe: w4a16 has no product of integers"),
+        (["--size", "demo", "--sequences", "2", "--length", "128"], "256 tokens are as many as"),
+    ],
+)
+def test_what_can_not_be_reckoned(options: list[str], told: str) -> None:
+    done = CliRunner().invoke(memory.main, options)
+    assert done.exit_code == 2
+    assert told in " ".join(done.output.split())

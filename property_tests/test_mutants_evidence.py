@@ -40,6 +40,7 @@ OUTCOMES = {
     "import": ("killed", "import"),
     "survivor": ("survived", ""),
     "refused": ("refused", ""),
+    "identical": ("identical", ""),
 }
 KILLS = {"kill by a", "kill by b"}
 
@@ -164,7 +165,10 @@ def test_a_journal_goes_on_where_it_stopped(tmp_path: Path) -> None:
     first.add(MUTANT, Result(MUTANT.id, MUTANT.what, "killed", A, 1.0))
     with first.path.open("a") as file:
         file.write('{"id": "quest/a.py:f:con')  # the end of a run that was killed
+    other = replace(MUTANT, id="quest/a.py:f:constant:9")
+    journal(tmp_path).add(other, Result(other.id, other.what, "killed", A, 1.0))
     again = journal(tmp_path)
+    assert again.known(other) is not None
     found = again.known(MUTANT)
     assert found is not None
     assert (found.outcome, found.by) == ("killed", A)
@@ -183,9 +187,31 @@ def test_a_kill_is_void_where_its_tests_call_something_else_now(tmp_path: Path) 
     first.add(MUTANT, Result(MUTANT.id, MUTANT.what, "killed", A, 1.0))
     for lines, holds in ((LINES, True), ({A.partition("::")[0]: {"quest/a.py": {7}}}, False)):
         later = journal(tmp_path)
+        later.known(MUTANT)  # what it was asked before counts no more
         later.learn(Seen(lines))  # type: ignore[arg-type]
         assert (later.known(MUTANT) is not None) == holds
         assert (journal(tmp_path).known(MUTANT) is not None) == holds
+
+
+def test_a_look_at_some_tests_changes_no_calls_that_are_known(tmp_path: Path) -> None:
+    project(tmp_path)
+    first = journal(tmp_path)
+    first.learn(Seen())  # type: ignore[arg-type]
+    first.add(MUTANT, Result(MUTANT.id, MUTANT.what, "killed", A, 1.0))
+    tests = A.partition("::")[0]
+    first.learn(Seen({tests: {"quest/a.py": {7}}}), part=True)  # type: ignore[arg-type]
+    assert journal(tmp_path).known(MUTANT) is not None
+
+
+@pytest.mark.parametrize("name", ["property_tests/promoted.json", "benchmarks/cases.py"])
+def test_what_tests_read_besides_counts(name: str, tmp_path: Path) -> None:
+    project(tmp_path)
+    first = journal(tmp_path)
+    first.add(MUTANT, Result(MUTANT.id, MUTANT.what, "survived"))
+    assert journal(tmp_path).known(MUTANT) is not None
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("[]")
+    assert journal(tmp_path).known(MUTANT) is None
 
 
 def test_a_survivor_is_void_with_any_test(tmp_path: Path) -> None:

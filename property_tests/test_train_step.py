@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quest
+from quest.cli import main
 from quest.models import SIZES, Llama, LlamaConfig, Size
 from quest.train import Request, TrainConfig, UserError, loop, plot, progress, run
 from quest.train.metrics import Row
@@ -241,6 +242,24 @@ def test_a_step_is_captured_on_a_gpu(
     step = _step("bf16")
     job: Any = dataclasses.make_dataclass("Job", ["device", "graph"])(torch.device(device), graph)
     assert type(loop.stepper(step.model, step.optimizer, job)) is kind
+
+
+@pytest.mark.parametrize(
+    ("options", "graph"), [((), True), (("--graph",), True), (("--no-graph",), False)]
+)
+def test_the_command_says_whether_to_capture(
+    options: tuple[str, ...], graph: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def stepper(model: Any, optimizer: Any, job: Any) -> None:
+        seen.append(job.graph)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "stepper", stepper)
+    out = ["--out", str(tmp_path / "run"), "--steps", "1", "--device", "cpu"]
+    assert main(["train", "--recipe", "w4a4", *out, *options]) != 0
+    assert seen == [graph]
 
 
 @cuda

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -100,6 +101,8 @@ def main(
     rests on (see evidence.py). Exit status 1 where a mutant survives that is not proven
     equivalent, or where a proof is stale.
     """
+    # Ended in order, with the processes that are at work.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     until = math.inf if minutes is None else time.monotonic() + 60 * minutes
     # IDs are long, and a file has no width.
     console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=160)
@@ -157,6 +160,8 @@ def _choose(
     if left_by is not None:
         left = table.recorded(left_by, ("not run", "survived"))
         chosen = [m for m in chosen if m.family == "cuda" or m.id in left]
+    if not chosen:
+        raise click.UsageError("no mutant is of all that was asked for; --list shows what there is")
     return chosen
 
 
@@ -221,7 +226,7 @@ def _run(
         elif all(m.family == "court" for m in missing):
             names = frozenset(n for m in missing for n in (*choice.HELPERS, *choice.OWN[m.file]))
         seen = baseline.measure(folder, work / "baseline.json", plan.jobs, console.print, names)
-        journal.learn(seen)
+        journal.learn(seen, part=names != baseline.ALL)
         for test in seen.failed:
             console.print(f"[red]fails without a fault, and is left out:[/] {test}")
         bar = Progress(

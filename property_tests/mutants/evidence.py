@@ -32,7 +32,10 @@ from .baseline import OURS, has_gpu
 from .mutant import ROOT
 from .trace import WATCHED
 
-PACKAGES = ("torch", "triton", "numpy", "scipy", "pytest", "hypothesis", "cuda-bindings")
+PACKAGES = (
+    "torch", "triton", "numpy", "scipy", "pytest", "hypothesis", "cuda-bindings", "cuda-core",
+    "nvidia-cuda-nvrtc",
+)  # fmt: skip
 Calls = Mapping[str, Collection[str]]  # of a file of tests: functions by file
 
 
@@ -99,8 +102,11 @@ class Evidence:
             for p in tests if not p.name.startswith(OURS)
         }  # fmt: skip
         settings = [root / "conftest.py", root / "pyproject.toml"]
+        replayed = sorted((root / "property_tests").glob("*.json"))
+        imported = sorted((root / "benchmarks").glob("*.py"))  # by some tests
+        self._besides = [f"{p.name} {p.read_bytes().hex()}" for p in imported]
         self._common = _digest([
-            *(f"{p.name} {p.read_bytes().hex()}" for p in settings if p.exists()),
+            *(f"{p.name} {p.read_bytes().hex()}" for p in (*settings, *replayed) if p.exists()),
             *(f"{n} {d}" for n, d in self._tests.items() if "/test_" not in n),
             *environment(),
         ])  # fmt: skip
@@ -108,6 +114,7 @@ class Evidence:
 
     def learn(self, tests: str, lines: Mapping[str, Collection[int]]) -> None:
         """Note which functions a file of tests calls, given the lines that it executes."""
+        self._keys.clear()
         self.calls[tests] = {
             file: names for file, of in sorted(lines.items())
             if file in self.outlines and (names := self.outlines[file].called(of))
@@ -116,7 +123,7 @@ class Evidence:
     def key(self, outcome: str, file: str, by: str) -> str:
         """What this outcome of a mutant of `file` rests on; by: the test that killed it."""
         tests = by.partition("::")[0]
-        if outcome in ("refused", "identical"):
+        if outcome == "refused":
             return self._once("compiled", "", self._of_binaries)
         if "::" in by and not by.endswith(")") and tests in self.calls and tests in self._tests:
             return self._once(file, tests, lambda: self._of_kill(file, tests))
@@ -142,7 +149,7 @@ class Evidence:
     def _of_all(self) -> str:
         parts = [f"{n} {o.digest(None)}" for n, o in self.outlines.items()]
         parts += [f"{n} {d}" for n, d in (self._data | self._tests).items()]
-        return _digest([self._common, *parts])
+        return _digest([self._common, *self._besides, *parts])
 
     def _of_binaries(self) -> str:
         names = [n for n in self.outlines if n.startswith("kernels/")]

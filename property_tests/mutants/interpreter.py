@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import runpy
 import select
 import signal
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_CORE)
 ENVIRONMENT = {
     "TRITON_INTERPRET": "1",
     "OMP_NUM_THREADS": "1",
@@ -39,12 +41,14 @@ class Server:
             env=os.environ | ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=folder,
         )  # fmt: skip
         assert self._process.stdout is not None
-        self._process.stdout.readline()  # it listens
+        if not self._process.stdout.readline():  # it listens
+            raise RuntimeError("the interpreter's server did not start: see what it printed")
 
     def close(self) -> None:
         """End the server."""
         self._process.kill()
         self._process.wait()
+        self.address.unlink(missing_ok=True)
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 stream.close()
@@ -59,7 +63,8 @@ def use(address: Path, told: Path) -> None:
             (theirs_in, ours_in), (ours_out, theirs_out) = os.pipe(), os.pipe()
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.connect(str(address))
-                where = json.dumps(os.getcwd()).encode()
+                limits = [resource.getrlimit(name) for name in LIMITS]
+                where = json.dumps([os.getcwd(), limits]).encode()
                 socket.send_fds(connection, [where], [theirs_in, theirs_out, 2])
                 told.write_bytes(connection.recv(32))
             os.close(theirs_in)
@@ -93,23 +98,27 @@ def _serve(address: str) -> None:
         print("listening", flush=True)
         while server in select.select([server, sys.stdin], [], [])[0]:
             connection, _ = server.accept()
-            message, fds, _, _ = socket.recv_fds(connection, 2**14, 3)
-            if len(fds) == 3 and (number := os.fork()):
-                connection.send(str(number).encode())
-            elif len(fds) == 3:
-                server.close()
-                connection.close()
-                for place, fd in enumerate(fds):
-                    os.dup2(fd, place)
-                    os.close(fd)
-                _work(json.loads(message))
+            fds: list[int] = []
+            # A mutant that ends while it asks ends its own connection, and not the server.
+            with connection, contextlib.suppress(OSError):
+                message, fds, _, _ = socket.recv_fds(connection, 2**14, 3)
+                if len(fds) == 3 and (number := os.fork()):
+                    connection.send(str(number).encode())
+                elif len(fds) == 3:
+                    server.close()
+                    connection.close()
+                    for place, fd in enumerate(fds):
+                        os.dup2(fd, place)
+                        os.close(fd)
+                    _work(*json.loads(message))
             for fd in fds:
                 os.close(fd)
-            connection.close()
 
 
-def _work(folder: str) -> None:
-    """Be a worker of the project in `folder`, to the end."""
+def _work(folder: str, limits: list[tuple[int, int]]) -> None:
+    """Be a worker of the project in `folder`, to the end, within the limits of who asked for it."""
+    for name, limit in zip(LIMITS, limits, strict=True):
+        resource.setrlimit(name, limit)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.chdir(folder)
     sys.path.insert(0, folder)

@@ -61,7 +61,8 @@ def choose_device(name: str) -> torch.device:
 def run(request: Request, console: Console) -> list[loop.Outcome]:
     """Train every recipe on the same batches; writes into ``request.out`` and tells ``console``.
 
-    Raises `UserError` for input that cannot be used, before anything on the disk is changed.
+    Raises `UserError` for input that cannot be used, before anything on the disk is changed; and,
+    after some steps, where a GPU can't capture one, which ``request.graph`` asks for.
     """
     config = request.config
     try:

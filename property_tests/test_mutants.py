@@ -169,6 +169,17 @@ def test_who_launches_a_header() -> None:
     assert all(map(choice.launchers, command.CUDA))
 
 
+def test_every_test_may_need_what_runs_at_import() -> None:
+    """Also where only one was seen to run it, in a process of its own."""
+    one, other = "property_tests/test_rows.py::a", "property_tests/test_launch_rules.py::b"
+    outside = KNOWN["kernels/hopper.py:module:constant:8"]
+    inside = next(m for m in KNOWN.values() if m.id.startswith("kernels/hopper.py:tensor_map:"))
+    for mutant, expected in ((outside, [one, other]), (inside, [one])):
+        lines = {mutant.file: {n: {one} for n in range(1, 200)}}
+        seen = Baseline({one: 1.0, other: 1.0}, lines, [])
+        assert sorted(t for part in stages(mutant, seen) for t in part.tests) == sorted(expected)
+
+
 def test_files_that_have_mutants() -> None:
     assert {"kernels/hopper.cuh", "kernels/rows.cu"} < set(command.CUDA)
     assert {"kernels/rows.py", "quest/prologue.py"} < set(command.SYSTEMATIC)
@@ -235,25 +246,25 @@ def test_a_table_tells_what_was_not_tried() -> None:
 
 
 def test_tests_that_execute_the_line_come_first() -> None:
-    m = dataclasses.replace(KNOWN["quest/packing.py:pack:remove:0"], lines=(5, 6))
+    m = dataclasses.replace(KNOWN["quest/packing.py:pack:remove:0"], lines=(18, 19))
     names = [f"property_tests/test_{n}.py::t" for n in ("packing", "api", "train", "errors")]
     tests = dict(zip(names, (2.0, 1.0, 3.0, 0.5), strict=True))
-    of = {5: {names[0], names[1]}, 9: {names[2]}}
+    of = {18: {names[0], names[1]}, 22: {names[2]}}
     planned = stages(m, Baseline(tests, {m.file: of}, []))
     # Its own tests before cheaper ones; then what touches the file; never what does not.
     assert [list(part.tests) for part in planned] == [[names[0], names[1]], [names[2]], []]
     assert planned[-1] == Part("ci", ("property_tests/test_packing.py",), {})
-    assert stages(dataclasses.replace(m, lines=(7, 8)), Baseline(tests, {m.file: of}, [])) == []
-    everywhere = stages(m, Baseline(tests, {m.file: of | {6: {IMPORT}}}, []))
+    assert stages(dataclasses.replace(m, lines=(20, 21)), Baseline(tests, {m.file: of}, [])) == []
+    everywhere = stages(m, Baseline(tests, {m.file: of | {19: {IMPORT}}}, []))
     assert [t for part in everywhere for t in part.tests] == names
     failing = stages(m, Baseline(tests, {m.file: of}, [names[0]]))
     assert list(failing[0].tests) == [names[1], names[2]]
 
 
 def test_likely_killers_come_before_all_others() -> None:
-    m = dataclasses.replace(KNOWN["quest/packing.py:pack:remove:0"], lines=(5, 6))
+    m = dataclasses.replace(KNOWN["quest/packing.py:pack:remove:0"], lines=(18, 19))
     names = [f"property_tests/test_{n}.py::t" for n in ("packing", "api", "train")]
-    seen = Baseline(dict(zip(names, (1.0, 4.0, 2.0), strict=True)), {m.file: {5: set(names)}}, [])
+    seen = Baseline(dict(zip(names, (1.0, 4.0, 2.0), strict=True)), {m.file: {18: set(names)}}, [])
     # What killed eight times as often is cheaper than what takes half as long.
     killers = Counter({names[1]: 8, names[2]: 1, "property_tests/test_gone.py::t": 9})
     found = [t for part in stages(m, seen, killers) for t in part.tests]

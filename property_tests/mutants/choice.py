@@ -13,6 +13,7 @@ kills most. The cheapest for its kills is the first of them.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -188,11 +189,23 @@ def _order(mutant: Mutant, baseline: Baseline, killers: Counter[str]) -> list[st
     return chosen
 
 
+def _at_import(mutant: Mutant) -> bool:
+    """Whether a line of it stands in no function."""
+    bodies: set[int] = set()
+    for node in ast.walk(ast.parse(read(mutant.file))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            bodies.update(range(node.body[0].lineno, (node.end_lineno or node.lineno) + 1))
+    first, last = mutant.lines
+    return any(n not in bodies for n in range(first, last + 1))
+
+
 def _covering(mutant: Mutant, baseline: Baseline) -> set[str]:
     if mutant.file.partition("/")[0] not in WATCHED:
         return {IMPORT}  # a helper of the tests: any of them may need it
     if not mutant.file.endswith((".cu", ".cuh")):
-        return baseline.covering(mutant.file, *mutant.lines)
+        found = baseline.covering(mutant.file, *mutant.lines)
+        # What runs at import may have run before anything was looked at: every test may need it.
+        return found | {IMPORT} if found and _at_import(mutant) else found
     # What a test executes of a CUDA C++ kernel is not seen; that it is launched is.
     found: set[str] = set()
     for python in launchers(mutant.file):

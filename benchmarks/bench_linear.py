@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -96,24 +99,35 @@ def test_forward(timed: Timed, tokens: int, inside: int, outside: int, recipe: s
     )
 
 
+def _time_frozen(
+    timed: Timed,
+    shape: tuple[int, int, int],
+    recipe: str,
+    run: Callable[[nn.Linear, Tensor], Tensor],
+    calls: int = 1,
+) -> None:
+    """shape: (tokens, in_features, out_features). run: so many calls of a layer."""
+    made, (tokens, inside, outside) = quest.recipe(recipe), shape
+    ours, dense = _layers(inside, outside, made)
+    held = frozen.freeze(ours.freeze().weight, made)
+    timed(
+        spec=made.spec,
+        shape=shape,
+        draw=((tokens, inside),),
+        key=("frozen", made.spec, *shape),
+        judge=judge_of_frozen(*shape, made),
+        run=lambda x: run(ours, x),
+        baseline=lambda x: run(dense, x),
+        constant=held.read(),
+        operations=2.0 * math.prod(shape),
+        calls=calls,
+    )
+
+
 @pytest.mark.parametrize(("tokens", "inside", "outside", "recipe"), cases.frozen())
 def test_frozen(timed: Timed, tokens: int, inside: int, outside: int, recipe: str) -> None:
     """The forward of a layer whose weight is frozen: inference."""
-    made = quest.recipe(recipe)
-    ours, dense = _layers(inside, outside, made)
-    held = frozen.freeze(ours.freeze().weight, made)
-
-    timed(
-        spec=made.spec,
-        shape=(tokens, inside, outside),
-        draw=((tokens, inside),),
-        key=("frozen", made.spec, tokens, inside, outside),
-        judge=judge_of_frozen(tokens, inside, outside, made),
-        run=lambda x: _forward(ours, x),
-        baseline=lambda x: _forward(dense, x),
-        constant=held.read(),
-        operations=2.0 * tokens * inside * outside,
-    )
+    _time_frozen(timed, (tokens, inside, outside), recipe, _forward)
 
 
 @pytest.mark.parametrize(("tokens", "inside", "outside", "recipe"), cases.eager())
@@ -122,9 +136,6 @@ def test_frozen_eager(timed: Timed, tokens: int, inside: int, outside: int, reci
 
     The time is the host's where it can't queue calls as fast as the device makes them.
     """
-    made = quest.recipe(recipe)
-    ours, dense = _layers(inside, outside, made)
-    held = frozen.freeze(ours.freeze().weight, made)
 
     def calls(layer: nn.Linear, x: Tensor) -> Tensor:
         if cases.CUDA:
@@ -133,18 +144,7 @@ def test_frozen_eager(timed: Timed, tokens: int, inside: int, outside: int, reci
             y = _forward(layer, x)
         return y
 
-    timed(
-        spec=made.spec,
-        shape=(tokens, inside, outside),
-        draw=((tokens, inside),),
-        key=("frozen", made.spec, tokens, inside, outside),
-        judge=judge_of_frozen(tokens, inside, outside, made),
-        run=lambda x: calls(ours, x),
-        baseline=lambda x: calls(dense, x),
-        constant=held.read(),
-        operations=2.0 * tokens * inside * outside,
-        calls=cases.EAGER_CALLS,
-    )
+    _time_frozen(timed, (tokens, inside, outside), recipe, calls, cases.EAGER_CALLS)
 
 
 @pytest.mark.parametrize(("tokens", "inside", "outside", "recipe"), cases.layers())

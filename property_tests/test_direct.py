@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
 import gc
 import pickle
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 import quest
-from quest import direct, ops, paths
-from quest.kernels import hopper, outputs, product
+from quest import direct, frozen, ops, paths
+from quest.kernels import cuda, hopper, outputs, product
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -25,6 +26,12 @@ def _layer(recipe: str, width: int = 3840, bias: torch.dtype | None = None) -> q
     if bias is not None:
         layer.bias = torch.nn.Parameter(torch.randn(200, device="cuda", dtype=bias))
     return layer.eval().freeze()
+
+
+def _needs_product() -> None:
+    reason = hopper.unavailable(torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def _watched(layer: quest.Linear, x: Tensor) -> Tensor:
@@ -57,8 +64,7 @@ def test_layers_that_nothing_watches(recipe: str, rows: int, bias: torch.dtype |
 @pytest.mark.parametrize("recipe", ["w4a4", "w1a1", "w8a8"])
 def test_calls_are_made_again(recipe: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what was recorded of the first: other inputs, elsewhere, in turns with other layers."""
-    if hopper.unavailable(torch.device("cuda")) is not None:
-        pytest.skip("no integer product here")
+    _needs_product()
     layers = [_layer(recipe), _layer(recipe)]
     g = torch.Generator("cuda").manual_seed(1)
     xs = [torch.randn(rows, 3840, device="cuda", generator=g).bfloat16() for _ in range(4)]
@@ -84,8 +90,7 @@ def test_calls_are_made_again(recipe: str, rows: int, monkeypatch: pytest.Monkey
 @on_cuda
 def test_what_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Anything that the recorded launches can't know of."""
-    if hopper.unavailable(torch.device("cuda")) is not None:
-        pytest.skip("no integer product here")
+    _needs_product()
     layer, x = _layer("w4a4"), torch.randn(70, 3840, device="cuda").bfloat16()
     seen: list[int] = []
     real = direct.linear
@@ -152,8 +157,7 @@ def _without_gradient(layer: quest.Linear, x: Tensor) -> Tensor:
 @on_cuda
 def test_memory_between_kernels_outlives_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that is new may have the number of one that ended, and so its calls."""
-    if hopper.unavailable(torch.device("cuda")) is not None:
-        pytest.skip("no integer product here")
+    _needs_product()
     layer, x = _layer("w4a4"), torch.randn(70, 3840, device="cuda").bfloat16()
     expected = _watched(layer, x)
     monkeypatch.setattr(direct.threading, "get_ident", lambda: 1)
@@ -183,8 +187,7 @@ def test_memory_between_kernels_outlives_its_thread(monkeypatch: pytest.MonkeyPa
 @on_cuda
 def test_calls_that_are_kept() -> None:
     """So many kinds for a weight, the oldest go; and none of large inputs."""
-    if hopper.unavailable(torch.device("cuda")) is not None:
-        pytest.skip("no integer product here")
+    _needs_product()
     layer = _layer("w4a4", 128)
     with torch.no_grad():
         for rows in range(1, direct.MOST_CALLS + 3):
@@ -196,6 +199,84 @@ def test_calls_that_are_kept() -> None:
         for _ in range(3):
             layer(torch.ones(rows, 128, device="cuda", dtype=torch.bfloat16))
         assert not layer._frozen.calls
+
+
+class _Driver:
+    """Takes launches, and keeps the addresses that each was told."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def cuLaunchKernelEx(self, *arguments: ctypes.c_void_p) -> int:
+        pointers = ctypes.cast(arguments[2], ctypes.POINTER(ctypes.c_void_p))
+        told = [ctypes.c_size_t.from_address(pointers[i] or 0).value for i in range(2)]
+        self.seen.append((told[0], told[1]))
+        return 0
+
+
+def test_the_rule_of_recorded_calls_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kernels, a driver that only listens, and tensors that lie on the CPU."""
+    pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
+    driver, stream, thread = _Driver(), [7], [1]
+    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    monkeypatch.setattr(ops, "direct", lambda _: True)
+    monkeypatch.setattr(direct.threading, "get_ident", lambda: thread[0])
+    for name, value in (
+        ("_cuda_getDevice", lambda: -1), ("_cuda_isCurrentStreamCapturing", lambda: False),
+        ("_cuda_getCurrentRawStream", lambda _: stream[0]),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch._C, name, value, raising=False)
+    kernels = [cuda.Kernel(n, None, -1, threads=32, shared=0, layout="2P") for n in (1, 2)]
+    held = frozen.Frozen()
+
+    def run(x: Tensor) -> Tensor:
+        y, between = torch.empty(len(x), 3), direct._between(100, x.device).data_ptr()
+        kernels[0].launch(1, x.data_ptr(), between)
+        kernels[1].launch(1, between, y.data_ptr(), overlap=True)
+        return y
+
+    def call(x: Tensor) -> tuple[Tensor, bool]:
+        driver.seen.clear()
+        y = direct.again(x, held)
+        if y is not None:
+            return y, True
+        made = direct.recorded(x, held, lambda: run(x))
+        assert made is not None
+        return made, False
+
+    def check(x: Tensor, recorded: bool) -> int:
+        """The address between both kernels."""
+        y, again = call(x)
+        assert again == recorded
+        (first, between), (same, last) = driver.seen
+        assert (first, same, last) == (x.data_ptr(), between, y.data_ptr())
+        return between
+
+    x, other = torch.zeros(2, 5, 8)
+    check(x, False)
+    between = check(x, False)
+    assert [check(t, True) for t in (other, x, other)] == [between] * 3
+    check(torch.zeros(4, 8), False)
+    check(x.double(), False)
+    check(x.t().contiguous().t(), False)
+    for changed, value in ((stream, 8), (thread, 2)):
+        before, changed[0] = changed[0], value
+        check(x, False)
+        check(x, False)
+        check(x, True)
+        changed[0] = before
+    assert check(other, True) == between
+    for block in (outputs.poisoned(1), product.only(product.NARROW), paths.only("values")):
+        with block:
+            check(x, False)
+    for where, name in (
+        (torch, "is_autocast_enabled"),
+        (torch._C, "_cuda_isCurrentStreamCapturing"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, lambda *_: True)
+            check(x, False)
+    check(x, True)
 
 
 def test_the_oldest_call_goes() -> None:

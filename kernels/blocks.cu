@@ -174,9 +174,13 @@ template <typename T> struct Exchange {
     asm volatile(
         "{.reg .pred done;\nagain:\n mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
         " @!done bra again;\n}" ::"r"(at()), "r"(turn & 1) : "memory");
-    T value = slots[turn & 1][0];
-    for (int i = 1; i < warps; i++) value = f(value, slots[turn & 1][i]);
-    return value;
+    // Of one lane, that which arrives: its reads lie before its arrival at the next turn.
+    T value = T();
+    if (threadIdx.x % 32 == 0) {
+      value = slots[turn & 1][0];
+      for (int i = 1; i < warps; i++) value = f(value, slots[turn & 1][i]);
+    }
+    return __shfl_sync(0xFFFFFFFF, value, 0);
   }
 };
 

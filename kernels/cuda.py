@@ -193,15 +193,15 @@ class Ready:
         self.kernel, self.values = kernel, values
         self._config = kernel.config(blocks, *([_overlapping()] if overlap else []))
         at = (self._config.getPtr(), int(kernel.function), values.pointers, 0)
-        self._arguments = tuple(map(ctypes.c_void_p, at))
+        # Bound to its arguments, which are then not looked at again in Python.
+        self._call = functools.partial(_driver().cuLaunchKernelEx, *map(ctypes.c_void_p, at))
         self._stream = 0
 
     def queue(self, stream: int) -> None:
         """Queue it; RuntimeError where the driver refuses."""
         if stream != self._stream:
             self._config.hStream = self._stream = stream
-        status = _driver().cuLaunchKernelEx(*self._arguments)
-        if status:
+        if status := self._call():
             self._insist(status)
 
     def _insist(self, status: int) -> None:
@@ -210,7 +210,7 @@ class Ready:
         if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
             # A thread of autograd's that has not used this device yet.
             done(driver.cuCtxSetCurrent(self.kernel.context))
-            status = _driver().cuLaunchKernelEx(*self._arguments)
+            status = self._call()
         if status:
             done((driver.CUresult(status),))
 
@@ -245,18 +245,18 @@ class Again:
 
     def __init__(self, launches: Sequence[Ready], *addresses: int) -> None:
         self._launches = tuple(launches)
-        puts = [
-            [put for launch in launches for put in launch.values.places(address)]
+        places = [
+            [place for launch in launches for place in launch.values.places(address)]
             for address in addresses
         ]
-        if any(len(found) != 1 for found in puts):
-            raise ValueError(f"the addresses stand in {[len(found) for found in puts]} places")
-        self._puts = [found[0] for found in puts]
+        if any(len(found) != 1 for found in places):
+            raise ValueError(f"the addresses stand in {[len(found) for found in places]} places")
+        self._places = tuple(found[0] for found in places)
 
     def queue(self, stream: int, *addresses: int) -> None:
         """Queue all of them."""
-        for put, address in zip(self._puts, addresses, strict=True):
-            put(address)
+        for (words, at), address in zip(self._places, addresses, strict=True):
+            words[at] = address
         for launch in self._launches:
             launch.queue(stream)
 
@@ -291,12 +291,16 @@ class _Parameters:
         self._buffer = ctypes.create_string_buffer(self._struct.size)
         self.fill = functools.partial(self._struct.pack_into, self._buffer, 0)
         at, address, parts = 0, ctypes.addressof(self._buffer), []
-        self._addresses: list[int] = []  # where the parameters lie that are pointers
+        size = struct.calcsize("P")
+        # All of it that are whole words; and those of them that are pointers, which C aligns.
+        words = memoryview(self._buffer).cast("B")[: self._struct.size // size * size]
+        self._words = words.cast("N")
+        self._pointed: list[int] = []
         for letter in _letters(layout):
             at += -at % (1 if letter.endswith("s") else struct.calcsize(letter))
             parts.append(address + at)
             if letter == "P":
-                self._addresses.append(at)
+                self._pointed.append(at // size)
             at += struct.calcsize(letter)
         self._pointers = (ctypes.c_void_p * len(parts))(*parts)
         self.pointers = ctypes.addressof(self._pointers)
@@ -307,16 +311,9 @@ class _Parameters:
         ctypes.memmove(made._buffer, self._buffer, self._struct.size)
         return made
 
-    def places(self, address: int) -> list[Callable[[int], None]]:
-        """What puts another in the place of a pointer to this address."""
-        return [
-            functools.partial(_POINTER.pack_into, self._buffer, at)
-            for at in self._addresses
-            if _POINTER.unpack_from(self._buffer, at)[0] == address
-        ]
-
-
-_POINTER = struct.Struct("P")
+    def places(self, address: int) -> list[tuple[memoryview, int]]:
+        """Where the pointers to this address stand: words of memory, and which of them."""
+        return [(self._words, at) for at in self._pointed if self._words[at] == address]
 
 
 def _letters(layout: str) -> list[str]:

@@ -1,12 +1,10 @@
 r"""Every CUDA C++ kernel once at a small shape, for compute-sanitizer.
 
     compute-sanitizer --report-api-errors no --tool memcheck python -m property_tests.sanitized
-    compute-sanitizer --report-api-errors no --tool racecheck \
-        --racecheck-indirect-barrier-dependency yes python -m property_tests.sanitized few
+    compute-sanitizer --report-api-errors no --tool racecheck python -m property_tests.sanitized few
 
 Arguments select launches whose names contain one of them. Loading a kernel asks the driver for
-things that some devices refuse, which is no fault of a kernel: hence without API errors. A warp
-that has read arrives at a barrier by one lane, after __syncwarp: an indirect dependency.
+things that some devices refuse, which is no fault of a kernel: hence without API errors.
 What the kernels compute is judged by the tests; here they only have to run to their end.
 """
 

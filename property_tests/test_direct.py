@@ -160,7 +160,7 @@ def test_memory_between_kernels_outlives_its_thread(monkeypatch: pytest.MonkeyPa
     _needs_product()
     layer, x = _layer("w4a4"), torch.randn(70, 3840, device="cuda").bfloat16()
     expected = _watched(layer, x)
-    monkeypatch.setattr(direct.threading, "get_ident", lambda: 1)
+    monkeypatch.setattr(direct, "get_ident", lambda: 1)
     told: list[Tensor] = []
 
     def calls(n: int) -> None:
@@ -220,7 +220,7 @@ def test_the_rule_of_recorded_calls_without_a_gpu(monkeypatch: pytest.MonkeyPatc
     driver, stream, thread = _Driver(), [7], [1]
     monkeypatch.setattr(cuda, "_driver", lambda: driver)
     monkeypatch.setattr(ops, "direct", lambda _: True)
-    monkeypatch.setattr(direct.threading, "get_ident", lambda: thread[0])
+    monkeypatch.setattr(direct, "get_ident", lambda: thread[0])
     for name, value in (
         ("_cuda_getDevice", lambda: -1), ("_cuda_isCurrentStreamCapturing", lambda: False),
         ("_cuda_getCurrentRawStream", lambda _: stream[0]),

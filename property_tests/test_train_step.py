@@ -283,7 +283,8 @@ def test_a_cuda_graph_is_the_plain_step(recipe: str, micro_batch: int, compiled:
     # Attention's fused backward adds in another order each time.
     with sdpa_kernel(SDPBackend.MATH):
         plain = _train(step, micro_batch, seq=256)
-        expected = [t.clone() for t in _everything(step)]
+        # Detached: a graph that is kept would keep what adds up gradients on this stream.
+        expected = [t.detach().clone() for t in _everything(step)]
         step.model.load_state_dict(start)
         again = Step(step.model, adamw(step.model), step._loss)
         captured = _train(

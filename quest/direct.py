@@ -17,6 +17,7 @@ import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,8 +34,8 @@ MOST_CALLS = 64  # kinds of calls that are kept for a weight
 MOST_ELEMENTS = 2**23
 
 
-class Calls(dict[tuple[object, ...], tuple[Any, tuple[int, ...], Tensor | None] | None]):
-    """(launches, shape of y, memory between kernels) by kind of call; of no use to a copy.
+class Calls(dict[tuple[object, ...], tuple[Any, Tensor, Tensor | None] | None]):
+    """(launches, what y is like, memory between kernels) by kind of call; of no use to a copy.
 
     None for a kind that was seen once: to record takes as long as a call, and shapes may not recur.
 
@@ -63,7 +64,7 @@ def _kind(x: Any) -> tuple[object, ...] | None:
     ):
         return None
     stream = torch._C._cuda_getCurrentRawStream(index)
-    return x.shape, x.dtype, index, stream, threading.get_ident()
+    return x.shape, x.dtype, index, stream, get_ident()
 
 
 def again(x: Tensor, held: Frozen) -> Tensor | None:
@@ -72,11 +73,10 @@ def again(x: Tensor, held: Frozen) -> Tensor | None:
     For layers without a bias, where no gradient is asked for and x fits.
     """
     kind = _kind(x) if held.calls else None
-    found = None if kind is None else held.calls.get(kind)
-    if found is None or kind is None:
+    if kind is None or (found := held.calls.get(kind)) is None:
         return None
-    launches, shape, _ = found
-    y = x.new_empty(shape)
+    launches, like, _ = found
+    y = torch.empty_like(like)
     launches.queue(kind[3], x.data_ptr(), y.data_ptr())
     return y
 
@@ -106,12 +106,14 @@ def recorded(x: Tensor, held: Frozen, run: Callable[[], Tensor | None]) -> Tenso
         launches = cuda.Again(taken, x.data_ptr(), y.data_ptr())
     except ValueError:  # something was copied or converted on the way
         return y
-    _keep(held.calls, kind, (launches, tuple(y.shape), _memory.used))
+    # One element, and the shape of all: torch makes a tensor like another sooner than from a shape.
+    like = y.new_empty(()).expand(y.shape)
+    _keep(held.calls, kind, (launches, like, _memory.used))
     return y
 
 
 def _keep(
-    calls: Calls, kind: tuple[object, ...], call: tuple[Any, tuple[int, ...], Tensor | None] | None
+    calls: Calls, kind: tuple[object, ...], call: tuple[Any, Tensor, Tensor | None] | None
 ) -> None:
     """Put a call in the place of the oldest where there are many."""
     while len(calls) >= MOST_CALLS and kind not in calls:

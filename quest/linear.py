@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -111,10 +111,15 @@ class Linear(nn.Linear):
 
     def _again(self, x: Tensor) -> Tensor | None:
         """y where a call like this one was checked and recorded; see `direct`."""
-        held, bias = self._frozen, cast("Tensor | None", self.bias)
-        if held is None or not held.calls or bias is not None or torch.is_grad_enabled():
+        held = self._frozen
+        if held is None or not held.calls or torch.is_grad_enabled():
             return None
-        return direct.again(x, held) if held.is_of(self.weight) else None
+        # As attributes they are searched for, which takes as long as a tenth of the call.
+        own = self._parameters
+        weight = own.get("weight")
+        if weight is None or own.get("bias", weight) is not None:
+            return None
+        return direct.again(x, held) if held.is_of(weight) else None
 
     def _integers(self, x: Tensor) -> Tensor:
         specs = self.recipe.activation.spec, self.recipe.weight.spec

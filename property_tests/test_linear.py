@@ -233,16 +233,16 @@ def test_a_weight_in_another_layout(recipe: str, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_autocast(recipe: str, device: str) -> None:
-    """Under autocast operands are quantized in their own dtype and multiplied in bfloat16."""
+    """The input is rounded to bfloat16 first, the weight quantized in its own dtype."""
     layer = made_layer(recipe, device, torch.float32, 0)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = inputs.draw("gaussian", (5, 48), dtype, 2).to(device).requires_grad_()
         with torch.autocast(device, torch.bfloat16):
             y = layer(x)
         assert y.dtype == torch.bfloat16
         with torch.no_grad():
             expected = torch.nn.functional.linear(
-                layer.recipe.activation(x).bfloat16(),
+                layer.recipe.activation(x.bfloat16()),
                 layer.recipe.weight(layer.weight).bfloat16(),
                 layer.bias.bfloat16(),
             )

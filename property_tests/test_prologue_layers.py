@@ -72,7 +72,7 @@ def test_a_frozen_layer_takes_it(recipe: str, dtype: torch.dtype, taken: list[Te
     assert [t.data_ptr() for t in taken] == [gate.data_ptr()]
     x = prologue.gated_encode_shown(gate, up, held.spec, held.kinds.partition(",")[0])[3]
     assert y.shape == (5, 1, 24)
-    assert torch.equal(y, frozen.linear(x, held, layer.bias, layer.recipe, dtype))
+    assert torch.equal(y, frozen.linear(x, held, layer.bias, layer.recipe))
 
 
 def test_an_input_that_does_not_fit_is_refused(taken: list[Tensor]) -> None:

@@ -294,19 +294,19 @@ def test_a_frozen_layer_gives_the_same_numbers_with_it(
     for way in ("sparse_product", "launch_sparse_product"):
         monkeypatch.setattr(frozen, way, multiply)
     for layer, part, row in zip(layers, parts, stacked, strict=True):
-        expected = frozen.linear(x, part, layer.bias, made, torch.float32)
+        expected = frozen.linear(x, part, layer.bias, made)
         assert not called
         with monkeypatch.context() as changed:
             changed.setattr(paths, "SPARSE_ROWS", 10)
             for each in (part, row):
-                y = frozen.linear(x, each, layer.bias, made, torch.float32)
+                y = frozen.linear(x, each, layer.bias, made)
                 assert torch.equal(y, expected)
                 assert called.pop()[1] is each.kept
     monkeypatch.setattr(paths, "SPARSE_ROWS", 10)
     whole = frozen.stacked(stacked)
     assert whole is not None
-    both = [frozen.linear(x, part, None, made, torch.float32) for part in parts]
-    assert torch.equal(frozen.linear(x, whole, None, made, torch.float32), torch.cat(both, -1))
+    both = [frozen.linear(x, part, None, made) for part in parts]
+    assert torch.equal(frozen.linear(x, whole, None, made), torch.cat(both, -1))
     assert sum(t.numel() for t in parts[0].read()) == 48 * (256 + 16 + 1)
 
 

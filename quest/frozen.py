@@ -186,17 +186,16 @@ def _can_be_read(weight: Tensor, bits: int) -> bool:
     return few.supports(1, weight.shape[1], bits)
 
 
-def linear(
-    x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe, dtype: torch.dtype
-) -> Tensor:
-    """y (..., out) of `dtype` for x (..., in); no gradient."""
+def linear(x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe) -> Tensor:
+    """y (..., out) of x's dtype for x (..., in); no gradient."""
+    dtype = x.dtype
     if frozen.operand is None or frozen.scale is None or frozen.sums is None:
         assert frozen.values is not None
-        values = recipe.activation(x).to(dtype)
+        values = recipe.activation(x)
         b = None if bias is None else bias.to(dtype)
         return torch.nn.functional.linear(values, frozen.values.to(dtype), b)
     unwatched = ops.direct(x) and _plain(bias, x)
-    steady = unwatched and bias is None and dtype is x.dtype
+    steady = unwatched and bias is None
     if steady and (made := direct.again(x, frozen)) is not None:
         return made
     run: Callable[[], Tensor | None] | None = None

@@ -43,6 +43,7 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         return tuple(layer(x) for layer in layers)
     for layer in plain:
         layer.check(x)
+    x = Linear.cast(x)
     if torch.is_grad_enabled():
         return _live(x, plain)
     held = [h for h in (layer.current() for layer in plain) if h is not None]
@@ -51,7 +52,7 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     one = frozen.stacked(held) if len(held) == len(plain) else None
     if one is None:
         return tuple(layer(x) for layer in plain)
-    y = frozen.linear(x, one, joined(plain), plain[0].recipe, plain[0].out_dtype(x))
+    y = frozen.linear(x, one, joined(plain), plain[0].recipe)
     return torch.split(y, [layer.out_features for layer in plain], -1)
 
 
@@ -125,7 +126,7 @@ def _live(x: Tensor, layers: list[Linear]) -> tuple[Tensor, ...]:
         specs = recipe.activation.spec, recipe.weight.spec
         weights, biases = [layer.weight for layer in layers], _biases(layers)
         made = low_bit_linear(
-            x, weights, biases, *specs, layers[0].out_dtype(x), saves(x, weights, biases)
+            x, weights, biases, *specs, x.dtype, saves(x, weights, biases)
         )
         return tuple(made[: len(layers)])
     values = recipe.activation(x)

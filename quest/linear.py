@@ -96,13 +96,18 @@ class Linear(nn.Linear):
         self._refreeze()
 
     def forward(self, x: Tensor) -> Tensor:
-        """y (..., out_features) for x (..., in_features) float32, bfloat16 or float16."""
+        """y (..., out_features) for x (..., in_features) float32, bfloat16 or float16.
+
+        Under autocast x is rounded to its dtype first, and y has that; the weight is quantized in
+        its own.
+        """
         if not torch.compiler.is_compiling() and (made := self._again(x)) is not None:
             return made
         self.check(x)
+        x = self.cast(x)
         held = None if torch.is_grad_enabled() else self.current()
         if held is not None:
-            return frozen.linear(x, held, self.bias, self.recipe, self.out_dtype(x))
+            return frozen.linear(x, held, self.bias, self.recipe)
         if paths.choose(x, self.recipe) == "integers":
             return self._integers(x)
         values = self.recipe.activation(x)
@@ -125,7 +130,7 @@ class Linear(nn.Linear):
         specs = self.recipe.activation.spec, self.recipe.weight.spec
         bias = [] if self.bias is None else [self.bias]
         y: Tensor = low_bit_linear(
-            x, [self.weight], bias, *specs, self.out_dtype(x), saves(x, [self.weight], bias)
+            x, [self.weight], bias, *specs, x.dtype, saves(x, [self.weight], bias)
         )[0]
         return y
 
@@ -144,10 +149,13 @@ class Linear(nn.Linear):
         self._frozen = held
 
     @staticmethod
-    def out_dtype(x: Tensor) -> torch.dtype:
-        """The dtype of what comes out: that of autocast where it is on, else x's."""
+    def cast(x: Tensor) -> Tensor:
+        """x in the dtype of autocast where that is on, as `torch.nn.Linear` takes it."""
         device = x.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        known = torch.amp.is_autocast_available(device)  # "meta" has none
+        if not known or not torch.is_autocast_enabled(device) or x.dtype not in ops.DTYPES:
+            return x
+        return x.to(torch.get_autocast_dtype(device))
 
     def check(self, x: Tensor) -> None:
         """Raise TypeError or ValueError unless x (..., in_features) fits the layer."""

@@ -25,15 +25,19 @@ def _decode(
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    inside = (r < rows) & (c < width)
-    stored = tl.load(code_ptr + r * code_width + c // PER, mask=inside, other=0).to(tl.int32)
+    # Each byte is read once, and its entries lie side by side in one thread.
+    b = tl.program_id(1) * (WIDTH // PER) + tl.arange(0, WIDTH // PER)[None, :]
+    byte = tl.load(code_ptr + r * code_width + b, mask=(r < rows) & (b < code_width), other=0)
+    stored = byte.to(tl.int32)
     if PER > 1:
-        stored = (stored >> (c % PER * (8 // PER))) & ((1 << (8 // PER)) - 1)
+        shift = tl.arange(0, PER)[None, None, :] * (8 // PER)
+        every = (stored[:, :, None] >> shift) & ((1 << (8 // PER)) - 1)
+        stored = tl.reshape(every, (ROWS, WIDTH))
     integer = STRIDE * stored - TOP
     scale = tl.load(scale_ptr + r, mask=r < rows, other=0.0)
     y = integer.to(tl.float32) * unit * scale
-    tl.store(y_ptr + r * width + c, y.to(y_ptr.dtype.element_ty), mask=inside)
+    c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.store(y_ptr + r * width + c, y.to(y_ptr.dtype.element_ty), mask=(r < rows) & (c < width))
 
 
 def decode(
@@ -48,7 +52,7 @@ def decode(
     rows = math.prod(lead)
     y = outputs.empty((*lead, width), stored(dtype), operand.device)
     if y.numel():
-        w = min(1024, power_of_two(width))
+        w = max(8 // bits, min(1024, power_of_two(width)))
         r = min(max(1, 2048 // w), power_of_two(rows))
         _decode[(quotient(rows, r), quotient(width, w))](
             operand.contiguous(), scale.contiguous(), y, rows, width, operand.shape[-1], unit,

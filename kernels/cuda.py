@@ -197,14 +197,19 @@ class Ready:
         self._call = functools.partial(_driver().cuLaunchKernelEx, *map(ctypes.c_void_p, at))
         self._stream = 0
 
-    def queue(self, stream: int) -> None:
-        """Queue it; RuntimeError where the driver refuses."""
+    def on(self, stream: int) -> Callable[[], int]:
+        """What queues it on this stream, and returns the driver's status."""
         if stream != self._stream:
             self._config.hStream = self._stream = stream
-        if status := self._call():
-            self._insist(status)
+        return self._call
 
-    def _insist(self, status: int) -> None:
+    def queue(self, stream: int) -> None:
+        """Queue it; RuntimeError where the driver refuses."""
+        if status := self.on(stream)():
+            self.insist(status)
+
+    def insist(self, status: int) -> None:
+        """Try again after this status, if that can help; else RuntimeError."""
         from cuda.bindings import driver
 
         if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
@@ -239,12 +244,12 @@ def recording() -> Iterator[list[Ready]]:
 class Again:
     """Recorded launches that are made again with other addresses in the places of some.
 
-    addresses: those that were given, each to one parameter of one of the launches. ValueError for
-    one that was not, or to several. Of the thread that made it.
+    stream: on which they are queued. addresses: those that were given, each to one parameter of one
+    of the launches. ValueError for one that was not, or to several. Of the thread that made it.
     """
 
-    def __init__(self, launches: Sequence[Ready], *addresses: int) -> None:
-        self._launches = tuple(launches)
+    def __init__(self, launches: Sequence[Ready], stream: int, *addresses: int) -> None:
+        self._launches = tuple((launch.on(stream), launch) for launch in launches)
         places = [
             [place for launch in launches for place in launch.values.places(address)]
             for address in addresses
@@ -253,12 +258,13 @@ class Again:
             raise ValueError(f"the addresses stand in {[len(found) for found in places]} places")
         self._places = tuple(found[0] for found in places)
 
-    def queue(self, stream: int, *addresses: int) -> None:
+    def queue(self, *addresses: int) -> None:
         """Queue all of them."""
         for (words, at), address in zip(self._places, addresses, strict=True):
             words[at] = address
-        for launch in self._launches:
-            launch.queue(stream)
+        for call, launch in self._launches:
+            if status := call():
+                launch.insist(status)
 
 
 def _overlapping() -> Any:
@@ -294,7 +300,7 @@ class _Parameters:
         size = struct.calcsize("P")
         # All of it that are whole words; and those of them that are pointers, which C aligns.
         words = memoryview(self._buffer).cast("B")[: self._struct.size // size * size]
-        self._words = words.cast("N")
+        self._words = words.cast("P")
         self._pointed: list[int] = []
         for letter in _letters(layout):
             at += -at % (1 if letter.endswith("s") else struct.calcsize(letter))

@@ -82,9 +82,8 @@ def test_each_launch_goes_to_the_stream_that_is_current(
     one = kernel()
     with cuda.recording() as taken:
         one.launch(1, 1000, MAP, 0, 0, 0.0)
-    again = cuda.Again(taken, 1000)
     for stream in (7, 8, 0, 0, 7):
-        again.queue(stream, 5)
+        cuda.Again(taken, stream, 1000).queue(1000)
         assert driver.seen[-1][1] == stream
         monkeypatch.setattr(
             torch._C, "_cuda_getCurrentRawStream", lambda _, s=stream: s, raising=False
@@ -122,13 +121,13 @@ def test_launches_again(driver: Driver) -> None:
         first.launch(2, 1000, MAP, 500, 1, 1.0)
         second.launch(4, 500, MAP[::-1], 2000, 2, 2.0, overlap=True)
     assert len(taken) == 2
-    again = cuda.Again(taken, 1000, 2000)
+    again = cuda.Again(taken, 7, 1000, 2000)
     first.launch(9, 1, MAP, 2, 3, 4.0)
     second.launch(9, 1, MAP, 2, 3, 4.0, overlap=True)
     assert len(taken) == 2  # the block has ended
     driver.seen.clear()
     for x, y in ((11, 22), (2000, 1000)):
-        again.queue(7, x, y)
+        again.queue(x, y)
         assert driver.seen == [
             (1, 7, [2, 1, 1, 128, 1, 1, 4096], [], (x, MAP, 500, 1, 1.0)),
             (2, 7, [4, 1, 1, 128, 1, 1, 4096], [OVERLAPS], (500, MAP[::-1], y, 2, 2.0)),
@@ -143,7 +142,7 @@ def test_an_address_that_stands_elsewhere(driver: Driver, addresses: tuple[int, 
         one.launch(2, 1000 if len(addresses) > 1 else 500, MAP, 500, 1, 1.0)
         one.launch(2, 1000 if addresses == (1000, 1000) else 3, MAP, 4, 1, 1.0)
     with pytest.raises(ValueError, match="the addresses stand in"):
-        cuda.Again(taken, *addresses)
+        cuda.Again(taken, 7, *addresses)
 
 
 def test_another_thread_s_launches_are_its_own(driver: Driver) -> None:

@@ -46,7 +46,7 @@ class Calls(dict[tuple[object, ...], tuple[Any, Tensor, Tensor | None] | None]):
         return Calls, ()
 
 
-def _kind(x: Any) -> tuple[object, ...] | None:
+def _kind(x: Any) -> tuple[torch.Size, torch.dtype, int, int, int] | None:
     """What a recorded call depends on besides its weight; None where it is not to be recorded."""
     if not isinstance(x, Tensor):
         return None
@@ -56,7 +56,7 @@ def _kind(x: Any) -> tuple[object, ...] | None:
         or index != torch._C._cuda_getDevice()
         or not x.is_contiguous()
         or x.data_ptr() % 16
-        or torch.is_autocast_enabled("cuda")
+        or torch.is_autocast_enabled()  # on CUDA
         or torch._C._cuda_isCurrentStreamCapturing()  # a graph's memory is its own
         or outputs.poisons()
         or product.forced() is not None
@@ -77,7 +77,7 @@ def again(x: Tensor, held: Frozen) -> Tensor | None:
         return None
     launches, like, _ = found
     y = torch.empty_like(like)
-    launches.queue(kind[3], x.data_ptr(), y.data_ptr())
+    launches.queue(x.data_ptr(), y.data_ptr())
     return y
 
 
@@ -103,7 +103,7 @@ def recorded(x: Tensor, held: Frozen, run: Callable[[], Tensor | None]) -> Tenso
     if y is None:
         return None
     try:
-        launches = cuda.Again(taken, x.data_ptr(), y.data_ptr())
+        launches = cuda.Again(taken, kind[3], x.data_ptr(), y.data_ptr())
     except ValueError:  # something was copied or converted on the way
         return y
     # One element, and the shape of all: torch makes a tensor like another sooner than from a shape.

@@ -125,9 +125,7 @@ def _live(x: Tensor, layers: list[Linear]) -> tuple[Tensor, ...]:
     if paths.choose(x, recipe) == "integers":
         specs = recipe.activation.spec, recipe.weight.spec
         weights, biases = [layer.weight for layer in layers], _biases(layers)
-        made = low_bit_linear(
-            x, weights, biases, *specs, x.dtype, saves(x, weights, biases)
-        )
+        made = low_bit_linear(x, weights, biases, *specs, x.dtype, saves(x, weights, biases))
         return tuple(made[: len(layers)])
     values = recipe.activation(x)
     return tuple(

@@ -19,7 +19,8 @@
 // the first input, was. There is no mask.
 //
 // Macros: REGISTERS (of a thread), IN (the input's dtype), LEVELS, EDGE (mask by threshold; else all
-// ones), FORM, BITS, PROLOGUE, and SHOWN (the rows that a prologue made are written, too).
+// ones), FORM, BITS, PROLOGUE, SHOWN (the rows that a prologue made are written, too), and SAVED: of
+// integers, the bits an entry, 2 or 4, in which the codes are written as well; or 0.
 #define VALUES 0    // dequantized, in the input's dtype
 #define PACKED 1    // codes from 0, BITS each
 #define CODES 2     // int8: the code
@@ -47,6 +48,7 @@ constexpr int SUMS = NORMS ? 2 : 1;  // of squares, that the warps of a row exch
 constexpr int OUT_BITS = FORM == VALUES ? IN_BITS : FORM == PACKED ? BITS : 8;
 constexpr float ROOT = 11.313708498984761f;  // 128^0.5
 static_assert(PROLOGUE == PLAIN || IN != FLOAT32, "a prologue takes 16 bits");
+static_assert(SAVED == 0 || FORM == INTEGERS && (SAVED == 2 || SAVED == 4), "integers are saved in 2 or 4 bits");
 
 // 16 bytes, SPAN_TO and SPAN_FROM bytes beyond the addresses, unless `skip`.
 template <int SPAN_TO, int SPAN_FROM>
@@ -184,10 +186,28 @@ template <typename T> struct Exchange {
   }
 };
 
-// Writes out what follows from a row's transform: its codes, or values, and its mask. Returns the
-// sum of the block's codes, counted from 0 (of its bits, for codes of one bit).
+// The codes of a chunk's words, one in each byte, in SAVED bits each: words w of a chunk of those.
+// A product puts the codes of a word side by side, each bit in a place of its own: nothing carries.
+__device__ __forceinline__ u32 narrowed(const u32 (&codes)[4], int w) {
+  if (SAVED == 4) return __byte_perm(codes[2 * w] * 0x110, codes[2 * w + 1] * 0x110, 0x7531);
+  const u32 low = __byte_perm(codes[0] * 0x01041040, codes[1] * 0x01041040, 0x0073);
+  return __byte_perm(low, __byte_perm(codes[2] * 0x01041040, codes[3] * 0x01041040, 0x7300), 0x7610);
+}
+
+// Writes tiles of COUNT chunks a block to where they lie in a row: whole lines.
+template <int COUNT> __device__ __forceinline__ void write(const uint4 *tile, uint4 *out, i64 start, int count) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+    const int id = 32 * i + lane, block = id / COUNT;
+    if (block < count) out[start * COUNT + id] = tile[place<COUNT>(block, id % COUNT)];
+  }
+}
+
+// Writes out what follows from a row's transform: its codes, or values, its mask, and what is saved.
+// Returns the sum of the block's codes, counted from 0 (of its bits, for codes of one bit).
 __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, float limit, float step, float sigma,
-                                    uint4 *tile, uint4 *out, uint4 *mask, i64 start, int count) {
+                                    uint4 *tile, uint4 *out, uint4 *mask, uint4 *saved, i64 start, int count) {
   const int lane = threadIdx.x % 32;
   int sum = 0;
   // Four words at a time: each is a chain that waits for itself at every step.
@@ -211,6 +231,9 @@ __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, floa
     if (lane < count) out[start + lane] = make_uint4(~words[0], ~words[1], ~words[2], ~words[3]);
     return ORDER - __popc(words[0]) - __popc(words[1]) - __popc(words[2]) - __popc(words[3]);
   }
+  constexpr int SAVED_WORDS = SAVED / 2;  // of a chunk of bytes
+  uint4 *const behind = tile + TILE * OUT_BITS;  // which leaves room for what is saved
+  u32 narrow[4];
 #pragma unroll
   for (int c = 0; c < OUT_BITS; c++) {
     constexpr int PER = 32 / OUT_BITS;
@@ -230,6 +253,12 @@ __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, floa
           words[w] = (words[w] << OUT_BITS) + code_of(v, inverse);
         }
       }
+    if constexpr (SAVED) {
+#pragma unroll
+      for (int w = 0; w < SAVED_WORDS; w++) narrow[(SAVED_WORDS * c + w) % 4] = narrowed(words, w);
+      if (SAVED_WORDS * (c + 1) % 4 == 0)
+        behind[place<SAVED>(lane, SAVED_WORDS * c / 4)] = make_uint4(narrow[0], narrow[1], narrow[2], narrow[3]);
+    }
 #pragma unroll
     for (int w = 0; w < 4; w++) {
       if (FORM == CODES || FORM == INTEGERS) {
@@ -241,20 +270,18 @@ __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, floa
     tile[place<OUT_BITS>(lane, c)] = chunk;
   }
   __syncwarp();
-#pragma unroll
-  for (int i = 0; i < OUT_BITS; i++) {
-    const int id = 32 * i + lane, block = id / OUT_BITS;
-    if (block < count) out[start * OUT_BITS + id] = tile[place<OUT_BITS>(block, id % OUT_BITS)];
-  }
+  write<OUT_BITS>(tile, out, start, count);
+  if constexpr (SAVED) write<SAVED>(behind, saved, start, count);
   return sum;
 }
 
-// x: (rows, 128 blocks) as chunks; scale (rows,), sums (rows,) or null; out and mask, or null, by blocks.
+// x: (rows, 128 blocks) as chunks; scale (rows,), sums (rows,) or null; out, mask or null and, with SAVED,
+// saved by blocks.
 // units: rows, or, where segment < TILE, groups of TILE blocks; total: blocks of all rows; teams: of a
 // thread block. With a prologue `mask` is null. beside: the second input, or null; shown: like x, or
 // null; pitch: chunks from a row of x, or of `beside`, to the next; weight: a row; added: h, as rows.
 extern "C" __global__ void __maxnreg__(REGISTERS)
-    quantize(const uint4 *x, float *scale, uint4 *out, uint4 *mask, int *sums, i64 units, i64 total,
+    quantize(const uint4 *x, float *scale, uint4 *out, uint4 *mask, int *sums, uint4 *saved, i64 units, i64 total,
              int blocks, int warps, int segment, int teams, float step, float threshold
 #if PROLOGUE != PLAIN
              , const uint4 *beside, uint4 *shown, int x_pitch, int beside_pitch, const uint4 *weight, uint4 *added,
@@ -449,7 +476,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     // Zeros lie within the limit; nothing of a row that is not finite does.
     const float limit = sigma == sigma ? threshold * inner * ROOT : -1.0f;
     __syncwarp();  // all have read their blocks of the tile
-    int sum = emit(y, inverse, limit, step, sigma, tile, out, mask, start, count);
+    int sum = emit(y, inverse, limit, step, sigma, tile, out, mask, saved, start, count);
     const i64 row = packs ? (start + lane) / segment : unit;
     const bool leads = part == 0 && lane % segment == 0 && inside;
     if (leads) scale[row] = sigma;

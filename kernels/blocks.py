@@ -76,25 +76,26 @@ def _shape(blocks: int) -> tuple[int, int, int, int]:
 
 def macros(
     dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, prologue: int = PLAIN,
-    shown: bool = False,
+    shown: bool = False, saved: int = 0,
 ) -> dict[str, int]:  # fmt: skip
     """What blocks.cu is compiled with, for an input of `dtype`."""
     return {
         "REGISTERS": REGISTERS, "IN": INPUTS[dtype], "LEVELS": levels,
         "EDGE": int(edge), "FORM": form, "BITS": bits, "PROLOGUE": prologue, "SHOWN": int(shown),
+        "SAVED": saved,
     }  # fmt: skip
 
 
 @functools.cache
 def _kernel(
     warps: int, dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, device: int,
-    prologue: int = PLAIN, shown: bool = False, more: int = 0,
+    prologue: int = PLAIN, shown: bool = False, saved: int = 0, more: int = 0,
 ) -> cuda.Kernel:  # fmt: skip
-    made = macros(dtype, levels, edge, form, bits, prologue, shown)
+    made = macros(dtype, levels, edge, form, bits, prologue, shown, saved)
     code = cuda.compile_("blocks.cu", cuda.architecture(device), made)
     return cuda.load(
         code, "quantize", device, threads=32 * warps, shared=warps * SHARED_OF_WARP + more,
-        layout="5P2q4i2f" + ("2P2i2Pf" if prologue else ""),
+        layout="6P2q4i2f" + ("2P2i2Pf" if prologue else ""),
     )  # fmt: skip
 
 
@@ -120,16 +121,19 @@ def quantize(
     bits: int = 0,
     sums: bool = False,
     masked: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out, scale, mask, sums) of x (..., d), d a multiple of 128; see `supports`.
+    saved: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, scale, mask, sums, saved) of x (..., d), d a multiple of 128; see `supports`.
 
     form: VALUES, out (..., d) of x's dtype; PACKED, out (..., d bits / 8) uint8; CODES or INTEGERS,
     out (..., d) int8, codes or (L even) 2 code + 1. scale: (..., 1) float32. mask: (..., d / 8)
     uint8, or where not `masked` of shape (0,). sums: (..., 1) int32 of 2 code + 1 (L odd: of
-    codes), or of shape (0,).
+    codes), or of shape (0,). saved: of integers, in 2 or 4 bits an entry, what `pack` makes of
+    out, (..., d saved / 8) uint8; or, for 0, of shape (0,).
     """
     if sums and (form == VALUES or (form == PACKED and bits > 1)):
         raise ValueError(f"there are no sums of form {form} with {bits} bits")
+    _check_saved(saved, form, program)
     lead, d, device = x.shape[:-1], x.shape[-1], x.device
     rows = math.prod(lead)
     x = aligned(x)
@@ -140,24 +144,39 @@ def quantize(
     scale = outputs.empty((*lead, 1), torch.float32, device)
     mask = outputs.empty((*lead, d // 8) if masked else (0,), torch.uint8, device)
     sum_ = outputs.empty((*lead, 1) if sums else (0,), torch.int32, device)
+    kept = outputs.empty((*lead, d * saved // 8) if saved else (0,), torch.uint8, device)
     if rows:
         launch(
             x, program, form, bits, rows, d, out.data_ptr(), scale.data_ptr(),
             mask.data_ptr() if masked else 0, sum_.data_ptr() if sums else 0,
+            kept.data_ptr() if saved else 0, saved,
         )  # fmt: skip
-    return out, scale, mask, sum_
+    return out, scale, mask, sum_, kept
+
+
+def _check_saved(saved: int, form: int, program: Program) -> None:
+    if saved and (form != INTEGERS or saved not in (2, 4) or program.levels > 2**saved):
+        raise ValueError(
+            f"integers of at most 2 or 4 bits can be saved in as many, got form {form} of "
+            f"{program.levels} levels in {saved}"
+        )
 
 
 def launch(
     x: torch.Tensor, program: Program, form: int, bits: int, rows: int, d: int, out: int,
-    scale: int, mask: int, sums: int,
+    scale: int, mask: int, sums: int, kept: int = 0, saved: int = 0,
 ) -> None:  # fmt: skip
-    """`quantize` of x, rows of d entries, contiguous and aligned, to addresses; mask, sums or 0."""
+    """`quantize` of x, rows of d entries, contiguous and aligned, to addresses.
+
+    mask, sums, kept: or 0. saved: the bits of an entry of `kept`.
+    """
     device = x.device.index
     count, told, warps = _grid(rows, d // ORDER, device)
-    kernel = _kernel(warps, x.dtype, program.levels, program.estimator != STE, form, bits, device)
+    kernel = _kernel(
+        warps, x.dtype, program.levels, program.estimator != STE, form, bits, device, saved=saved
+    )
     kernel.launch(
-        count, x.data_ptr(), scale, out, mask, sums, *told, program.step, program.threshold
+        count, x.data_ptr(), scale, out, mask, sums, kept, *told, program.step, program.threshold
     )
 
 
@@ -234,11 +253,11 @@ def _made(
         count, told, warps = _grid(rows, d // ORDER, device.index, more)
         kernel = _kernel(
             warps, first.dtype, program.levels, False, form, bits, device.index, prologue, show,
-            more,
+            more=more,
         )  # fmt: skip
         chunk = 16 // first.element_size()
         kernel.launch(
-            count, first.data_ptr(), scale.data_ptr(), out.data_ptr(), 0, sums.data_ptr(), *told,
+            count, first.data_ptr(), scale.data_ptr(), out.data_ptr(), 0, sums.data_ptr(), 0, *told,
             program.step, program.threshold, second.data_ptr(), cuda.pointer(shown),
             first.stride(0) // chunk, second.stride(0) // chunk, cuda.pointer(weight),
             cuda.pointer(added), eps,

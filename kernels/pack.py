@@ -4,6 +4,7 @@ index = (integer + top) / stride, counted from 0, little-endian within a byte, e
 zero bits: the bytes of `quantize`'s packed codes. top is the grid's largest integer; stride is 2
 where all integers are odd (an even number of levels), else 1.
 Reads a byte an entry once, and writes a half or a quarter of one. `decode` reads what it writes.
+Where `blocks` quantizes, it packs as well; this is for what it does not.
 Source: method, sections 2 and 5.
 """
 

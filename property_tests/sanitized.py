@@ -83,7 +83,8 @@ def _blocks(name: str, width: int, dtype: torch.dtype) -> Launch:
         x = _normal(9, width, dtype)
         x[3], x[5, 7] = 0.0, float("nan")
         made = quest.recipe(name).activation
-        return lowbit.encode(x, made.spec, _kind(name)), made(x)
+        encoded = lowbit.encode(x, made.spec, _kind(name))
+        return encoded, lowbit.launch_encode_saved(x, made, _kind(name)), made(x)
 
     return run
 
@@ -174,6 +175,8 @@ def launches() -> Iterator[tuple[str, Launch]]:
     yield "product w4a4 middle", _product("w4a4", product.MIDDLE)
     for told, shape in (("wide", sparse.WIDE), ("narrow", sparse.NARROW)):
         yield f"sparse {told}", _sparse(shape)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield f"blocks w2a2 4096 {dtype}", _blocks("w2a2", 4096, dtype)  # saved in 2 bits
     for name in ("w1a1", "w4a4", "w8a8"):
         for width in (256, 4096, 11008):
             for dtype in (torch.bfloat16, torch.float32):

@@ -9,10 +9,10 @@ import torch
 
 import quest
 from property_tests.ledger import LEDGER
-from quest import operands, ops
+from quest import operands, ops, packing
 from quest.conformance import examine, inputs
 from quest.conformance.lanes import Lane
-from quest.kernels import blocks, cuda
+from quest.kernels import blocks, cuda, outputs, pack
 from quest.quantizer import parse
 
 LANE = Lane("triton-cuda", "cuda", "dispatch")
@@ -90,6 +90,33 @@ def test_a_prologue_of_float32_does_not_compile() -> None:
         cuda.compile_("blocks.cu", "sm_90a", macros, cached=False)
 
 
+# Of the grids that are packed for the backward, with a mask and without.
+SAVES = [
+    (t, levels, edge, saved)
+    for t in blocks.INPUTS
+    for levels, saved in ((3, 2), (4, 2), (8, 4), (16, 4))
+    for edge in (False, True)
+]
+
+
+@pytest.mark.parametrize(("dtype", "levels", "edge", "saved"), SAVES, ids=str)
+def test_every_variant_that_saves_compiles_without_a_gpu(
+    dtype: torch.dtype, levels: int, edge: bool, saved: int
+) -> None:
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    macros = blocks.macros(dtype, levels, edge, blocks.INTEGERS, 0, saved=saved)
+    made = cuda.compile_("blocks.cu", "sm_90a", macros, cached=False)
+    assert b"quantize" in made.code
+
+
+@pytest.mark.parametrize(("form", "saved"), [(blocks.CODES, 4), (blocks.INTEGERS, 3)])
+def test_what_is_not_saved_does_not_compile(form: int, saved: int) -> None:
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    macros = blocks.macros(torch.bfloat16, 4, True, form, 0, saved=saved)
+    with pytest.raises(RuntimeError, match="integers are saved in 2 or 4 bits"):
+        cuda.compile_("blocks.cu", "sm_90a", macros, cached=False)
+
+
 @pytest.mark.parametrize("blocks_of_row", [1, 16, 32, 33, 40, 64, 86, 192])
 def test_thread_blocks_with_weights_fit_a_multiprocessor(
     blocks_of_row: int, monkeypatch: pytest.MonkeyPatch
@@ -161,6 +188,19 @@ def test_sums_that_it_does_not_make() -> None:
         blocks.quantize(x, program, form=blocks.PACKED, bits=4, sums=True)
 
 
+@pytest.mark.parametrize(
+    ("form", "levels", "saved"),
+    [(blocks.CODES, 16, 4), (blocks.PACKED, 16, 4), (blocks.INTEGERS, 16, 2),
+     (blocks.INTEGERS, 32, 4), (blocks.INTEGERS, 4, 8), (blocks.INTEGERS, 4, 3)],
+)  # fmt: skip
+def test_what_it_does_not_save(form: int, levels: int, saved: int) -> None:
+    x = torch.empty(1, 256, dtype=torch.bfloat16)
+    program = dataclasses.replace(ops.program(parse(SPECS[3]), x), levels=levels)
+    told = f"at most 2 or 4 bits can be saved in as many, got form {form} of {levels} levels in"
+    with pytest.raises(ValueError, match=told):
+        blocks.quantize(x, program, form=form, saved=saved)
+
+
 def _needs_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -214,17 +254,55 @@ def test_many_turns_of_a_block(
     x[5::13, 0] = torch.nan
     x[6::17] *= 1e4
     x = x.to(dtype)
-    for spec, form, bits in ((SPECS[0], blocks.PACKED, 1), (SPECS[3], blocks.INTEGERS, 0)):
+    for spec, form, bits, saved in (
+        (SPECS[0], blocks.PACKED, 1, 0),
+        (SPECS[3], blocks.INTEGERS, 0, 0),
+        (SPECS[3], blocks.INTEGERS, 0, 4),
+        (SPECS[5], blocks.INTEGERS, 0, 2),
+    ):
         program = ops.program(parse(spec), x)
-        apart = [
-            blocks.quantize(rows, program, form=form, bits=bits, sums=True) for rows in x.split(20)
-        ]
+        how = {"form": form, "bits": bits, "sums": True, "saved": saved}
+        apart = [blocks.quantize(rows, program, **how) for rows in x.split(20)]
         with monkeypatch.context() as patch:
             patch.setattr(cuda, "processors", lambda _: 1)
-            made = blocks.quantize(x, program, form=form, bits=bits, sums=True)
+            made = blocks.quantize(x, program, **how)
         for i, t in enumerate(made):
             expected = torch.cat([each[i] for each in apart])
             assert torch.equal(t.view(torch.uint8), expected.view(torch.uint8))
+
+
+SPECIAL = ("gaussian", "heavy", "mixed_rows", "non_finite", "outlier", "zeros", "huge", "tiny")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(
+    ("levels", "dtype"),
+    [(n, torch.bfloat16) for n in range(3, 17)]
+    + [(n, t) for n in (3, 4, 16) for t in (torch.float16, torch.float32)],
+    ids=str,
+)
+def test_what_is_saved(levels: int, dtype: torch.dtype, width: int) -> None:
+    """Bit for bit what packing makes of the operand; all else as without it."""
+    _needs_gpu()
+    probe = torch.empty(1, width, dtype=dtype, device="cuda")
+    # A grid of every size, whose outermost points are 2 sigma from zero.
+    program = dataclasses.replace(
+        ops.program(parse(SPECS[3]), probe), levels=levels, step=4 / levels, threshold=1.5
+    )
+    stride, top = (1, levels // 2) if levels % 2 else (2, levels - 1)
+    for i, distribution in enumerate(SPECIAL):
+        rows = (1, 9, 33)[i % 3] if width < 10000 else 5
+        x = inputs.draw(distribution, (rows, width), dtype, i).cuda()
+        plain = blocks.quantize(x, program, form=blocks.INTEGERS, sums=True)
+        for saved in (2, 4)[levels > 4 :]:
+            for byte in (0x00, 0xA5):
+                with outputs.poisoned(byte):
+                    made = blocks.quantize(x, program, form=blocks.INTEGERS, sums=True, saved=saved)
+                for t, expected in zip(made[:4], plain[:4], strict=True):
+                    assert torch.equal(t.view(torch.uint8), expected.view(torch.uint8))
+                assert torch.equal(made[4], pack.pack(made[0], saved, stride, top))
+                index = (made[0].cpu().int() + top) // stride
+                assert torch.equal(made[4].cpu(), packing.pack(index, saved))
 
 
 def test_an_unaligned_view() -> None:

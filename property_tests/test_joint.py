@@ -55,7 +55,7 @@ def _home(path: str, part: str, values: tuple[Any, str]) -> tuple[Any, str]:
 @pytest.mark.parametrize("path", paths.PATHS)
 def test_the_input_is_quantized_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layers, x = _layers(), _x()
-    seen = _counted(monkeypatch, *_home(path, "encode", (Quantizer, "__call__")))
+    seen = _counted(monkeypatch, *_home(path, "encode_saved", (Quantizer, "__call__")))
     with paths.only(path):
         made = quest.together(x, layers)
     assert [tuple(y.shape) for y in made] == [(5, n) for n in OUTS]

@@ -79,6 +79,26 @@ def test_numbers_of_the_sources() -> None:
     assert product.THREADS == 384
 
 
+@pytest.mark.parametrize("prologue", [blocks.PLAIN, blocks.GATED])
+def test_parameters_of_the_quantizer(prologue: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layout of a launch has the parameters of the source, in their order."""
+    text = (KERNELS / "blocks.cu").read_text()
+    found = re.search(r"quantize\(([^#)]*)#if PROLOGUE != PLAIN([^#]*)#endif", text)
+    assert found is not None
+    declared = found[1] + (found[2] if prologue else "")
+    letters = "".join(
+        "P" if "*" in each else {"i64": "q", "int": "i", "float": "f"}[each.split()[0]]
+        for each in declared.split(",")
+        if each.strip()
+    )
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(cuda, "compile_", lambda *_: None)
+    monkeypatch.setattr(cuda, "architecture", lambda _: "")
+    monkeypatch.setattr(cuda, "load", lambda *_, **how: told.update(how))
+    blocks._kernel.__wrapped__(4, torch.bfloat16, 16, True, blocks.INTEGERS, 0, 0, prologue)
+    assert "".join(cuda._letters(told["layout"])) == letters
+
+
 @pytest.mark.parametrize(
     ("count", "warps", "segment", "teams", "resident"),
     [

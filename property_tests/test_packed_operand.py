@@ -14,10 +14,13 @@ from torch import Tensor
 import quest
 from property_tests.lane_marks import every_lane, fewer
 from property_tests.ledger import LEDGER
-from quest import grids, lowbit, lowbit_linear, operands, paths
+from quest import eager, grids, lowbit, lowbit_linear, operands, ops, paths
 from quest.conformance import examine
 from quest.conformance.lanes import Lane
 from quest.conformance.strategies import DTYPES, SEEDS
+from quest.kernels import blocks
+from quest.kernels import pack as pack_kernel
+from quest.kernels import quantize as kernel
 
 GRIDS = ("ternary", "uniform2", "uniform3", "uniform4")
 PLAIN = {name: quest.Quantizer(grids.parse(name), quest.Identity()) for name in GRIDS}
@@ -148,6 +151,10 @@ def test_gradients_are_those_of_operands_in_bytes(
     monkeypatch.setattr(
         lowbit_linear, "_pair", lambda *names: real(*names)._replace(saved=real(*names).kinds)
     )
+    in_bytes = lowbit_linear._CPU._replace(
+        encode_saved=lambda *rest: (*(made := eager.encode(*rest)), made[0])
+    )
+    monkeypatch.setattr(lowbit_linear, "_CPU", in_bytes)
     assert all(map(torch.equal, packed, grads()))
 
 
@@ -159,9 +166,9 @@ def test_nothing_is_saved_where_no_gradient_is_asked_for() -> None:
     x = torch.randn(3, 72)
     assert len(lowbit_linear.low_bit_linear(x, weights, [], *specs, torch.float32, True)) == 11
     seen: list[int] = []
-    real = lowbit_linear._CPU.pack
+    real = lowbit_linear._CPU.encode_saved
     for asked in (True, False):
-        counted = lowbit_linear._CPU._replace(pack=lambda *a: seen.append(1) or real(*a))
+        counted = lowbit_linear._CPU._replace(encode_saved=lambda *a: seen.append(1) or real(*a))
         with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(asked):
             patch.setattr(lowbit_linear, "_CPU", counted)
             with paths.only("integers"):
@@ -179,6 +186,59 @@ def test_nothing_is_saved_where_no_gradient_is_asked_for() -> None:
     assert all(map(torch.equal, ys, made[1:]))
     with pytest.raises(RuntimeError, match="told to save nothing, and a gradient is asked for"):
         lowbit_linear.low_bit_linear(x, weights, [], *specs, torch.float32, False)
+
+
+SAVED = ["w1a1", "w1.58a1.58", "w2a2", "w3a3", "w4a4", "w5a5", "w8a8", "w4a4-2:4", "fp4"]
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_is_saved_beside_an_operand(name: str) -> None:
+    """By `encode_saved`: the packed codes of the quantizer itself, or the operand as it is."""
+    made = quest.recipe(name)
+    kind = (operands.kinds(made.activation, made.weight) or ("", ""))[1]
+    x = torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(0))
+    *rest, saved = eager.encode_saved(x, made.weight, kind)
+    for t, expected in zip(rest, eager.encode(x, made.weight, kind), strict=True):
+        assert torch.equal(t, expected)
+    packs = operands.saved(made.weight, kind).kind in operands.PACKED
+    assert packs == (name in SAVED[1:5])
+    expected = ops.quantize(x, made.weight.spec, True)[0] if packs else rest[0]
+    assert torch.equal(saved, expected)
+
+
+@pytest.mark.parametrize("has_kernel", [True, False])
+@pytest.mark.parametrize(("name", "bits"), [("w2a2", 2), ("w4a4", 4), ("w1a1", 0), ("w8a8", 0)])
+def test_one_pass_is_asked_for(
+    name: str, bits: int, has_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the quantizer in CUDA C++, wherever it has the rows; elsewhere packing follows."""
+    made = quest.recipe(name)
+    kind = (operands.kinds(made.activation, made.weight) or ("",))[0]
+    x = torch.randn(3, 256)
+    asked: list[tuple[str, int]] = []
+
+    def quantize(x: Tensor, *_: Any, saved: int = 0, **how: Any) -> tuple[Tensor, ...]:
+        asked.append(("blocks", saved))
+        return (*eager.encode(x, made.activation, kind), x.new_full((0,), saved))
+
+    def encode(x: Tensor, *_: Any, **how: Any) -> tuple[Tensor, ...]:
+        asked.append(("encode", 0))
+        return eager.encode(x, made.activation, kind)
+
+    def pack(operand: Tensor, bits: int, *_: int) -> Tensor:
+        asked.append(("pack", bits))
+        return operand
+
+    monkeypatch.setattr(blocks, "supports", lambda *_: has_kernel)
+    monkeypatch.setattr(blocks, "quantize", quantize)
+    monkeypatch.setattr(kernel, "encode", encode)
+    monkeypatch.setattr(pack_kernel, "pack", pack)
+    found = lowbit.launch_encode_saved(x, made.activation, kind)
+    assert len(found) == 5
+    apart = [("encode", 0), ("pack", bits)][: 2 if bits else 1]
+    assert asked == ([("blocks", bits)] if has_kernel else apart)
+    with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16"):
+        lowbit.launch_encode_saved(x.int(), made.activation, kind)
 
 
 @pytest.mark.parametrize(

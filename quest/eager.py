@@ -212,6 +212,15 @@ def encode(
     return operand, sigma, packing.pack(mask, 1), sums
 
 
+def encode_saved(
+    x: torch.Tensor, q: Quantizer, kind: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `encode` gives, and the operand in the form of `operands.saved`."""
+    made = encode(x, q, kind)
+    packs = operands.saved(q, kind).kind in operands.PACKED
+    return *made, pack_operand(made[0], q) if packs else made[0]
+
+
 def encoded_like(
     x: torch.Tensor, kind: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

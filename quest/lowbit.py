@@ -242,11 +242,28 @@ def launch_encode(x: Tensor, q: Quantizer, kind: str) -> tuple[Tensor, Tensor, T
     if blocks.supports(program, x):
         chosen, bits = blocks.OPERANDS[kind]
         with ops.device_of(x):
-            return blocks.quantize(x, program, form=chosen, bits=bits, sums=True)
+            return blocks.quantize(x, program, form=chosen, bits=bits, sums=True)[:4]
     if not kernel.supports(program):
         return eager.encode(x, q, kind)
     with ops.device_of(x):
         return kernel.encode(x, program, kind=kind, integer=form.integer)
+
+
+def launch_encode_saved(
+    x: Tensor, q: Quantizer, kind: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`eager.encode_saved` by the kernels: in one pass where `quest.kernels.blocks` supports it."""
+    from .kernels import blocks
+
+    q.check(x)
+    packed = operands.PACKED.get(operands.saved(q, kind).kind, 0)
+    program, _ = plan(q, kind, (x.dtype, x.shape[-1], x.device))
+    if packed and blocks.supports(program, x):
+        form, bits = blocks.OPERANDS[kind]
+        with ops.device_of(x):
+            return blocks.quantize(x, program, form=form, bits=bits, sums=True, saved=packed)
+    made = launch_encode(x, q, kind)
+    return *made, launch_pack(made[0], q) if packed else made[0]
 
 
 def launch_operand(x: Tensor, q: Quantizer, kind: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,7 +280,7 @@ def launch_operand(x: Tensor, q: Quantizer, kind: str) -> tuple[Tensor, Tensor, 
             return rows.quantize(x, program, kind)
         form, bits = blocks.OPERANDS[kind]
         made = blocks.quantize(x, program, form=form, bits=bits, sums=True, masked=False)
-        return _without_mask(made)
+        return _without_mask(made[:4])
 
 
 def launch_pack(operand: Tensor, q: Quantizer) -> Tensor:

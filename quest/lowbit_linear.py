@@ -4,7 +4,7 @@ quest::low_bit_linear(x, weights, biases, ...) -> [y of each weight, ..., what t
 quest::low_bit_linear_backward(...) -> [dx, dw of each weight, ...]
 
 The input is quantized once. Operands and mask bits are saved, not values; operands of 2 to 4 bits
-are packed for that time (`operands.saved`). Inside, the parts are called as functions: an operator
+are packed for that time (`operands.saved`), on CUDA by the quantizer itself. Inside, the parts are called as functions: an operator
 of their own each costs the host more than most take on a GPU.
 Source: method, section 5; QuEST (arXiv 2502.05003), Algorithm 1.
 """
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 
 class _Parts(NamedTuple):
-    encode: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    pack: Callable[[Tensor, Quantizer], Tensor]
+    encode: Callable[..., tuple[Tensor, ...]]
+    encode_saved: Callable[..., tuple[Tensor, ...]]
     decode: Callable[..., Tensor]
     product: Callable[..., Tensor]
     masked_transpose: Callable[..., Tensor]
 
 
 _CPU = _Parts(
-    eager.encode, eager.pack_operand, eager.decode, lowbit.eager_product, eager.masked_transpose
+    eager.encode, eager.encode_saved, eager.decode, lowbit.eager_product, eager.masked_transpose
 )
 _CUDA = _Parts(
-    lowbit.launch_encode, lowbit.launch_pack, lowbit.launch_decode, lowbit.launch_product,
+    lowbit.launch_encode, lowbit.launch_encode_saved, lowbit.launch_decode, lowbit.launch_product,
     ops.launch_masked_transpose,
 )  # fmt: skip
 
@@ -115,22 +115,16 @@ def low_bit_linear(
     _check(x, weights, biases, made)
     f = _CUDA if x.is_cuda else _CPU
     d, kinds = x.shape[-1], ",".join(made.kinds)
-    a, a_scale, a_mask, a_sums = f.encode(lowbit.as_rows(x), made.activation, made.kinds[0])
-    ys, read = [], []
-    if saves:
-        read = [_saved(f, a, made.activation, made.saved[0]), a_scale, a_mask]
+    encode = f.encode_saved if saves else f.encode
+    a, a_scale, a_mask, a_sums, *kept = encode(lowbit.as_rows(x), made.activation, made.kinds[0])
+    ys, read = [], [*kept, a_scale, a_mask]
     for i, w in enumerate(weights):
-        b, b_scale, b_mask, b_sums = f.encode(w, made.weight, made.kinds[1])
+        b, b_scale, b_mask, b_sums, *kept = encode(w, made.weight, made.kinds[1])
         bias = biases[i] if biases else None
         y = f.product(a, b, a_scale, b_scale, a_sums, b_sums, bias, made.names, kinds, d, dtype)
         ys.append(y.view(*x.shape[:-1], w.shape[0]))
-        if saves:
-            read += [_saved(f, b, made.weight, made.saved[1]), b_scale, b_mask]
-    return ys + read
-
-
-def _saved(f: _Parts, operand: Tensor, q: Quantizer, kind: str) -> Tensor:
-    return f.pack(operand, q) if kind in operands.PACKED else operand
+        read += [*kept, b_scale, b_mask]
+    return ys + read if saves else ys
 
 
 @low_bit_linear.register_fake

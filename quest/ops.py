@@ -192,7 +192,7 @@ def _quantize_blocks(
     if codes:
         form, bits = (blocks.PACKED, made.bits) if packed else (blocks.CODES, 0)
     with device_of(x):
-        out, scale, mask, none = blocks.quantize(x, made, form=form, bits=bits)
+        out, scale, mask, none, _ = blocks.quantize(x, made, form=form, bits=bits)
     # One element a flag is for the eye: nothing that has to be fast asks for it.
     flags = mask if packed else packing.unpack(mask, 1, x.shape[-1]).bool()
     keep = none.new_empty((0,), dtype=flags.dtype)

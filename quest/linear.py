@@ -152,8 +152,8 @@ class Linear(nn.Linear):
     def cast(x: Tensor) -> Tensor:
         """x in the dtype of autocast where that is on, as `torch.nn.Linear` takes it."""
         device = x.device.type
-        known = torch.amp.is_autocast_available(device)  # "meta" has none
-        if not known or not torch.is_autocast_enabled(device) or x.dtype not in ops.DTYPES:
+        # "meta" has no autocast to ask for.
+        if x.is_meta or not torch.is_autocast_enabled(device) or x.dtype not in ops.DTYPES:
             return x
         return x.to(torch.get_autocast_dtype(device))
 

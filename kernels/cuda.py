@@ -3,7 +3,7 @@
 A source lies beside this file and takes its constants as macros. NVRTC compiles a variant once, in
 one to a few seconds, and keeps the binary in the user's cache. For a launch values are packed into
 one buffer that the driver copies, and the driver is called with what is ready in memory: that costs
-the least host time. Launches can be recorded, and made again with other addresses.
+the least host time. Launches can be recorded: see `recorded`.
 Source: NVIDIA, CUDA Driver API and NVRTC; cuda-core, cuda-bindings.
 """
 
@@ -14,7 +14,7 @@ import functools
 import re
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ def _toolchain() -> str | None:
     except (DynamicLibNotFoundError, RuntimeError) as error:
         return f"NVRTC is not installed: pip install 'quest-lowbit[hopper]' ({error})"
     try:
-        _driver().cuLaunchKernelEx  # noqa: B018
+        library().cuLaunchKernelEx  # noqa: B018
     except (OSError, AttributeError) as error:
         return f"the CUDA driver is not found, or too old: {error}"
     return None
@@ -190,11 +190,11 @@ class Ready:
     """A launch with all that the driver reads but the stream; of one thread."""
 
     def __init__(self, kernel: Kernel, blocks: int, overlap: bool, values: _Parameters) -> None:
-        self.kernel, self.values = kernel, values
+        self.kernel, self.blocks, self.overlap, self.values = kernel, blocks, overlap, values
         self._config = kernel.config(blocks, *([_overlapping()] if overlap else []))
         at = (self._config.getPtr(), int(kernel.function), values.pointers, 0)
         # Bound to its arguments, which are then not looked at again in Python.
-        self._call = functools.partial(_driver().cuLaunchKernelEx, *map(ctypes.c_void_p, at))
+        self._call = functools.partial(library().cuLaunchKernelEx, *map(ctypes.c_void_p, at))
         self._stream = 0
 
     def on(self, stream: int) -> Callable[[], int]:
@@ -206,22 +206,38 @@ class Ready:
     def queue(self, stream: int) -> None:
         """Queue it; RuntimeError where the driver refuses."""
         if status := self.on(stream)():
-            self.insist(status)
+            insist(status, self.kernel, self._call)
 
-    def insist(self, status: int) -> None:
-        """Try again after this status, if that can help; else RuntimeError."""
+    def node(self) -> Any:
+        """The driver's description of it as a node of a graph."""
         from cuda.bindings import driver
 
-        if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
-            # A thread of autograd's that has not used this device yet.
-            done(driver.cuCtxSetCurrent(self.kernel.context))
-            status = self._call()
-        if status:
-            done((driver.CUresult(status),))
+        node = driver.CUDA_KERNEL_NODE_PARAMS()
+        node.func = self.kernel.function
+        node.gridDimX, node.gridDimY, node.gridDimZ = self.blocks, 1, 1
+        node.blockDimX, node.blockDimY, node.blockDimZ = self.kernel.threads, 1, 1
+        node.sharedMemBytes = self.kernel.shared
+        node.kernelParams = self.values.pointers
+        return node
+
+
+def insist(status: int, kernel: Kernel, *calls: Callable[[], int]) -> None:
+    """Make calls of the driver again, one of which was refused for a reason that may pass.
+
+    Else RuntimeError with the driver's own words.
+    """
+    from cuda.bindings import driver
+
+    if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+        # A thread of autograd's that has not used this device yet.
+        done(driver.cuCtxSetCurrent(kernel.context))
+        status = next((s for call in calls if (s := call())), 0)
+    if status:
+        done((driver.CUresult(status),))
 
 
 @functools.cache
-def _driver() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     """The driver itself: cuda-bindings takes the host as long as the driver does."""
     return ctypes.CDLL("libcuda.so.1")
 
@@ -239,32 +255,6 @@ def recording() -> Iterator[list[Ready]]:
         yield taken
     finally:
         _recorder.taken = before
-
-
-class Again:
-    """Recorded launches that are made again with other addresses in the places of some.
-
-    stream: on which they are queued. addresses: those that were given, each to one parameter of one
-    of the launches. ValueError for one that was not, or to several. Of the thread that made it.
-    """
-
-    def __init__(self, launches: Sequence[Ready], stream: int, *addresses: int) -> None:
-        self._launches = tuple((launch.on(stream), launch) for launch in launches)
-        places = [
-            [place for launch in launches for place in launch.values.places(address)]
-            for address in addresses
-        ]
-        if any(len(found) != 1 for found in places):
-            raise ValueError(f"the addresses stand in {[len(found) for found in places]} places")
-        self._places = tuple(found[0] for found in places)
-
-    def queue(self, *addresses: int) -> None:
-        """Queue all of them."""
-        for (words, at), address in zip(self._places, addresses, strict=True):
-            words[at] = address
-        for call, launch in self._launches:
-            if status := call():
-                launch.insist(status)
 
 
 def _overlapping() -> Any:

@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import pickle
 import threading
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import quest
 from quest import direct, frozen, ops, paths
-from quest.kernels import cuda, hopper, outputs, product
+from quest.kernels import cuda, hopper, outputs, product, recorded
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -214,11 +215,22 @@ class _Driver:
         return 0
 
 
+class _Launches:
+    """In the place of a graph: the launches themselves."""
+
+    def __init__(self, launches: Sequence[cuda.Ready]) -> None:
+        self._launches = launches
+
+    def calls(self, stream: int) -> list[Callable[[], int]]:
+        return [launch.on(stream) for launch in self._launches]
+
+
 def test_the_rule_of_recorded_calls_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two kernels, a driver that only listens, and tensors that lie on the CPU."""
     pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
     driver, stream, thread = _Driver(), [7], [1]
-    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda, "library", lambda: driver)
+    monkeypatch.setattr(recorded, "Graph", _Launches)
     monkeypatch.setattr(ops, "direct", lambda _: True)
     monkeypatch.setattr(direct, "get_ident", lambda: thread[0])
     for name, value in (

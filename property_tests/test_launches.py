@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import struct
 import threading
 from collections.abc import Callable
@@ -11,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from quest.kernels import cuda
+from quest.kernels import cuda, recorded
 
-pytest.importorskip("cuda.bindings")
+real = pytest.importorskip("cuda.bindings.driver")
 
 LAYOUT = "P16sPif"  # a pointer, a map, a pointer, an int, a float
 
@@ -24,6 +25,7 @@ class Driver:
     def __init__(self) -> None:
         self.seen: list[tuple[Any, ...]] = []
         self.answers: list[int] = []
+        self.dropped: list[int] = []
 
     def cuLaunchKernelEx(self, *arguments: ctypes.c_void_p) -> int:
         config, function, parameters, extra = (a.value for a in arguments)
@@ -32,24 +34,89 @@ class Driver:
         assert extra is None
         # CUlaunchConfig of cuda.h: seven numbers, the stream, the attributes and their number.
         *sizes, stream, attributes, count = struct.unpack("7IQQI", ctypes.string_at(config, 52))
-        pointers = struct.unpack("5Q", ctypes.string_at(parameters, 40))
-        sizes_of = (8, 16, 8, 4, 4)
-        raw = [ctypes.string_at(at, n) for at, n in zip(pointers, sizes_of, strict=True)]
-        values = (
-            struct.unpack("P", raw[0])[0], raw[1], struct.unpack("P", raw[2])[0],
-            struct.unpack("i", raw[3])[0], struct.unpack("f", raw[4])[0],
-        )  # fmt: skip
+        values = _values(parameters)
         # Of an attribute the first four bytes are its name.
         names = [struct.unpack("i", ctypes.string_at(attributes + 64 * i, 4))[0]
                  for i in range(count)]  # fmt: skip
         self.seen.append((function, stream, sizes, names, values))
         return self.answers.pop(0) if self.answers else 0
 
+    # Graphs: one at a time. nodes: what each was last told; overlaps: those that need not wait.
+    def begin(self, _: int) -> tuple[int, int]:
+        self.nodes: dict[int, tuple[Any, ...]] = {}
+        self.overlaps: dict[int, bool] = {}
+        return 0, 500
+
+    def add(self, graph: int, before: None, count: int, told: Any) -> tuple[int, int]:
+        assert (graph, before, count) == (500, None, 0)
+        node = 600 + len(self.nodes)
+        self.nodes[node] = _told(int(told.getPtr()))
+        return 0, node
+
+    def depend(
+        self, graph: int, before: list[int], after: list[int], edges: list[Any], count: int
+    ) -> tuple[int]:
+        assert len(before) == len(after) == len(edges) == count
+        for one, other, edge in zip(before, after, edges, strict=True):
+            assert (graph, other) == (500, one + 1)
+            assert (edge.type, edge.from_port, edge.to_port) in ((0, 0, 0), (1, 1, 0))
+            self.overlaps[other] = bool(edge.type)
+        return (0,)
+
+    def finish(self, graph: int, _: int) -> tuple[int, int]:
+        assert graph == 500
+        assert list(self.overlaps) == list(self.nodes)[1:]
+        return 0, 700
+
+    def drop(self, what: int) -> tuple[int]:
+        self.dropped.append(what)
+        return (0,)
+
+    def cuGraphExecKernelNodeSetParams_v2(self, *arguments: ctypes.c_void_p) -> int:
+        ready, node, told = (a.value for a in arguments)
+        assert ready == 700
+        assert told
+        before, self.nodes[node or 0] = self.nodes[node or 0], _told(told)
+        assert before[:2] == self.nodes[node or 0][:2]
+        return self.answers.pop(0) if self.answers else 0
+
+    def cuGraphLaunch(self, *arguments: ctypes.c_void_p) -> int:
+        ready, stream = (a.value for a in arguments)
+        assert ready == 700
+        for node, (function, sizes, values) in self.nodes.items():
+            names = [OVERLAPS] if self.overlaps.get(node) else []
+            self.seen.append((function, stream or 0, sizes, names, values))
+        return self.answers.pop(0) if self.answers else 0
+
+
+def _values(parameters: int) -> tuple[Any, ...]:
+    """What an array of pointers to parameters of LAYOUT says."""
+    pointers = struct.unpack("5Q", ctypes.string_at(parameters, 40))
+    sizes_of = (8, 16, 8, 4, 4)
+    raw = [ctypes.string_at(at, n) for at, n in zip(pointers, sizes_of, strict=True)]
+    return (
+        struct.unpack("P", raw[0])[0], raw[1], struct.unpack("P", raw[2])[0],
+        struct.unpack("i", raw[3])[0], struct.unpack("f", raw[4])[0],
+    )  # fmt: skip
+
+
+def _told(node: int) -> tuple[Any, ...]:
+    """Function, sizes and parameters of a CUDA_KERNEL_NODE_PARAMS of cuda.h."""
+    function, *sizes, parameters, extra = struct.unpack("Q7I4xQQ", ctypes.string_at(node, 56))
+    assert extra == 0
+    return function, sizes, _values(parameters)
+
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     made = Driver()
-    monkeypatch.setattr(cuda, "_driver", lambda: made)
+    monkeypatch.setattr(cuda, "library", lambda: made)
+    for name, function in (
+        ("cuGraphCreate", made.begin), ("cuGraphAddKernelNode", made.add),
+        ("cuGraphAddDependencies", made.depend), ("cuGraphInstantiate", made.finish),
+        ("cuGraphExecDestroy", made.drop), ("cuGraphDestroy", made.drop),
+    ):  # fmt: skip
+        monkeypatch.setattr(real, name, function)
     monkeypatch.setattr(
         torch._C, "_cuda_getCurrentRawStream", lambda device: 7000 + device, raising=False
     )
@@ -83,7 +150,7 @@ def test_each_launch_goes_to_the_stream_that_is_current(
     with cuda.recording() as taken:
         one.launch(1, 1000, MAP, 0, 0, 0.0)
     for stream in (7, 8, 0, 0, 7):
-        cuda.Again(taken, stream, 1000).queue(1000)
+        recorded.Again(taken, stream, 1000).queue(1000)
         assert driver.seen[-1][1] == stream
         monkeypatch.setattr(
             torch._C, "_cuda_getCurrentRawStream", lambda _, s=stream: s, raising=False
@@ -102,8 +169,6 @@ def test_what_the_driver_refuses(driver: Driver, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_thread_without_a_context(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cuda.bindings import driver as real
-
     told: list[Any] = []
     monkeypatch.setattr(real, "cuCtxSetCurrent", lambda context: (0, context))
     monkeypatch.setattr(cuda, "done", told.append)
@@ -121,7 +186,7 @@ def test_launches_again(driver: Driver) -> None:
         first.launch(2, 1000, MAP, 500, 1, 1.0)
         second.launch(4, 500, MAP[::-1], 2000, 2, 2.0, overlap=True)
     assert len(taken) == 2
-    again = cuda.Again(taken, 7, 1000, 2000)
+    again = recorded.Again(taken, 7, 1000, 2000)
     first.launch(9, 1, MAP, 2, 3, 4.0)
     second.launch(9, 1, MAP, 2, 3, 4.0, overlap=True)
     assert len(taken) == 2  # the block has ended
@@ -135,6 +200,43 @@ def test_launches_again(driver: Driver) -> None:
         driver.seen.clear()
 
 
+def _two(driver: Driver) -> recorded.Again:
+    """Of two kernels, whose launches are not seen."""
+    with cuda.recording() as taken:
+        kernel(1).launch(2, 1000, MAP, 500, 1, 1.0)
+        kernel(2).launch(4, 500, MAP, 2000, 2, 2.0, overlap=True)
+    driver.seen.clear()
+    return recorded.Again(taken, 7, 1000, 2000)
+
+
+@pytest.mark.parametrize("at", range(3))  # the parameters of either kernel, and the launch
+def test_graphs_that_the_driver_refuses(
+    at: int, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = _two(driver)
+    told: list[Any] = []
+    monkeypatch.setattr(cuda, "done", told.append)
+    driver.answers = [0] * at + [1]  # CUDA_ERROR_INVALID_VALUE
+    again.queue(1, 2)
+    assert [int(status) for (status,) in told] == [1]
+    # Without a context all is told again.
+    monkeypatch.setattr(real, "cuCtxSetCurrent", lambda context: (0, context))
+    driver.seen.clear()
+    told.clear()
+    driver.answers = [0] * at + [201]  # CUDA_ERROR_INVALID_CONTEXT
+    again.queue(3, 4)
+    assert told == [(0, None)]
+    assert [(values[0], values[2]) for *_, values in driver.seen[-2:]] == [(3, 500), (500, 4)]
+
+
+def test_a_graph_ends_with_its_call(driver: Driver) -> None:
+    again = _two(driver)
+    assert not driver.dropped
+    del again
+    gc.collect()
+    assert sorted(driver.dropped) == [500, 700]
+
+
 @pytest.mark.parametrize("addresses", [(1000, 2000), (1000, 1000), (500,)])
 def test_an_address_that_stands_elsewhere(driver: Driver, addresses: tuple[int, ...]) -> None:
     one = kernel()
@@ -142,7 +244,7 @@ def test_an_address_that_stands_elsewhere(driver: Driver, addresses: tuple[int, 
         one.launch(2, 1000 if len(addresses) > 1 else 500, MAP, 500, 1, 1.0)
         one.launch(2, 1000 if addresses == (1000, 1000) else 3, MAP, 4, 1, 1.0)
     with pytest.raises(ValueError, match="the addresses stand in"):
-        cuda.Again(taken, 7, *addresses)
+        recorded.Again(taken, 7, *addresses)
 
 
 def test_another_thread_s_launches_are_its_own(driver: Driver) -> None:

@@ -87,6 +87,7 @@ def recorded(x: Tensor, held: Frozen, run: Callable[[], Tensor | None]) -> Tenso
     Between its kernels it may use no memory but that of `_between`, and what the weight holds.
     """
     from .kernels import cuda
+    from .kernels.recorded import Again
 
     kind = _kind(x) if 0 < x.numel() <= MOST_ELEMENTS else None
     if kind is None:
@@ -103,7 +104,7 @@ def recorded(x: Tensor, held: Frozen, run: Callable[[], Tensor | None]) -> Tenso
     if y is None:
         return None
     try:
-        launches = cuda.Again(taken, kind[3], x.data_ptr(), y.data_ptr())
+        launches = Again(taken, kind[3], x.data_ptr(), y.data_ptr())
     except ValueError:  # something was copied or converted on the way
         return y
     # One element, and the shape of all: torch makes a tensor like another sooner than from a shape.

@@ -4,8 +4,8 @@ quest::low_bit_linear(x, weights, biases, ...) -> [y of each weight, ..., what t
 quest::low_bit_linear_backward(...) -> [dx, dw of each weight, ...]
 
 The input is quantized once. Operands and mask bits are saved, not values; operands of 2 to 4 bits
-are packed for that time (`operands.saved`), on CUDA by the quantizer itself. Inside, the parts are called as functions: an operator
-of their own each costs the host more than most take on a GPU.
+are packed for that time (`operands.saved`), on CUDA by the quantizer itself. Inside, the parts are
+called as functions: an operator of their own each costs the host more than most take on a GPU.
 Source: method, section 5; QuEST (arXiv 2502.05003), Algorithm 1.
 """
 

@@ -1,0 +1,102 @@
+"""Launches that were recorded, made again with other addresses in the places of some.
+
+Several become one CUDA graph, whose kernels are told their parameters anew before it is queued:
+that takes the host half of what the launches take. One stays a launch, which may overlap with the
+kernel before it.
+Source: NVIDIA, CUDA Driver API, graph management.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import cuda
+
+if TYPE_CHECKING:
+    from .cuda import Ready
+
+
+class Again:
+    """Recorded launches, at least one, with other addresses.
+
+    stream: on which they are queued. addresses: those that were given, each to one parameter of one
+    of the launches. ValueError for one that was not, or to several. Of the thread that made it.
+    """
+
+    def __init__(self, launches: Sequence[Ready], stream: int, *addresses: int) -> None:
+        self.launches = tuple(launches)  # and with them the memory of their parameters
+        places = [
+            [place for launch in launches for place in launch.values.places(address)]
+            for address in addresses
+        ]
+        if any(len(found) != 1 for found in places):
+            raise ValueError(f"the addresses stand in {[len(found) for found in places]} places")
+        self._places = tuple(found[0] for found in places)
+        self._graph = Graph(self.launches) if len(launches) > 1 else None
+        self._calls = self._graph.calls(stream) if self._graph else (launches[0].on(stream),)
+
+    def queue(self, *addresses: int) -> None:
+        """Queue all of them; RuntimeError where the driver refuses."""
+        for (words, at), address in zip(self._places, addresses, strict=True):
+            words[at] = address
+        for call in self._calls:
+            if status := call():
+                return cuda.insist(status, self.launches[0].kernel, *self._calls)
+        return None
+
+
+class Graph:
+    """A CUDA graph of launches, one after another as they would be queued on a stream."""
+
+    def __init__(self, launches: Sequence[Ready]) -> None:
+        from cuda.bindings import driver
+
+        done = cuda.done
+        graph = done(driver.cuGraphCreate(0))
+        self._nodes: list[tuple[Any, Any]] = []
+        for launch in launches:
+            told = launch.node()
+            before = [node for node, _ in self._nodes[-1:]]
+            node = done(driver.cuGraphAddKernelNode(graph, None, 0, told))
+            edges = [_edge(launch.overlap)] * len(before)
+            done(
+                driver.cuGraphAddDependencies(
+                    graph, before, [node] * len(before), edges, len(before)
+                )
+            )
+            self._nodes.append((node, told))
+        self._ready = done(driver.cuGraphInstantiate(graph, 0))
+        # The nodes, by which parameters are told, belong to the graph.
+        for destroy, what in (
+            (driver.cuGraphExecDestroy, self._ready),
+            (driver.cuGraphDestroy, graph),
+        ):
+            weakref.finalize(self, destroy, what).atexit = False
+
+    def calls(self, stream: int) -> tuple[Callable[[], int], ...]:
+        """What tells every kernel its parameters, and then queues all; each returns the status."""
+        library, pointer = cuda.library(), ctypes.c_void_p
+        ready = pointer(int(self._ready))
+        tell = library.cuGraphExecKernelNodeSetParams_v2
+        return (
+            *(
+                functools.partial(tell, ready, pointer(int(node)), pointer(int(told.getPtr())))
+                for node, told in self._nodes
+            ),
+            functools.partial(library.cuGraphLaunch, ready, pointer(stream)),
+        )
+
+
+def _edge(overlaps: bool) -> Any:
+    """From a kernel to the next, which may or may not begin before it has ended."""
+    from cuda.bindings import driver
+
+    edge = driver.CUgraphEdgeData()
+    if overlaps:
+        edge.type = driver.CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC
+        edge.from_port = driver.CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC
+    return edge

@@ -89,6 +89,8 @@ def decoded_operands() -> list[Any]:
 # (out_features, in_features) of a 7B Llama; the numbers of tokens that a frozen layer is timed at.
 FROZEN = ((4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008)) if CUDA else ((256, 512),)
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384) if CUDA else (1, 64)
+# Larger ones, with few tokens.
+WIDER = ((14336, 4096), (4096, 14336)) if CUDA else ()
 PRODUCTS = ((8192, 8192, 8192), LAYER, LARGE_LAYER, (16384, 14336, 4096))
 
 
@@ -103,9 +105,10 @@ def frozen() -> list[Any]:
     """(tokens, in_features, out_features, recipe) of a layer whose weight is frozen."""
     made = [
         (tokens, inside, outside, recipe)
-        for outside, inside in FROZEN
+        for shapes, counts in ((FROZEN, TOKENS), (WIDER, (1, 4, 16)))
+        for outside, inside in shapes
         for recipe in ("w1a1", "w4a4")
-        for tokens in TOKENS
+        for tokens in counts
     ]
     return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made]
 

@@ -122,9 +122,11 @@ class Linear(nn.Linear):
         # As attributes they are searched for, which takes as long as a tenth of the call.
         own = self._parameters
         weight = own.get("weight")
-        if weight is None or own.get("bias", weight) is not None:
+        if weight is None or not (
+            held.is_of(weight) and held.calls.are_of(own.get("bias", weight))
+        ):
             return None
-        return direct.again(x, held) if held.is_of(weight) else None
+        return direct.again(x, held)
 
     def _integers(self, x: Tensor) -> Tensor:
         specs = self.recipe.activation.spec, self.recipe.weight.spec

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import quest
-from quest import lowbit, operands, prologue
-from quest.conformance import examine
+from quest import eager, lowbit, operands, prologue
+from quest.conformance import examine, judges
 from quest.conformance.lanes import Lane
 from quest.conformance.verdict import Verdict
 
@@ -38,18 +38,19 @@ def _judge(name: str, kind: str, width: int) -> gate.Judge:
     return judge
 
 
+def _rows_of(wide: Tensor) -> Tensor:
+    left, right = _halves(wide)
+    return F.silu(left) * right
+
+
 @pytest.mark.parametrize(("rows", "width", "recipe"), cases.gates())
 def test_gated(timed: Timed, rows: int, width: int, recipe: str) -> None:
     """silu(gate) * value, quantized: operand, scale and sums; no mask, as in a frozen layer."""
     q = quest.recipe(recipe, estimator=quest.STE()).activation
     kind = (operands.kinds(q, q) or ("",))[0]
 
-    def rows_of(wide: Tensor) -> Tensor:
-        left, right = _halves(wide)
-        return F.silu(left) * right
-
     torch.compiler.reset()
-    made: Callable[[Tensor], Tensor] = torch.compile(rows_of)
+    made: Callable[[Tensor], Tensor] = torch.compile(_rows_of)
     timed(
         spec=q.spec,
         shape=(rows, width),
@@ -58,4 +59,39 @@ def test_gated(timed: Timed, rows: int, width: int, recipe: str) -> None:
         draw=((rows, 2 * width),),
         run=lambda wide: prologue.gated_encode(*_halves(wide), q.spec, kind),
         baseline=lambda wide: lowbit.encode(made(wide), q.spec, kind),
+    )
+
+
+@pytest.mark.parametrize(("rows", "width", "recipe"), cases.gates())
+def test_gated_saved(timed: Timed, rows: int, width: int, recipe: str) -> None:
+    """The same in training: with the mask, and the operand packed for the backward."""
+    q = quest.recipe(recipe).activation
+    kind = (operands.kinds(q, q) or ("",))[0]
+    run, encode = (
+        (prologue.launch_encode_gated, lowbit.launch_encode_saved)
+        if cases.CUDA
+        else (eager.encode_gated, eager.encode_saved)
+    )
+
+    def judge(lane: Lane, name: str) -> list[Verdict]:
+        """What is written beside the operand: that of the rows that are judged."""
+        wide = gate.normal(gate.ROWS, 2 * width, name)
+        shown = prologue.gated_encode_shown(*_halves(wide.to(cases.DEVICE)), q.spec, kind)[3]
+        found = run(*_halves(wide.to(cases.DEVICE)), q, kind, True)
+        same = [
+            judges.exact("saved", *(judges.lift(t.view(torch.uint8)) for t in pair))
+            for pair in zip(found, encode(shown, q, kind), strict=True)
+        ]
+        return [*_judge(recipe, kind, width)(lane, name), *same]
+
+    torch.compiler.reset()
+    made: Callable[[Tensor], Tensor] = torch.compile(_rows_of)
+    timed(
+        spec=q.spec,
+        shape=(rows, width),
+        key=("gated_saved", q.spec, width),
+        judge=judge,
+        draw=((rows, 2 * width),),
+        run=lambda wide: run(*_halves(wide), q, kind, True),
+        baseline=lambda wide: encode(made(wide), q, kind),
     )

@@ -16,7 +16,7 @@
 //   NORMED  h weight / sqrt(mean(h^2) + eps)
 //   ADDED   the same of h = x + beside, rounded, which is written too
 // Inputs may be rows of a wider tensor. What the rest works on is what was rounded, which lies where x,
-// the first input, was. There is no mask.
+// the first input, was.
 //
 // Macros: REGISTERS (of a thread), IN (the input's dtype), LEVELS, EDGE (mask by threshold; else all
 // ones), FORM, BITS, PROLOGUE, SHOWN (the rows that a prologue made are written, too), and SAVED: of
@@ -219,7 +219,7 @@ __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, floa
       for (int w = 0; w < 4; w++)
         flags[w] = __funnelshift_l(__float_as_uint(limit - fabsf(y[32 * w + i])), flags[w], 1);
   }
-  if (PROLOGUE == PLAIN && mask && lane < count)
+  if (mask && lane < count)
     mask[start + lane] = make_uint4(~flags[0], ~flags[1], ~flags[2], ~flags[3]);
   if (OUT_BITS == 1) {
     u32 words[4] = {};
@@ -278,8 +278,8 @@ __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, floa
 // x: (rows, 128 blocks) as chunks; scale (rows,), sums (rows,) or null; out, mask or null and, with SAVED,
 // saved by blocks.
 // units: rows, or, where segment < TILE, groups of TILE blocks; total: blocks of all rows; teams: of a
-// thread block. With a prologue `mask` is null. beside: the second input, or null; shown: like x, or
-// null; pitch: chunks from a row of x, or of `beside`, to the next; weight: a row; added: h, as rows.
+// thread block. beside: the second input, or null; shown: like x, or null; pitch: chunks from a row of x,
+// or of `beside`, to the next; weight: a row; added: h, as rows.
 extern "C" __global__ void __maxnreg__(REGISTERS)
     quantize(const uint4 *x, float *scale, uint4 *out, uint4 *mask, int *sums, uint4 *saved, i64 units, i64 total,
              int blocks, int warps, int segment, int teams, float step, float threshold

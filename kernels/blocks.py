@@ -6,7 +6,7 @@ additions and nothing else, which Triton's layouts can't express. Everything els
 `quantize`.
 
 `gated` and `normed` make the rows themselves, of a gate and a value or by RMSNorm, which saves
-writing them and reading them again: prologues for inference, which needs no mask.
+writing them and reading them again.
 Source: QuEST (arXiv 2502.05003), Algorithm 1; SwiGLU, arXiv 2002.05202; RMSNorm, arXiv 1910.07467.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -192,29 +193,42 @@ def readable(x: torch.Tensor) -> torch.Tensor:
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
+class Made(NamedTuple):
+    """What a prologue gives: as `quantize` does, and the rows; None where not asked for.
+
+    added: h, of `normed` with a residual. rows: as they were quantized.
+    """
+
+    out: torch.Tensor
+    scale: torch.Tensor
+    sums: torch.Tensor
+    mask: torch.Tensor | None
+    saved: torch.Tensor | None
+    added: torch.Tensor | None
+    rows: torch.Tensor | None
+
+
 def gated(
     gate: torch.Tensor, value: torch.Tensor, program: Program, *, form: int, bits: int = 0,
-    show: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """(out, scale, sums, x) of x = silu(gate) value, both (rows, d) bfloat16 or float16.
+    show: bool = False, masked: bool = False, saved: int = 0,
+) -> Made:  # fmt: skip
+    """The quantizer of rows = silu(gate) value, both (rows, d) bfloat16 or float16.
 
-    They may be columns of a wider tensor. x is computed in float32 and rounded once; given back
-    where `show` is asked for, else None. The rest as in `quantize`: PACKED of one bit, CODES or
-    INTEGERS, and `supports` is to hold for both. No mask is made, whatever the estimator.
+    They may be columns of a wider tensor. Rows are computed in float32 and rounded once; given
+    back where `show` is asked for. The rest as in `quantize`: PACKED of one bit, CODES or INTEGERS,
+    and `supports` is to hold for both.
     """
-    out, scale, sums, _, x = _made(
-        gate, value, program, form=form, bits=bits, show=show, prologue=GATED
-    )
-    return out, scale, sums, x
+    return _made(
+        gate, value, program, form=form, bits=bits, show=show, prologue=GATED, masked=masked,
+        saved=saved,
+    )  # fmt: skip
 
 
 def normed(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float,
     program: Program, *, form: int, bits: int = 0, show: bool = False,
-) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None
-]:  # fmt: skip
-    """(out, scale, sums, h, rows) of rows = h weight / sqrt(mean(h^2) + eps).
+) -> Made:  # fmt: skip
+    """The quantizer of rows = h weight / sqrt(mean(h^2) + eps), for inference: without a mask.
 
     h = residual + x, rounded, is given back where there is a residual; else it is x, and None. x,
     residual: (rows, d) bfloat16 or float16, weight: (d,) of that dtype. The rest as in `gated`;
@@ -230,12 +244,11 @@ def normed(
 def _made(
     first: torch.Tensor, second: torch.Tensor | None, program: Program, *, form: int, bits: int,
     show: bool, prologue: int, weight: torch.Tensor | None = None, eps: float = 0.0,
-) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None
-]:  # fmt: skip
-    """(out, scale, sums, sum of both inputs, rows): a prologue's; the last two may be None."""
+    masked: bool = False, saved: int = 0,
+) -> Made:  # fmt: skip
     if form == VALUES or (form == PACKED and bits > 1):
         raise ValueError(f"a prologue makes no form {form} with {bits} bits")
+    _check_saved(saved, form, program)
     (rows, d), device = first.shape, first.device
     first = readable(first)
     second = first if second is None else readable(second)
@@ -245,21 +258,24 @@ def _made(
     )
     scale = outputs.empty((rows, 1), torch.float32, device)
     sums = outputs.empty((rows, 1), torch.int32, device)
+    mask = outputs.empty((rows, d // 8), torch.uint8, device) if masked else None
+    kept = outputs.empty((rows, d * saved // 8), torch.uint8, device) if saved else None
     added = outputs.empty((rows, d), first.dtype, device) if prologue == ADDED else None
     shown = outputs.empty((rows, d), first.dtype, device) if show else None
     if rows:
         more = 0 if weight is None else d * weight.element_size()
         weight = None if weight is None else readable(weight[None])
         count, told, warps = _grid(rows, d // ORDER, device.index, more)
+        edge = masked and program.estimator != STE
         kernel = _kernel(
-            warps, first.dtype, program.levels, False, form, bits, device.index, prologue, show,
-            more=more,
+            warps, first.dtype, program.levels, edge, form, bits, device.index, prologue, show,
+            saved, more,
         )  # fmt: skip
         chunk = 16 // first.element_size()
         kernel.launch(
-            count, first.data_ptr(), scale.data_ptr(), out.data_ptr(), 0, sums.data_ptr(), 0, *told,
-            program.step, program.threshold, second.data_ptr(), cuda.pointer(shown),
-            first.stride(0) // chunk, second.stride(0) // chunk, cuda.pointer(weight),
-            cuda.pointer(added), eps,
+            count, first.data_ptr(), scale.data_ptr(), out.data_ptr(), cuda.pointer(mask),
+            sums.data_ptr(), cuda.pointer(kept), *told, program.step, program.threshold,
+            second.data_ptr(), cuda.pointer(shown), first.stride(0) // chunk,
+            second.stride(0) // chunk, cuda.pointer(weight), cuda.pointer(added), eps,
         )  # fmt: skip
-    return out, scale, sums, added, shown
+    return Made(out, scale, sums, mask, kept, added, shown)

@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 
 import quest
-from quest import compression, fused, lowbit, operands, prologue
+from quest import compression, fused, lowbit, operands, ops, prologue
 from quest.kernels import cuda, product, sparse
 from quest.packed import packed_product
 from quest.sparse_product import sparse_product
@@ -104,7 +104,7 @@ TURNS = {256: 500, 4096: 30, 11008: 9}
 
 
 def _prologues(name: str, width: int, dtype: torch.dtype) -> Launch:
-    """A gate, a norm, and a norm of a sum; each with its rows shown, and without."""
+    """A gate, a norm, and a norm of a sum; each with its rows shown, and without; a gate's mask."""
 
     def run() -> object:
         x, other = _normal(TURNS[width], 2 * width, dtype).tensor_split(2, -1)
@@ -118,6 +118,7 @@ def _prologues(name: str, width: int, dtype: torch.dtype) -> Launch:
                 gated(x, other, spec, kind)
                 for gated in (prologue.gated_encode, prologue.gated_encode_shown)
             ]
+            gates.append(prologue.launch_encode_gated(x, other, ops.quantizer(spec), kind, True))
             norms = [
                 normed(x, residual, weight, 1e-5, spec, kind)
                 for normed in (prologue.normed_encode, prologue.normed_encode_shown)
@@ -177,6 +178,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
         yield f"sparse {told}", _sparse(shape)
     for dtype in (torch.bfloat16, torch.float32):
         yield f"blocks w2a2 4096 {dtype}", _blocks("w2a2", 4096, dtype)  # saved in 2 bits
+    yield "prologues w2a2 4096", _prologues("w2a2", 4096, torch.bfloat16)
     for name in ("w1a1", "w4a4", "w8a8"):
         for width in (256, 4096, 11008):
             for dtype in (torch.bfloat16, torch.float32):

@@ -83,6 +83,28 @@ def test_every_prologue_compiles_without_a_gpu(
     assert b"quantize" in made.code
 
 
+# What a gate that is trained ends in: with a mask, and what is saved.
+TRAINED = [
+    (t, levels, edge, form, bits, saved)
+    for t in (torch.bfloat16, torch.float16)
+    for levels, form, bits, saved in (
+        (2, blocks.PACKED, 1, 0), (3, blocks.INTEGERS, 0, 2), (4, blocks.INTEGERS, 0, 2),
+        (16, blocks.INTEGERS, 0, 4), (32, blocks.INTEGERS, 0, 0), (256, blocks.CODES, 0, 0),
+    )
+    for edge in (False, True)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "levels", "edge", "form", "bits", "saved"), TRAINED, ids=str)
+def test_every_gate_that_is_trained_compiles_without_a_gpu(
+    dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, saved: int
+) -> None:
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    macros = blocks.macros(dtype, levels, edge, form, bits, blocks.GATED, saved=saved)
+    made = cuda.compile_("blocks.cu", "sm_90a", macros, cached=False)
+    assert b"quantize" in made.code
+
+
 def test_a_prologue_of_float32_does_not_compile() -> None:
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     macros = blocks.macros(torch.float32, 16, False, blocks.INTEGERS, 0, blocks.GATED)

@@ -441,6 +441,68 @@ def test_gated_is_never_exceeded_by_float32(seed: int) -> None:
         assert (np.abs(got - exact) <= bound).all()
 
 
+def float32_gradients(
+    grad: Array, gate: Array, value: Array, rng: np.random.Generator
+) -> Iterator[Array]:
+    """grad value s (1 + g (1 - s)) in float32, of every sigmoid of `float32_gates`, two orders."""
+    one = np.ones_like(gate)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
+        for silu in float32_gates(gate, one, rng):
+            s = np.where(gate == 0, F32(0.5), silu / np.where(gate == 0, one, gate)).astype(F32)
+            slope = F32(1) + gate * (F32(1) - s)
+            yield grad * value * s * slope
+            yield grad * value * (s * slope)
+
+
+@given(seed=SEEDS)
+def test_gradients_of_a_gate_are_never_exceeded_by_float32(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    gate = (rng.standard_normal((8, 200)) * 2.0 ** rng.integers(-20, 9, (8, 1))).astype(F32)
+    gate[0] = rng.uniform(-130, 130, 200)
+    gate[1] = -1.2784645 + rng.standard_normal(200).astype(F32) * 1e-4  # where the slope is 0
+    value = (rng.standard_normal((8, 200)) * 2.0 ** rng.integers(-60, 50, (8, 1))).astype(F32)
+    grad = (rng.standard_normal((8, 200)) * 2.0 ** rng.integers(-80, 50, (8, 1))).astype(F32)
+    exact, _ = prologue.gated_backward(grad, gate, value)
+    bound = bounds.gated_backward(*(t.astype(np.float64) for t in (grad, gate, value)))
+    # s is made of silu by a quotient here, which rounds once more than an implementation does.
+    spare = 2 * U32 * np.abs(grad.astype(np.float64) * value) * (1 + np.abs(gate))
+    for got in float32_gradients(grad, gate, value, rng):
+        assert (np.abs(got - exact) <= bound + spare).all()
+
+
+def test_gradients_of_a_gate_count_their_roundings() -> None:
+    """Term by term: no wider than what the docstring derives."""
+    u = 2.0**-24
+    one = np.ones((1, 1))
+    for g in (-60.0, -8.0, -1.0, 0.0, 0.25, 1.0, 8.0, 60.0):
+        s, rest = 1 / (1 + math.exp(-g)), 1 / (1 + math.exp(g))
+        a = (2 * abs(g) + 4) * u * rest + 3 * u
+        slope = abs(1 + g * rest)
+        error = abs(g) * (s * a + 2 * u * rest) + u * slope
+        expected = s * (a * slope + error) + 3 * u * s * slope
+        found = bounds.gated_backward(one, g * one, -3 * one)
+        np.testing.assert_allclose(found, 3 * expected, rtol=1e-3, atol=1e-36)
+    # Far out nothing cancels, and the slope is 1.
+    np.testing.assert_allclose(bounds.gated_backward(one, 1e30 * one, one), 7 * u, rtol=1e-3)
+    small = bounds.gated_backward(2.0**-140 * one, -one, one)
+    assert 2.0**-150 < float(small[0, 0]) < 2.0**-147
+
+
+def test_gradients_of_a_gate_are_not_vacuous() -> None:
+    rng = np.random.default_rng(0)
+    gate = rng.standard_normal((50, 200)).astype(F32) * 4
+    value, grad = rng.standard_normal((2, 50, 200)).astype(F32)
+    exact, _ = prologue.gated_backward(grad, gate, value)
+    bound = bounds.gated_backward(*(t.astype(np.float64) for t in (grad, gate, value)))
+    reached = [
+        float((np.abs(got - exact) / bound).max())
+        for got in float32_gradients(grad, gate, value, rng)
+    ]
+    assert min(reached) > 0.3
+    # Far below what bfloat16 and float16 keep.
+    assert (bound / np.abs(grad * value)).max() < 2.0**-17
+
+
 def test_gated_is_not_vacuous() -> None:
     rng = np.random.default_rng(0)
     gate = rng.standard_normal((50, 200)).astype(F32) * 4

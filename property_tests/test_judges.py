@@ -1924,6 +1924,107 @@ def test_gated_bites_what_is_rounded_twice(dtype: torch.dtype) -> None:
         judges.gated(gate, value, tensor(cut.view(F32), dtype)).require()
 
 
+def steep(g: Array) -> Array:
+    """The slope of silu."""
+    with np.errstate(over="ignore"):
+        s = 1 / (1 + np.exp(-g))
+    return s * (1 + g * (1 - s))
+
+
+def slopes(dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    return inputs.draw("gaussian", (8, 256), dtype, seed + 2), *gates(dtype, seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(seed=SEEDS)
+def test_gradients_of_a_gate_hold(dtype: torch.dtype, seed: int) -> None:
+    given_ = slopes(dtype, seed % 2**31)
+    d, g, v = map(oracle.lift, given_)
+    single = given_[1].float()
+    s = single.sigmoid()
+    in_float32 = s * (1 + single * (1 - s)) * given_[0].float() * given_[2].float()
+    to_value = tensor(d * swish(g), dtype)
+    for to_gate in (tensor(d * v * steep(g), dtype), in_float32.to(dtype)):
+        for verdict in judges.gated_backward(*given_, to_gate, to_value):
+            verdict.require()
+
+
+def test_gradients_of_a_gate_that_are_not_finite() -> None:
+    inf, nan = math.inf, math.nan
+    gate = torch.tensor([[inf, -inf, nan, 1.0, 1.0, 20.0, 1.0]])
+    value = torch.tensor([[1.0, 1.0, 1.0, -inf, 1.0, 3e38, 1.0]])
+    grad = torch.tensor([[1.0, 1.0, 1.0, 1.0, inf, 3e38, 1.0]])
+    right = torch.tensor([[nan, nan, nan, -inf, inf, inf, float(steep(np.ones(1))[0])]])
+    to_value = torch.tensor([[inf, nan, nan, 0.7310586, inf, inf, 0.7310586]])
+    for at in range(7):
+        for verdict in judges.gated_backward(grad, gate, value, right, to_value):
+            verdict.require()
+        wrong = right.clone()
+        wrong[0, at] = 0.0
+        with pytest.raises(Rejected, match=r"^gradient of the gate: at \(0, "):
+            judges.gated_backward(grad, gate, value, wrong, to_value)[0].require()
+    for far in (inf, nan):  # where all inputs are finite, and their product
+        wrong = right.clone()
+        wrong[0, 6] = far
+        with pytest.raises(Rejected, match=r"^gradient of the gate: at \(0, 6\)"):
+            judges.gated_backward(grad, gate, value, wrong, to_value)[0].require()
+
+
+GRADIENT_FAULTS: dict[str, Callable[[Array, Array, Array], tuple[Array, Array]]] = {
+    "the sigmoid for the slope": lambda d, g, v: (d * v / (1 + np.exp(-g)), d * swish(g)),
+    "the slope of the sigmoid": lambda d, g, v: (
+        d * v * np.exp(-np.abs(g)) / (1 + np.exp(-np.abs(g))) ** 2,
+        d * swish(g),
+    ),
+    "the second term has another sign": lambda d, g, v: (
+        d * v * (2 / (1 + np.exp(-g)) - steep(g)),
+        d * swish(g),
+    ),
+    "the value is left out": lambda d, g, v: (d * steep(g), d * swish(g)),
+    "the gradient is left out": lambda d, g, v: (v * steep(g), d * swish(g)),
+    "both swapped": lambda d, g, v: (d * swish(g), d * v * steep(g)),
+    "the value's is the gate's": lambda d, g, v: (d * v * steep(g), d * g),
+    "the value's of the value": lambda d, g, v: (d * v * steep(g), d * swish(v)),
+    "the next row's value": lambda d, g, v: (d * np.roll(v, 1, 0) * steep(g), d * swish(g)),
+    "silu of the next column": lambda d, g, v: (d * v * steep(g), d * swish(np.roll(g, 1, -1))),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", GRADIENT_FAULTS)
+def test_gradients_of_a_gate_bite(name: str, dtype: torch.dtype) -> None:
+    given_ = slopes(dtype, 0)
+    with np.errstate(over="ignore"):
+        made = [tensor(t, dtype) for t in GRADIENT_FAULTS[name](*map(oracle.lift, given_))]
+    found = judges.gated_backward(*given_, *made)
+    assert any(verdict.failure for verdict in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_a_gate_are_rounded_once(dtype: torch.dtype) -> None:
+    given_ = slopes(dtype, 0)
+    d, g, v = map(oracle.lift, given_)
+    twice = tensor(rounded(d * v, dtype) * steep(g), dtype), tensor(d * swish(g), dtype)
+    assert judges.gated_backward(*given_, *twice)[0].failure
+    stored = tensor(d * v * steep(g), dtype), tensor(d * rounded(swish(g), dtype), dtype)
+    assert judges.gated_backward(*given_, *stored)[1].failure
+
+
+def test_a_fifth_over_the_bound_of_a_gates_gradient_is_too_far() -> None:
+    grad, gate, value = slopes(torch.float32, 3)
+    d, g, v = map(oracle.lift, (grad, gate, value))
+    u, s = 2.0**-24, 1 / (1 + np.exp(-g))
+    a = (2 * np.abs(g) + 4) * u * (1 - s) + 3 * u
+    slope = np.abs(1 + g * (1 - s))
+    error = np.abs(g) * (s * a + 2 * u * (1 - s)) + u * slope
+    exact = d * v * steep(g)
+    bound = np.abs(d * v) * s * (a * slope + error) + 4 * u * np.abs(exact)
+    to_value = tensor(d * swish(g))
+    judges.gated_backward(grad, gate, value, tensor(exact + 0.8 * bound), to_value)[0].require()
+    with pytest.raises(Rejected, match=r"^gradient of the gate"):
+        judges.gated_backward(grad, gate, value, tensor(exact + 1.2 * bound), to_value)[0].require()
+
+
 def test_a_fifth_over_the_gates_bound_is_too_far() -> None:
     gate, value = gates(torch.float32, 3)
     g, v = oracle.lift(gate), oracle.lift(value)

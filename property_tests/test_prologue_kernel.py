@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,6 +39,45 @@ def test_forms_that_a_prologue_does_not_make() -> None:
         blocks.gated(x, x, None, form=blocks.PACKED, bits=4)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a prologue makes no form 0 with 0 bits"):
         blocks.gated(x, x, None, form=blocks.VALUES)  # type: ignore[arg-type]
+    program = ops.program(parse(SPECS["w8a8"][0]), x)
+    with pytest.raises(ValueError, match="can be saved in as many, got form 2 of 256 levels in 4"):
+        blocks.gated(x, x, program, form=blocks.CODES, saved=4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("estimator", "edge"), [("ste", False), ("trust1.0", True)])
+@pytest.mark.parametrize("saved", [0, 4])
+def test_what_a_gate_asks_of_the_kernel(
+    saved: int, estimator: str, edge: bool, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask by the threshold where one is asked for, and packed codes; else no address."""
+    gate, value = halves(torch.ones(3, 512, dtype=torch.bfloat16))
+    program = ops.program(parse(f"uniform4/hadamard128/{estimator}/dense"), gate)
+    told: list[Any] = []
+
+    class Kernel:
+        def launch(self, *values: Any) -> None:
+            told.extend(values)
+
+    def kernel(*asked: Any, **more: Any) -> Kernel:
+        told.append((asked, more))
+        return Kernel()
+
+    monkeypatch.setattr(blocks, "_kernel", kernel)
+    monkeypatch.setattr(cuda, "processors", lambda _: 1)
+    made = blocks.gated(
+        gate, value, program, form=blocks.INTEGERS, masked=masked, saved=saved
+    )  # fmt: skip
+    asked, _, x, scale, out, mask, sums, kept = told[:8]
+    variant = (4, torch.bfloat16, 16, edge and masked, blocks.INTEGERS, 0, None, blocks.GATED)
+    assert asked == ((*variant, False, saved, 0), {})
+    pointers = (gate, made.scale, made.out, made.mask, made.sums, made.saved)
+    assert (x, scale, out, mask, sums, kept) == tuple(map(cuda.pointer, pointers))
+    assert (made.mask is not None) == masked
+    assert (made.saved is not None) == bool(saved)
+    assert made.mask is None or made.mask.shape == (3, 32)
+    assert made.saved is None or made.saved.shape == (3, 128)
+    assert made.rows is made.added is None
 
 
 def test_no_kernel_on_a_cpu() -> None:
@@ -93,17 +134,18 @@ def test_many_turns_of_a_block(name: str, width: int, monkeypatch: pytest.Monkey
     wide[6::17] *= 1e15
     gate, value = halves(wide.bfloat16())
     spec, kind = SPECS[name]
+    program = ops.program(parse(spec.replace("ste", "trust1.0")), gate)
     form, bits = blocks.OPERANDS[kind]
-    program = ops.program(parse(spec), gate)
+    how = {"form": form, "bits": bits, "masked": True, "saved": 4 * (kind == "integers")}
     alone = [
-        blocks.gated(a, b, program, form=form, bits=bits, show=True)
+        blocks.gated(a, b, program, show=True, **how)
         for a, b in zip(gate.split(20), value.split(20), strict=True)
     ]
     for processors in (1, 132):
         for show in (True, False):
             with monkeypatch.context() as patch, outputs.poisoned(0xA5):
                 patch.setattr(cuda, "processors", lambda _, n=processors: n)
-                made = blocks.gated(gate, value, program, form=form, bits=bits, show=show)
+                made = blocks.gated(gate, value, program, show=show, **how)
             for i, t in enumerate(made):
                 if t is None:
                     continue

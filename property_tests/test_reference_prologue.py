@@ -37,6 +37,27 @@ def test_ends() -> None:
     np.testing.assert_array_equal(prologue.sigmoid([-inf, 0.0, inf]), [0.0, 0.5, 1.0])
 
 
+@given(d=st.floats(-9, 9), g=st.floats(-30, 30), v=st.floats(-9, 9))
+def test_the_gradients_are_slopes(d: float, g: float, v: float) -> None:
+    """Of grad silu(gate) value, by central differences."""
+    step = 1e-5
+    to_gate, to_value = (t[0] for t in prologue.gated_backward([d], [g], [v]))
+    ends = [d * prologue.gated([g + h], [v])[0] for h in (step, -step)]
+    assert to_gate == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-6, abs=1e-7)
+    ends = [d * prologue.gated([g], [v + h])[0] for h in (step, -step)]
+    assert to_value == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-6, abs=1e-7)
+
+
+def test_slopes_far_out() -> None:
+    """Linear above, flat below, and the formula where its two terms cancel."""
+    gate = np.array([1e308, 700.0, -1e308, -700.0, 0.0, -1.2784645427610738])
+    one = np.ones(6)
+    to_gate, to_value = prologue.gated_backward(one, gate, 3 * one)
+    expected = [3.0, 3.0, 0.0, -3 * 699 * math.exp(-700), 1.5, 0.0]
+    np.testing.assert_allclose(to_gate, expected, rtol=1e-13, atol=1e-15)
+    np.testing.assert_array_equal(to_value, prologue.gated(gate, one))
+
+
 @given(row=st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=9), eps=st.floats(1e-6, 10))
 def test_normed_is_the_formula(row: list[float], eps: float) -> None:
     mean = math.fsum(v * v for v in row) / len(row)
@@ -66,6 +87,10 @@ def test_errors_of_a_norm() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"value has shape \(3,\); that of gate, \(2,\), is"):
         prologue.gated([1.0, 2.0], [1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match=r"value has shape \(2,\); that of gate, \(1,\), is"):
+        prologue.gated_backward([1.0], [1.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"value has shape \(2,\); that of gate, \(1,\), is"):
+        prologue.gated_backward([1.0, 2.0], [1.0], [1.0])
     with pytest.raises(TypeError, match="gate has dtype bool"):
         prologue.gated([True], [1.0])
     with pytest.raises(ValueError, match="value is a scalar"):

@@ -221,6 +221,14 @@ def encode_saved(
     return *made, pack_operand(made[0], q) if packs else made[0]
 
 
+def encode_gated(
+    gate: torch.Tensor, value: torch.Tensor, q: Quantizer, kind: str, saves: bool
+) -> tuple[torch.Tensor, ...]:
+    """`encode`, or `encode_saved` where it `saves`, of the rows that `gated` makes."""
+    rows = gated(gate, value)
+    return encode_saved(rows, q, kind) if saves else encode(rows, q, kind)
+
+
 def encoded_like(
     x: torch.Tensor, kind: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -260,6 +268,20 @@ def gated(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """silu(gate) * value, in float32 and rounded once to the dtype of both."""
     x = torch.nn.functional.silu(gate.float()) * value.float()
     return x.to(gate.dtype).contiguous()
+
+
+def gated_backward(
+    grad: torch.Tensor, gate: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of gate and value for that of the rows of `gated`, of their dtype and shape.
+
+    grad value s (1 + g (1 - s)) for the sigmoid s of the gate g, and grad silu(g): in float32, each
+    rounded once.
+    """
+    single, g = grad.float(), gate.float()
+    to_gate = torch.ops.aten.silu_backward(single * value, g)
+    to_value = single * torch.nn.functional.silu(g)
+    return to_gate.to(gate.dtype), to_value.to(value.dtype)
 
 
 def normed(

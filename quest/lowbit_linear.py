@@ -3,10 +3,11 @@
 quest::low_bit_linear(x, weights, biases, ...) -> [y of each weight, ..., what the backward reads]
 quest::low_bit_linear_backward(...) -> [dx, dw of each weight, ...]
 
-The input is quantized once. Operands and mask bits are saved, not values; operands of 2 to 4 bits
-are packed for that time (`operands.saved`), on CUDA by the quantizer itself. Inside, the parts are
-called as functions: an operator of their own each costs the host more than most take on a GPU.
-Source: method, section 5; QuEST (arXiv 2502.05003), Algorithm 1.
+The input, or with a gate silu(gate) * x, is quantized once; on CUDA the quantizer's kernel makes
+that product. Operands and mask bits are saved, not values; operands of 2 to 4 bits are packed for
+that time (`operands.saved`), on CUDA by the quantizer itself. Inside, the parts are called as
+functions: an operator of their own each costs the host more than most take on a GPU.
+Source: method, section 5; QuEST (arXiv 2502.05003), Algorithm 1; SwiGLU, arXiv 2002.05202.
 """
 
 from __future__ import annotations
@@ -27,17 +28,25 @@ if TYPE_CHECKING:
 class _Parts(NamedTuple):
     encode: Callable[..., tuple[Tensor, ...]]
     encode_saved: Callable[..., tuple[Tensor, ...]]
+    encode_gated: Callable[..., tuple[Tensor, ...]]
     decode: Callable[..., Tensor]
     product: Callable[..., Tensor]
     masked_transpose: Callable[..., Tensor]
 
 
+def _launch_encode_gated(*arguments: Any) -> tuple[Tensor, ...]:
+    from . import prologue  # which is made of layers
+
+    return prologue.launch_encode_gated(*arguments)
+
+
 _CPU = _Parts(
-    eager.encode, eager.encode_saved, eager.decode, lowbit.eager_product, eager.masked_transpose
-)
+    eager.encode, eager.encode_saved, eager.encode_gated, eager.decode, lowbit.eager_product,
+    eager.masked_transpose,
+)  # fmt: skip
 _CUDA = _Parts(
-    lowbit.launch_encode, lowbit.launch_encode_saved, lowbit.launch_decode, lowbit.launch_product,
-    ops.launch_masked_transpose,
+    lowbit.launch_encode, lowbit.launch_encode_saved, _launch_encode_gated, lowbit.launch_decode,
+    lowbit.launch_product, ops.launch_masked_transpose,
 )  # fmt: skip
 
 
@@ -69,10 +78,15 @@ def _pair(activation: str, weight: str) -> _Pair:
     return _Pair(*q, kinds, saved, ",".join(t.require_grid().name for t in q))
 
 
-def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], made: _Pair) -> None:
+def _check(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], made: _Pair,
+    gate: Tensor | None,
+) -> None:  # fmt: skip
     if not weights:
         raise ValueError("weights must hold at least one weight, got none")
     made.activation.check(x)
+    if gate is not None:
+        lowbit.check_vector("gate", gate, x.dtype, tuple(x.shape), x)
     for w in weights:
         ops.check_input(w)
         if w.ndim != 2 or w.shape[1] != x.shape[-1] or w.device != x.device:
@@ -103,20 +117,28 @@ def low_bit_linear(
     weight: str,
     dtype: torch.dtype,
     saves: bool,
+    gate: Tensor | None = None,
 ) -> list[Tensor]:
     """y = Q(x H) Q(w H)^T + b (..., out) of `dtype` for each weight, by products of integers.
 
     x (..., in), quantized once; weights (out, in) each, of one dtype; biases: none at all, or one
     (out,) for each weight; activation, weight: specs of quantizers that `operands.kinds` can pair.
+    gate: like x; then x stands for silu(gate) * x, computed in float32 and rounded once to their
+    dtype, which the backward does not keep. Gradients of both are rounded once each.
     After the y's come what the backward reads, if it `saves` that: operand, in the kind of
     `operands.saved`, scale and packed mask of x, as rows, and of each weight.
     """
     made = _pair(activation, weight)
-    _check(x, weights, biases, made)
+    _check(x, weights, biases, made, gate)
     f = _CUDA if x.is_cuda else _CPU
     d, kinds = x.shape[-1], ",".join(made.kinds)
     encode = f.encode_saved if saves else f.encode
-    a, a_scale, a_mask, a_sums, *kept = encode(lowbit.as_rows(x), made.activation, made.kinds[0])
+    rows, q, kind = lowbit.as_rows(x), made.activation, made.kinds[0]
+    if gate is None:
+        a, a_scale, a_mask, a_sums, *kept = encode(rows, q, kind)
+    else:
+        found = f.encode_gated(lowbit.as_rows(gate), rows, q, kind, saves)
+        a, a_scale, a_mask, a_sums, *kept = found
     ys, read = [], [*kept, a_scale, a_mask]
     for i, w in enumerate(weights):
         b, b_scale, b_mask, b_sums, *kept = encode(w, made.weight, made.kinds[1])
@@ -136,9 +158,10 @@ def _(
     weight: str,
     dtype: torch.dtype,
     saves: bool,
+    gate: Tensor | None = None,
 ) -> list[Tensor]:
     made = _pair(activation, weight)
-    _check(x, weights, biases, made)
+    _check(x, weights, biases, made, gate)
     ys = [x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype) for w in weights]
     if not saves:
         return ys
@@ -228,14 +251,14 @@ def _(
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, biases, ctx.activation, ctx.weight, _, saves = inputs
+    x, weights, biases, ctx.activation, ctx.weight, _, saves, gate = inputs
     if not saves:
         raise RuntimeError("low_bit_linear was told to save nothing, and a gradient is asked for")
     read = output[len(weights) :]
-    ctx.save_for_backward(*read)
+    ctx.save_for_backward(*read, *(() if gate is None else (gate, x)))
     ctx.mark_non_differentiable(*read)
     ctx.set_materialize_grads(False)
-    ctx.shape, ctx.dtype, ctx.count = x.shape, x.dtype, len(weights)
+    ctx.shape, ctx.dtype, ctx.count, ctx.gated = x.shape, x.dtype, len(weights), gate is not None
     ctx.w_dtype = weights[0].dtype
     ctx.biases = [b.dtype for b in biases]
 
@@ -247,8 +270,10 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     # Outputs that nobody used have no gradient, and their weights nothing to do with x's.
     used = [i for i in range(n) if grads[i] is not None]
     rows = [lowbit.as_rows(g) for g in grads[:n] if g is not None]
-    needs_x, needs_w = ctx.needs_input_grad[0], [bool(ctx.needs_input_grad[1][i]) for i in used]
-    dx = None
+    # The dispatcher passes no gate where it is None, which is its default.
+    needs_x = any(ctx.needs_input_grad[i] for i in (0, 7)[: 1 + ctx.gated])
+    needs_w = [bool(ctx.needs_input_grad[1][i]) for i in used]
+    dx = dgate = None
     if used and (needs_x or any(needs_w)):
         read = list(ctx.saved_tensors[:3])
         for i in used:
@@ -258,12 +283,15 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         )
         left = iter(made)
         dx = next(left).view(ctx.shape) if needs_x else None
+        if ctx.gated and dx is not None:
+            dgate, dx = eager.gated_backward(dx, *ctx.saved_tensors[-2:])
         for i, needed in zip(used, needs_w, strict=True):
             dws[i] = next(left) if needed else None
     for i, g in zip(used, rows, strict=True):
         if dbs and ctx.needs_input_grad[2][i]:
             dbs[i] = g.sum(0).to(ctx.biases[i])
-    return dx, dws, dbs, None, None, None, None
+    made_of = (dx, dws, dbs, None, None, None, None, dgate)
+    return made_of[: len(ctx.needs_input_grad)]
 
 
 low_bit_linear.register_autograd(_backward, setup_context=_context)

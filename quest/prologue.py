@@ -1,4 +1,4 @@
-"""What stands before a layer and ends in its quantizer's kernel, for inference: gates and norms.
+"""What stands before a layer and ends in its quantizer's kernel: gates, and norms in inference.
 
 quest::gated_encode(gate, value, spec, kind) -> (operand, scale, sums)
 quest::gated_encode_shown(gate, value, spec, kind) -> (operand, scale, sums, rows)
@@ -12,7 +12,8 @@ CUDA: one kernel for 16 bits, blocks of 128, uniform grids and no sparsity, whic
 rows and reading them again; else one after the other. Inputs may be columns of a wider tensor: no
 copy is made.
 
-`gated` and `normed` are what models call.
+`gated` and `normed` are what models call. A gate that is trained is a part of the layer's operator,
+`lowbit_linear.low_bit_linear`.
 Source: SwiGLU, arXiv 2002.05202; RMSNorm, arXiv 1910.07467; QuEST (arXiv 2502.05003), Algorithm 1.
 """
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,11 @@ from torch import Tensor, nn
 from . import eager, frozen, lowbit, operands, ops, paths
 from .joint import alike, hooked, joined, together, whole
 from .linear import Linear
+from .lowbit_linear import low_bit_linear, saves
+
+if TYPE_CHECKING:
+    from .kernels.blocks import Made
+    from .quantizer import Quantizer
 
 _GATED = "(Tensor gate, Tensor value, str spec, str kind)"
 _NORMED = "(Tensor x, Tensor? residual, Tensor weight, float eps, str spec, str kind)"
@@ -92,21 +98,41 @@ def launch_gated_encode(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`eager_gated_encode` by the kernels; x is None unless `show`."""
     _check(gate, value, spec, kind)
-    q, d = ops.quantizer(spec), gate.shape[-1]
+    q = ops.quantizer(spec)
     if not (gate.numel() and has_kernel(spec, gate)):
         x = eager.gated(gate, value)
         operand, scale, _, sums = lowbit.launch_encode(x, q, kind)
         return operand, scale, sums, x if show else None
+    made = _launch_gated(gate, value, q, kind, show=show)
+    operand, scale, sums = (t.view(*gate.shape[:-1], t.shape[-1]) for t in made[:3])
+    return operand, scale, sums, None if made.rows is None else made.rows.view(gate.shape)
+
+
+def _launch_gated(gate: Tensor, value: Tensor, q: Quantizer, kind: str, **how: Any) -> Made:
+    """`quest.kernels.blocks.gated` of inputs (..., d) for which there is a kernel."""
     from .kernels import blocks
 
-    program, _ = lowbit.plan(q, kind, (gate.dtype, d, gate.device))
+    program, _ = lowbit.plan(q, kind, (gate.dtype, gate.shape[-1], gate.device))
     form, bits = blocks.OPERANDS[kind]
     with ops.device_of(gate):
-        *made, shown = blocks.gated(
-            lowbit.as_rows(gate), lowbit.as_rows(value), program, form=form, bits=bits, show=show
+        return blocks.gated(
+            lowbit.as_rows(gate), lowbit.as_rows(value), program, form=form, bits=bits, **how
         )
-    operand, scale, sums = (t.view(*gate.shape[:-1], t.shape[-1]) for t in made)
-    return operand, scale, sums, None if shown is None else shown.view(gate.shape)
+
+
+def launch_encode_gated(
+    gate: Tensor, value: Tensor, q: Quantizer, kind: str, saves: bool
+) -> tuple[Tensor, ...]:
+    """`eager.encode_gated` of rows (n, d) by the kernels."""
+    if not (gate.numel() and has_kernel(q.spec, gate)):
+        rows = eager.gated(gate, value)
+        encode = lowbit.launch_encode_saved if saves else lowbit.launch_encode
+        return encode(rows, q, kind)
+    packed = operands.PACKED.get(operands.saved(q, kind).kind, 0) if saves else 0
+    made = _launch_gated(gate, value, q, kind, masked=True, saved=packed)
+    assert made.mask is not None
+    kept = (made.out if made.saved is None else made.saved,) if saves else ()
+    return made.out, made.scale, made.mask, made.sums, *kept
 
 
 def has_kernel(spec: str, x: Tensor, weighted: bool = False) -> bool:
@@ -128,8 +154,8 @@ def _fits(spec: str, width: int, device: str, weighted: bool) -> bool:
 def _fits_there(spec: str, width: int, device: str, weighted: bool) -> bool:
     from .kernels import blocks
 
-    like = torch.empty(0, width, dtype=torch.bfloat16, device=device)
-    return blocks.supports(ops.program(ops.quantizer(spec), like), like, weighted)
+    q, like = ops.quantizer(spec), torch.empty(0, width, dtype=torch.bfloat16, device=device)
+    return q.grid is not None and blocks.supports(ops.program(q, like), like, weighted)
 
 
 def _check_norm(
@@ -179,13 +205,13 @@ def launch_normed_encode(
     program, _ = lowbit.plan(q, kind, (x.dtype, d, x.device))
     form, bits = blocks.OPERANDS[kind]
     with ops.device_of(x):
-        *made, added, shown = blocks.normed(
+        made = blocks.normed(
             lowbit.as_rows(x), None if residual is None else lowbit.as_rows(residual), weight, eps,
             program, form=form, bits=bits, show=show,
         )  # fmt: skip
-    operand, scale, sums = (t.view(*x.shape[:-1], t.shape[-1]) for t in made)
-    given = x.new_empty(0) if added is None else added.view(x.shape)
-    return operand, scale, sums, given, None if shown is None else shown.view(x.shape)
+    operand, scale, sums = (t.view(*x.shape[:-1], t.shape[-1]) for t in made[:3])
+    given = x.new_empty(0) if made.added is None else made.added.view(x.shape)
+    return operand, scale, sums, given, None if made.rows is None else made.rows.view(x.shape)
 
 
 def _fake_norm(
@@ -296,19 +322,22 @@ def _held(layers: Sequence[nn.Module], x: Tensor, weighted: bool = False) -> fro
 def gated(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
     """layer(silu(gate) * up), for gate and up (..., in), floats of one shape.
 
-    Where no gradient is asked for, both have one dtype and `layer` is a frozen `quest.Linear`
-    without hooks that multiplies integers, one kernel makes the product, rounded once, and
-    quantizes it; gate and up may be halves of one tensor. Elsewhere it is these three operations,
-    one after another, and in 16 bits silu(gate) is rounded by itself. Raises TypeError and
-    ValueError for a gate and an up of other shapes or devices, for what is no module, and what the
-    layer raises.
+    Where both have one dtype of 16 bits and `layer` is a `quest.Linear` without hooks that
+    multiplies integers, one kernel makes the product, rounded once, and quantizes it; gate and up
+    may be halves of one tensor. Trained, the backward has the mask of those rows, and its gradients
+    of gate and up are computed in float32 and rounded once each. Elsewhere it is these three
+    operations, one after another, and in 16 bits silu(gate) is rounded by itself. Raises TypeError
+    and ValueError for a gate and an up of other shapes or devices, for what is no module, and what
+    the layer raises.
     """
     _check_pair(gate, up, ("gate", "up"), plain=True)
     if not isinstance(layer, nn.Module):
         raise TypeError(f"layer must be a torch.nn.Module, got {type(layer).__name__}")
-    held = _held((layer,), gate) if gate.dtype == up.dtype else None
+    same = gate.dtype == up.dtype
+    held = _held((layer,), gate) if same else None
     if held is None:
-        y: Tensor = layer(nn.functional.silu(gate) * up)
+        live = _live(gate, up, layer) if same else None
+        y: Tensor = layer(nn.functional.silu(gate) * up) if live is None else live
         return y
     assert isinstance(layer, Linear)
     kind = held.kinds.partition(",")[0]
@@ -318,6 +347,26 @@ def gated(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
     rows = (lowbit.as_rows(a), lowbit.as_rows(scale), lowbit.as_rows(sums))
     y = frozen.multiply(rows, held, layer.bias, gate.shape[-1], gate.dtype, direct)
     return y.view(*gate.shape[:-1], layer.out_features)
+
+
+def _live(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor | None:
+    """`gated` with the weight quantized for this call, in one operator; None where it has none."""
+    plain = alike((layer,))
+    if plain is None:
+        return None
+    (one,) = plain
+    one.check(gate)
+    recipe = one.recipe
+    if not torch.is_grad_enabled() and one.current() is not None:
+        return None
+    if paths.choose(gate, recipe) != "integers" or not has_kernel(recipe.activation.spec, gate):
+        return None
+    bias = [] if one.bias is None else [one.bias]
+    y: Tensor = low_bit_linear(
+        up, [one.weight], bias, recipe.activation.spec, recipe.weight.spec, one.out_dtype(up),
+        saves(up, [one.weight, gate], bias), gate,
+    )[0]  # fmt: skip
+    return y
 
 
 def normed(

@@ -47,6 +47,8 @@ EXP_ROUNDINGS = 4
 # silu(g) v after exp: the sum 1 + e, the reciprocal (2^-23, as much as two roundings: PTX ISA,
 # rcp.approx), and the products with g and v.
 GATED_ROUNDINGS = 5
+# Of these, those of the sigmoid itself.
+SIGMOID_ROUNDINGS = 3
 # Where exp(-g) nears the end of float32's range, its reciprocal may be 0.
 SIGMOID_SMALLEST = 2.0**-126
 # Of mean(h^2) + eps, beside one for each square: the division by d (a reciprocal and a product),
@@ -206,9 +208,7 @@ def gated(gate: Float64, value: Float64, between: str | None = None) -> Float64:
     """
     g, v = np.abs(gate), np.abs(value)
     with np.errstate(invalid="ignore", over="ignore"):
-        k = (2 * np.minimum(g, 128.0) + EXP_ROUNDINGS) * U32
-        moved = prologue.sigmoid(-gate) * (k / (1 - k))
-        share = (1 + moved / (1 - moved)) * (1 + gamma(GATED_ROUNDINGS, U32)) - 1
+        share = _sigmoid_share(gate, GATED_ROUNDINGS)
         silu = g * prologue.sigmoid(gate)
         # The products with g and v may be subnormal.
         lost = g * SIGMOID_SMALLEST + ETA32 / 2
@@ -216,6 +216,38 @@ def gated(gate: Float64, value: Float64, between: str | None = None) -> Float64:
         if between is not None:
             error = output(silu, error, between)
         bound: Float64 = error * v * (1 + U32) + (between is not None) * U32 * silu * v + ETA32 / 2
+    return bound
+
+
+def _sigmoid_share(gate: Float64, roundings: int) -> Float64:
+    """How far, relatively, what is made of the sigmoid is off: see `gated`."""
+    g = np.abs(gate)
+    k = (2 * np.minimum(g, 128.0) + EXP_ROUNDINGS) * U32
+    moved = prologue.sigmoid(-gate) * (k / (1 - k))
+    share: Float64 = (1 + moved / (1 - moved)) * (1 + gamma(roundings, U32)) - 1
+    return share
+
+
+def gated_backward(grad: Float64, gate: Float64, value: Float64) -> Float64:
+    """Bound of grad value s (1 + g (1 - s)) in float32, not yet stored; s the sigmoid of gate g.
+
+    That of grad silu(g), the gradient of the value, is `gated`'s. s is off by the share a that
+    `gated` derives, and 1 - s by s a; then 1 - s, its product with g and the sum with 1 round once
+    each, and the products of all four factors three times. Above g = 128 s is 1 and 1 - s is 0.
+    The product grad value is to stay within the range; it may be subnormal, and so may the next.
+    """
+    g = np.abs(gate)
+    with np.errstate(invalid="ignore", over="ignore"):
+        a = _sigmoid_share(gate, SIGMOID_ROUNDINGS)
+        s, rest = prologue.sigmoid(gate), prologue.sigmoid(-gate)
+        off = s * a + U32 * (rest + s * a) + SIGMOID_SMALLEST
+        product = np.where(gate > 128, 0.0, g * (off + U32 * (rest + off)))
+        slope = np.abs(1 + gate * rest)
+        error = product + U32 * (slope + product)
+        reached = (s * (1 + a) + SIGMOID_SMALLEST) * (slope + error)
+        share = reached * (1 + gamma(3, U32)) - s * slope
+        lost = ETA32 / 2 * (reached + slope + error + 1)
+        bound: Float64 = np.abs(grad * value) * share + lost
     return bound
 
 

@@ -1,6 +1,7 @@
 """What stands before a quantizer in a transformer: SwiGLU's gate, and RMSNorm.
 
 Gate (arXiv 2002.05202, section 2): x = silu(gate) * value, silu(g) = g / (1 + exp(-g)).
+Its gradients: of the gate grad value s (1 + g (1 - s)), s its sigmoid; of the value grad silu(g).
 Norm (arXiv 1910.07467, equation 4): x = h weight / sqrt(mean(h^2) + eps), along the last axis.
 The fused operators compute x in float32 and round it once to the dtype of their inputs; the
 quantizer's definition then applies to that x.
@@ -31,6 +32,22 @@ def gated(gate: npt.ArrayLike, value: npt.ArrayLike) -> Float64:
         raise ValueError(f"value has shape {value.shape}; that of gate, {gate.shape}, is allowed")
     with np.errstate(invalid="ignore", over="ignore"):
         return np.asarray(gate * sigmoid(gate) * value, dtype=np.float64)
+
+
+def gated_backward(
+    grad: npt.ArrayLike, gate: npt.ArrayLike, value: npt.ArrayLike
+) -> tuple[Float64, Float64]:
+    """Gradients of gate and value for that of `gated`: real (..., d) each, alike, to float64.
+
+    1 - s is the sigmoid of the negative, which cancels nothing. Raises ValueError for two shapes.
+    """
+    grad, gate, value = real("grad", grad), real("gate", gate), real("value", value)
+    to_value = gated(gate, grad)
+    if gate.shape != value.shape:
+        raise ValueError(f"value has shape {value.shape}; that of gate, {gate.shape}, is allowed")
+    with np.errstate(invalid="ignore", over="ignore"):
+        slope = sigmoid(gate) * (1 + gate * sigmoid(-gate))
+        return np.asarray(grad * value * slope, dtype=np.float64), to_value
 
 
 def normed(h: npt.ArrayLike, weight: npt.ArrayLike, eps: float) -> Float64:

@@ -132,6 +132,28 @@ def gated(gate: Tensor, value: Tensor, x: Tensor, between: torch.dtype | None = 
     return close("gated", x, expected, bound, free=~(np.isfinite(g) & np.isfinite(v)))
 
 
+def gated_backward(
+    grad: Tensor, gate: Tensor, value: Tensor, to_gate: Tensor, to_value: Tensor
+) -> list[Verdict]:
+    """T1: the gradients of gate and value for that of silu(gate) value, each stored in its dtype.
+
+    As in `gated`, where an input is not finite; nor need the gate's gradient be where the product
+    of grad and value leaves float32.
+    """
+    d, g, v = lift(grad), lift(gate), lift(value)
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected, _ = prologue.gated_backward(d, g, v)
+        bound = bounds.output(
+            expected, bounds.gated_backward(d, g, v), oracle.dtype_name(to_gate.dtype)
+        )
+        finite = np.isfinite(d) & np.isfinite(g) & np.isfinite(v)
+        free = ~finite | (np.abs(d * v) >= bounds.LARGEST["float32"])
+    return [
+        close("gradient of the gate", to_gate, expected, bound, free),
+        dataclasses.replace(gated(gate, grad, to_value), stage="gradient of its value"),
+    ]
+
+
 def added(x: Tensor, residual: Tensor, h: Tensor) -> Verdict:
     """T0: h = residual + x, rounded once; of 16 bits, float32 in between changes nothing."""
     expected = lift((residual.double() + x.double()).to(h.dtype))

@@ -133,10 +133,15 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
 def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
 ) -> None:
-    """Add the environment; leave out pytest-benchmark's options, which do not apply."""
+    """Add the environment; leave out pytest-benchmark's options, which do not apply.
+
+    Digits beyond the sixth are noise, and a third of a record.
+    """
     output_json["environment"] = records.environment()
     for bench in output_json["benchmarks"]:
         bench.pop("options", None)
+        for part in (bench["stats"], bench["extra_info"]):
+            part |= {k: float(f"{v:.6g}") for k, v in part.items() if isinstance(v, float)}
 
 
 @pytest.hookimpl(tryfirst=True)

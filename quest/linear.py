@@ -151,13 +151,18 @@ class Linear(nn.Linear):
         self._frozen = held
 
     @staticmethod
-    def cast(x: Tensor) -> Tensor:
-        """x in the dtype of autocast where that is on, as `torch.nn.Linear` takes it."""
+    def out_dtype(x: Tensor) -> torch.dtype:
+        """The dtype of what comes out: that of autocast where it is on for x, else x's."""
         device = x.device.type
         # "meta" has no autocast to ask for.
         if x.is_meta or not torch.is_autocast_enabled(device) or x.dtype not in ops.DTYPES:
-            return x
-        return x.to(torch.get_autocast_dtype(device))
+            return x.dtype
+        return torch.get_autocast_dtype(device)
+
+    @classmethod
+    def cast(cls, x: Tensor) -> Tensor:
+        """x in the dtype of autocast where that is on, as `torch.nn.Linear` takes it."""
+        return x.to(cls.out_dtype(x))
 
     def check(self, x: Tensor) -> None:
         """Raise TypeError or ValueError unless x (..., in_features) fits the layer."""

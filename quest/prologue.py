@@ -359,11 +359,14 @@ def _live(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor | None:
     recipe = one.recipe
     if not torch.is_grad_enabled() and one.current() is not None:
         return None
-    if paths.choose(gate, recipe) != "integers" or not has_kernel(recipe.activation.spec, gate):
+    dtype = one.out_dtype(gate)
+    if dtype != gate.dtype or paths.choose(gate, recipe) != "integers":
+        return None
+    if not has_kernel(recipe.activation.spec, gate):
         return None
     bias = [] if one.bias is None else [one.bias]
     y: Tensor = low_bit_linear(
-        up, [one.weight], bias, recipe.activation.spec, recipe.weight.spec, one.out_dtype(up),
+        up, [one.weight], bias, recipe.activation.spec, recipe.weight.spec, dtype,
         saves(up, [one.weight, gate], bias), gate,
     )[0]  # fmt: skip
     return y

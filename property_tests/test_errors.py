@@ -236,6 +236,8 @@ def test_dtypes_mixed_outside_autocast(recipe: str) -> None:
     told = "x must have the weight's dtype torch.float32 outside autocast, got torch.bfloat16"
     with pytest.raises(TypeError, match=told):
         quest.Linear(128, 8, recipe=recipe)(X.bfloat16())
+    with pytest.raises(TypeError, match=told):
+        quest.Linear(128, 8, recipe=recipe, device="meta")(X.bfloat16().to("meta"))
     with pytest.raises(TypeError, match=r"weight's dtype torch.bfloat16 .*, got torch.float32"):
         quest.Linear(128, 8, recipe=recipe, dtype=torch.bfloat16)(X)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import quest
 from quest import frozen, joint, lowbit, lowbit_linear, ops, paths
@@ -194,6 +196,38 @@ def test_the_gradient_of_a_float32_weight_is_rounded_once() -> None:
     bound = bounds.rotation(np.where(mask, product, 0.0), order, transpose=True)
     bound = bounds.output(exact, bound, "float32")
     assert (np.abs(layer.weight.grad.double().numpy() - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("path", paths.PATHS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_together_under_autocast(path: str, grad: bool) -> None:
+    """The input is rounded once for all, as each layer rounds it."""
+    layers, x = _layers(), _x()
+    with torch.autocast("cpu", torch.bfloat16), paths.only(path), torch.set_grad_enabled(grad):
+        for y, layer in zip(quest.together(x, layers), layers, strict=True):
+            assert y.dtype == torch.bfloat16
+            assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_checkpoint(gated: bool) -> None:
+    """What is saved is unpacked once, which is all that a checkpoint allows."""
+    layers, x, gate = _layers(), _x().requires_grad_(), torch.randn_like(_x()).requires_grad_()
+    specs = layers[0].recipe.activation.spec, layers[0].recipe.weight.spec
+    weights = [layer.weight for layer in layers]
+
+    def run(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        made = lowbit_linear.low_bit_linear(
+            x, weights, [], *specs, x.dtype, True, gate if gated else None
+        )
+        return torch.cat(made[: len(layers)], -1).square().sum()
+
+    found = []
+    for call in (run, functools.partial(checkpoint, run, use_reentrant=False)):
+        inputs = [x, *weights, *([gate] if gated else [])]
+        found.append(torch.autograd.grad(call(x, gate), inputs))
+    for plain, kept in zip(*found, strict=True):
+        assert torch.equal(plain, kept)
 
 
 def test_layers_that_are_called_one_after_another() -> None:

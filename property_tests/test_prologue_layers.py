@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import quest
 from property_tests.prologues import HALVES, halves, on_hopper
-from quest import direct, frozen, joint, lowbit, operands, paths, prologue
+from quest import frozen, joint, lowbit, operands, paths, prologue
 from quest.models import Llama, LlamaConfig
 from quest.models.llama import Block
 
@@ -35,7 +35,7 @@ def _on_integers(layer: quest.Linear, few: int = 0) -> quest.Linear:
     names = ",".join(q.require_grid().name for q in (made.activation, made.weight))
     held = frozen.Frozen(
         None, operand, scale, sums, packed, names=names, kinds=",".join(kinds),
-        spec=made.activation.spec, few=few, weight=layer.weight, state=direct.state(layer.weight),
+        spec=made.activation.spec, few=few, weight=layer.weight, state=frozen._state(layer.weight),
     )  # fmt: skip
     layer.hold(held)
     return layer.eval()

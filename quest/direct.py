@@ -38,44 +38,12 @@ class Calls(dict[tuple[object, ...], tuple[Any, Tensor, Tensor | None] | None]):
     """(launches, what y is like, memory between kernels) by kind of call; of no use to a copy.
 
     None for a kind that was seen once: to record takes as long as a call, and shapes may not recur.
-    All are of one bias, or none, as it was at the first of them.
 
     The memory is held here, too: a thread may end, and another get its number.
     """
 
-    _bias: Tensor | None = None
-    _state: tuple[object, ...] = ()
-    _wide: Tensor | None = None  # the bias in float32
-
-    def are_of(self, bias: Tensor | None) -> bool:
-        """Whether they were made with this bias as it is now."""
-        return bias is self._bias and (bias is None or self._state == state(bias))
-
-    def begin(self, bias: Tensor | None) -> None:
-        """Forget all, for this bias."""
-        self.clear()
-        self._bias, self._wide = bias, None
-        self._state = () if bias is None else state(bias)
-
-    def wide(self, bias: Tensor | None) -> Tensor | None:
-        """bias in float32; the same tensor as long as they are of it."""
-        if bias is None or bias.dtype is torch.float32:
-            return bias
-        # A graph that is captured reads the bias at each replay.
-        if not self.are_of(bias) or torch._C._cuda_isCurrentStreamCapturing():
-            return bias.float()
-        if self._wide is None:
-            self._wide = bias.float()
-        return self._wide
-
     def __reduce__(self) -> tuple[type[Calls], tuple[()]]:
         return Calls, ()
-
-
-def state(t: Tensor) -> tuple[object, ...]:
-    """What changes where a tensor is written in place, moved or converted."""
-    version = -1 if t.is_inference() else t._version
-    return version, t.data_ptr(), t.dtype, t.device
 
 
 def _kind(x: Any) -> tuple[torch.Size, torch.dtype, int, int, int] | None:
@@ -102,7 +70,7 @@ def _kind(x: Any) -> tuple[torch.Size, torch.dtype, int, int, int] | None:
 def again(x: Tensor, held: Frozen) -> Tensor | None:
     """y (..., out) of x's dtype by launches that were recorded for such an x; None without them.
 
-    Where no gradient is asked for, x fits, and the calls are of the layer's bias.
+    For layers without a bias, where no gradient is asked for and x fits.
     """
     kind = _kind(x) if held.calls else None
     if kind is None or (found := held.calls.get(kind)) is None:
@@ -113,9 +81,7 @@ def again(x: Tensor, held: Frozen) -> Tensor | None:
     return y
 
 
-def recorded(
-    x: Tensor, held: Frozen, bias: Tensor | None, run: Callable[[], Tensor | None]
-) -> Tensor | None:
+def recorded(x: Tensor, held: Frozen, run: Callable[[], Tensor | None]) -> Tensor | None:
     """run(), which is y for x or None; at the second of a kind its launches are kept for `again`.
 
     Between its kernels it may use no memory but that of `_between`, and what the weight holds.
@@ -126,8 +92,6 @@ def recorded(
     kind = _kind(x) if 0 < x.numel() <= MOST_ELEMENTS else None
     if kind is None:
         return run()
-    if not held.calls.are_of(bias):
-        held.calls.begin(bias)
     if kind not in held.calls:
         _keep(held.calls, kind, None)
         return run()
@@ -259,7 +223,7 @@ def linear(x: Tensor, held: Frozen, bias: Tensor | None, dtype: torch.dtype) -> 
                 at[0], sums, at[1], bias, True,
             )  # fmt: skip
         else:
-            b = held.calls.wide(bias)
+            b = None if bias is None else bias.float()
             product.launch(
                 y.data_ptr(), a, w.data_ptr(), count, columns, plan.bytes, device, dtype,
                 plan.kind == "bits", plan.epilogue, terms.length, terms.factor, scale, at[0],

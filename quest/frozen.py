@@ -64,7 +64,7 @@ class Frozen:
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether it was made of this weight as it is now."""
-        return self.state == direct.state(weight)
+        return self.state == _state(weight)
 
     def form(self, rows: int, width: int) -> str:
         """What so many rows are multiplied with: "operand", "packed" or "compressed"."""
@@ -135,13 +135,19 @@ def stacked(parts: Sequence[Frozen]) -> Frozen | None:
     return whole.frozen
 
 
+def _state(t: Tensor) -> tuple[object, ...]:
+    """What changes where a tensor is written in place, moved or converted."""
+    version = -1 if t.is_inference() else t._version
+    return version, t.data_ptr(), t.dtype, t.device
+
+
 @torch.no_grad()
 def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
     """Quantize a weight (out, in) for layers that run where it lies."""
     pair = operands.kinds(recipe.activation, recipe.weight)
     if pair is None or not paths.has_integers(weight, recipe):
         values = recipe.weight(weight.detach())  # which "bf16" returns as it is
-        return Frozen(values, weight=weight, state=direct.state(weight))
+        return Frozen(values, weight=weight, state=_state(weight))
     operand, scale, _, sums = lowbit.encode(weight, recipe.weight.spec, pair[1])
     packed = kept = metadata = None
     if pair[1] == "bits" and _can_be_read(weight, 1):
@@ -163,7 +169,7 @@ def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
     spec = replace(recipe.activation, estimator=STE()).spec
     return Frozen(
         None, operand, scale, sums, packed, kept, metadata, names, kinds, spec, few, weight,
-        direct.state(weight),
+        _state(weight),
     )  # fmt: skip
 
 
@@ -189,7 +195,8 @@ def linear(x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe) -> Te
         b = None if bias is None else bias.to(dtype)
         return torch.nn.functional.linear(values, frozen.values.to(dtype), b)
     unwatched = ops.direct(x) and _plain(bias, x)
-    if unwatched and frozen.calls.are_of(bias) and (made := direct.again(x, frozen)) is not None:
+    steady = unwatched and bias is None
+    if steady and (made := direct.again(x, frozen)) is not None:
         return made
     run: Callable[[], Tensor | None] | None = None
     if frozen.packed is not None and paths.fuses(x, frozen.few):
@@ -202,7 +209,7 @@ def linear(x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe) -> Te
     elif unwatched:
         run = functools.partial(direct.linear, x, frozen, bias, dtype)
     if run is not None:
-        made = direct.recorded(x, frozen, bias, run) if unwatched else run()
+        made = direct.recorded(x, frozen, run) if steady else run()
         if made is not None:
             return made
     rows, kind = lowbit.as_rows(x), frozen.kinds.partition(",")[0]

@@ -122,11 +122,9 @@ class Linear(nn.Linear):
         # As attributes they are searched for, which takes as long as a tenth of the call.
         own = self._parameters
         weight = own.get("weight")
-        if weight is None or not (
-            held.is_of(weight) and held.calls.are_of(own.get("bias", weight))
-        ):
+        if weight is None or own.get("bias", weight) is not None:
             return None
-        return direct.again(x, held)
+        return direct.again(x, held) if held.is_of(weight) else None
 
     def _integers(self, x: Tensor) -> Tensor:
         specs = self.recipe.activation.spec, self.recipe.weight.spec
@@ -153,11 +151,9 @@ class Linear(nn.Linear):
     @staticmethod
     def out_dtype(x: Tensor) -> torch.dtype:
         """The dtype of what comes out: that of autocast where it is on for x, else x's."""
-        device = x.device.type
-        # "meta" has no autocast to ask for.
-        if x.is_meta or not torch.is_autocast_enabled(device) or x.dtype not in ops.DTYPES:
+        if not _autocast(x) or x.dtype not in ops.DTYPES:
             return x.dtype
-        return torch.get_autocast_dtype(device)
+        return torch.get_autocast_dtype(x.device.type)
 
     @classmethod
     def cast(cls, x: Tensor) -> Tensor:
@@ -174,7 +170,7 @@ class Linear(nn.Linear):
             )
         if x.device != self.weight.device:
             raise ValueError(f"x is on {x.device}, the weight on {self.weight.device}")
-        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != self.weight.dtype and not _autocast(x):
             raise TypeError(
                 f"x must have the weight's dtype {self.weight.dtype} outside autocast, "
                 f"got {x.dtype}"
@@ -183,6 +179,11 @@ class Linear(nn.Linear):
     def extra_repr(self) -> str:
         """in_features, out_features, bias and the recipe."""
         return f"{super().extra_repr()}, recipe={self.recipe}"
+
+
+def _autocast(x: Tensor) -> bool:
+    """Whether autocast is on where x lies; "meta" has none to ask for."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def _is_body(model: nn.Module) -> Callable[[nn.Module, str], bool]:

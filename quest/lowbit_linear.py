@@ -275,16 +275,17 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     needs_w = [bool(ctx.needs_input_grad[1][i]) for i in used]
     dx = dgate = None
     if used and (needs_x or any(needs_w)):
-        read = list(ctx.saved_tensors[:3])
+        saved = ctx.saved_tensors  # once: every look unpacks all, which a checkpoint allows once
+        read = list(saved[:3])
         for i in used:
-            read += ctx.saved_tensors[3 + 3 * i : 6 + 3 * i]
+            read += saved[3 + 3 * i : 6 + 3 * i]
         made = low_bit_linear_backward(
             rows, read, ctx.activation, ctx.weight, d, ctx.dtype, ctx.w_dtype, needs_x, needs_w
         )
         left = iter(made)
         dx = next(left).view(ctx.shape) if needs_x else None
         if ctx.gated and dx is not None:
-            dgate, dx = eager.gated_backward(dx, *ctx.saved_tensors[-2:])
+            dgate, dx = eager.gated_backward(dx, *saved[-2:])
         for i, needed in zip(used, needs_w, strict=True):
             dws[i] = next(left) if needed else None
     for i, g in zip(used, rows, strict=True):

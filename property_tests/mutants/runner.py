@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import math
 import re
+import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from . import child, pool
-from .baseline import has_gpu
 from .choice import Part
+from .covered import has_gpu
+from .cuda_source import holders
 from .interpreter import Server
 from .journal import Result
 from .mutant import Mutant
+from .pool import HarnessError
 
 # killed: by a test that failed; crash: by the process' death; timeout: by a test that took FACTOR
 # times its usual time and `patience` more. survived: every test passed. not run: nothing on
 # this machine executes the line. refused: NVRTC does not compile it. identical: NVRTC makes the
-# same machine code of it, in every variant that tests compile. open: the first tests passed, and
-# no other was run.
+# same machine code of it, in every variant that tests compile. open: some tests passed, see
+# `choice.PASSED`, and no other was run.
 OUTCOMES = ("killed", "crash", "timeout", "survived", "open", "not run", "refused", "identical")
+# Of a process that was ended from outside, or never came to a test: nothing is known of its mutant.
+LOST = "no verdict"
+# So many of those are no accident.
+MOST_LOST = 20
 DEAD = frozenset({"killed", "crash", "timeout"})
 # What CUDA calls a fault of a kernel, after which its process can do no more.
 _BROKEN = re.compile(
     "illegal memory access|misaligned address|unspecified launch failure|illegal instruction|"
     "illegal address|invalid program counter|hardware stack error|operation not supported on glob"
 )
-
-
-class HarnessError(RuntimeError):
-    """The run of a mutant says nothing: what failed is the harness."""
 
 
 def run(
@@ -41,8 +45,10 @@ def run(
     patience: float = 30.0,
     variants: tuple[child.Variant, ...] = (),
     until: float = math.inf,
-) -> None:
+) -> bool:
     """Run all; `told` hears of each as it ends, and twice of one that survives the quick profile.
+
+    False: the time was up before.
 
     plan: the tests of a mutant, a process for each part; see `choice`.
     patience: seconds that a test may take besides. variants: of CUDA C++, that tests compile.
@@ -50,8 +56,11 @@ def run(
     """
     names = iter(range(10**9))
     texts = [m.file for m in mutants if m.file.endswith((".cu", ".cuh"))]
-    sound = _binaries(folder, variants, slots) if texts else {}
+    sound = _binaries(folder, variants, slots, until) if texts else {}
+    if sound is None:
+        return False
     server = Server(folder)
+    lost = 0
     state: dict[Path, tuple[Mutant, list[Part], float, int]] = {}
     begun: set[str] = set()
 
@@ -72,35 +81,42 @@ def run(
     def jobs() -> Iterator[child.Job]:
         for mutant in mutants:
             stages = plan(mutant)
-            if stages:
-                yield job(mutant, stages, 0.0, sum(len(part.tests) for part in stages))
-            else:
-                told(mutant, Result(mutant.id, mutant.what, "not run"))
+            yield job(mutant, stages, 0.0, sum(len(part.tests) for part in stages))
 
     def ended(end: pool.Ended) -> Iterator[child.Job]:
+        nonlocal lost
+        if server.died():
+            raise HarnessError("the server from which interpreters are forked has died")
         mutant, stages, spent, tests = state.pop(end.job.folder)
         outcome, by = verdict(end)
         spent += end.seconds
-        if outcome == "survived" and len(stages) > 1:
-            if stages[1].profile != "quick":
-                # The last word comes last of all: a run that is stopped before has this one.
-                told(mutant, Result(mutant.id, mutant.what, outcome, by, round(spent, 2), tests))
-            yield job(mutant, stages[1:], spent, tests)
-            return
+        lost += outcome == LOST
+        if lost > MOST_LOST:
+            raise HarnessError(f"{lost} mutants have no verdict; the last one: {by}")
         if by and end.job.profile != "quick":
             by += f" ({end.job.profile})"
-        told(mutant, Result(mutant.id, mutant.what, outcome, by, round(spent, 2), tests))
+        result = Result(mutant.id, mutant.what, outcome, by, round(spent, 2), tests)
+        if outcome == "timeout":
+            result = replace(result, patience=patience)
+        if outcome == "survived" and stages[0].passed:
+            result = replace(result, outcome="open", passed=stages[0].passed)
+        more = stages[1:] if outcome == "survived" else []
+        # The ci profile comes last of all: a run that is stopped before has this much.
+        if not more or more[0].profile != "quick":
+            told(mutant, result)
+        if more:
+            yield job(mutant, more, spent, tests)
 
     try:
-        pool.run_all(jobs(), slots, ended, until)
+        return pool.run_all(jobs(), slots, ended, until)
     finally:
         server.close()
 
 
 def _binaries(
-    folder: Path, variants: tuple[child.Variant, ...], slots: int
-) -> dict[child.Variant, str]:
-    """Digests of the machine code of these variants, without a fault."""
+    folder: Path, variants: tuple[child.Variant, ...], slots: int, until: float
+) -> dict[child.Variant, str] | None:
+    """Digests of the machine code of these variants, without a fault; None: the time was up."""
     found: dict[child.Variant, str] = {}
 
     def jobs() -> Iterator[child.Job]:
@@ -116,7 +132,8 @@ def _binaries(
             found[end.job.binaries[0][0]] = made["digest"]
         return iter(())
 
-    pool.run_all(jobs(), slots, ended)
+    if not pool.run_all(jobs(), slots, ended, until):
+        return None
     return {v: found[v] for v in variants if v in found}
 
 
@@ -126,40 +143,41 @@ def _of(
     """The variants that a text is part of, by itself or as a header."""
     if not file.endswith((".cu", ".cuh")):
         return ()
-    name = Path(file).name
-
-    def holds(source: str) -> bool:
-        text = (template / "kernels" / source).read_text()
-        included = re.findall(r'(?m)^#include "(.*)"', text)
-        return source == name or any(holds(n) for n in included)
-
-    return tuple((v, digest) for v, digest in sound.items() if holds(v[0]))
+    sources = holders(file, template)
+    return tuple((v, digest) for v, digest in sound.items() if f"kernels/{v[0]}" in sources)
 
 
 def verdict(end: pool.Ended) -> tuple[str, str]:
-    """(outcome, the test that killed it) of a process."""
+    """(outcome, the test that killed it) of a process; of a lost one, why it says nothing."""
     if stray := end.first("stray"):
         raise HarnessError(f"the tests import {stray['stray']}, not the mutant's copy")
+    if why := end.first("no_interpreter"):
+        return LOST, f"the server of interpreters gave none: {why['no_interpreter']}"
     if end.first("refused"):
         return "refused", ""
     if end.first("identical"):
         return "identical", ""
+    running = [e["start"] for e in end.events if "start" in e]
+    if end.first("began") is None:
+        return LOST, f"its process ended with {end.code} before it came to pytest"
     if broken := end.first("broken"):
         return "killed", f"import of {broken['broken']}"
     if failed := end.first("failed"):
         if end.job.binaries and "NVRTC does not compile" in failed["text"]:
             return "refused", failed["failed"]
         return ("crash" if _BROKEN.search(failed["text"]) else "killed"), failed["failed"]
-    if end.late:
-        running = [e["start"] for e in end.events if "start" in e]
-        return "timeout", running[-1] if running else "import"
+    if end.late:  # the limits of imports and tests, which it has passed, are the process' own
+        return ("timeout", running[-1]) if running else (LOST, "it was late before any test")
     if end.first("done") is None:
-        running = [e["start"] for e in end.events if "start" in e]
-        if end.first("gathered") is None:
-            # pytest itself ended before any test: helpers that all tests import did not load.
-            return ("crash" if end.code < 0 else "killed"), "import"
-        # The plugin's alarm is signal 14.
-        return ("timeout" if end.code == -14 else "crash"), running[-1] if running else "the end"
+        if end.code == -signal.SIGKILL:
+            return LOST, "its process was ended from outside, for its memory perhaps"
+        if running or end.first("gathered"):
+            by = running[-1] if running else "the end"
+        else:  # pytest itself ended before any test: what all tests import did not load
+            by = "import"
+        if end.code == -signal.SIGALRM:
+            return "timeout", by
+        return ("crash" if end.code < 0 or by != "import" else "killed"), by
     gathered = end.first("gathered")
     found = gathered and gathered["gathered"]
     if not found or (end.job.tests and found != len(end.job.tests)):

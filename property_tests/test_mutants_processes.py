@@ -218,6 +218,31 @@ def test_what_survives_the_quick_profile_is_open_until_the_ci_profile_has_spoken
     ]
 
 
+def test_a_test_that_fails_for_what_ran_before_it_kills_nothing(told: Told) -> None:
+    """A test that leaves something behind, one that trips over it, and one that sees the fault."""
+    tests = "property_tests/test_order.py"
+    leaves, trips, sees = (f"{tests}::test_{name}" for name in ("leaves", "trips", "sees"))
+    text = (
+        "import quest.packing as p\n"
+        "def test_leaves(): p.left = True\n"
+        "def test_trips(): assert not hasattr(p, 'left')\n"
+        "def test_sees(): assert not hasattr(p, 'fault')\n"
+    )
+    fault = planted("quest/packing.py", "\nfault = 1\n", "fault")
+    nothing = planted("quest/packing.py", "\n# Nothing.\n", "nothing")
+    with pool.workshop() as folder:
+        (folder / "template" / tests).write_text(text)
+        order = dict.fromkeys((leaves, trips, sees), 1.0)
+        runner.run(
+            [fault, nothing], lambda m: [quick(order)], folder, 1,
+            lambda m, result: told.append((m.id, result)),
+        )  # fmt: skip
+    assert {name: (r.outcome, r.by) for name, r in told} == {
+        "fault": ("killed", sees),
+        "nothing": ("survived", ""),
+    }
+
+
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, runner.Result]:
     """What becomes of four texts of a kernel that a test compiles in one variant."""

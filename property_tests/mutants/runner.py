@@ -1,11 +1,16 @@
-"""Runs mutants: the first tests, then the rest if it survived those; one verdict each."""
+"""Runs mutants: the first tests, then the rest if it survived those; one verdict each.
+
+A test may fail for what ran before it in its process, and not for the fault: a kill counts where
+the same passes without the fault. Where it does not, the tests behind it are asked.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +31,8 @@ from .pool import HarnessError
 OUTCOMES = ("killed", "crash", "timeout", "survived", "open", "not run", "refused", "identical")
 # Of a process that was ended from outside, or never came to a test: nothing is known of its mutant.
 LOST = "no verdict"
+SUMS = "the sums over the run"
+Binaries = tuple[tuple[child.Variant, str], ...]
 # So many of those are no accident.
 MOST_LOST = 20
 DEAD = frozenset({"killed", "crash", "timeout"})
@@ -34,6 +41,10 @@ _BROKEN = re.compile(
     "illegal memory access|misaligned address|unspecified launch failure|illegal instruction|"
     "illegal address|invalid program counter|hardware stack error|operation not supported on glob"
 )
+
+
+class _Lost(Exception):
+    """A process said nothing of its mutant, and why."""
 
 
 def run(
@@ -54,63 +65,130 @@ def run(
     patience: seconds that a test may take besides. variants: of CUDA C++, that tests compile.
     until: see `pool.run_all`.
     """
-    names = iter(range(10**9))
     texts = [m.file for m in mutants if m.file.endswith((".cu", ".cuh"))]
-    sound = _binaries(folder, variants, slots, until) if texts else {}
-    if sound is None:
+    binaries = _binaries(folder, variants, slots, until) if texts else {}
+    if binaries is None:
         return False
     server = Server(folder)
-    lost = 0
-    state: dict[Path, tuple[Mutant, list[Part], float, int]] = {}
-    begun: set[str] = set()
-
-    def job(mutant: Mutant, stages: list[Part], spent: float, tests: int) -> child.Job:
-        source = (folder / "template" / mutant.file).read_bytes()  # the worktree may move on
-        first = mutant.id not in begun
-        begun.add(mutant.id)
-        made = child.Job(
-            folder / "template", folder / f"mutant{next(names)}", mutant.file,
-            mutant.apply(source),
-            stages[0].paths, stages[0].tests, stages[0].profile, False, not has_gpu(),
-            patience if stages[0].tests else 10 * patience,  # no test's usual time is known
-            server.address, _of(mutant.file, sound, folder / "template") if first else (),
-        )  # fmt: skip
-        state[made.folder] = mutant, stages, spent, tests
-        return made
+    lives: dict[Path, Generator[child.Job, pool.Ended, None]] = {}
+    runs = _Runs(plan, folder, told, patience, binaries, server.address)
 
     def jobs() -> Iterator[child.Job]:
         for mutant in mutants:
-            stages = plan(mutant)
-            yield job(mutant, stages, 0.0, sum(len(part.tests) for part in stages))
+            life = runs.life(mutant)
+            job = next(life)
+            lives[job.folder] = life
+            yield job
 
     def ended(end: pool.Ended) -> Iterator[child.Job]:
-        nonlocal lost
         if server.died():
             raise HarnessError("the server from which interpreters are forked has died")
-        mutant, stages, spent, tests = state.pop(end.job.folder)
-        outcome, by = verdict(end)
-        spent += end.seconds
-        lost += outcome == LOST
-        if lost > MOST_LOST:
-            raise HarnessError(f"{lost} mutants have no verdict; the last one: {by}")
-        if by and end.job.profile != "quick":
-            by += f" ({end.job.profile})"
-        result = Result(mutant.id, mutant.what, outcome, by, round(spent, 2), tests)
-        if outcome == "timeout":
-            result = replace(result, patience=patience)
-        if outcome == "survived" and stages[0].passed:
-            result = replace(result, outcome="open", passed=stages[0].passed)
-        more = stages[1:] if outcome == "survived" else []
-        # The ci profile comes last of all: a run that is stopped before has this much.
-        if not more or more[0].profile != "quick":
-            told(mutant, result)
-        if more:
-            yield job(mutant, more, spent, tests)
+        life = lives.pop(end.job.folder)
+        with contextlib.suppress(StopIteration):
+            job = life.send(end)
+            lives[job.folder] = life
+            yield job
 
     try:
         return pool.run_all(jobs(), slots, ended, until)
     finally:
         server.close()
+
+
+class _Runs:
+    """The lives of mutants, side by side: each asks for processes, and hears how they ended."""
+
+    def __init__(
+        self, plan: Callable[[Mutant], list[Part]], folder: Path,
+        told: Callable[[Mutant, Result], None], patience: float,
+        binaries: dict[child.Variant, str], interpreter: Path,
+    ) -> None:  # fmt: skip
+        self.plan, self.folder, self.told = plan, folder, told
+        self.patience, self.binaries, self.interpreter = patience, binaries, interpreter
+        self.names = iter(range(10**9))
+        self.lost = 0
+        # A profile and tests, one after the other: whether they pass without a fault.
+        self.passes: dict[tuple[str, ...], bool] = {}
+
+    def life(self, mutant: Mutant) -> Generator[child.Job, pool.Ended, None]:
+        """Part after part, until one kills it."""
+        stages = self.plan(mutant)
+        result = Result(mutant.id, mutant.what, "", tests=sum(len(p.tests) for p in stages))
+        compiled = _of(mutant.file, self.binaries, self.folder / "template")
+        while stages:
+            part, *stages = stages
+            try:
+                end, outcome, by = yield from self._ask(part, mutant, compiled)
+                result = replace(result, seconds=round(result.seconds + end.seconds, 2))
+                compiled = ()
+                if outcome in DEAD and ("::" in by or by == SUMS):
+                    sound = yield from self._is_sound(part, mutant, end, by)
+                    if not sound:  # that test, or these sums, can't tell
+                        names = list(part.tests)
+                        after = names[names.index(by) + 1 :] if by in names else []
+                        if after:
+                            stages.insert(0, replace(part, tests={n: part.tests[n] for n in after}))
+                            continue
+                        if part.profile != "quick" and by != SUMS:
+                            raise _Lost(f"{by} fails without a fault, too")
+                        outcome, by = "survived", ""
+            except _Lost as why:
+                self.told(mutant, replace(result, outcome=LOST, by=str(why)))
+                self.lost += 1
+                if self.lost > MOST_LOST:
+                    raise HarnessError(f"{self.lost} mutants have no verdict; {why}") from None
+                return
+            if outcome in DEAD and part.profile != "quick":
+                by += f" ({part.profile})"
+            late = self.patience if outcome == "timeout" else 0.0
+            result = replace(result, outcome=outcome, by=by, passed="", patience=late)
+            if outcome != "survived":
+                self.told(mutant, result)
+                return
+            if part.passed:
+                result = replace(result, outcome="open", passed=part.passed)
+            # The ci profile comes last of all: a run that is stopped before has this much.
+            if not stages or stages[0].profile != "quick":
+                self.told(mutant, result)
+
+    def _is_sound(
+        self, part: Part, mutant: Mutant, end: pool.Ended, by: str
+    ) -> Generator[child.Job, pool.Ended, bool]:
+        """Whether what failed passes without the fault: a test, and not what ran before it, tells.
+
+        Alone, if it fails alone on the mutant, too; else behind all that ran before it.
+        """
+        ran = [e["start"] for e in end.events if "start" in e]
+        asked = replace(part, tests={n: part.tests[n] for n in ran}) if part.tests else part
+        if by != SUMS and len(ran) > 1:
+            alone = Part(part.profile, (by.partition("::")[0],), {by: part.tests.get(by, 0.0)})
+            _, outcome, _ = yield from self._ask(alone, mutant)
+            asked = asked if outcome == "survived" else alone
+        key = asked.profile, *(asked.tests or asked.paths)
+        if key not in self.passes:
+            _, outcome, _ = yield from self._ask(asked, None)
+            self.passes[key] = outcome == "survived"
+        return self.passes[key]
+
+    def _ask(
+        self, part: Part, mutant: Mutant | None, binaries: Binaries = ()
+    ) -> Generator[child.Job, pool.Ended, tuple[pool.Ended, str, str]]:
+        """How a part of the tests ends on a mutant, or without a fault, and the verdict."""
+        template = self.folder / "template"
+        file = mutant.file if mutant else ""
+        # Of the copy: the worktree may move on.
+        source = mutant.apply((template / file).read_bytes()) if mutant else b""
+        end = yield child.Job(
+            template, self.folder / f"mutant{next(self.names)}", file, source,
+            part.paths, part.tests, part.profile, False, not has_gpu(),
+            # Only the quick profile's usual times are known.
+            self.patience if part.profile == "quick" else 10 * self.patience,
+            self.interpreter, binaries,
+        )  # fmt: skip
+        outcome, by = verdict(end)
+        if outcome == LOST:
+            raise _Lost(by)
+        return end, outcome, by
 
 
 def _binaries(
@@ -137,9 +215,7 @@ def _binaries(
     return {v: found[v] for v in variants if v in found}
 
 
-def _of(
-    file: str, sound: dict[child.Variant, str], template: Path
-) -> tuple[tuple[child.Variant, str], ...]:
+def _of(file: str, sound: dict[child.Variant, str], template: Path) -> Binaries:
     """The variants that a text is part of, by itself or as a header."""
     if not file.endswith((".cu", ".cuh")):
         return ()
@@ -183,4 +259,4 @@ def verdict(end: pool.Ended) -> tuple[str, str]:
     if not found or (end.job.tests and found != len(end.job.tests)):
         raise HarnessError(f"{found} of {len(end.job.tests)} tests were found in {end.job.paths}")
     # Tests passed and the run failed: what the ledger's sums show.
-    return ("survived", "") if end.code == 0 else ("killed", "the sums over the run")
+    return ("survived", "") if end.code == 0 else ("killed", SUMS)

@@ -102,7 +102,9 @@ class Table:
         for title, of in self.groups().items():
             made = RichTable(title=f"by {title}")
             for name in (title, *HEAD):
-                made.add_column(name, no_wrap=name == title, justify="left")
+                # A stack is a long text.
+                width = 60 if name == "stack" else None
+                made.add_column(name, overflow="fold", no_wrap=name == "file", max_width=width)
             for row in self.totals(of):
                 made.add_row(*row)
             console.print(made)

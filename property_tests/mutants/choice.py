@@ -181,8 +181,8 @@ def _order(mutant: Mutant, baseline: Baseline, killers: Counter[str]) -> list[st
         return []
     own = {f: i for i, f in enumerate(OWN.get(mutant.file, ()))}
     groups = [covering - {IMPORT}, baseline.touching(mutant.file)]
-    if IMPORT in covering:
-        groups.append(set(baseline.tests))
+    if IMPORT in covering:  # all, of which only its own are likely to look
+        groups = [{t for t in baseline.tests if test_file(t) in own}, *groups, {*baseline.tests}]
     order: dict[str, None] = {}
     for group in groups:
         likely = sorted(

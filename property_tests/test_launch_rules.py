@@ -31,6 +31,8 @@ from quest.kernels import (
 )
 from quest.kernels.whole import power_of_two, quotient, tile
 
+pytestmark = pytest.mark.whole
+
 KERNELS = Path(blocks.__file__).parent
 
 

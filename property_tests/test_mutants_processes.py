@@ -233,10 +233,12 @@ def test_a_test_that_fails_for_what_ran_before_it_kills_nothing(told: Told) -> N
     with pool.workshop() as folder:
         (folder / "template" / tests).write_text(text)
         order = dict.fromkeys((leaves, trips, sees), 1.0)
+        doubts: list[str] = []
         runner.run(
             [fault, nothing], lambda m: [quick(order)], folder, 1,
-            lambda m, result: told.append((m.id, result)),
+            lambda m, result: told.append((m.id, result)), doubt=doubts.append,
         )  # fmt: skip
+    assert doubts == [trips, trips]
     assert {name: (r.outcome, r.by) for name, r in told} == {
         "fault": ("killed", sees),
         "nothing": ("survived", ""),

@@ -304,7 +304,7 @@ def _run(
                     return [p for p in found if p.profile == "quick"]
                 old = journal.known(mutant)
                 passed = old is not None and old.passed == choice.QUICK and not _blind(old)
-                return [p for p in found if p.profile != "quick"] if passed else found
+                return [p for p in found if passed and p.profile != "quick"] or found
 
             def parts(mutant: Mutant) -> list[choice.Part]:
                 return every(mutant)[:1] if plan.first else every(mutant)
@@ -313,18 +313,18 @@ def _run(
                 found = choice.stages(mutant, seen)
                 return next(iter(found[0].tests.values())) if plan.cheap and found else 0.0
 
-            # Known at once, wherever the run ends.
-            idle = [m for m in missing if not choice.stages(m, seen)]
-            for m in idle:
-                if plan.narrow:
-                    result = runner.Result(m.id, m.what, "open", passed=choice.OWN_TESTS)
-                else:
-                    result = runner.Result(m.id, m.what, "not run")
-                told(m, result)
-            left = [m for m in missing if m.id not in heard]
+            left = [m for m in missing if choice.stages(m, seen)]
+            # Known at once, wherever the run ends; a part of the tests can't tell.
+            for m in {*missing} - {*left} if not plan.narrow else ():
+                told(m, runner.Result(m.id, m.what, "not run"))
+
+            def doubt(test: str) -> None:
+                bar.console.print(f"fails without a fault, too, and tells nothing: {test}")
+
             in_time = runner.run(
                 order(left, plan.seed, cost), parts, folder, plan.jobs, told,
                 patience=plan.patience, variants=seen.variants, until=plan.until,
+                doubt=doubt,
             )  # fmt: skip
         if not in_time:
             console.print(f"the time was up: {len(missing) - len(heard)} are still to be run")

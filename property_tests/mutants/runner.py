@@ -56,6 +56,7 @@ def run(
     patience: float = 30.0,
     variants: tuple[child.Variant, ...] = (),
     until: float = math.inf,
+    doubt: Callable[[str], None] = print,
 ) -> bool:
     """Run all; `told` hears of each as it ends, and twice of one that survives the quick profile.
 
@@ -63,7 +64,7 @@ def run(
 
     plan: the tests of a mutant, a process for each part; see `choice`.
     patience: seconds that a test may take besides. variants: of CUDA C++, that tests compile.
-    until: see `pool.run_all`.
+    until: see `pool.run_all`. doubt: hears of each test whose failure did not count.
     """
     texts = [m.file for m in mutants if m.file.endswith((".cu", ".cuh"))]
     binaries = _binaries(folder, variants, slots, until) if texts else {}
@@ -71,7 +72,7 @@ def run(
         return False
     server = Server(folder)
     lives: dict[Path, Generator[child.Job, pool.Ended, None]] = {}
-    runs = _Runs(plan, folder, told, patience, binaries, server.address)
+    runs = _Runs(plan, folder, told, patience, binaries, server.address, doubt)
 
     def jobs() -> Iterator[child.Job]:
         for mutant in mutants:
@@ -101,8 +102,9 @@ class _Runs:
     def __init__(
         self, plan: Callable[[Mutant], list[Part]], folder: Path,
         told: Callable[[Mutant, Result], None], patience: float,
-        binaries: dict[child.Variant, str], interpreter: Path,
+        binaries: dict[child.Variant, str], interpreter: Path, doubt: Callable[[str], None],
     ) -> None:  # fmt: skip
+        self.doubt = doubt
         self.plan, self.folder, self.told = plan, folder, told
         self.patience, self.binaries, self.interpreter = patience, binaries, interpreter
         self.names = iter(range(10**9))
@@ -124,6 +126,7 @@ class _Runs:
                 if outcome in DEAD and ("::" in by or by == SUMS):
                     sound = yield from self._is_sound(part, mutant, end, by)
                     if not sound:  # that test, or these sums, can't tell
+                        self.doubt(by)
                         names = list(part.tests)
                         after = names[names.index(by) + 1 :] if by in names else []
                         if after:

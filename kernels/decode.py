@@ -15,7 +15,9 @@ import triton.language as tl
 
 from . import outputs
 from .hadamard import stored
-from .whole import power_of_two, quotient
+from .whole import quotient, tile
+
+TILE = 1024, 2048  # the widest, and entries in all: 16 a thread
 
 
 @triton.jit
@@ -52,8 +54,7 @@ def decode(
     rows = math.prod(lead)
     y = outputs.empty((*lead, width), stored(dtype), operand.device)
     if y.numel():
-        w = max(8 // bits, min(1024, power_of_two(width)))
-        r = min(max(1, 2048 // w), power_of_two(rows))
+        r, w = tile(rows, width, *TILE, least=8 // bits)
         _decode[(quotient(rows, r), quotient(width, w))](
             operand.contiguous(), scale.contiguous(), y, rows, width, operand.shape[-1], unit,
             8 // bits, stride, top, r, w, num_warps=4,

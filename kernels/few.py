@@ -33,9 +33,8 @@ ARCHITECTURE = "sm_90a"
 TILES = (1, 2, 4, 8)  # of eight rows of A: what is compiled
 CLUSTERS = (1, 2, 4, 8)
 WARPS = 16
+SHARES = (1, 2, 4, 8, 16)  # warps that share a tile's K
 SHARED = 227 * 1024  # bytes that a block can have
-# Bytes of A that a block holds, at most: beyond it K is split over a cluster.
-HELD = SHARED
 # Elements of A that a block quantizes, at most, where a cluster is large enough: one group of eight
 # Hadamard blocks a warp. Every cluster quantizes all of A.
 QUANTIZED = WARPS * 8 * CHUNK
@@ -114,26 +113,21 @@ def supports(rows: int, width: int, bits: int, *, quantizes: bool = False) -> bo
     )
 
 
-def split(rows: int, width: int, bits: int, *, quantizes: bool = False) -> int:
+def split(rows: int, width: int, bits: int, *, quantizes: bool) -> int:
     """Blocks of a cluster, which share K, for what `supports` allows: the fewest that will do."""
-    row = 64 * _parts(bits)  # bytes of A in a step
     for cluster in CLUSTERS:
         steps = _steps(width, bits, cluster)
         fits = _shared(rows, steps, 1, bits, cluster, quantizes) <= SHARED
         # A cluster of more blocks than steps would leave some without work.
         most = cluster >= _steps(width, bits, 1)
-        if quantizes:
-            enough = most or rows * _blocks(steps, bits) * ORDER <= QUANTIZED
-        else:
-            enough = rows * row * steps <= HELD
-        if fits and enough:
+        if fits and (not quantizes or most or rows * _blocks(steps, bits) * ORDER <= QUANTIZED):
             break
     return cluster
 
 
 def plan(
     rows: int, columns: int, width: int, bits: int, cluster: int, groups: int,
-    *, quantizes: bool = False,
+    *, quantizes: bool,
 ) -> Plan:  # fmt: skip
     """The split of K and N over clusters of so many blocks, `groups` of which run at once."""
     steps = _steps(width, bits, cluster)
@@ -143,13 +137,14 @@ def plan(
         shared = _shared(rows, steps, -(-tiles // cluster), bits, cluster, quantizes)
         if shared <= SHARED:
             break
+    return Plan(cluster, tiles, steps, _warps(tiles, steps, cluster), -(-total // tiles), shared)
+
+
+def _warps(tiles: int, steps: int, cluster: int) -> int:
+    """Warps that share a tile's K, so that the last of a block ends soonest."""
     # A warp's units, and half a unit for each tile's sums; those for other blocks cost more.
     flush = 0.5 if cluster == 1 else 1.5
-    warps = min(
-        (1 << i for i in range(WARPS.bit_length())),
-        key=lambda n: -(-tiles * n // WARPS) * (-(-steps // n) + flush),
-    )
-    return Plan(cluster, tiles, steps, warps, -(-total // tiles), shared)
+    return min(SHARES, key=lambda n: -(-tiles * n // WARPS) * (-(-steps // n) + flush))
 
 
 def macros(

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import outputs
+from . import outputs, whole
 from .whole import power_of_two, quotient
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -127,10 +127,8 @@ def warps(elements: int) -> int:
 
 def tile(rows: int, width: int, order: int) -> tuple[int, int]:
     """(ROWS, WIDTH) of one program's tile, powers of two, WIDTH a multiple of `order`."""
-    w = max(order, min(power_of_two(width), 1024))
     # One warp on 1024 elements was the fastest tile measured: its stages need no barrier.
-    r = min(max(1, 1024 // w), power_of_two(rows))
-    return r, w
+    return whole.tile(rows, width, 1024, 1024, least=order)
 
 
 def prescale(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 
 from . import outputs
-from .whole import power_of_two, quotient
+from .whole import quotient, tile
+
+TILE = 2048, 2048  # the widest, and entries in all: 16 a thread
 
 
 @triton.jit
@@ -43,8 +45,7 @@ def pack(operand: torch.Tensor, bits: int, stride: int, top: int) -> torch.Tenso
     rows, bytes_ = math.prod(lead), -(-width * bits // 8)
     packed = outputs.empty((*lead, bytes_), torch.uint8, operand.device)
     if packed.numel():
-        w = max(8 // bits, min(2048, power_of_two(width)))
-        r = min(max(1, 2048 // w), power_of_two(rows))
+        r, w = tile(rows, width, *TILE, least=8 // bits)
         _pack[(quotient(rows, r), quotient(width, w))](
             operand.contiguous(), packed, rows, width, bytes_, 8 // bits, stride, top, r, w,
             num_warps=4,

@@ -15,3 +15,12 @@ def quotient(a: int, b: int) -> int:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is not below n, for n >= 1."""
     return 1 << (n - 1).bit_length()
+
+
+def tile(rows: int, width: int, widest: int, elements: int, least: int = 1) -> tuple[int, int]:
+    """(rows, width) of a program's tile, powers of two that need not be larger than the matrix.
+
+    Not wider than `widest`, but for `least`, and of no more than `elements` where a row allows it.
+    """
+    w = max(least, min(power_of_two(width), widest))
+    return min(max(1, elements // w), power_of_two(rows)), w

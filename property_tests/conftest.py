@@ -51,7 +51,7 @@ _gathered = Ledger()
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Promoted entries first; in the quick profile one in QUICK_SHARE parameters, in each lane.
 
-    A test that is marked `whole` keeps all of them: cheap ones of the court, a case each.
+    A test that is marked `whole` keeps all of them: cheap ones, a case each.
     """
     items.sort(key=lambda item: not item.nodeid.partition("[")[0].endswith("::test_promoted"))
     if settings.get_current_profile_name() != "quick":

@@ -200,7 +200,28 @@ def test_limits_of_a_device_and_of_a_grid(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(cuda, "shared", lambda _, limit=limit: limit)
         assert blocks.supports(program, x) == fits
     monkeypatch.setattr(cuda, "shared", lambda _: 227 * 1024)
-    assert not blocks.supports(dataclasses.replace(program, step=1e-5), x)
+    for step, fits in ((4.0e-5, False), (4.1e-5, True)):  # sqrt(28672) / 2^22 lies between
+        assert blocks.supports(dataclasses.replace(program, step=step), x) == fits
+
+
+def test_a_row_of_weights_beside_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row's bytes, to the last one of what a block may have; and of a multiprocessor."""
+    monkeypatch.setattr(cuda, "unavailable", lambda _: None)
+    x = torch.empty(1, 28672, dtype=torch.bfloat16)
+    program = ops.program(parse(SPECS[3]), x)
+    tiles = 7 * blocks.SHARED_OF_WARP + blocks.STATIC
+    for limit, plain, weighted in (
+        (tiles - 1, False, False), (tiles, True, False), (tiles + 2 * 28672 - 1, True, False),
+        (tiles + 2 * 28672, True, True),
+    ):  # fmt: skip
+        monkeypatch.setattr(cuda, "shared", lambda _, limit=limit: limit)
+        assert blocks.supports(program, x) == plain
+        assert blocks.supports(program, x, weighted=True) == weighted
+    monkeypatch.setattr(cuda, "shared", lambda _: 227 * 1024)
+    monkeypatch.setattr(cuda, "processors", lambda _: 10)
+    # Three thread blocks of four warps have 76 KiB each, with STATIC and RESERVED.
+    for more, resident in ((8192, 3), (8193, 2)):
+        assert blocks._grid(10**6, 16, 0, more)[0] == 10 * resident
 
 
 def test_sums_that_it_does_not_make() -> None:

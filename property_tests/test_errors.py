@@ -16,6 +16,8 @@ from quest.conformance import inputs
 from quest.quantizer import parse
 from quest.recipes import Recipe
 
+pytestmark = pytest.mark.whole
+
 Q = quest.Quantizer
 U4 = quest.grids.uniform(4)
 X = torch.zeros(3, 128)

@@ -106,6 +106,23 @@ def test_plan(data: st.DataObject) -> None:
     assert few.WARPS % p.warps == 0
 
 
+def test_what_is_planned() -> None:
+    """By hand: as few turns as memory allows, and the warps of a tile that end first."""
+    cases = {
+        # rows, columns, width, bits, cluster, groups: tiles, steps, warps, clusters
+        (1, 4096, 4096, 4, 1, 132): (2, 32, 8, 128),
+        (1, 16, 4096, 4, 1, 132): (1, 32, 16, 1),
+        (1, 16 * 132, 512, 4, 1, 132): (1, 4, 4, 132),
+        (16, 11008, 4096, 4, 2, 66): (11, 16, 4, 63),
+        (64, 4096, 4096, 1, 1, 132): (2, 8, 8, 128),
+        (64, 70_000, 4096, 4, 4, 33): (133, 8, 1, 33),
+        (64, 140_000, 4096, 4, 4, 33): (133, 8, 1, 66),
+    }
+    made = {case: few.plan(*case, quantizes=False) for case in cases}
+    assert {c: (p.tiles, p.steps, p.warps, p.clusters) for c, p in made.items()} == cases
+    assert few.SHARES == (1, 2, 4, 8, few.WARPS)
+
+
 @given(data=st.data())
 def test_the_divisor_of_a_share(data: st.DataObject) -> None:
     """The upper half of i times `inverse` is i over a share's length, for every i of it."""
@@ -127,6 +144,11 @@ def test_the_divisor_of_a_share(data: st.DataObject) -> None:
         for row in range(rows):
             for i in (row * length, (row + 1) * length - 1):
                 assert i * inverse >> 32 == row
+
+
+def test_rows_of_an_operand_are_split_where_they_do_not_fit() -> None:
+    cases = [(1, 65536), (8, 4096), (64, 2048), (64, 4096), (64, 8192), (64, 16384)]
+    assert [few.split(*case, 4, quantizes=False) for case in cases] == [4, 1, 1, 2, 4, 8]
 
 
 def test_rows_that_are_quantized_share_their_work() -> None:
@@ -201,15 +223,34 @@ def test_sums_are_exact(bits: int, shape: tuple[int, int, int], kind: str) -> No
 
 
 @on_hopper
-@pytest.mark.parametrize("held", [0, 10**6], ids=["split", "whole"])
+@pytest.mark.parametrize("clusters", [few.CLUSTERS[-1:], few.CLUSTERS], ids=["split", "whole"])
 @pytest.mark.parametrize("bits", BITS)
-def test_any_split_of_k(bits: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(few, "HELD", held)
+def test_any_split_of_k(
+    bits: int, clusters: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(few, "CLUSTERS", clusters)
     few._ready.cache_clear()
     try:
         for rows in (1, 16, 24, 64):
             made = _operands(bits, rows, 520, 2176, "random", rows)
             ones = (torch.ones(rows), torch.ones(520))
+            y = _run(bits, torch.float32, made, ones, None, 1.0)
+            assert torch.equal(y.double(), made[2].double() @ made[3].double().T)
+    finally:
+        few._ready.cache_clear()
+
+
+@on_hopper
+@pytest.mark.parametrize("share", few.SHARES)
+@pytest.mark.parametrize("bits", BITS)
+def test_any_share_of_warps(bits: int, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which one is planned changes no bit: `mutants/equivalent.toml` counts on it."""
+    monkeypatch.setattr(few, "SHARES", (share,))
+    few._ready.cache_clear()
+    try:
+        for rows, columns, width in ((1, 520, 2176), (24, 70, 4096), (64, 4096, 128)):
+            made = _operands(bits, rows, columns, width, "random", rows)
+            ones = (torch.ones(rows), torch.ones(columns))
             y = _run(bits, torch.float32, made, ones, None, 1.0)
             assert torch.equal(y.double(), made[2].double() @ made[3].double().T)
     finally:

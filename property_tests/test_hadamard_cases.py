@@ -34,3 +34,13 @@ def test_more_vectors_than_a_program_of_the_base_takes(lane: Lane) -> None:
 def test_more_rows_than_a_program_takes(lane: Lane) -> None:
     x = inputs.draw("gaussian", (1027, 2), torch.float32, 0)
     LEDGER.judge(lane, examine.transform(lane, x, 2), "1027 rows of order 2")
+
+
+@every_lane
+def test_a_row_of_the_smallest_numbers(lane: Lane) -> None:
+    """Shares of them would be zero: only sums of 16 bits may be made of shares."""
+    x = torch.full((3, 4096), 2.0**-149)
+    x[1, ::3] = 2.0**-140
+    LEDGER.judge(lane, examine.transform(lane, x, 4096), "subnormals, order 4096")
+    y = lane.call("hadamard", x, order=4096, transpose=False)["y"]
+    assert y[0, 0] == 2.0**-143

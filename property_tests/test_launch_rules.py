@@ -17,8 +17,21 @@ import torch
 
 import quest
 from quest import operands, paths
-from quest.kernels import blocks, cuda, few, hadamard, hopper, product, rows, sparse
-from quest.kernels.whole import power_of_two, quotient
+from quest.kernels import (
+    blocks,
+    cuda,
+    decode,
+    few,
+    hadamard,
+    hopper,
+    pack,
+    product,
+    rows,
+    sparse,
+)
+from quest.kernels.whole import power_of_two, quotient, tile
+
+pytestmark = pytest.mark.whole
 
 KERNELS = Path(blocks.__file__).parent
 
@@ -130,11 +143,23 @@ def test_warps_of_a_tile(elements: int, warps: int) -> None:
         ((5, 4096), 128, (1, 1024)), ((5, 1000), 8, (1, 1024)), ((5, 256), 128, (4, 256)),
         ((3, 256), 128, (4, 256)), ((2, 256), 128, (2, 256)), ((1, 256), 128, (1, 256)),
         ((100, 16), 16, (64, 16)), ((9, 16), 16, (16, 16)), ((5, 4096), 4096, (1, 4096)),
-        ((7, 24), 8, (8, 32)),
+        ((7, 24), 8, (8, 32)), ((5000, 1), 1, (1024, 1)),
     ],
 )  # fmt: skip
 def test_tiles_of_the_transform(shape: tuple[int, int], order: int, tile: tuple[int, int]) -> None:
     assert hadamard.tile(*shape, order) == tile
+
+
+def test_tiles_of_operands() -> None:
+    """As wide as allowed, as many rows as entries, and no larger than the matrix or `least`."""
+    assert (decode.TILE, pack.TILE) == ((1024, 2048), (2048, 2048))
+    cases = {
+        (5000, 5000): (2, 1024), (5000, 1000): (2, 1024), (5000, 200): (8, 256),
+        (5000, 1): (2048, 1), (1, 5000): (1, 1024), (3, 3): (4, 4), (1, 1): (1, 1),
+    }  # fmt: skip
+    assert {case: tile(*case, 1024, 2048) for case in cases} == cases
+    assert tile(5000, 1, 1024, 2048, least=4) == (512, 4)
+    assert tile(5000, 1, 1024, 2048, least=4096) == (1, 4096)
 
 
 def test_warps_of_few_rows() -> None:
@@ -179,6 +204,7 @@ def test_the_choice_of_sparse_tiles() -> None:
     assert sparse.shape(256 * 49, 256, 132) == sparse.NARROW
     assert sparse.shape(256, 256 * 50, 132) == sparse.WIDE
     assert sparse.shape(256, 128, 2) == sparse.WIDE
+    assert sparse.shape(256 * 3, 256, 8) == sparse.WIDE  # a quarter, and no more
     assert sparse.shape(22016, 1024, 132) == sparse.WIDE
     with sparse.only(sparse.NARROW):
         assert sparse.shape(22016, 1024, 132) == sparse.NARROW
@@ -254,3 +280,18 @@ def test_who_takes_the_integers_path(monkeypatch: pytest.MonkeyPatch) -> None:
     ):  # fmt: skip
         t: Any = SimpleNamespace(shape=shape, device=torch.device(device))
         assert paths.has_integers(t, four) is expected
+
+
+def test_how_many_rows_one_kernel_quantizes_and_multiplies() -> None:
+    """Three rows of 4096, one of 11008; none of a row without entries, or of 3 bits."""
+    cases = {
+        (4096, 2048): 3, (4224, 2112): 2, (11008, 5504): 1, (12288, 6144): 1, (12416, 6208): 0,
+        (128, 64): 64, (128, 16): 64, (4096, 1536): 0, (0, 0): 0,
+    }  # fmt: skip
+    for (width, bytes_), expected in cases.items():
+        packed = torch.empty((1, bytes_), dtype=torch.uint8)
+        assert paths.few_rows(packed, width) == expected, width
+        bits = bytes_ * 8 // width if width else 0
+        most = {0: 0, 1: paths.FEW_ROWS[1], 3: 0}.get(bits, paths.FEW_ROWS[4])
+        assert not paths.reads_packed(most + 1, packed, width)
+        assert paths.reads_packed(max(most, 1), packed, width) == (most > 0)

@@ -10,17 +10,17 @@ import dataclasses
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from property_tests.mutants import (
-    child,
     choice,
     command,
     cuda_source,
     patches,
     pool,
+    proofs,
+    record,
     runner,
     systematic,
     table,
@@ -29,6 +29,7 @@ from property_tests.mutants.baseline import IMPORT, Baseline
 from property_tests.mutants.choice import Part, quick, stages
 from property_tests.mutants.command import _sampled, all_mutants, order
 from property_tests.mutants.mutant import Mutant, read
+from property_tests.mutants.proofs import Proofs, Rule
 
 KNOWN = {m.id: m for m in all_mutants()}
 
@@ -197,14 +198,38 @@ def test_every_mutant_has_a_name_of_its_own_and_parses() -> None:
 
 
 def test_proofs_are_of_mutants_that_exist() -> None:
-    proofs = patches.equivalent()
-    assert patches.stale(proofs, list(KNOWN.values())) == []
-    assert all(len(because) > 40 for _, because in proofs.values())
-    told = patches.stale({"no:such": ("a -> b", "")}, list(KNOWN.values()))
+    written = proofs.read()
+    assert written.stale(KNOWN.values()) == []
+    assert all(len(because) > 40 for _, because in written.one.values())
+    told = Proofs({"no:such": ("a -> b", "")}).stale(KNOWN.values())
     assert told == ["no:such is not a mutant"]
     name = "quest/packing.py:pack:remove:0"
-    told = patches.stale({name: ("a -> b", "")}, list(KNOWN.values()))
+    told = Proofs({name: ("a -> b", "")}).stale(KNOWN.values())
     assert told == [f"{name} is '_check(bits) -> pass', and not 'a -> b'"]
+
+
+def test_a_rule_is_about_some_operators_of_one_function_as_it_is() -> None:
+    m = KNOWN["quest/packing.py:pack:remove:0"]
+    rule = Rule("quest/packing.py:pack", frozenset({"remove"}), "", "It is slow.")
+    rule = dataclasses.replace(rule, code=rule.now())
+    mine = Proofs(rules=(rule,))
+    assert mine.stale(KNOWN.values()) == []
+    assert mine.because(m) == "It is slow."
+    for other in ("quest/packing.py:pack:negate:0", "quest/packing.py:unpack:remove:0"):
+        assert mine.because(KNOWN[other]) == ""
+    old = dataclasses.replace(rule, code="old", operators=frozenset({"remove", "where"}))
+    assert Proofs(rules=(old,)).stale(KNOWN.values()) == [
+        f"the code of quest/packing.py:pack is {rule.code!r} now, and not 'old'",
+        "quest/packing.py:pack has no mutant of 'where'",
+    ]
+    for outcome, counted in (("survived", "by rule"), ("open", "by rule"), ("killed", "killed")):
+        made = table.Table([m], {m.id: runner.Result(m.id, m.what, outcome, "t")}, mine)
+        assert (made.outcome(m), made.problems()) == (counted, [])
+
+
+def test_every_rule_is_argued_for() -> None:
+    for rule in proofs.read().rules:
+        assert len(rule.because) > 100, rule.function
 
 
 def test_a_patch_that_does_not_fit_is_an_error() -> None:
@@ -229,20 +254,20 @@ def test_a_proof_of_a_mutant_that_dies_is_a_problem() -> None:
         ("killed", [f"{m.id} is listed as equivalent, but t kills it"]),
     ):
         result = runner.Result(m.id, m.what, outcome, "t")
-        assert table.Table([m], {m.id: result}, {m.id: (m.what, "")}).problems() == problems
+        assert table.Table([m], {m.id: result}, Proofs({m.id: (m.what, "")})).problems() == problems
     result = runner.Result(m.id, m.what, "survived")
-    assert table.Table([m], {m.id: result}, {}).problems() == [f"{m.id} survives: {m.what}"]
+    assert table.Table([m], {m.id: result}, Proofs()).problems() == [f"{m.id} survives: {m.what}"]
 
 
 def test_a_table_tells_what_was_not_tried() -> None:
     made = [KNOWN[f"quest/packing.py:pack:{name}:0"] for name in ("remove", "negate")]
     results = {made[0].id: runner.Result(made[0].id, made[0].what, "killed", "t", 2.0)}
-    mine = table.Table(made, results, {})
+    mine = table.Table(made, results, Proofs())
     told = dict(zip(table.HEAD, mine.totals(lambda m: m.file)[-1][1:], strict=True))
     assert (told["mutants"], told["killed"], told["untried"]) == ("2", "1", "1")
     assert told["median s"] == "2.0"
     assert mine.problems() == []
-    assert made[1].id not in mine.markdown({})
+    assert made[1].id not in record.markdown(mine)
 
 
 def test_tests_that_execute_the_line_come_first() -> None:
@@ -254,9 +279,13 @@ def test_tests_that_execute_the_line_come_first() -> None:
     # Its own tests before cheaper ones; then what touches the file; never what does not.
     assert [list(part.tests) for part in planned] == [[names[0], names[1]], [names[2]], []]
     assert planned[-1] == Part("ci", ("property_tests/test_packing.py",), {})
+    assert [part.passed for part in planned] == ["first tests", "quick profile", ""]
+    narrow = stages(m, Baseline(tests, {m.file: of}, []), narrow=True)
+    assert [part.passed for part in narrow] == ["first tests", "first tests", "own tests"]
     assert stages(dataclasses.replace(m, lines=(20, 21)), Baseline(tests, {m.file: of}, [])) == []
     everywhere = stages(m, Baseline(tests, {m.file: of | {19: {IMPORT}}}, []))
-    assert [t for part in everywhere for t in part.tests] == names
+    own_first = [names[0], names[3], names[1], names[2]]
+    assert [t for part in everywhere for t in part.tests] == own_first
     failing = stages(m, Baseline(tests, {m.file: of}, [names[0]]))
     assert list(failing[0].tests) == [names[1], names[2]]
 
@@ -294,38 +323,6 @@ def test_a_sample_and_an_order_give_each_file_its_share() -> None:
         starts = [m.start for m in ordered if m.file == file]
         assert starts == sorted(starts)
     assert order(some, 0, lambda m: 0.0) != order(some, 1, lambda m: 0.0)
-
-
-def ended(*events: dict[str, Any], code: int = 1, late: bool = False) -> pool.Ended:
-    """How a process went that ran one test, of a text that was compiled before."""
-    binaries = ((("few.cu", "sm_90a", ()), "0"),)
-    job = child.Job(Path(), Path(), "", b"", (), {"t": 1.0}, "quick", False, False,
-                    binaries=binaries)  # fmt: skip
-    return pool.Ended(job, code, 1.0, [*events], late)
-
-
-GATHERED = {"gathered": 1}
-
-
-@pytest.mark.parametrize(
-    ("end", "outcome"),
-    [
-        (ended({"binary": 0}, GATHERED, {"start": "t"}, {"done": True}, code=0), "survived"),
-        (ended(GATHERED, {"start": "t"}, {"failed": "t", "text": "1 is not 2"}), "killed"),
-        (ended(GATHERED, {"failed": "t", "text": "CUDA error: an illegal memory access was "
-               "encountered"}), "crash"),
-        (ended(GATHERED, {"failed": "t", "text": "misaligned address"}), "crash"),
-        (ended(GATHERED, {"start": "t"}, code=-11), "crash"),
-        (ended(GATHERED, {"start": "t"}, code=-14), "timeout"),
-        (ended(GATHERED, {"start": "t"}, code=-9, late=True), "timeout"),
-        (ended({"refused": "NVRTC does not compile few.cu"}, code=0), "refused"),
-        (ended(GATHERED, {"failed": "t", "text": "NVRTC does not compile few.cu: error"}),
-         "refused"),
-        (ended({"binary": 0}, {"identical": 1}, code=0), "identical"),
-    ],
-)  # fmt: skip
-def test_what_a_process_says_of_its_mutant(end: pool.Ended, outcome: str) -> None:
-    assert runner.verdict(end)[0] == outcome
 
 
 def nothing(file: str, new: str) -> Mutant:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from property_tests.mutants import evidence
+from property_tests.mutants import baseline, covered
 from property_tests.mutants.evidence import Evidence, Outline
 from property_tests.mutants.journal import Journal
 from property_tests.mutants.mutant import Mutant
@@ -90,22 +91,57 @@ def test_what_a_verdict_outlives(
 ) -> None:
     before = project(tmp_path)
     for tests, lines in LINES.items():
-        before.learn(tests, lines)
-    keys = {k: before.key(outcome, "quest/a.py", by) for k, (outcome, by) in OUTCOMES.items()}
+        before.learn(tests, lines, "s")
+    keys = {k: before.key(outcome, "quest/a.py", by, "s") for k, (outcome, by) in OUTCOMES.items()}
     edit(tmp_path, name, old, new)
     after = Evidence(tmp_path)
     after.calls = before.calls  # as the journal keeps them
-    now = {k: after.key(outcome, "quest/a.py", by) for k, (outcome, by) in OUTCOMES.items()}
+    now = {k: after.key(outcome, "quest/a.py", by, "s") for k, (outcome, by) in OUTCOMES.items()}
     assert {k for k in keys if keys[k] == now[k]} == left
 
 
-def test_versions_and_the_kind_of_machine_count(
+def test_every_version_of_python_makes_the_same_digests(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "def f(x):\n    return g(x)\n"
+    before = Outline(source).digest(None)
+    # As Python 3.12 does.
+    monkeypatch.setattr(ast.FunctionDef, "_fields", (*ast.FunctionDef._fields, "type_params"))
+    monkeypatch.setattr(ast.FunctionDef, "type_params", [], raising=False)
+    assert Outline(source).digest(None) == before
+
+
+@pytest.mark.parametrize("name", [
+    "quest/a.py", "quest/ratios.json", "kernels/k.cu", "reference/r.py", "conftest.py",
+    "pyproject.toml", "property_tests/test_a.py", "property_tests/conftest.py",
+    "property_tests/promoted.json",
+])  # fmt: skip
+def test_the_look_without_a_fault_is_as_old_as_what_verdicts_rest_on(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project(tmp_path)
+    monkeypatch.setattr(baseline, "ROOT", tmp_path)
+    before = baseline._key("property_tests/test_a.py")
+    edit(tmp_path, name, "", "\n")
+    assert baseline._key("property_tests/test_a.py") != before
+
+
+def test_benchmarks_count_for_tests_that_import_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = [project(tmp_path).key(outcome, "quest/a.py", by) for outcome, by in OUTCOMES.values()]
-    monkeypatch.setattr(evidence, "environment", lambda: ("gpu True", "torch 9.9"))
-    after = [Evidence(tmp_path).key(outcome, "quest/a.py", by) for outcome, by in OUTCOMES.values()]
-    assert all(a != b for a, b in zip(keys, after, strict=True))
+    project(tmp_path)
+    edit(tmp_path, "property_tests/test_b.py", "", "import benchmarks.x\n")
+    monkeypatch.setattr(baseline, "ROOT", tmp_path)
+
+    def keys() -> list[str]:
+        now = Evidence(tmp_path)
+        for tests, lines in LINES.items():
+            now.learn(tests, lines, "s")
+        kills = [now.key("killed", "quest/a.py", by, "s") for by in (A, B)]
+        return [*kills, *(baseline._key(by.partition("::")[0]) for by in (A, B))]
+
+    before = keys()
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "x.py").write_text("")
+    assert [a == b for a, b in zip(before, keys(), strict=True)] == [True, False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +181,7 @@ def test_a_method_or_a_default_changes_the_code_of_the_module() -> None:
 
 
 def journal(root: Path) -> Journal:
-    return Journal(root / "journal.jsonl", Evidence(root))
+    return Journal(root, Evidence(root))
 
 
 class Seen:
@@ -201,6 +237,12 @@ def test_a_look_at_some_tests_changes_no_calls_that_are_known(tmp_path: Path) ->
     tests = A.partition("::")[0]
     first.learn(Seen({tests: {"quest/a.py": {7}}}), part=True)  # type: ignore[arg-type]
     assert journal(tmp_path).known(MUTANT) is not None
+    # What is new in it is added.
+    first.learn(Seen({tests: {"quest/b.py": {9}}}), part=True)  # type: ignore[arg-type]
+    assert first.evidence.calls[covered.stack()][tests] == {
+        "quest/a.py": ["f"],
+        "quest/b.py": ["g", "unused"],
+    }
 
 
 @pytest.mark.parametrize("name", ["property_tests/promoted.json", "benchmarks/cases.py"])
@@ -238,3 +280,37 @@ def test_likely_killers(tmp_path: Path) -> None:
     assert made.killers(MUTANT) == {A: 11, B: 2}
     made.add(MUTANT, Result(MUTANT.id, MUTANT.what, "killed", f"{B} (ci)"))
     assert made.killers(MUTANT).most_common(1)[0][0] == B
+
+
+def test_a_timeout_holds_for_as_much_patience(tmp_path: Path) -> None:
+    project(tmp_path)
+    late = Result(MUTANT.id, MUTANT.what, "timeout", A, patience=5.0)
+    journal(tmp_path).add(MUTANT, late)
+    for patience, holds in ((2.0, True), (5.0, True), (30.0, False)):
+        read = Journal(tmp_path, Evidence(tmp_path), patience)
+        assert (read.known(MUTANT) is not None) == holds
+
+
+def test_what_another_machine_has_found_is_read_besides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By copying its journal into the folder; each verdict says on which stack it was reached."""
+    project(tmp_path)
+    monkeypatch.setattr(covered, "stack", lambda: "no GPU, python 3.11")
+    journal(tmp_path).add(MUTANT, Result(MUTANT.id, MUTANT.what, "survived"))
+    there = tmp_path / "there"
+    project(there)
+    monkeypatch.setattr(covered, "stack", lambda: "H100, python 3.12")
+    found = journal(there)
+    found.learn(Seen())  # type: ignore[arg-type]
+    found.add(MUTANT, Result(MUTANT.id, MUTANT.what, "killed", A))
+    (tmp_path / "h100.jsonl").write_text(found.path.read_text() + '{"id": "quest/a.py:f:con')
+    monkeypatch.setattr(covered, "stack", lambda: "no GPU, python 3.11")
+    here = journal(tmp_path)
+    # What tests call here is no matter of the verdicts from there.
+    here.learn(Seen({A.partition("::")[0]: {"quest/b.py": {9}}}))  # type: ignore[arg-type]
+    best = here.known(MUTANT)
+    assert best is not None
+    assert (best.outcome, best.stack) == ("killed", "H100, python 3.12")
+    edit(tmp_path, "quest/b.py", "return x * N", "return x")
+    assert journal(tmp_path).known(MUTANT) is None

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from property_tests.mutants import interpreter, pool, runner
+from property_tests.mutants import baseline, child, choice, interpreter, pool, runner
 from property_tests.mutants.choice import quick
 from property_tests.mutants.mutant import ROOT, Mutant, read
 from quest.kernels import blocks
 
-FIRST = "property_tests/test_packing.py::test_the_first_element_is_in_the_lowest_bits"
+TESTS = "property_tests/test_packing.py"
+FIRST = f"{TESTS}::test_the_first_element_is_in_the_lowest_bits"
 
 
 def alive(number: int) -> bool:
@@ -37,7 +42,7 @@ from pathlib import Path
 from property_tests.mutants import interpreter
 from quest.conformance import lanes, inputs
 import torch
-interpreter.use(Path(sys.argv[1]), Path(sys.argv[2]))
+interpreter.use(Path(sys.argv[1]), Path(sys.argv[2]), print)
 lane = lanes.all_lanes()[1]
 x = torch.ones(2, 16)
 y = lane.call("hadamard", x, order=16, transpose=False)["y"]
@@ -82,6 +87,164 @@ def test_a_server_ends_with_who_started_it(tmp_path: Path) -> None:
     assert gone(int(told.stdout))
 
 
+BINARIES = ((("few.cu", "sm_90a", ()), "0"),)
+JOB = child.Job(Path(), Path(), "", b"", (), {"t": 1.0}, "quick", False, False, binaries=BINARIES)
+
+
+def ended(*events: dict[str, Any], code: int = 1, late: bool = False) -> pool.Ended:
+    """How a process went that ran one test, of a text that was compiled before."""
+    return pool.Ended(JOB, code, 1.0, [{"began": True}, *events], late)
+
+
+GATHERED = {"gathered": 1}
+
+
+@pytest.mark.parametrize(
+    ("end", "outcome"),
+    [
+        (ended({"binary": 0}, GATHERED, {"start": "t"}, {"done": True}, code=0), "survived"),
+        (ended(GATHERED, {"start": "t"}, {"failed": "t", "text": "1 is not 2"}), "killed"),
+        (ended(GATHERED, {"failed": "t", "text": "CUDA error: an illegal memory access was "
+               "encountered"}), "crash"),
+        (ended(GATHERED, {"failed": "t", "text": "misaligned address"}), "crash"),
+        (ended(GATHERED, {"start": "t"}, code=-11), "crash"),
+        (ended(GATHERED, {"start": "t"}, code=-14), "timeout"),
+        (ended(GATHERED, {"start": "t"}, code=-9, late=True), "timeout"),
+        (ended({"refused": "NVRTC does not compile few.cu"}, code=0), "refused"),
+        (ended(GATHERED, {"failed": "t", "text": "NVRTC does not compile few.cu: error"}),
+         "refused"),
+        (ended({"binary": 0}, {"identical": 1}, code=0), "identical"),
+        # Ends at import, by itself or by the alarm.
+        (ended(code=4), "killed"),
+        (ended(code=-11), "crash"),
+        (ended(code=-14), "timeout"),
+        # What says nothing of a mutant.
+        (ended(GATHERED, {"start": "t"}, code=-9), "no verdict"),
+        (ended(code=-9, late=True), "no verdict"),
+        (ended(GATHERED, {"no_interpreter": "refused"}, {"failed": "t", "text": ""}), "no verdict"),
+        (pool.Ended(JOB, 1, 1.0, []), "no verdict"),  # no space for a copy, say
+    ],
+)  # fmt: skip
+def test_what_a_process_says_of_its_mutant(end: pool.Ended, outcome: str) -> None:
+    assert runner.verdict(end)[0] == outcome
+
+
+def planted(file: str, new: str, name: str = "x") -> Mutant:
+    """A mutant that puts a text before the end of a file."""
+    end = len(read(file))
+    return Mutant(name, "systematic", file, (1, 1), end, end, new, "")
+
+
+FAULT = "\n\ndef hadamard(*_, **__): return None\n"
+INTERPRETED = (
+    "property_tests/test_hadamard.py::test_layouts[gaussian-contiguous-triton-interpreter]"
+)
+Told = list[tuple[str, runner.Result]]
+
+
+@pytest.fixture
+def told() -> Told:
+    return []
+
+
+def test_no_kill_comes_of_an_interpreters_server_that_is_dead(
+    monkeypatch: pytest.MonkeyPatch, told: Told
+) -> None:
+    class Dead(interpreter.Server):
+        def __init__(self, folder: Path) -> None:
+            super().__init__(folder)
+            self._process.kill()
+            self._process.wait()
+
+    monkeypatch.setattr(runner, "Server", Dead)
+    with pool.workshop() as folder, pytest.raises(runner.HarnessError, match="interpreters"):
+        runner.run(
+            [planted("kernels/hadamard.py", FAULT)], lambda m: [quick({INTERPRETED: 10.0})],
+            folder, 1, lambda m, result: told.append((m.id, result)),
+        )  # fmt: skip
+    assert told == []
+
+
+def test_no_kill_comes_of_a_server_of_processes_that_dies(told: Told) -> None:
+    def plan(mutant: Mutant) -> list[choice.Part]:
+        # While the process of the mutant is in its loop.
+        threading.Timer(5.0, lambda: os.kill(forked_from(), signal.SIGKILL)).start()
+        return [quick({FIRST: 60.0})]
+
+    loop = planted("quest/packing.py", "\n\ndef _check(bits):\n    while True: pass\n")
+    with pool.workshop() as folder, pytest.raises(runner.HarnessError, match="forked has died"):
+        runner.run([loop], plan, folder, 1, lambda m, result: told.append((m.id, result)))
+    assert told == []
+
+
+def forked_from() -> int:
+    from multiprocessing import forkserver
+
+    return forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined, no-any-return]
+
+
+def test_the_time_bounds_the_look_without_a_fault_and_compilation_too(tmp_path: Path) -> None:
+    past = time.monotonic() - 1
+    with pool.workshop() as folder:
+        cache = tmp_path / "baseline.json"
+        names = frozenset({"packing"})
+        assert baseline.measure(folder, cache, 1, print, names, past) is None
+        variants = (("few.cu", "sm_90a", ()),)
+        text = planted("kernels/few.cu", " ")
+        assert runner._binaries(folder, variants, 1, past) is None
+        told: list[Mutant] = []
+        assert not runner.run(
+            [text], lambda m: [quick({FIRST: 1.0})], folder, 1, lambda m, _: told.append(m),
+            variants=variants, until=past,
+        )  # fmt: skip
+    assert told == []
+
+
+def test_what_survives_the_quick_profile_is_open_until_the_ci_profile_has_spoken(
+    told: Told,
+) -> None:
+    parts = [
+        choice.Part("quick", (TESTS,), {FIRST: 10.0}, choice.QUICK),
+        choice.Part("ci", (TESTS,), {FIRST: 10.0}),
+    ]
+    with pool.workshop() as folder:
+        runner.run(
+            [planted("quest/packing.py", "\n# Nothing.\n")], lambda m: parts, folder, 1,
+            lambda m, result: told.append((m.id, result)),
+        )  # fmt: skip
+    assert [(r.outcome, r.passed) for _, r in told] == [
+        ("open", "quick profile"),
+        ("survived", ""),
+    ]
+
+
+def test_a_test_that_fails_for_what_ran_before_it_kills_nothing(told: Told) -> None:
+    """A test that leaves something behind, one that trips over it, and one that sees the fault."""
+    tests = "property_tests/test_order.py"
+    leaves, trips, sees = (f"{tests}::test_{name}" for name in ("leaves", "trips", "sees"))
+    text = (
+        "import quest.packing as p\n"
+        "def test_leaves(): p.left = True\n"
+        "def test_trips(): assert not hasattr(p, 'left')\n"
+        "def test_sees(): assert not hasattr(p, 'fault')\n"
+    )
+    fault = planted("quest/packing.py", "\nfault = 1\n", "fault")
+    nothing = planted("quest/packing.py", "\n# Nothing.\n", "nothing")
+    with pool.workshop() as folder:
+        (folder / "template" / tests).write_text(text)
+        order = dict.fromkeys((leaves, trips, sees), 1.0)
+        doubts: list[str] = []
+        runner.run(
+            [fault, nothing], lambda m: [quick(order)], folder, 1,
+            lambda m, result: told.append((m.id, result)), doubt=doubts.append,
+        )  # fmt: skip
+    assert doubts == [trips, trips]
+    assert {name: (r.outcome, r.by) for name, r in told} == {
+        "fault": ("killed", sees),
+        "nothing": ("survived", ""),
+    }
+
+
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, runner.Result]:
     """What becomes of four texts of a kernel that a test compiles in one variant."""
@@ -92,14 +255,14 @@ def outcomes() -> dict[str, runner.Result]:
     size = len(read(file))
     sign = read(file).index(b"a + b") + 1
 
-    def planted(name: str, start: int, end: int, new: str) -> Mutant:
+    def edited(name: str, start: int, end: int, new: str) -> Mutant:
         return Mutant(name, "cuda", file, (1, 1), start, end, new, "")
 
     chosen = [
-        planted("comment", size, size, "\n// Nothing.\n"),
-        planted("unused", size, size, "\nstatic __device__ int unused(int x) { return x + 1; }\n"),
-        planted("broken", size, size, "\nint x = ;\n"),
-        planted("sum", sign, sign + 3, " - "),
+        edited("comment", size, size, "\n// Nothing.\n"),
+        edited("unused", size, size, "\nstatic __device__ int unused(int x) { return x + 1; }\n"),
+        edited("broken", size, size, "\nint x = ;\n"),
+        edited("sum", sign, sign + 3, " - "),
     ]
     macros = blocks.macros(torch.bfloat16, 16, True, blocks.VALUES, 0)
     variants = (("blocks.cu", "sm_90a", tuple(macros.items())),)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import quest
 from quest import eager, lowbit, operands, ops, packing
@@ -235,8 +236,9 @@ def test_inductor(device: str) -> None:
     torch.compiler.reset()
     q = quest.recipe("w4a4").activation
     x = sample("float32", device)
-    # Scalar code without a precompiled header: a third of the time that g++ takes otherwise.
-    quick = {"cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False}
+    # A precompiled header pays from the second kernel on. Scalar code would be faster still to
+    # compile, but inductor remembers it, and fails in a later test that wants vectors.
+    quick = {"cpp_cache_precompile_headers": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # inductor's own imports and hints
         compiled = torch.compile(lambda t: q(t) * 2, fullgraph=True, options=quick)
@@ -256,3 +258,54 @@ def test_no_parts_outlive_a_call(device: str) -> None:
     before = ops.fake_quantize(x, SPECS[3])[0]
     ops.fake_quantize(x * 3, SPECS[4])
     assert torch.equal(ops.fake_quantize(x, SPECS[3])[0], before)
+
+
+OPERATORS = {
+    "hadamard": lambda x: torch.ops.quest.hadamard(x, 16, False),
+    "masked_transpose": lambda x: torch.ops.quest.masked_transpose(x, packing.pack(x > 0, 1), 16),
+    "fake_quantize": lambda x: torch.ops.quest.fake_quantize(x, SPECS[5]),
+    "quantize": lambda x: torch.ops.quest.quantize(x, SPECS[5], False),
+}
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_check_for_themselves(name: str) -> None:
+    """They are reachable without the classes in front of them."""
+    with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16, got"):
+        OPERATORS[name](torch.ones(2, 16).double())
+    with pytest.raises(ValueError, match="width 12 is not divisible"):
+        OPERATORS[name](torch.ones(2, 12))
+
+
+class _Subclass(torch.Tensor):
+    pass
+
+
+class _Mode(TorchDispatchMode):
+    pass
+
+
+def test_who_watches_calls_of_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody, in eager mode on a GPU: and each one that might."""
+    x = torch.ones(3)
+    assert not ops.direct(x)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert ops.direct(x)
+    assert ops.direct(torch.nn.Parameter(x))
+    assert not ops.direct(x.as_subclass(_Subclass))
+    with _Mode():
+        assert not ops.direct(x)
+    seen = []
+
+    def traced(y: torch.Tensor) -> torch.Tensor:
+        seen.append(ops.direct(x))
+        return y + 1
+
+    torch.func.vmap(traced)(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        torch.jit.trace(traced, x, check_trace=False)
+    assert seen == [False, False]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not ops.direct(x)

@@ -10,6 +10,8 @@ from quest import lowbit, operands
 from quest.kernels import hopper, product
 from quest.lowbit_linear import low_bit_linear
 
+pytestmark = pytest.mark.whole
+
 
 def _require_compiler() -> None:
     pytest.importorskip(

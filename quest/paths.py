@@ -90,6 +90,11 @@ def allows(path: str) -> bool:
     return _forced is None or _forced == path
 
 
+def _bits(packed: Tensor, width: int) -> int:
+    """Bits of a code in packed rows of so many; 0 where they have none."""
+    return packed.shape[1] * 8 // width if width else 0
+
+
 def reads_packed(rows: int, packed: Tensor, width: int) -> bool:
     """Whether so many rows are multiplied with a weight's packed codes, and not with its operand.
 
@@ -98,7 +103,7 @@ def reads_packed(rows: int, packed: Tensor, width: int) -> bool:
     """
     from .kernels import few
 
-    bits = packed.shape[1] * 8 // width if width else 0
+    bits = _bits(packed, width)
     return rows <= FEW_ROWS[1 if bits == 1 else 4] and few.supports(rows, width, bits)
 
 
@@ -119,11 +124,11 @@ def few_rows(packed: Tensor, width: int) -> int:
     """The most rows that one kernel quantizes and multiplies with these packed codes; or 0."""
     from .kernels import few
 
-    bits = packed.shape[1] * 8 // width if width else 0
+    bits = _bits(packed, width)
     fit = (
         rows
-        for rows in range(min(few.LIMIT, FUSED_ELEMENTS // width if width else 0), 0, -1)
-        if few.quantizes(torch.bfloat16, rows, width, bits)
+        for rows in range(few.LIMIT, 0, -1)
+        if rows * width <= FUSED_ELEMENTS and few.quantizes(torch.bfloat16, rows, width, bits)
     )
     return next(fit, 0)
 

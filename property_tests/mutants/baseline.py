@@ -6,19 +6,17 @@ Triton's interpreter for one: its rewritten kernels keep their line numbers.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import child, pool
+from . import child, covered, pool
 from .mutant import ROOT
 
-OURS = "test_mutants"
 IMPORT = ""  # the name of no test
 ALL: frozenset[str] = frozenset()
 
@@ -55,57 +53,48 @@ class Baseline:
         return found
 
 
-def _test_files() -> list[str]:
-    # Not the tests of the mutants themselves.
-    paths = sorted((ROOT / "property_tests").glob("test_*.py"))
-    return [f"property_tests/{p.name}" for p in paths if not p.name.startswith(OURS)]
-
-
-def _digest(paths: Iterable[Path], *more: str) -> str:
-    digest = hashlib.sha256(" ".join(more).encode())
-    for path in sorted(paths):
-        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _sources() -> str:
-    """Changes with every file that is tested."""
-    suffixes = (".py", ".cu", ".cuh", ".json")
-    return _digest(
-        p for folder in ("quest", "kernels", "reference") for p in (ROOT / folder).rglob("*")
-        if p.suffix in suffixes and p.is_file()
-    )  # fmt: skip
-
-
 def _key(file: str) -> str:
-    """Changes with a file of tests, with what it imports, and with the kind of machine."""
-    helpers = [p for p in (ROOT / "property_tests").glob("*.py") if not p.name.startswith("test_")]
-    return _digest([*helpers, ROOT / file], _sources(), str(has_gpu()))
+    """Changes with all that `evidence` knows, as bytes since lines count here, and the stack."""
+    paths = [*covered.sources(ROOT), *covered.beside(ROOT, ROOT / file)]
+    return covered.digest([covered.of_files(ROOT, paths), covered.stack()])
+
+
+def _read(cache: Path) -> dict[str, Any]:
+    try:
+        known: dict[str, Any] = json.loads(cache.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known
 
 
 def measure(
-    folder: Path, cache: Path, slots: int, told: Callable[[str], None], names: frozenset[str] = ALL
-) -> Baseline:
+    folder: Path, cache: Path, slots: int, told: Callable[[str], None],
+    names: frozenset[str] = ALL, until: float = math.inf,
+) -> Baseline | None:  # fmt: skip
     """Run the files of tests of these names, or all, and look; `told` hears of each.
 
-    What `cache` knows is not run, and what is run goes there as it ends.
+    What `cache` knows is not run, and what is run goes there as it ends. None: the time was up
+    before the last had ended.
     """
-    known = json.loads(cache.read_text()) if cache.exists() else {}
+    known = _read(cache)
     parts: dict[str, Any] = {}
     missing = []
-    for file in _test_files():
-        if names and file.removeprefix("property_tests/test_").removesuffix(".py") not in names:
+    for path in covered.tests(ROOT):
+        file = str(path.relative_to(ROOT))
+        if names and path.stem.removeprefix("test_") not in names:
             continue
         if known.get(file, {}).get("key") == _key(file):
             parts[file] = known[file]
         else:
             missing.append(file)
+    # The longest first, as far as is known, since they run side by side.
+    missing.sort(key=lambda f: -sum(known.get(f, {}).get("tests", {}).values()))
 
     def jobs() -> Iterator[child.Job]:
         for n, file in enumerate(missing):
             yield child.Job(
                 folder / "template", folder / f"baseline{n}", "", b"", (file,), {}, "quick", True,
-                not has_gpu(),
+                not covered.has_gpu(),
             )  # fmt: skip
 
     def ended(end: pool.Ended) -> Iterator[child.Job]:
@@ -113,10 +102,13 @@ def measure(
         parts[file] = {"key": _key(file)} | _part(end)
         told(f"{file}: {len(parts[file]['tests'])} tests in {end.seconds:.0f} s")
         cache.parent.mkdir(parents=True, exist_ok=True)
-        cache.write_text(json.dumps(known | parts))
+        written = cache.with_suffix(".new")
+        written.write_text(json.dumps(known | parts))
+        written.replace(cache)  # at once: a run may be killed at any moment
         return iter(())
 
-    pool.run_all(jobs(), slots, ended)
+    if not pool.run_all(jobs(), slots, ended, until):
+        return None
     return _merged(parts)
 
 
@@ -125,7 +117,7 @@ def _part(end: pool.Ended) -> dict[str, Any]:
     named = end.first("names")
     if named is None:
         log = end.job.log.read_text()[-3000:] if end.job.log.exists() else ""
-        raise RuntimeError(f"{end.job.paths[0]} ends with {end.code} without a fault:\n{log}")
+        raise pool.HarnessError(f"{end.job.paths[0]} ends with {end.code} without a fault:\n{log}")
     names = named["names"]
     tests, failed = dict.fromkeys(names, 0.0), []
     for event in end.events:
@@ -159,8 +151,3 @@ def _merged(parts: dict[str, Any]) -> Baseline:
             for n, indices in of.items():
                 lines[path][int(n)] |= {names[i] for i in indices}
     return Baseline(tests, {k: dict(v) for k, v in lines.items()}, failed, tuple(variants))
-
-
-def has_gpu() -> bool:
-    """Whether there is an NVIDIA GPU: without asking CUDA, which must not start before a fork."""
-    return os.path.exists("/dev/nvidiactl")

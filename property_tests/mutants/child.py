@@ -28,6 +28,10 @@ PRELOAD = [
 ]  # fmt: skip
 # Besides its patience, a test may take this many times what it takes without a fault.
 FACTOR = 5.0
+# Seconds that imports may take besides; the tests of a file are gathered in two.
+IMPORTS = 120.0
+# Seconds for NVRTC to compile a variant, on a busy machine; 1 to 6 are usual.
+COMPILE = 60.0
 # A fault in a size must not take the machine's memory; CUDA reserves more addresses than that.
 MEMORY = 24 * 2**30
 # Of CUDA C++: the source, the architecture, the macros.
@@ -63,7 +67,10 @@ class Job:
     def limit(self) -> float:
         """Seconds after which the whole process hangs, whatever its tests say."""
         usual = sum(self.tests.values())
-        return 3600.0 if self.trace or not self.tests else 120 + self.patience + FACTOR * usual
+        if self.trace or not self.tests:
+            return 3600.0
+        compiled = COMPILE * len(self.binaries)
+        return 2 * (IMPORTS + self.patience) + FACTOR * usual + compiled
 
     @property
     def worker(self) -> Path:
@@ -127,6 +134,10 @@ def run(job: Job) -> None:
     watch = Watch(job, root)
     if job.binaries and watch.compile():
         os._exit(0)
+    watch.say(began=True)
+    if not job.trace:  # until the first test has a limit of its own
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, IMPORTS + job.patience)
     status = pytest.main(arguments, plugins=[watch])
     sys.stdout.flush()
     sys.stderr.flush()
@@ -192,7 +203,9 @@ class Watch:
         if not place.is_relative_to(self.root.resolve()):
             self.say(stray=str(place))
         if self.job.interpreter is not None and "quest.conformance.lanes" in sys.modules:
-            interpreter.use(self.job.interpreter, self.job.worker)
+            interpreter.use(
+                self.job.interpreter, self.job.worker, lambda why: self.say(no_interpreter=why)
+            )
         if self.job.trace:
             self._note_variants()
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from . import cuda_source
 from .baseline import IMPORT, Baseline
 from .mutant import ROOT, Mutant, read
 from .trace import WATCHED
@@ -114,6 +115,9 @@ HELPERS = (
     "reference_grids", "reference_hadamard", "reference_linear", "reference_packing",
     "reference_quantize", "reference_sparsity",
 )  # fmt: skip
+# What an open mutant has passed, in this order: its first tests; all tests about its file; all
+# that could notice, in the quick profile. What passes those and the ci profile has survived.
+PASSED = FIRST, OWN_TESTS, QUICK = "first tests", "own tests", "quick profile"
 # A first process stays small: what it imports and runs is paid by every mutant.
 FIRST_FILES, FIRST_SECONDS = 2, 15.0
 
@@ -126,30 +130,30 @@ def test_file(test: str) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """What one process runs: `tests` in order, with their usual seconds; all of `paths` if none."""
+    """What one process runs: `tests` in order, with their usual seconds; all of `paths` if none.
+
+    passed: what a mutant has passed that survives this; "": everything.
+    """
 
     profile: str
     paths: tuple[str, ...]
     tests: dict[str, float]
+    passed: str = ""
 
 
 def launchers(file: str) -> list[str]:
     """The Python files that launch what is compiled from a .cu file, or from a header."""
-    kernels = {f"kernels/{p.name}": p.read_text() for p in (ROOT / "kernels").glob("*.cu*")}
-    found, before = {file}, set[str]()
-    while found != before:
-        before = set(found)
-        names = "|".join(re.escape(f.removeprefix("kernels/")) for f in found)
-        found |= {f for f, text in kernels.items() if re.search(f'#include "({names})"', text)}
-    return sorted(f.replace(".cu", ".py") for f in found if f.endswith(".cu"))
+    sources = cuda_source.holders(file, ROOT)
+    return [f.replace(".cu", ".py") for f in sources]
 
 
 def stages(
-    mutant: Mutant, baseline: Baseline, killers: Counter[str] | None = None
-) -> list[Part]:  # fmt: skip
+    mutant: Mutant, baseline: Baseline, killers: Counter[str] | None = None, narrow: bool = False
+) -> list[Part]:
     """What runs on a mutant until something kills it; nothing where no test executes its lines.
 
     killers: tests by how likely it is that they are the one; see `journal.Journal.killers`.
+    narrow: the baseline knows the tests about the file alone.
     """
     order = _order(mutant, baseline, killers or Counter())
     if not order:
@@ -167,7 +171,12 @@ def stages(
     parts = [quick({t: baseline.tests[t] for t in part}) for part in (first, rest) if part]
     touched = {test_file(t) for t in order}
     own = tuple(f"property_tests/test_{n}.py" for n in OWN.get(mutant.file, ()) if n in touched)
-    return [*parts, Part("ci", own, {})] if own else parts
+    parts += [Part("ci", own, {})] if own else []
+    last = OWN_TESTS if narrow else ""
+    passed = [FIRST] * (len(parts) - 1) + [last]
+    if len(parts) > 1 and own and not narrow:
+        passed[-2] = QUICK
+    return [replace(part, passed=p) for part, p in zip(parts, passed, strict=True)]
 
 
 def quick(tests: dict[str, float]) -> Part:
@@ -181,8 +190,8 @@ def _order(mutant: Mutant, baseline: Baseline, killers: Counter[str]) -> list[st
         return []
     own = {f: i for i, f in enumerate(OWN.get(mutant.file, ()))}
     groups = [covering - {IMPORT}, baseline.touching(mutant.file)]
-    if IMPORT in covering:
-        groups.append(set(baseline.tests))
+    if IMPORT in covering:  # all, of which only its own are likely to look
+        groups = [{t for t in baseline.tests if test_file(t) in own}, *groups, {*baseline.tests}]
     order: dict[str, None] = {}
     for group in groups:
         likely = sorted(

@@ -10,15 +10,27 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import baseline, choice, cuda_source, patches, pool, runner, systematic, table
+from . import (
+    baseline,
+    choice,
+    covered,
+    cuda_source,
+    patches,
+    pool,
+    proofs,
+    runner,
+    systematic,
+    table,
+)
 from . import journal as journal_
+from . import record as record_
 from .evidence import Evidence
 from .mutant import FAMILIES, ROOT, Mutant, read
 
@@ -54,12 +66,12 @@ def all_mutants() -> list[Mutant]:
 @click.option("--sample", type=click.IntRange(1), help="So many of the chosen ones, at random.")
 @click.option("--each", type=click.IntRange(1), help="So many of each file, at random.")
 @click.option("--seed", default=0, show_default=True, help="Of --sample, --each and the order.")
-@click.option("--left-by", metavar="KIND",
-              help="Only what the record of that kind of machine, like cpu, has as not run or "
-              "survived, and CUDA C++.")  # fmt: skip
+@click.option("--left", is_flag=True,
+              help="Only what the record has as not run or survived, and CUDA C++; looks only at "
+              "tests about those files.")  # fmt: skip
 @click.option("--minutes", type=click.FloatRange(0),
-              help="Stop then; what still runs has no verdict. Cheap ones first. 0: only the table "
-              "of what is known.")  # fmt: skip
+              help="Stop then, whatever is under way; what still runs has no verdict. Cheap ones "
+              "first. 0: only the table of what is known.")  # fmt: skip
 @click.option("--patience", type=click.FloatRange(0, min_open=True), default=30.0,
               show_default=True, help="Seconds that any test may take.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True,
@@ -73,7 +85,9 @@ def all_mutants() -> list[Mutant]:
 @click.option("--fresh", is_flag=True, help="Forget what earlier runs have found.")
 @click.option("--list", "listed", is_flag=True, help="Print the chosen mutants and run nothing.")
 @click.option("--work", type=click.Path(path_type=Path, file_okay=False),
-              default=ROOT / "runs" / "mutants", help="Where the journal lies.")  # fmt: skip
+              envvar="QUEST_MUTANTS", default=ROOT / "runs" / "mutants",
+              help="The folder of the journal, and of others' that are read besides. Or the "
+              "environment's QUEST_MUTANTS.")  # fmt: skip
 @click.option("--save", is_flag=True,
               help="Keep all that the journal knows in benchmarks/records.")  # fmt: skip
 def main(
@@ -83,7 +97,7 @@ def main(
     sample: int | None,
     each: int | None,
     seed: int,
-    left_by: str | None,
+    left: bool,
     minutes: float | None,
     patience: float,
     jobs: int,
@@ -107,42 +121,42 @@ def main(
     # IDs are long, and a file has no width.
     console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=160)
     known = all_mutants()
-    chosen = _choose(known, families, files, ids, left_by)
+    chosen = _choose(known, families, files, ids, left)
     chosen = _sampled(chosen, sample, each, seed)
     if listed:
         for mutant in chosen:
             console.print(f"{mutant.id}  {mutant.what}", markup=False, highlight=False)
         console.print(f"{len(chosen)} of {len(known)} mutants")
         return
-    proofs = patches.equivalent()
-    problems = patches.stale(proofs, known)
+    proven = proofs.read()
+    problems = proven.stale(known)
     if problems:
         raise click.ClickException("equivalent.toml is stale:\n  " + "\n  ".join(problems))
     if fresh:
-        (work / "journal.jsonl").unlink(missing_ok=True)
-    record = journal_.Journal(work / "journal.jsonl", Evidence())
-    missing = [
-        m for m in chosen
-        if (old := record.known(m)) is None or old.outcome in again
-        or (old.outcome == "open" and not first)
-    ]  # fmt: skip
+        for path in (*work.glob("*.jsonl"), work / "baseline.json"):
+            path.unlink(missing_ok=True)
+    record = journal_.Journal(work, Evidence(), patience)
+    narrow = left or all(m.file.endswith((".cu", ".cuh")) for m in chosen)
+    plan = _Plan(jobs, quick, first, narrow, seed, minutes is not None, patience, until)
+    missing = [m for m in chosen if plan.wants(record.known(m), again)]
     if missing and minutes != 0:
-        narrow = left_by is not None or all(m.file.endswith((".cu", ".cuh")) for m in missing)
-        plan = _Plan(jobs, quick, first, narrow, seed, minutes is not None, patience, until)
-        _run(console, missing, record, work, plan)
+        try:
+            _run(console, missing, record, work, plan)
+        except runner.HarnessError as error:
+            raise Broken(str(error)) from error
     results = {m.id: r for m in chosen if (r := record.known(m)) is not None}
-    judged = table.Table(chosen, results, proofs)
+    judged = table.Table(chosen, results, proven)
     judged.show(console)
     if save:
         found = {m.id: r for m in known if (r := record.known(m)) is not None}
-        for path in table.Table(known, found, proofs).save(jobs):
+        for path in record_.save(table.Table(known, found, proven)):
             console.print(f"wrote {path}")
     raise SystemExit(1 if judged.problems() else 0)
 
 
 def _choose(
     known: list[Mutant], families: tuple[str, ...], files: tuple[str, ...], ids: tuple[str, ...],
-    left_by: str | None,
+    left: bool,
 ) -> list[Mutant]:  # fmt: skip
     for name, given, possible in (
         ("--file", files, {m.file for m in known}),
@@ -157,9 +171,9 @@ def _choose(
         if m.family in (families or FAMILIES) and (not files or m.file in files)
         and (not ids or m.id in ids)
     ]  # fmt: skip
-    if left_by is not None:
-        left = table.recorded(left_by, ("not run", "survived"))
-        chosen = [m for m in chosen if m.family == "cuda" or m.id in left]
+    if left:
+        ids_left = record_.recorded(("not run", "survived"))
+        chosen = [m for m in chosen if m.family == "cuda" or m.id in ids_left]
     if not chosen:
         raise click.UsageError("no mutant is of all that was asked for; --list shows what there is")
     return chosen
@@ -199,6 +213,12 @@ def order(mutants: list[Mutant], seed: int, cost: Callable[[Mutant], float]) -> 
     return [m for turn in turns for m in turn if m is not None]
 
 
+class Broken(click.ClickException):
+    """The harness failed; what the journal has is sound."""
+
+    exit_code = 3
+
+
 @dataclass(frozen=True)
 class _Plan:
     """How mutants are run. narrow: only tests about their files, by `choice.OWN`, are looked at.
@@ -215,6 +235,28 @@ class _Plan:
     patience: float
     until: float
 
+    @property
+    def passes(self) -> str:
+        """What an open mutant has passed when this plan is through with it; "": everything."""
+        if self.first or (self.narrow and self.quick):
+            return choice.FIRST
+        return choice.OWN_TESTS if self.narrow else choice.QUICK if self.quick else ""
+
+    def wants(self, old: runner.Result | None, again: tuple[str, ...]) -> bool:
+        """Whether a mutant is run, given what is known of it."""
+        if old is None or old.outcome in again or _blind(old):
+            return True
+        if old.outcome != "open":
+            return False
+        levels = (*choice.PASSED, "")
+        return levels.index(self.passes) > levels.index(old.passed)
+
+
+def _blind(old: runner.Result) -> bool:
+    """Whether tests passed where there was no GPU, and there is one."""
+    passed = old.outcome in ("not run", "open", "survived")
+    return passed and old.stack.startswith(covered.NO_GPU) and covered.has_gpu()
+
 
 def _run(
     console: Console, missing: list[Mutant], journal: journal_.Journal, work: Path, plan: _Plan
@@ -225,7 +267,12 @@ def _run(
             names = frozenset(n for m in missing for n in choice.OWN.get(m.file, ()))
         elif all(m.family == "court" for m in missing):
             names = frozenset(n for m in missing for n in (*choice.HELPERS, *choice.OWN[m.file]))
-        seen = baseline.measure(folder, work / "baseline.json", plan.jobs, console.print, names)
+        seen = baseline.measure(
+            folder, work / "baseline.json", plan.jobs, console.print, names, plan.until
+        )
+        if seen is None:
+            console.print("the time was up before every test was seen without a fault")
+            return
         journal.learn(seen, part=names != baseline.ALL)
         for test in seen.failed:
             console.print(f"[red]fails without a fault, and is left out:[/] {test}")
@@ -238,10 +285,11 @@ def _run(
             heard: set[str] = set()
 
             def told(mutant: Mutant, result: runner.Result) -> None:
-                if plan.first and result.outcome == "survived" and len(every(mutant)) > 1:
-                    result = replace(result, outcome="open")
-                journal.add(mutant, result)
                 heard.add(mutant.id)
+                if result.outcome == runner.LOST:
+                    bar.console.print(f"{result.outcome}: {mutant.id}: {result.by}", markup=False)
+                    return
+                journal.add(mutant, result)
                 bar.update(task, completed=len(heard))
                 if result.outcome in ("survived", "open"):
                     bar.console.print(
@@ -251,8 +299,12 @@ def _run(
                     )
 
             def every(mutant: Mutant) -> list[choice.Part]:
-                found = choice.stages(mutant, seen, journal.killers(mutant))
-                return [p for p in found if p.profile == "quick"] if plan.quick else found
+                found = choice.stages(mutant, seen, journal.killers(mutant), plan.narrow)
+                if plan.quick:
+                    return [p for p in found if p.profile == "quick"]
+                old = journal.known(mutant)
+                passed = old is not None and old.passed == choice.QUICK and not _blind(old)
+                return [p for p in found if passed and p.profile != "quick"] or found
 
             def parts(mutant: Mutant) -> list[choice.Part]:
                 return every(mutant)[:1] if plan.first else every(mutant)
@@ -261,12 +313,18 @@ def _run(
                 found = choice.stages(mutant, seen)
                 return next(iter(found[0].tests.values())) if plan.cheap and found else 0.0
 
-            # Known at once, wherever the run ends.
-            idle = [m for m in missing if not choice.stages(m, seen)]
-            for m in idle:
+            left = [m for m in missing if choice.stages(m, seen)]
+            # Known at once, wherever the run ends; a part of the tests can't tell.
+            for m in {*missing} - {*left} if not plan.narrow else ():
                 told(m, runner.Result(m.id, m.what, "not run"))
-            left = [m for m in missing if m.id not in heard]
-            runner.run(
+
+            def doubt(test: str) -> None:
+                bar.console.print(f"fails without a fault, too, and tells nothing: {test}")
+
+            in_time = runner.run(
                 order(left, plan.seed, cost), parts, folder, plan.jobs, told,
                 patience=plan.patience, variants=seen.variants, until=plan.until,
+                doubt=doubt,
             )  # fmt: skip
+        if not in_time:
+            console.print(f"the time was up: {len(missing) - len(heard)} are still to be run")

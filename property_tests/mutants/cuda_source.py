@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 from .mutant import Mutant, flat
 
@@ -29,6 +30,17 @@ _STEP = re.compile(
     r"^[ \t]*((?!const|return|int|float|u32|u64|i64|bool)[a-z_]\w* [-+*|&]?= [^;{}]+;)", re.M
 )
 _CHOICE = re.compile(r"(?<=\? )([\w.()+-]+)( : )([\w.()+-]+)")
+
+
+def holders(file: str, root: Path) -> list[str]:
+    """The .cu files that a text is part of: by itself, or as a header of theirs or of others."""
+    kernels = {f"kernels/{p.name}": p.read_text() for p in (root / "kernels").glob("*.cu*")}
+    found, before = {file}, set[str]()
+    while found != before:
+        before = set(found)
+        names = "|".join(re.escape(f.removeprefix("kernels/")) for f in found)
+        found |= {f for f, t in kernels.items() if re.search(f'(?m)^#include "({names})"', t)}
+    return sorted(f for f in found if f.endswith(".cu"))
 
 
 def mutants(file: str, source: bytes) -> list[Mutant]:

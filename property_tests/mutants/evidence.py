@@ -3,7 +3,7 @@
 A test fails or passes by what its process executes. Of every Python file that is tested this is
 the code of the module itself and the functions that any test of the same file of tests calls
 (values may be cached between them), as the baseline saw them without a fault; besides, files of
-tests and helpers, data, versions, and whether there is a GPU. So
+tests and helpers, settings and data. So
 
 - a kill (a test failed, died or hung) holds while the mutated file, the killing test's file, all
   helpers and those functions are the same. Comments, docstrings and functions that this file of
@@ -13,6 +13,9 @@ tests and helpers, data, versions, and whether there is a GPU. So
   a run, and in the ci profile, whose calls no baseline has seen.
 - what NVRTC says of a mutant holds while no CUDA C++, and no Python beside it, has changed.
 
+The stack (device and versions) is no part of it: a verdict says on which stack it was reached.
+Digests are the same under every version of Python.
+
 One thing the baseline can't see: a fault may lead a test through a function that no test of its
 file calls otherwise. The whole mutated file is part of the digest, since that is where most of
 those are.
@@ -21,22 +24,14 @@ those are.
 from __future__ import annotations
 
 import ast
-import functools
-import hashlib
-import importlib.metadata
-import platform
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from .baseline import OURS, has_gpu
+from . import covered
+from .covered import digest as _digest
 from .mutant import ROOT
-from .trace import WATCHED
 
-PACKAGES = (
-    "torch", "triton", "numpy", "scipy", "pytest", "hypothesis", "cuda-bindings", "cuda-core",
-    "nvidia-cuda-nvrtc",
-)  # fmt: skip
-Calls = Mapping[str, Collection[str]]  # of a file of tests: functions by file
+Calls = dict[str, dict[str, list[str]]]  # by file of tests and file: functions
 
 
 class Outline:
@@ -68,7 +63,7 @@ class Outline:
                     hollow(child, f"{name}." if isinstance(child, ast.ClassDef) else scope)
 
         hollow(tree, "")
-        self.module = _digest([_dump([tree])])
+        self.module = _digest([_dump(tree)])
         self.functions = {name: _digest(parts) for name, parts in bodies.items()}
 
     def called(self, lines: Collection[int]) -> list[str]:
@@ -83,60 +78,65 @@ class Outline:
 
 
 class Evidence:
-    """Digests of the project as it is; `calls` as the baseline has seen them."""
+    """Digests of the project as it is; `calls` by stack, as its baseline has seen them."""
 
     def __init__(self, root: Path = ROOT) -> None:
         self.root = root
-        self.calls: dict[str, dict[str, list[str]]] = {}
+        self.calls: dict[str, Calls] = {}
         self._data: dict[str, str] = {}
         self.outlines: dict[str, Outline] = {}
-        for path in (p for name in WATCHED for p in sorted((root / name).rglob("*"))):
+        for path in covered.sources(root):
             name = str(path.relative_to(root))
             if path.suffix == ".py":
                 self.outlines[name] = Outline(path.read_text())
-            elif path.suffix in (".cu", ".cuh", ".json") and path.is_file():
-                self._data[name] = _digest([path.read_bytes().hex()])
-        tests = sorted((root / "property_tests").glob("*.py"))
-        self._tests = {
-            f"property_tests/{p.name}": _digest([p.read_bytes().hex()])
-            for p in tests if not p.name.startswith(OURS)
-        }  # fmt: skip
-        settings = [root / "conftest.py", root / "pyproject.toml"]
-        replayed = sorted((root / "property_tests").glob("*.json"))
-        imported = sorted((root / "benchmarks").glob("*.py"))  # by some tests
-        self._besides = [f"{p.name} {p.read_bytes().hex()}" for p in imported]
-        self._common = _digest([
-            *(f"{p.name} {p.read_bytes().hex()}" for p in (*settings, *replayed) if p.exists()),
-            *(f"{n} {d}" for n, d in self._tests.items() if "/test_" not in n),
-            *environment(),
-        ])  # fmt: skip
+            else:
+                self._data[name] = covered.of_files(root, [path])
+        self._tests = {str(p.relative_to(root)): p for p in covered.tests(root)}
         self._keys: dict[tuple[str, ...], str] = {}
 
-    def learn(self, tests: str, lines: Mapping[str, Collection[int]]) -> None:
-        """Note which functions a file of tests calls, given the lines that it executes."""
-        self._keys.clear()
-        self.calls[tests] = {
-            file: names for file, of in sorted(lines.items())
-            if file in self.outlines and (names := self.outlines[file].called(of))
-        }  # fmt: skip
+    def learn(
+        self, tests: str, lines: Mapping[str, Collection[int]], stack: str, more: bool = False
+    ) -> None:
+        """Note which functions a file of tests calls on a stack, given the lines it executes.
 
-    def key(self, outcome: str, file: str, by: str) -> str:
+        more: besides those that are known.
+        """
+        self._keys.clear()
+        of = self.calls.setdefault(stack, {})
+        seen = {
+            file: set(self.outlines[file].called(ran)) for file, ran in lines.items()
+            if file in self.outlines
+        }  # fmt: skip
+        for file, names in of.get(tests, {}).items() if more else ():
+            seen[file] = seen.get(file, set()) | {*names}
+        of[tests] = {file: sorted(names) for file, names in sorted(seen.items()) if names}
+
+    def key(self, outcome: str, file: str, by: str, stack: str) -> str:
         """What this outcome of a mutant of `file` rests on; by: the test that killed it."""
         tests = by.partition("::")[0]
         if outcome == "refused":
-            return self._once("compiled", "", self._of_binaries)
-        if "::" in by and not by.endswith(")") and tests in self.calls and tests in self._tests:
-            return self._once(file, tests, lambda: self._of_kill(file, tests))
-        return self._once("", "", self._of_all)
+            return self._once("compiled", "", "", self._of_binaries)
+        calls = self.calls.get(stack, {}).get(tests)
+        if "::" in by and not by.endswith(")") and calls is not None and tests in self._tests:
+            return self._once(file, tests, stack, lambda: self._of_kill(file, tests, calls))
+        return self._once("", "", "", self._of_all)
 
-    def _once(self, a: str, b: str, make: object) -> str:
-        if (a, b) not in self._keys:
-            self._keys[a, b] = make()  # type: ignore[operator]
-        return self._keys[a, b]
+    def _once(self, a: str, b: str, c: str, make: Callable[[], str]) -> str:
+        if (a, b, c) not in self._keys:
+            self._keys[a, b, c] = make()
+        return self._keys[a, b, c]
 
-    def _of_kill(self, file: str, tests: str) -> str:
-        calls = self.calls[tests]
-        parts = [self._common, self._tests[tests], self._data.get(file, "")]
+    def _beside(self, tests: str = "") -> str:
+        path = self._tests[tests] if tests else None
+        return self._once(
+            "beside",
+            tests,
+            "",
+            lambda: covered.of_files(self.root, covered.beside(self.root, path)),
+        )
+
+    def _of_kill(self, file: str, tests: str, calls: Mapping[str, Collection[str]]) -> str:
+        parts = [self._beside(tests), self._data.get(file, "")]
         for name, outline in self.outlines.items():
             parts.append(f"{name} {outline.digest(None if name == file else calls.get(name, ()))}")
         # Binaries are made of all texts, by the one file that compiles.
@@ -148,25 +148,12 @@ class Evidence:
 
     def _of_all(self) -> str:
         parts = [f"{n} {o.digest(None)}" for n, o in self.outlines.items()]
-        parts += [f"{n} {d}" for n, d in (self._data | self._tests).items()]
-        return _digest([self._common, *self._besides, *parts])
+        return _digest([self._beside(), *parts, *(f"{n} {d}" for n, d in self._data.items())])
 
     def _of_binaries(self) -> str:
         names = [n for n in self.outlines if n.startswith("kernels/")]
         parts = [f"{n} {self.outlines[n].digest(None)}" for n in names]
-        return _digest([*environment(), *parts, *(f"{n} {d}" for n, d in self._data.items())])
-
-
-@functools.cache
-def environment() -> tuple[str, ...]:
-    """Versions, and the kind of machine."""
-    found = []
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            found.append(f"no {name}")
-    return (f"gpu {has_gpu()}", f"python {platform.python_version()}", *found)
+        return _digest([*parts, *(f"{n} {d}" for n, d in self._data.items())])
 
 
 def _is_docstring(node: ast.stmt) -> bool:
@@ -174,9 +161,11 @@ def _is_docstring(node: ast.stmt) -> bool:
     return isinstance(value, ast.Constant) and isinstance(value.value, str)
 
 
-def _dump(nodes: Iterable[ast.AST]) -> str:
-    return "\n".join(ast.dump(n) for n in nodes)
-
-
-def _digest(parts: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+def _dump(node: object) -> str:
+    """A syntax tree as text: `ast.dump` prints other empty fields in each version of Python."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_dump, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [f"{n}={_dump(v)}" for n, v in ast.iter_fields(node) if v is not None and v != []]
+    return f"{type(node).__name__}({', '.join(fields)})"

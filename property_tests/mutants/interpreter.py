@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +45,10 @@ class Server:
         if not self._process.stdout.readline():  # it listens
             raise RuntimeError("the interpreter's server did not start: see what it printed")
 
+    def died(self) -> bool:
+        """Whether the server has ended by itself."""
+        return self._process.poll() is not None
+
     def close(self) -> None:
         """End the server."""
         self._process.kill()
@@ -54,19 +59,29 @@ class Server:
                 stream.close()
 
 
-def use(address: Path, told: Path) -> None:
-    """Let this process have its interpreter from a server; `told` gets the worker's number."""
+def use(address: Path, told: Path, refused: Callable[[str], None]) -> None:
+    """Let this process have its interpreter from a server; `told` gets the worker's number.
+
+    refused: hears why there is no worker, which is no fault of the mutant.
+    """
     from quest.conformance import lanes
 
     class Forked(lanes._Interpreter):
         def __init__(self) -> None:
             (theirs_in, ours_in), (ours_out, theirs_out) = os.pipe(), os.pipe()
-            with socket.socket(socket.AF_UNIX) as connection:
-                connection.connect(str(address))
-                limits = [resource.getrlimit(name) for name in LIMITS]
-                where = json.dumps([os.getcwd(), limits]).encode()
-                socket.send_fds(connection, [where], [theirs_in, theirs_out, 2])
-                told.write_bytes(connection.recv(32))
+            try:
+                with socket.socket(socket.AF_UNIX) as connection:
+                    connection.connect(str(address))
+                    limits = [resource.getrlimit(name) for name in LIMITS]
+                    where = json.dumps([os.getcwd(), limits]).encode()
+                    socket.send_fds(connection, [where], [theirs_in, theirs_out, 2])
+                    number = connection.recv(32)
+            except OSError as error:
+                refused(repr(error))
+                raise
+            if not number:
+                refused("it could not fork")
+            told.write_bytes(number)
             os.close(theirs_in)
             os.close(theirs_out)
             stdin, stdout = os.fdopen(ours_in, "wb"), os.fdopen(ours_out, "rb")

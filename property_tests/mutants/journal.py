@@ -1,7 +1,9 @@
 """Results as they come, for later runs to go on from, and for the record.
 
-Lines of JSON: results, each with the digest of what it rests on (see `evidence`), and which
-functions each file of tests calls, for that digest to be made again.
+Lines of JSON: results, each with the stack on which it was reached and the digest of what it rests
+on (see `evidence`), and which functions each file of tests calls there, for that digest to be made
+again. Every `*.jsonl` of the folder is read, so that what another machine has found is merged by
+copying its file there; this one writes `journal.jsonl`, a line at once.
 """
 
 from __future__ import annotations
@@ -11,16 +13,24 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from . import covered
 from .baseline import Baseline
+from .choice import PASSED
 from .evidence import Evidence
 from .mutant import Mutant
+
+NAME = "journal.jsonl"
+# The best that is known of a mutant counts: a test that fails on one stack has noticed it.
+STRENGTH = ("not run", "open", "survived", "identical", "refused", "timeout", "crash", "killed")
 
 
 @dataclass(frozen=True)
 class Result:
     """What became of a mutant. by: the test that killed it. seconds: to the kill, or in all.
 
-    tests: how many of the quick profile could notice. key: what this rests on.
+    tests: how many of the quick profile could notice. key: what this rests on. passed: of an open
+    one, one of `choice.PASSED`. patience: of a timeout, what its test was given besides. stack:
+    device and versions.
     """
 
     id: str
@@ -30,18 +40,35 @@ class Result:
     seconds: float = 0.0
     tests: int = 0
     key: str = ""
+    passed: str = ""
+    patience: float = 0.0
+    stack: str = ""
+
+    @property
+    def strength(self) -> tuple[int, int]:
+        """How much this says, in comparison with another result of the same mutant."""
+        passed = PASSED.index(self.passed) if self.passed else -1
+        return STRENGTH.index(self.outcome), passed
 
 
 class Journal:
-    """All that was ever found, of which `known` gives what still holds."""
+    """All that was ever found, of which `known` gives what still holds.
 
-    def __init__(self, path: Path, evidence: Evidence) -> None:
-        self.path, self.evidence = path, evidence
-        self.results: dict[str, Result] = {}
+    patience: what a timeout must have been given at least.
+    """
+
+    def __init__(self, folder: Path, evidence: Evidence, patience: float = 0.0) -> None:
+        self.path, self.evidence, self.patience = folder / NAME, evidence, patience
+        # By ID; by file and stack, of which the last counts.
+        self.results: dict[str, dict[tuple[str, str], Result]] = {}
         # By (file, scope) and test: how often it was the one that killed.
         self.kills: dict[tuple[str, str], Counter[str]] = {}
-        text = path.read_text() if path.exists() else ""
-        if text and not text.endswith("\n"):
+        for path in sorted(folder.glob("*.jsonl")):
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        text = path.read_text()
+        if text and not text.endswith("\n") and path == self.path:
             with path.open("a") as file:  # the end of a run that was killed
                 file.write("\n")
         for line in text.splitlines():
@@ -49,39 +76,46 @@ class Journal:
                 entry = json.loads(line)
             except json.JSONDecodeError:  # the end of a run that was killed
                 continue
-            if "calls" in entry:
-                evidence.calls[entry["of"]] = entry["calls"]
+            if "calls" in entry and "stack" in entry:
+                self.evidence.calls.setdefault(entry["stack"], {})[entry["of"]] = entry["calls"]
             elif "key" in entry and "id" in entry:
-                self._enter(Result(**entry))
+                self._enter(path, Result(**entry))
 
     def learn(self, baseline: Baseline, part: bool = False) -> None:
-        """Note which functions tests call now.
+        """Note which functions tests call now, on this stack.
 
-        part: not all files of tests were looked at. What one calls when it is imported then falls
-        to others, so that files which are known stay as they are.
+        part: not all files of tests were looked at. What one calls when it is imported may then
+        have fallen to others, so that what is known stays and what is new is added.
         """
+        stack = covered.stack()
         for tests, lines in baseline.executed().items():
-            before = self.evidence.calls.get(tests)
-            if part and before is not None:
-                continue
-            self.evidence.learn(tests, lines)
-            if self.evidence.calls[tests] != before:
-                self._write({"of": tests, "calls": self.evidence.calls[tests]})
+            before = self.evidence.calls.get(stack, {}).get(tests)
+            self.evidence.learn(tests, lines, stack, more=part)
+            now = self.evidence.calls[stack][tests]
+            if now != before:
+                self._write({"of": tests, "stack": stack, "calls": now})
 
     def add(self, mutant: Mutant, result: Result) -> None:
-        """Keep a result."""
-        key = self.evidence.key(result.outcome, mutant.file, result.by)
-        result = replace(result, key=key)
-        self._enter(result)
+        """Keep a result, reached on this stack."""
+        stack = covered.stack()
+        key = self.evidence.key(result.outcome, mutant.file, result.by, stack)
+        result = replace(result, key=key, stack=stack)
+        self._enter(self.path, result)
         self._write(asdict(result))
 
     def known(self, mutant: Mutant) -> Result | None:
-        """What became of this mutant, if that still holds."""
-        found = self.results.get(mutant.id)
-        if found is None or found.what != mutant.what:
-            return None
-        key = self.evidence.key(found.outcome, mutant.file, found.by)
-        return found if found.key == key else None
+        """The best that is known of this mutant and still holds; of equals, this stack's."""
+        found = [r for r in self.results.get(mutant.id, {}).values() if self._holds(mutant, r)]
+        here = covered.stack()
+        return max(found, key=lambda r: (r.strength, r.stack == here), default=None)
+
+    def _holds(self, mutant: Mutant, result: Result) -> bool:
+        if result.what != mutant.what:
+            return False
+        if result.outcome == "timeout" and result.patience < self.patience:
+            return False
+        key = self.evidence.key(result.outcome, mutant.file, result.by, result.stack)
+        return result.key == key
 
     def killers(self, mutant: Mutant) -> Counter[str]:
         """Tests that are likely to kill, by weight: the one that did, those that killed others."""
@@ -91,13 +125,13 @@ class Journal:
             found[test] += n
         for test, n in self.kills.get((mutant.file, scope), Counter()).items():
             found[test] += 10 * n
-        old = self.results.get(mutant.id)
-        if old is not None and "::" in old.by:
-            found[old.by.removesuffix(" (ci)")] += 10**6
+        for old in self.results.get(mutant.id, {}).values():
+            if "::" in old.by:
+                found[old.by.removesuffix(" (ci)")] += 10**6
         return found
 
-    def _enter(self, result: Result) -> None:
-        self.results[result.id] = result
+    def _enter(self, path: Path, result: Result) -> None:
+        self.results.setdefault(result.id, {})[path.name, result.stack] = result
         if "::" in result.by:
             file, test = result.id.partition(":")[0], result.by.removesuffix(" (ci)")
             for place in {(file, ""), (file, _scope(result.id))}:

@@ -1,4 +1,4 @@
-"""Mutants written by hand, and the proofs of those that change nothing: the TOML files beside this.
+"""Mutants written by hand: semantic.toml and court.toml.
 
 A patch whose old text does not stand in its file exactly once is an error: the code has moved on,
 and the patch must.
@@ -46,26 +46,3 @@ def _made(family: str, entry: dict[str, str]) -> Mutant:
         f"{family}:{entry['id']}", family, entry["file"], (first, last), start,
         start + len(old.encode()), new, f"{flat(old)} -> {flat(new)}", entry["says"],
     )  # fmt: skip
-
-
-def equivalent() -> dict[str, tuple[str, str]]:
-    """(what it changes, why that changes nothing) of each mutant that is proven equivalent."""
-    with (HERE / "equivalent.toml").open("rb") as file:
-        entries = tomllib.load(file).get("proof", [])
-    found: dict[str, tuple[str, str]] = {}
-    for entry in entries:
-        for name, what in entry["mutants"].items():
-            if name in found:
-                raise ValueError(f"equivalent.toml names {name} twice")
-            found[name] = what, flat(entry["because"])
-    return found
-
-
-def stale(proofs: dict[str, tuple[str, str]], known: list[Mutant]) -> list[str]:
-    """What is wrong with the list of proofs: mutants that are no more, or are others now."""
-    made = {m.id: m.what for m in known}
-    return [
-        f"{name} is not a mutant" if name not in made
-        else f"{name} is {made[name]!r}, and not {what!r}"
-        for name, (what, _) in proofs.items() if made.get(name) != what
-    ]  # fmt: skip

@@ -23,6 +23,13 @@ from . import child, interpreter
 from .mutant import ROOT
 from .trace import WATCHED
 
+# What multiprocessing gives as exit status where the server is gone; those of pytest end at 5.
+GONE = 255
+
+
+class HarnessError(RuntimeError):
+    """What failed is the harness: nothing that it has said of the last mutants counts."""
+
 
 @dataclass
 class Ended:
@@ -59,8 +66,10 @@ def workshop() -> Iterator[Path]:
 def run_all(
     jobs: Iterator[child.Job], slots: int, ended: Callable[[Ended], Iterator[child.Job]],
     until: float = math.inf,
-) -> None:  # fmt: skip
+) -> bool:  # fmt: skip
     """Run jobs, `slots` at a time; `ended` is told of each end and may give more jobs.
+
+    False: the time was up before all had ended.
 
     Those of the quick profile are next, so that a verdict is near; others go last.
 
@@ -84,14 +93,19 @@ def run_all(
                 if job is None:
                     break
                 process = context.Process(target=child.run, args=(job,))
-                process.start()
+                try:
+                    process.start()
+                except (OSError, EOFError) as error:
+                    raise HarnessError(f"no process can be forked: {error!r}") from error
                 alive[process.sentinel] = process, job, time.perf_counter()
             if not alive:
-                return
+                return True
             for sentinel in wait(list(alive), timeout=1.0):
                 process, job, began = alive.pop(sentinel)  # type: ignore[call-overload]
                 process.join()
                 _kill(process, job)
+                if process.exitcode == GONE:
+                    raise HarnessError("the server from which processes are forked has died")
                 taken = time.perf_counter() - began
                 code, slow = process.exitcode or 0, sentinel in late
                 late.discard(sentinel)  # type: ignore[arg-type]
@@ -103,6 +117,7 @@ def run_all(
                 if time.perf_counter() - began > job.limit:
                     late.add(sentinel)
                     _kill(process, job)
+        return False
     finally:
         for process, job, _ in alive.values():
             _kill(process, job)

@@ -1,0 +1,91 @@
+"""What a verdict of a mutant may rest on: files of the project, and the stack of the machine."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from .trace import WATCHED
+
+OURS = "test_mutants"
+SUFFIXES = (".py", ".cu", ".cuh", ".json", ".skips", ".xfails")
+PACKAGES = (
+    "torch", "triton", "numpy", "scipy", "pytest", "hypothesis", "cuda-core", "nvidia-cuda-nvrtc",
+)  # fmt: skip
+NO_GPU = "no GPU"
+
+
+def sources(root: Path) -> list[Path]:
+    """Every file that is tested."""
+    found = [p for name in WATCHED for p in (root / name).rglob("*")]
+    return sorted(p for p in found if p.suffix in SUFFIXES and p.is_file())
+
+
+def tests(root: Path) -> list[Path]:
+    """The files of tests, but those of the mutants themselves."""
+    found = sorted((root / "property_tests").glob("test_*.py"))
+    return [p for p in found if not p.name.startswith(OURS)]
+
+
+def beside(root: Path, test: Path | None = None) -> list[Path]:
+    """What a file of tests needs besides what is tested: itself, helpers, settings, examples.
+
+    Some files of tests import benchmarks, and name them. None: of all files of tests.
+    """
+    folder = root / "property_tests"
+    helpers = [p for p in folder.glob("*.py") if not p.name.startswith("test_")]
+    settings = [p for p in (root / "conftest.py", root / "pyproject.toml") if p.exists()]
+    found = {
+        *helpers,
+        *settings,
+        *folder.glob("*.json"),
+        *(tests(root) if test is None else [test]),
+    }
+    if test is None or re.search(r"\bbenchmarks\b", test.read_text()):
+        found |= {*(root / "benchmarks").glob("*.py")}
+    return sorted(found)
+
+
+def digest(parts: Iterable[str]) -> str:
+    """16 hexadecimal digits."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def of_files(root: Path, paths: Iterable[Path]) -> str:
+    """A digest of files, names and bytes."""
+    return digest(f"{p.relative_to(root)} {p.read_bytes().hex()}" for p in paths)
+
+
+def has_gpu() -> bool:
+    """Whether there is an NVIDIA GPU, without asking CUDA, which must not start before a fork."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    return os.path.exists("/dev/nvidiactl") and not hidden
+
+
+@functools.cache
+def stack() -> str:
+    """The device, and the versions of what tests run on."""
+    found = [_device(), f"python {platform.python_version()}"]
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"no {name}")
+    return ", ".join(found)
+
+
+def _device() -> str:
+    if not has_gpu():
+        return NO_GPU
+    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        return subprocess.check_output(asked, text=True, timeout=60).splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "a GPU"

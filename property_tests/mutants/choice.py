@@ -14,6 +14,7 @@ kills most. The cheapest for its kills is the first of them.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ OWN = {
     "kernels/codes.cuh": ("blocks", "rows", "prologue_kernel"),
     "kernels/cuda.py": ("launches", "launch_rules", "product", "few", "blocks"),
     "kernels/compress.py": ("compress",),
-    "kernels/decode.py": ("packed_operand", "product"),
+    "kernels/decode.py": ("launch_rules", "packed_operand", "product"),
     "kernels/few.py": (
         "launch_rules",
         "few",
@@ -53,7 +54,7 @@ OWN = {
     "kernels/hopper.py": ("launch_rules", "product", "product_errors", "sparse_product"),
     "kernels/layout.py": ("layout", "few", "rows"),
     "kernels/outputs.py": ("outputs", "api", "errors"),
-    "kernels/pack.py": ("packed_operand",),
+    "kernels/pack.py": ("launch_rules", "packed_operand"),
     "kernels/product.py": ("launch_rules", "product", "product_errors"),
     "kernels/product.cu": ("product", "layer", "frozen"),
     "kernels/product.cuh": ("product", "layer", "frozen"),
@@ -123,6 +124,7 @@ PASSED = FIRST, OWN_TESTS, QUICK = "first tests", "own tests", "quick profile"
 FIRST_FILES, FIRST_SECONDS = 2, 15.0
 
 
+@functools.cache
 def test_file(test: str) -> str:
     """hadamard, of property_tests/test_hadamard.py::test_transform[...]."""
     found = re.match(r"property_tests/test_(\w+)\.py", test)
@@ -208,14 +210,29 @@ def _order(mutant: Mutant, baseline: Baseline, killers: Counter[str]) -> list[st
     return chosen
 
 
+@functools.cache
+def _bodies(file: str) -> set[int]:
+    """The lines of a file that stand in a function."""
+    found: set[int] = set()
+    for node in ast.walk(ast.parse(read(file))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            found.update(range(node.body[0].lineno, (node.end_lineno or node.lineno) + 1))
+    return found
+
+
+@functools.cache
+def _launches(file: str) -> list[tuple[str, int]]:
+    """File and line of each launch of what is compiled from a .cu file, or from a header."""
+    return [
+        (python, n) for python in launchers(file)
+        for n, line in enumerate(read(python).decode().splitlines(), 1) if ".launch(" in line
+    ]  # fmt: skip
+
+
 def _at_import(mutant: Mutant) -> bool:
     """Whether a line of it stands in no function."""
-    bodies: set[int] = set()
-    for node in ast.walk(ast.parse(read(mutant.file))):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            bodies.update(range(node.body[0].lineno, (node.end_lineno or node.lineno) + 1))
     first, last = mutant.lines
-    return any(n not in bodies for n in range(first, last + 1))
+    return not {*range(first, last + 1)} <= _bodies(mutant.file)
 
 
 def _covering(mutant: Mutant, baseline: Baseline) -> set[str]:
@@ -226,9 +243,5 @@ def _covering(mutant: Mutant, baseline: Baseline) -> set[str]:
         # What runs at import may have run before anything was looked at: every test may need it.
         return found | {IMPORT} if found and _at_import(mutant) else found
     # What a test executes of a CUDA C++ kernel is not seen; that it is launched is.
-    found: set[str] = set()
-    for python in launchers(mutant.file):
-        lines = read(python).decode().splitlines()
-        launches = [n for n, line in enumerate(lines, 1) if ".launch(" in line]
-        found = found.union(*(baseline.covering(python, n, n) for n in launches))
-    return found - {IMPORT}
+    launched = [baseline.covering(file, n, n) for file, n in _launches(mutant.file)]
+    return set().union(*launched) - {IMPORT}

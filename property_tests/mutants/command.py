@@ -309,14 +309,19 @@ def _run(
             def parts(mutant: Mutant) -> list[choice.Part]:
                 return every(mutant)[:1] if plan.first else every(mutant)
 
-            def cost(mutant: Mutant) -> float:
-                found = choice.stages(mutant, seen)
-                return next(iter(found[0].tests.values())) if plan.cheap and found else 0.0
-
-            left = [m for m in missing if choice.stages(m, seen)]
+            # What a mutant's first test takes; nothing of it is run where there is none.
+            costs = {
+                m.id: next(iter(found[0].tests.values()))
+                for m in missing if (found := choice.stages(m, seen))
+            }  # fmt: skip
+            left = [m for m in missing if m.id in costs]
             # Known at once, wherever the run ends; a part of the tests can't tell.
-            for m in {*missing} - {*left} if not plan.narrow else ():
-                told(m, runner.Result(m.id, m.what, "not run"))
+            for m in missing:
+                if m.id not in costs and not plan.narrow:
+                    told(m, runner.Result(m.id, m.what, "not run"))
+
+            def cost(mutant: Mutant) -> float:
+                return costs[mutant.id] if plan.cheap else 0.0
 
             def doubt(test: str) -> None:
                 bar.console.print(f"fails without a fault, too, and tells nothing: {test}")

@@ -43,23 +43,34 @@ def _rows_of(wide: Tensor) -> Tensor:
     return F.silu(left) * right
 
 
+def _time(
+    timed: Timed, name: str, rows: int, spec: str, width: int, judge: gate.Judge,
+    run: Callable[[Tensor, Tensor], object], encode: Callable[[Tensor], object],
+) -> None:  # fmt: skip
+    """run of both halves, against a compiled gate and `encode` of its rows."""
+    torch.compiler.reset()
+    made: Callable[[Tensor], Tensor] = torch.compile(_rows_of)
+    timed(
+        spec=spec,
+        shape=(rows, width),
+        key=(name, spec, width),
+        judge=judge,
+        draw=((rows, 2 * width),),
+        run=lambda wide: run(*_halves(wide)),
+        baseline=lambda wide: encode(made(wide)),
+    )
+
+
 @pytest.mark.parametrize(("rows", "width", "recipe"), cases.gates())
 def test_gated(timed: Timed, rows: int, width: int, recipe: str) -> None:
     """silu(gate) * value, quantized: operand, scale and sums; no mask, as in a frozen layer."""
     q = quest.recipe(recipe, estimator=quest.STE()).activation
     kind = (operands.kinds(q, q) or ("",))[0]
-
-    torch.compiler.reset()
-    made: Callable[[Tensor], Tensor] = torch.compile(_rows_of)
-    timed(
-        spec=q.spec,
-        shape=(rows, width),
-        key=("gated", q.spec, width),
-        judge=_judge(recipe, kind, width),
-        draw=((rows, 2 * width),),
-        run=lambda wide: prologue.gated_encode(*_halves(wide), q.spec, kind),
-        baseline=lambda wide: lowbit.encode(made(wide), q.spec, kind),
-    )
+    _time(
+        timed, "gated", rows, q.spec, width, _judge(recipe, kind, width),
+        lambda left, right: prologue.gated_encode(left, right, q.spec, kind),
+        lambda x: lowbit.encode(x, q.spec, kind),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("rows", "width", "recipe"), cases.gates())
@@ -84,14 +95,7 @@ def test_gated_saved(timed: Timed, rows: int, width: int, recipe: str) -> None:
         ]
         return [*_judge(recipe, kind, width)(lane, name), *same]
 
-    torch.compiler.reset()
-    made: Callable[[Tensor], Tensor] = torch.compile(_rows_of)
-    timed(
-        spec=q.spec,
-        shape=(rows, width),
-        key=("gated_saved", q.spec, width),
-        judge=judge,
-        draw=((rows, 2 * width),),
-        run=lambda wide: run(*_halves(wide), q, kind, True),
-        baseline=lambda wide: encode(made(wide), q, kind),
-    )
+    _time(
+        timed, "gated_saved", rows, q.spec, width, judge,
+        lambda left, right: run(left, right, q, kind, True), lambda x: encode(x, q, kind),
+    )  # fmt: skip

@@ -290,6 +290,19 @@ def test_tests_that_execute_the_line_come_first() -> None:
     assert list(failing[0].tests) == [names[1], names[2]]
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_cuda_does_not_survive_without_a_gpu(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests compile it there, and do not run it."""
+    monkeypatch.setattr(choice.covered, "has_gpu", lambda: gpu)
+    m = next(m for m in KNOWN.values() if m.id == "semantic:codes/ties-cuda")
+    name = "property_tests/test_blocks.py::t"
+    of = {n: {name} for file, n in choice._launches(m.file) if file == "kernels/blocks.py"}
+    seen = Baseline({name: 1.0}, {"kernels/blocks.py": of}, [])
+    last = stages(m, seen)[-1].passed
+    assert last == ("" if gpu else choice.QUICK)
+    assert stages(m, seen, narrow=True)[-1].passed == choice.OWN_TESTS
+
+
 def test_likely_killers_come_before_all_others() -> None:
     m = dataclasses.replace(KNOWN["quest/packing.py:pack:remove:0"], lines=(18, 19))
     names = [f"property_tests/test_{n}.py::t" for n in ("packing", "api", "train")]

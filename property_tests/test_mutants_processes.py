@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -181,6 +182,20 @@ def forked_from() -> int:
     from multiprocessing import forkserver
 
     return forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined, no-any-return]
+
+
+def test_every_variant_is_known_and_not_those_that_the_quick_profile_draws(tmp_path: Path) -> None:
+    """A text that is the same in a drawn few may differ in the others."""
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    cache = tmp_path / "baseline.json"
+    with pool.workshop() as folder:
+        seen = baseline.measure(folder, cache, 1, print, frozenset({"rows"}))
+    assert seen is not None
+    compiled = [t for t in seen.tests if baseline.COMPILES in t]
+    assert len(compiled) == 1  # of those
+    assert len(seen.variants) > 10
+    known = json.loads(cache.read_text())["property_tests/test_rows.py"]
+    assert len(known["variants"]) == len(seen.variants)
 
 
 def test_the_time_bounds_the_look_without_a_fault_and_compilation_too(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from . import cuda_source
+from . import covered, cuda_source
 from .baseline import IMPORT, Baseline
 from .mutant import ROOT, Mutant, read
 from .trace import WATCHED
@@ -175,7 +175,9 @@ def stages(
     touched = {test_file(t) for t in order}
     own = tuple(f"property_tests/test_{n}.py" for n in OWN.get(mutant.file, ()) if n in touched)
     parts += [Part("ci", own, {})] if own else []
-    last = OWN_TESTS if narrow else ""
+    text = mutant.file.endswith((".cu", ".cuh"))
+    # Without a GPU tests compile CUDA C++ and do not run it: nothing survives that.
+    last = OWN_TESTS if narrow else QUICK if text and not covered.has_gpu() else ""
     passed = [FIRST] * (len(parts) - 1) + [last]
     if len(parts) > 1 and own and not narrow:
         passed[-2] = QUICK

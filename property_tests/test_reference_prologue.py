@@ -40,6 +40,8 @@ def test_ends() -> None:
 @given(d=st.floats(-9, 9), g=st.floats(-30, 30), v=st.floats(-9, 9))
 def test_the_gradients_are_slopes(d: float, g: float, v: float) -> None:
     """Of grad silu(gate) value, by central differences."""
+    # They err by step^2 / 6 of the third derivative, 1e-9 at most here, and by some 2^-53 / step of
+    # |d g v|, which is below 30 times the slope, or small with it: 1e-9 of either.
     step = 1e-5
     to_gate, to_value = (t[0] for t in prologue.gated_backward([d], [g], [v]))
     ends = [d * prologue.gated([g + h], [v])[0] for h in (step, -step)]

@@ -56,8 +56,12 @@ class Baseline:
 
 
 def _key(file: str) -> str:
-    """Changes with all that `evidence` knows, as bytes since lines count here, and the stack."""
-    paths = [*covered.sources(ROOT), *covered.beside(ROOT, ROOT / file)]
+    """Changes with all that `evidence` knows, as bytes since lines count here, and the stack.
+
+    And with how it is looked at, here.
+    """
+    here = Path("property_tests/mutants/baseline.py")
+    paths = [*covered.sources(ROOT), *covered.beside(ROOT, ROOT / file), ROOT / here]
     return covered.digest([covered.of_files(ROOT, paths), covered.stack()])
 
 

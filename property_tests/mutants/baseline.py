@@ -60,9 +60,10 @@ def _key(file: str) -> str:
 
     And with how it is looked at, here.
     """
-    here = Path("property_tests/mutants/baseline.py")
-    paths = [*covered.sources(ROOT), *covered.beside(ROOT, ROOT / file), ROOT / here]
-    return covered.digest([covered.of_files(ROOT, paths), covered.stack()])
+    here = Path(__file__)
+    paths = [*covered.sources(ROOT), *covered.beside(ROOT, ROOT / file)]
+    found = covered.of_files(ROOT, paths), covered.of_files(here.parent, [here])
+    return covered.digest([*found, covered.stack()])
 
 
 def _read(cache: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import quest
 from quest.conformance import inputs, oracle
 from quest.quantizer import parse
 from quest.reference import grids as reference_grids
+from quest.reference import hadamard as reference_hadamard
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -75,7 +76,7 @@ def test_signatures() -> None:
     assert list(parameters(quest.Quantizer)) == ["grid", "transform", "estimator", "sparsity"]
     assert parameters(quest.Quantizer)["sparsity"] is None
     assert parameters(quest.Trust) == {"scale": 1.0}
-    assert list(parameters(quest.Clip)) == ["scale"]
+    assert parameters(quest.Clip) == {"scale": 1.0}
     assert parameters(quest.STE) == {}
     assert next(iter(parameters(quest.grids.uniform))) == "bits"
     assert parameters(quest.quantize_)["filter_fn"] is None
@@ -144,6 +145,34 @@ def test_quantizer_fields_and_defaults() -> None:
     assert hash(q) == hash(quest.Quantizer(quest.grids.uniform(4), quest.Hadamard(128)))
     with pytest.raises(AttributeError):
         q.sparsity = quest.NM(2, 4)  # type: ignore[misc]
+    assert repr(q) == (
+        f"Quantizer(grid={q.grid!r}, transform=Hadamard(block=128), estimator=Trust(scale=1.0), "
+        "sparsity=None)"
+    )
+    assert quest.Quantizer(None).code_dtype == torch.int8
+
+
+@pytest.mark.parametrize("kind", [quest.Clip, quest.Trust])
+@pytest.mark.whole
+def test_a_whole_number_is_a_scale(kind: Any) -> None:
+    assert kind(2) == kind(2.0)
+    assert str(kind(2)) == str(kind(2.0))
+    whole, real = (quest.Quantizer(quest.grids.uniform(4), estimator=kind(s)) for s in (2, 2.0))
+    assert whole == real == parse(whole.spec)
+    assert whole.thresholds() == real.thresholds()
+
+
+def test_codes_ask_for_no_gradient() -> None:
+    """Not even in part: the scale is a float, and nothing flows through it."""
+    x = inputs.draw("gaussian", (2, 16), torch.float32, 0).requires_grad_()
+    for sparsity in (None, quest.NM(2, 4)):
+        q = quest.Quantizer(quest.grids.uniform(4), sparsity=sparsity)
+        assert q(x).requires_grad
+        for made in (q.quantize(x), q.pack(x), q.pack(x).unpack()):
+            for part in ("codes", "scale", "mask", "keep"):
+                tensor = getattr(made, part)
+                assert tensor is None or not tensor.requires_grad, part
+        assert not q.quantize(x).dequantize().requires_grad
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -275,6 +304,7 @@ def test_zero_and_pruned_entries_have_the_code_of_zero(grid: Any) -> None:
     assert (sparse.keep.sum(-1) == 16).all()
     assert (sparse.codes[~sparse.keep] == code).all()
     assert (q(x)[~sparse.keep] == 0).all()
+    assert torch.equal(sparse.dequantize(), q(x))
 
 
 def test_index_to_255_is_unsigned() -> None:
@@ -325,6 +355,15 @@ def test_hadamard_is_orthonormal_and_transpose_inverts(block: int) -> None:
     assert (back - x).abs().max() <= 2 * 40 * 2.0**-24 * 3 * block
     assert quest.Identity().apply(x) is x
     assert quest.Identity().transpose(x) is x
+
+
+def test_apply_multiplies_by_h_and_transpose_by_h_transposed() -> None:
+    for block in (1, 2, 12, 28, 40):
+        h = torch.from_numpy(reference_hadamard.matrix(block)).float()
+        eye, rotation = torch.eye(block), quest.Hadamard(block)
+        assert torch.equal(rotation.apply(eye).sign(), h)
+        assert torch.equal(rotation.transpose(eye).sign(), h.T)
+        assert torch.equal(h, h.T) == (block <= 2)
 
 
 def test_default_block_is_the_largest_power_of_two_up_to_128() -> None:

@@ -68,9 +68,13 @@ def test_orders_beyond_a_tile_keep_natural_order() -> None:
     """A Sylvester factor moves to the base: 2^15 = 2 x 2^14, 12 * 2^15 = 24 x 2^14."""
     assert transforms.split(2**15) == (2, 2**14)
     assert transforms.split(12 * 2**15) == (24, 2**14)
-    base = transforms.base(24, torch.device("cpu"))
-    assert base is not None
-    assert torch.equal(base.double(), torch.from_numpy(hadamard.matrix(24)))
+    assert transforms.split(2**20) == (64, 2**14)
+    assert transforms.base(1, torch.device("cpu")) is None
+    for m in (2, 24, 64):
+        base = transforms.base(m, torch.device("cpu"))
+        assert base is not None
+        assert base.dtype == torch.float32
+        assert torch.equal(base.double(), torch.from_numpy(hadamard.matrix(m)))
 
 
 def test_a_transform_s_limits_are_its_kernel_s() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -176,6 +178,18 @@ def test_recipe_s_other_parts() -> None:
         quest.recipe("bf16", sparsity=quest.NM(2, 4))
 
 
+@pytest.mark.parametrize("replaced", ["weight", "activation"])
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("transform", quest.Hadamard()), ("estimator", quest.STE()), ("sparsity", quest.NM(2, 4))],
+)
+def test_a_part_beside_a_whole_quantizer(replaced: str, part: str, value: Any) -> None:
+    """Which of the two is meant is not guessed."""
+    keywords: dict[str, Any] = {replaced: Q(U4), part: value}
+    with pytest.raises(ValueError, match="weight and activation replace whole quantizers: set the"):
+        quest.recipe("w4a4", **keywords)
+
+
 @pytest.mark.parametrize(
     "dtype",
     [torch.int8, torch.int32, torch.int64, torch.uint8, torch.bool, torch.complex64,
@@ -305,10 +319,14 @@ def test_orders_of_a_wrong_kind(block: Any) -> None:
 
 
 def test_orders_beyond_the_kernels() -> None:
-    with pytest.raises(ValueError, match="is too large"):
-        quest.Hadamard(2**30)
-    with pytest.raises(ValueError, match="is too large"):
-        quest.Hadamard(12 * 2**20)
+    for order, told in (
+        (2**21, "Hadamard order 2097152 is too large: 128 x 16384 exceeds 64"),
+        (2**30, "is too large"),
+        (12 * 2**20, "is too large"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            quest.Hadamard(order)
+    assert quest.Hadamard(2**20).order(2**20) == 2**20  # the largest
 
 
 @pytest.mark.parametrize(
@@ -319,8 +337,26 @@ def test_orders_beyond_the_kernels() -> None:
 )  # fmt: skip
 def test_parts_of_a_wrong_type(part: str, value: Any) -> None:
     parts = {"grid": U4, part: value}
-    with pytest.raises(TypeError, match=f"{part} must be one of .*, got"):
+    allowed = {
+        "grid": "Grid, None",
+        "transform": "Identity, Hadamard",
+        "estimator": "STE, Clip, Trust",
+        "sparsity": "NM, Pairwise, None",
+    }
+    told = re.escape(f"{part} must be one of {allowed[part]}, got {value!r}")
+    with pytest.raises(TypeError, match=told):
         Q(**parts)
+
+
+def test_a_grid_under_another_s_name() -> None:
+    """A name is all that operators get: they would round to the points of that name."""
+    mine = quest.grids.uniform(4, alpha=2.0)
+    for name in ("uniform4", "uniform4:2.5", "uniform3:2.0", "e2m1"):
+        told = f"grid '{name}' does not have the points of that name: make grids with quest.grids"
+        with pytest.raises(ValueError, match=told):
+            Q(replace(mine, name=name))
+    with pytest.raises(ValueError, match=r"grid must be uniform1\.\.8.*, got 'mine'"):
+        Q(replace(mine, name="mine"))
 
 
 @pytest.mark.parametrize(
@@ -342,6 +378,10 @@ def test_parts_of_a_wrong_type(part: str, value: Any) -> None:
         ("uniform4/hadamard/clipnan/dense", "Clip scale must be a finite number"),
         ("uniform4/hadamard/lsq/dense", "estimator must be ste, clip<scale> or trust<scale>"),
         ("uniform4/hadamard/ste/2-4", "sparsity must be dense, N:M or pairsN:M"),
+        *(
+            (f"uniform4/hadamard/ste/{name}", "sparsity must be dense, N:M or pairsN:M, got")
+            for name in ("2:x", "x:4", "2:", ":4", "2", "pairs", "pairs4", "2:4:8", "-2:4")
+        ),
         ("uniform4/hadamard/ste/4:2", "n must be less than m"),
         ("uniform4/hadamard/ste/pairs3:8", "whole pairs"),
         ("none/hadamard/ste/2:4", "sparsity needs a grid"),
@@ -401,8 +441,9 @@ def test_packing_of_other_bits(bits: int) -> None:
 
 
 def test_packing_of_wrong_tensors() -> None:
-    with pytest.raises(TypeError, match=r"unsigned must hold integers, got torch\.float32"):
-        packing.pack(torch.zeros(3), 4)
+    for dtype in (torch.float32, torch.complex64):
+        with pytest.raises(TypeError, match=f"unsigned must hold integers, got {dtype}"):
+            packing.pack(torch.zeros(3, dtype=dtype), 4)
     with pytest.raises(TypeError, match=r"packed must be uint8, got torch\.int8"):
         packing.unpack(torch.zeros(3, dtype=torch.int8), 4, 6)
     with pytest.raises(ValueError, match="packed has 3 bytes a row; width 7 at 4 bits takes 4"):

@@ -178,6 +178,18 @@ def test_recipe_s_other_parts() -> None:
         quest.recipe("bf16", sparsity=quest.NM(2, 4))
 
 
+@pytest.mark.parametrize("value", [False, 0, "", ()])
+@pytest.mark.parametrize("part", ["transform", "estimator", "sparsity", "weight", "activation"])
+def test_a_keyword_that_counts_as_false_is_refused_as_any_other(part: str, value: Any) -> None:
+    """Only None means that a keyword was left out: sparsity=False is not a way to say dense."""
+    keywords: dict[str, Any] = {part: value}
+    with pytest.raises(TypeError, match=f"{part} must be .*, got {re.escape(repr(value))}"):
+        quest.recipe("w4a4-2:4", **keywords)
+    if part in ("transform", "estimator", "sparsity"):
+        with pytest.raises(ValueError, match="weight and activation replace whole quantizers"):
+            quest.recipe("w4a4", weight=Q(U4), **keywords)
+
+
 @pytest.mark.parametrize("replaced", ["weight", "activation"])
 @pytest.mark.parametrize(
     ("part", "value"),

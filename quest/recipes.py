@@ -82,7 +82,8 @@ def _changed(
     if estimator is None:
         chosen = q.estimator != _default_estimator(q.grid, q.transform)
         estimator = q.estimator if chosen else _default_estimator(q.grid, turn)
-    return replace(q, transform=turn, estimator=estimator, sparsity=sparsity or q.sparsity)
+    kept = q.sparsity if sparsity is None else sparsity
+    return replace(q, transform=turn, estimator=estimator, sparsity=kept)
 
 
 def recipe(
@@ -104,7 +105,8 @@ def recipe(
     becomes the default of the new transform; any other stays. Raises ValueError for an unknown
     name.
     """
-    if (weight or activation) and (transform or estimator or sparsity):
+    whole, parts = (weight, activation), (transform, estimator, sparsity)
+    if any(q is not None for q in whole) and any(part is not None for part in parts):
         raise ValueError("weight and activation replace whole quantizers: set the parts in them")
     if isinstance(name, Recipe):
         made = name
@@ -125,8 +127,10 @@ def recipe(
     else:
         raise ValueError(f"recipe must be {NAMES}; got {name!r}")
     changed = {
-        "weight": weight or _changed(made.weight, transform, estimator, sparsity),
-        "activation": activation or _changed(made.activation, transform, estimator),
+        "weight": _changed(made.weight, *parts) if weight is None else weight,
+        "activation": (
+            _changed(made.activation, transform, estimator) if activation is None else activation
+        ),
     }
     if all(getattr(made, part) == value for part, value in changed.items()):
         return made

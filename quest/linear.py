@@ -220,7 +220,7 @@ def quantize_(
     swaps: dict[nn.Module, Linear] = {}
     places: list[tuple[nn.Module, str, nn.Module]] = []
     for path, module in model.named_modules(remove_duplicate=False):
-        if path and type(module) in (nn.Linear, Linear) and wanted(module, path):
+        if type(module) in (nn.Linear, Linear) and wanted(module, path):
             parent, _, leaf = path.rpartition(".")
             if module not in swaps:
                 try:

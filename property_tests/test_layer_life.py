@@ -1,0 +1,285 @@
+"""A layer's life: made, frozen, called again, moved, trained and checked; one case of each kind."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import quest
+from quest import direct, paths
+from quest.quantizer import Quantizer
+
+pytestmark = pytest.mark.whole
+
+X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+
+
+def _layer(recipe: str = "w4a4", bias: bool = False) -> quest.Linear:
+    torch.manual_seed(0)
+    return quest.Linear(16, 4, bias, recipe).eval()
+
+
+def _weights(seen: list[tuple[int, ...]]) -> int:
+    return seen.count((4, 16))
+
+
+@pytest.fixture
+def quantized(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of what quantizers were given."""
+    seen: list[tuple[int, ...]] = []
+    real = Quantizer.__call__
+
+    def counting(self: Quantizer, x: Tensor) -> Tensor:
+        seen.append(tuple(x.shape))
+        return real(self, x)
+
+    monkeypatch.setattr(Quantizer, "__call__", counting)
+    return seen
+
+
+def test_a_block_or_a_group_must_divide_the_width() -> None:
+    block = quest.recipe("w4a4", transform=quest.Hadamard(32))
+    plain = quest.recipe("w4a4-4:8", transform=quest.Identity())
+    for recipe, width, told in (
+        (block, 48, "width 48 is not divisible by the Hadamard block 32"),
+        (plain, 12, "width 12 is not divisible by"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            quest.Linear(width, 4, recipe=recipe)
+        layer = quest.Linear(width, 4, recipe="bf16")
+        with pytest.raises(ValueError, match=told):
+            layer.set_recipe(recipe)
+        assert layer.recipe == quest.recipe("bf16")
+    # Of the input, too, where a layer was given another weight.
+    dense = nn.Linear(48, 4)
+    dense.weight = nn.Parameter(torch.ones(4, 64))
+    with pytest.raises(ValueError, match="width 48 is not divisible by the Hadamard block 32"):
+        quest.Linear.from_linear(dense, block)
+
+
+def test_registries_are_not_shared_with_the_layer_it_was_made_of() -> None:
+    dense, seen = nn.Linear(16, 4), list[str]()
+    dense.register_forward_hook(lambda *_: seen.append("before"))
+    layer: Any = quest.Linear.from_linear(dense, "w4a4")
+    layer.register_forward_hook(lambda *_: seen.append("own"))
+    layer.bias = None
+    layer.register_buffer("more", X)
+    assert dense.bias is not None
+    assert list(dense.buffers()) == []
+    dense(X)
+    assert seen == ["before"]
+    layer(X)
+    assert seen == ["before", "before", "own"]
+
+
+def test_what_is_frozen_is_used_without_gradients_alone(quantized: list[tuple[int, ...]]) -> None:
+    layer = _layer().freeze()
+    with torch.no_grad():
+        layer(X)
+        assert _weights(quantized) == 1
+    layer(X).sum().backward()
+    assert _weights(quantized) == 2
+    assert layer.weight.grad is not None
+
+
+def test_a_layer_that_moves_is_frozen_again(quantized: list[tuple[int, ...]]) -> None:
+    layer = _layer().freeze()
+    layer.bfloat16()
+    layer.load_state_dict(copy.deepcopy(layer.state_dict()))
+    quantized.clear()
+    with torch.no_grad():
+        y = layer(X.bfloat16())
+    assert _weights(quantized) == 0
+    assert torch.equal(y, layer(X.bfloat16()))
+
+
+def test_another_weight_is_frozen_once(quantized: list[tuple[int, ...]]) -> None:
+    layer = _layer().freeze()
+    before = layer.current()
+    assert before is not None
+    assert layer.current() is before
+    with torch.no_grad():
+        layer.weight.neg_()
+        other = _layer()
+        other.weight.neg_()
+        expected = other(X)
+        quantized.clear()
+        assert torch.equal(layer(X), expected)
+        assert torch.equal(layer(X), expected)
+    assert _weights(quantized) == 1
+    layer.weight = nn.Parameter(layer.weight.detach().double())
+    assert layer.current() is None
+    assert layer.bfloat16().current() is None  # not again by itself
+
+
+def test_a_compiled_call_reads_what_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As documented: not the state of the weight, nor what other calls have recorded."""
+    layer = _layer().freeze()
+    before = layer.current()
+    with torch.no_grad():
+        expected = layer(X)
+        layer.weight.neg_()
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        monkeypatch.setattr(quest.Linear, "_again", None)
+        assert layer.current() is before
+        assert torch.equal(layer(X), expected)
+
+
+def test_a_forced_path_has_no_other_path_s_weight() -> None:
+    layer = _layer().freeze()
+    held = layer.current()
+    assert held is not None
+    for path in paths.PATHS:
+        with paths.only(path):
+            assert (layer.current() is held) == (path == held.path)
+    assert layer.current() is held
+
+
+class Same(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("change", "made_again"),
+    [
+        ("nothing", True), ("no calls", False), ("not frozen", False), ("a gradient", False),
+        ("a bias", False), ("no place for a bias", False), ("another weight", False),
+        ("computed", False),
+    ],
+)  # fmt: skip
+def test_which_calls_are_made_again(
+    change: str, made_again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`direct` is asked where it may know an answer, and of a call that is like the recorded."""
+    layer: Any = _layer(bias=change == "a bias").freeze()
+    expected = layer(X).detach()
+    answer, asked = torch.zeros(3, 4), list[tuple[Any, Any]]()
+
+    def again(x: Tensor, held: Any) -> Tensor:
+        asked.append((x, held))
+        return answer
+
+    monkeypatch.setattr(direct, "again", again)
+    held = layer._frozen
+    assert held is not None
+    if change != "no calls":
+        held.calls[("a kind",)] = None
+    if change == "not frozen":
+        layer.train().eval()
+    elif change == "no place for a bias":
+        del layer._parameters["bias"]
+        layer.bias = None
+    elif change == "another weight":
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+    elif change == "computed":
+        parametrize.register_parametrization(layer, "weight", Same())
+    with torch.set_grad_enabled(change == "a gradient"):
+        y = layer(X)
+    if made_again:
+        assert y is answer
+        assert [(x is X, of is held) for x, of in asked] == [(True, True)]
+    else:
+        assert not asked
+        assert torch.equal(y, expected)
+
+
+def test_training_mode_is_the_default_of_train() -> None:
+    layer = _layer().freeze()
+    assert layer.eval() is layer
+    assert layer.current() is not None
+    assert layer.train() is layer
+    assert layer.training
+    assert layer.current() is None
+    assert layer.freeze().train(False).current() is not None
+
+
+def test_modules_inside_a_layer_move_with_it() -> None:
+    layer: Any = _layer()
+    layer.adapter = nn.Linear(16, 4)
+    assert layer.bfloat16().adapter.weight.dtype == layer.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_of_integers_are_those_of_one_layer(bias: bool, grad: bool) -> None:
+    """And nothing is saved for a backward that nobody asks for."""
+    layer = _layer(bias=bias)
+    with torch.set_grad_enabled(grad), paths.only("integers"):
+        y = layer(X)
+        assert torch.equal(y, quest.together(X, [layer])[0])
+    assert (y.shape, y.requires_grad) == ((3, 4), grad)
+    torch.testing.assert_close(y, layer(X))
+
+
+def test_what_autocast_rounds() -> None:
+    """Floats that the layer takes; others stay, for the error that says so."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32)
+    given = {dtype: X.to(dtype) for dtype in dtypes}
+    assert all(quest.Linear.out_dtype(x) == dtype for dtype, x in given.items())
+    with torch.autocast("cpu", torch.float16):
+        rounded = {dtype: quest.Linear.cast(x).dtype for dtype, x in given.items()}
+    assert rounded == {t: t for t in dtypes} | dict.fromkeys(dtypes[:3], torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "told"),
+    [
+        (3, TypeError, r"x must be a torch\.Tensor, got int"),
+        (torch.tensor(1.0), ValueError, r"x must have 16 columns \(in_features\), got shape \(\)"),
+        (torch.ones(16, 3), ValueError, r"x must have 16 columns .*, got shape \(16, 3\)"),
+        (X.to("meta"), ValueError, "x is on meta, the weight on cpu"),
+        (X.half(), TypeError, r"x must have the weight's dtype torch\.float32 outside autocast"),
+    ],
+)
+def test_what_does_not_fit(x: Any, error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=told):
+        _layer()(x)
+
+
+def test_what_fits() -> None:
+    layer = _layer()
+    for shape in ((16,), (1, 16), (2, 1, 16), (0, 16)):
+        assert layer(torch.ones(shape)).shape == (*shape[:-1], 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(X.half()).dtype == torch.bfloat16
+        assert torch.equal(layer(X.half()), layer(X.half().bfloat16()))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_transformer_s_padding_takes_the_plain_path(padded: bool) -> None:
+    """The fused path would read the weights from nested tensors, and go past the layers."""
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    encoder: Any = nn.TransformerEncoder(block, 2).eval()
+    assert encoder.use_nested_tensor
+    quest.quantize_(encoder, "w8a8")
+    padding = torch.tensor([[False] * 3, [False, False, padded]])
+    x = torch.randn(2, 3, 16)
+    expected = encoder(x, src_key_padding_mask=padding).detach()  # with gradients: never fused
+    with torch.no_grad():
+        y = encoder(x, src_key_padding_mask=padding)
+    assert not encoder.use_nested_tensor
+    torch.testing.assert_close(y[~padding], expected[~padding])
+
+
+def test_a_frozen_model_has_the_stacks_that_it_names() -> None:
+    class Pair(nn.Module):
+        shared_inputs = (("a", "b"),)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(16, n) for n in (4, 5, 6))
+
+    model = nn.Sequential(Pair())
+    assert quest.freeze_(quest.quantize_(model, "w4a4")) is model
+    pair: Any = model[0]
+    assert not pair.training
+    held = [layer.current() for layer in (pair.a, pair.b, pair.c)]
+    assert [h.place if h.whole else None for h in held] == [0, 1, None]
+    assert held[0].whole is held[1].whole

@@ -1,0 +1,103 @@
+"""The rule of `quest.paths`, on shapes: where each product begins, as it was measured; no GPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import quest
+from quest import operands, paths
+from quest.kernels import hopper
+
+pytestmark = pytest.mark.whole
+
+
+def test_from_which_rows_on_integers_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "has_integers", lambda *_: True)
+    four = quest.recipe("w4a4")
+    for shape, expected in (
+        ((511, 128), "values"), ((512, 128), "integers"), ((2, 256, 128), "integers"),
+        ((128,), "values"),
+    ):  # fmt: skip
+        x: Any = SimpleNamespace(shape=shape)
+        assert paths.choose(x, four) == expected, shape
+
+
+@pytest.mark.parametrize(("bits", "most"), [(1, 16), (2, 32), (4, 32)])
+def test_up_to_which_rows_packed_codes_are_read(bits: int, most: int) -> None:
+    """On the 7B shapes: where their product crosses that of the operand."""
+    packed = torch.empty((1, 4096 * bits // 8), dtype=torch.uint8)
+    taken = [rows for rows in range(100) if paths.reads_packed(rows, packed, 4096)]
+    assert taken == list(range(1, most + 1))
+
+
+def test_from_which_rows_on_a_compressed_weight_is_read() -> None:
+    assert [paths.reads_compressed(rows) for rows in (384, 511, 512, 513)] == [
+        False, False, True, True,
+    ]  # fmt: skip
+
+
+def test_up_to_which_rows_a_thread_block_quantizes_one() -> None:
+    """512 rows of 4096, 190 of 11008."""
+    for rows, width in ((512, 4096), (190, 11008)):
+        assert paths.has_few_rows(torch.empty(rows, width, device="meta"))
+        assert not paths.has_few_rows(torch.empty(rows + 1, width, device="meta"))
+
+
+def test_bits_of_a_code() -> None:
+    """None where rows have no entries."""
+    for bits in (1, 2, 4, 8):
+        assert paths._bits(torch.empty((3, 128 * bits // 8), dtype=torch.uint8), 128) == bits
+    packed = torch.empty((3, 0), dtype=torch.uint8)
+    assert paths._bits(packed, 0) == 0
+    assert paths.few_rows(packed, 0) == 0
+    assert not paths.reads_packed(1, packed, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int16])
+def test_what_one_kernel_quantizes_and_multiplies(dtype: torch.dtype) -> None:
+    """1 to `few` rows of 16-bit floats, in any shape."""
+    halves = dtype in (torch.bfloat16, torch.float16)
+    for lead, few, expected in (
+        ((3,), 3, halves), ((4,), 3, False), ((), 1, halves), ((), 0, False), ((0,), 3, False),
+        ((2, 3), 6, halves), ((2, 3), 5, False), ((2, 0), 5, False),
+    ):  # fmt: skip
+        x = torch.empty((*lead, 128), dtype=dtype, device="meta")
+        assert paths.fuses(x, few) is expected, (lead, few)
+
+
+def test_a_path_is_forced_inside_its_block_alone() -> None:
+    def allowed() -> list[bool]:
+        return [paths.allows(path) for path in paths.PATHS]
+
+    x, four = torch.empty(1, 128), quest.recipe("w4a4")
+    assert allowed() == [True, True]
+    with paths.only("integers"):
+        assert (allowed(), paths.choose(x, four)) == ([False, True], "integers")
+        with paths.only("values"):
+            assert (allowed(), paths.choose(x, four)) == ([True, False], "values")
+        assert (allowed(), paths.choose(x, four)) == ([False, True], "integers")
+        with pytest.raises(KeyError), paths.only("values"):
+            raise KeyError
+        assert allowed() == [False, True]
+    assert (allowed(), paths.choose(x, four)) == ([True, True], "values")
+
+
+def test_which_recipes_have_integers_where_there_is_a_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernels = {torch.device("cuda", 0): None, torch.device("cuda", 1): "no Hopper"}
+    monkeypatch.setattr(hopper, "unavailable", kernels.__getitem__)
+    known = {"w4a4": True, "w1a1": True, "w1a8": True, "w4a4-2:4": True, "w4a16": False,
+             "bf16": False}  # fmt: skip
+    for name, expected in known.items():
+        recipe = quest.recipe(name)
+        for index in (0, 1):
+            for width in (256, operands.MAX_WIDTH, operands.MAX_WIDTH + 1):
+                t: Any = SimpleNamespace(shape=(2, width), device=torch.device("cuda", index))
+                fits = expected and index == 0 and width <= operands.MAX_WIDTH
+                assert paths.has_integers(t, recipe) is fits, (name, index, width)
+        assert not paths.has_integers(torch.empty(2, 256), recipe)

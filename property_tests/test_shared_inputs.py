@@ -1,0 +1,176 @@
+"""Which layers share an input's quantization, and which are called alone; one case of each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as modules
+
+import quest
+from quest import joint, paths
+from quest.quantizer import Quantizer
+
+pytestmark = pytest.mark.whole
+
+X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+
+
+def _layers(*outs: int, bias: bool = False, dtype: torch.dtype | None = None) -> list[quest.Linear]:
+    torch.manual_seed(0)
+    return [quest.Linear(16, n, bias, "w4a4", dtype=dtype).eval() for n in outs]
+
+
+def _alone(layers: list[quest.Linear]) -> list[Tensor]:
+    return [layer(X) for layer in layers]
+
+
+def _same(made: tuple[Tensor, ...], expected: list[Tensor]) -> None:
+    for y, z in zip(made, expected, strict=True):
+        torch.testing.assert_close(y, z)  # products of stacked weights may sum in another order
+
+
+@pytest.fixture
+def quantized(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of what quantizers were given."""
+    seen: list[tuple[int, ...]] = []
+    real = Quantizer.__call__
+
+    def counting(self: Quantizer, x: Tensor) -> Tensor:
+        seen.append(tuple(x.shape))
+        return real(self, x)
+
+    monkeypatch.setattr(Quantizer, "__call__", counting)
+    return seen
+
+
+@pytest.mark.parametrize("path", paths.PATHS)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("outs", [(4,), (4, 5)])
+def test_one_or_two_layers_that_are_not_frozen(
+    outs: tuple[int, ...], grad: bool, path: str
+) -> None:
+    layers = _layers(*outs, bias=True)
+    with paths.only(path), torch.set_grad_enabled(grad):
+        made = quest.together(X, layers)
+        for y, z in zip(made, _alone(layers), strict=True):
+            assert torch.equal(y, z)
+            assert y.requires_grad == grad
+
+
+@pytest.mark.parametrize("outs", [(4,), (4, 5), (4, 5, 6)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_frozen_layers_quantize_the_input_once(
+    bias: bool, outs: tuple[int, ...], quantized: list[tuple[int, ...]]
+) -> None:
+    layers = [layer.freeze() for layer in _layers(*outs, bias=bias)]
+    with torch.no_grad():
+        expected = _alone(layers)
+        assert joint.stack(layers) == (len(outs) > 1)
+        quantized.clear()
+        _same(quest.together(X, layers), expected)
+    assert quantized == [(3, 16)]
+
+
+def test_a_stack_beside_a_layer_that_is_not_frozen() -> None:
+    """What is frozen is a whole stack, and yet not all layers."""
+    layers = _layers(4, 5, 6, bias=True)
+    assert joint.stack([layer.freeze() for layer in layers[:2]])
+    with torch.no_grad():
+        _same(quest.together(X, layers), _alone(layers))
+
+
+def test_a_stack_takes_no_part_of_another() -> None:
+    layers = [layer.freeze() for layer in _layers(4, 5, 6)]
+    assert joint.stack(layers[:2])
+    held = [layer.current() for layer in layers]
+    assert not joint.stack(layers[1:])
+    assert [layer.current() for layer in layers] == held
+
+
+def test_weights_of_two_dtypes_stay_apart(quantized: list[tuple[int, ...]]) -> None:
+    layers = [*_layers(4), *_layers(5, dtype=torch.bfloat16)]
+    with torch.autocast("cpu", torch.bfloat16):
+        with paths.only("integers"):
+            for y, z in zip(quest.together(X, layers), _alone(layers), strict=True):
+                assert torch.equal(y, z)
+        quantized.clear()
+        quest.together(X, layers)
+    assert quantized.count((3, 16)) == 2
+    for layer in layers:
+        layer.freeze()
+    assert not joint.stack(layers)
+
+
+def test_the_bias_of_one_layer_is_not_copied() -> None:
+    layers = _layers(4, 5, bias=True)
+    assert joint.joined(layers[:1]) is layers[0].bias
+    both = joint.joined(layers)
+    assert both is not None
+    assert torch.equal(both, torch.cat([layer.bias for layer in layers]))
+    assert joint.joined(_layers(4)) is joint.joined(_layers(4, 5)) is None
+
+
+def _global(kind: str) -> Callable[[nn.Module, Any], Any]:
+    register = getattr(modules, f"register_module_{kind}_hook")
+    return lambda _, hook: register(hook)
+
+
+KINDS = ("forward", "forward_pre", "full_backward", "full_backward_pre")
+WATCHES: dict[str, Callable[[nn.Module, Any], Any]] = {
+    **{kind: getattr(nn.Module, f"register_{kind}_hook") for kind in KINDS},
+    **{f"all {kind}": _global(kind) for kind in KINDS},
+}
+
+
+@pytest.mark.parametrize("watch", WATCHES.values(), ids=WATCHES)
+def test_every_hook_sees_its_calls(watch: Callable[[nn.Module, Any], Any]) -> None:
+    """Those of one layer, and those of all modules; until they are removed."""
+    layers, seen = _layers(4, 5), list[nn.Module]()
+    handle = watch(layers[1], lambda module, *_: seen.append(module))
+    try:
+        assert joint.hooked(layers[1])
+        made = torch.cat(quest.together(X.clone().requires_grad_(), layers), -1)
+        torch.autograd.backward(made.sum())
+    finally:
+        handle.remove()
+    assert seen.count(layers[1]) == 1
+    assert not joint.hooked(layers[1])
+
+
+def test_a_layer_that_was_compiled_or_replaced_sees_its_calls() -> None:
+    for name in ("_compiled_call_impl", "forward"):
+        layers, seen = _layers(4, 5), list[str]()
+        real = layers[1].forward
+
+        def call(x: Tensor, seen: list[str] = seen, real: Any = real) -> Tensor:
+            seen.append("called")
+            made: Tensor = real(x)
+            return made
+
+        assert not joint.hooked(layers[1])
+        setattr(layers[1], name, call)
+        quest.together(X, layers)
+        assert seen == ["called"], name
+
+
+@pytest.mark.parametrize(
+    ("x", "layers", "error", "told"),
+    [
+        (X, [nn.Linear(16, 4), 3], TypeError, r"layers must hold torch\.nn\.Modules, got int"),
+        (X, [quest.Linear(16, 4), quest.Linear(8, 4)], ValueError, r"x must have 8 columns"),
+        (X.double(), _layers(4, 5), TypeError, "x must have the weight's dtype torch.float32"),
+        (X.to("meta"), _layers(4, 5), ValueError, "x is on meta, the weight on cpu"),
+    ],
+)
+def test_what_does_not_fit(x: Tensor, layers: Any, error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=told):
+        quest.together(x, layers)
+
+
+def test_a_norm_before_no_layers() -> None:
+    with torch.no_grad(), pytest.raises(ValueError, match="layers must name at least one layer"):
+        quest.normed(X, nn.RMSNorm(16, 1e-5), [])

@@ -123,18 +123,18 @@ def test_sums_out_of_range_are_looked_for_where_they_may_be(
 def test_a_mask_is_read_once(order: int, launches: Launches) -> None:
     """With the entries; its bytes lie row after row, whatever their layout was."""
     g = torch.Generator().manual_seed(order)
-    mask = torch.randint(256, (2, 5, 6), generator=g).to(torch.uint8)[..., ::2]  # 3 bytes a row
-    run(torch.zeros(2, 5, 24), order, mask=mask)
+    mask = torch.randint(256, (2, 5, 18), generator=g).to(torch.uint8)[..., ::2]  # 9 bytes a row
+    run(torch.zeros(2, 5, 72), order, mask=mask)
     first, *rest = launches.seen
-    assert (first.MASKED, first.mask_width, 2**first.LOG) == (True, 3, 1 if order == 12 else order)
+    assert (first.MASKED, first.mask_width, 2**first.LOG) == (True, 9, 1 if order == 12 else order)
     assert first.mask_ptr.is_contiguous()
     assert torch.equal(first.mask_ptr, mask)
     assert (first.RESCUE, [getattr(it, "MASKED", False) for it in rest]) == (
         order == 4,
         [False] * (2 if order == 12 else 0),
     )
-    run(torch.zeros(2, 20), 1, mask=mask[0, :2])
-    assert launches.seen[-1].mask_width == 3  # half a byte of it is of no entry
+    run(torch.zeros(2, 68), 1, mask=mask[0, :2])
+    assert launches.seen[-1].mask_width == 9  # half a byte of it is of no entry
 
 
 @pytest.mark.parametrize("transpose", [False, True])

@@ -56,7 +56,7 @@ def _read(
 
 @triton.jit
 def _non_finite(x):
-    return (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >= 0x7F800000
+    return (x != x) | (tl.abs(x) == float("inf"))
 
 
 @triton.jit
@@ -74,12 +74,12 @@ def _transform(
     y = butterfly(x * before, LOG, ROWS, WIDTH)
     tl.store(y_ptr + r * width + c, (y * after).to(y_ptr.dtype.element_ty), mask=inside)
     if RESCUE:  # noqa: SIM102 (known to the compiler; what follows, when the kernel runs)
-        # Sums that left float32 where the normalised result need not: again, scaled. Such blocks
-        # hold nothing that 2^-LOG could lose beside their sums.
+        # Sums that left float32 where the normalised result need not: again, scaled; `before` is 1.
+        # Such blocks hold nothing that 2^-LOG could lose beside their sums.
         if tl.max(_non_finite(y).to(tl.int32)) != 0:
             x = _read(x_ptr, mask_ptr, r, c, inside, width, mask_width, MASKED)
-            lost = _non_finite(butterfly(x * before, LOG, ROWS, WIDTH))
-            y = butterfly(x * (before * 0.5**LOG), LOG, ROWS, WIDTH) * (after * 2.0**LOG)
+            lost = _non_finite(butterfly(x, LOG, ROWS, WIDTH))
+            y = butterfly(x * 0.5**LOG, LOG, ROWS, WIDTH) * (after * 2.0**LOG)
             tl.store(y_ptr + r * width + c, y.to(y_ptr.dtype.element_ty), mask=inside & lost)
 
 
@@ -117,7 +117,7 @@ def stored(dtype: torch.dtype) -> torch.dtype:
 
 def factor(order: int, base: torch.Tensor | None) -> int:
     """The power of two that a tile transforms: what the base leaves of the order."""
-    return order if base is None else order // base.shape[0]
+    return order if base is None else order // len(base)
 
 
 def warps(elements: int) -> int:
@@ -132,7 +132,10 @@ def tile(rows: int, width: int, order: int) -> tuple[int, int]:
 
 
 def prescale(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (..., d) times powers of two that bring the largest of d to [1, 2), and their inverses."""
+    """x (..., d) times powers of two that bring the largest of d to [1, 2), and their inverses.
+
+    As both must be normal, subnormals stay below 1, and 2^127 comes to 2.
+    """
     x = x.float()
     field = x.view(torch.int32).bitwise_and(0x7FFFFFFF).amax(-1, keepdim=True) >> 23
     field = field.clamp(1, 253)
@@ -151,7 +154,7 @@ def launch_base(
 
     power: a factor for each block, float32, or None.
     """
-    m = base.shape[0]
+    m = len(base)
     y = outputs.empty(x.shape, dtype, x.device)
     vectors = x.numel() // m
     # The interpreter takes as long for a large tile as for a small one.
@@ -202,8 +205,8 @@ def transposed(base: torch.Tensor) -> torch.Tensor:
 def hadamard(
     x: torch.Tensor,
     order: int,
-    base: torch.Tensor | None = None,
-    transpose: bool = False,
+    base: torch.Tensor | None,
+    transpose: bool,
     mask: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:

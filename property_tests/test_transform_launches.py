@@ -1,0 +1,195 @@
+"""What the kernels of the transform are launched with, seen by one that only notes it; no GPU.
+
+What is launched for a GPU is seen here as well: on a CPU tensor, which nothing reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from quest import transforms
+from quest.kernels import hadamard
+
+pytestmark = pytest.mark.whole
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Launches:
+    """The arguments of each launch, by their names, and its `grid`."""
+
+    def __init__(self) -> None:
+        self.seen: list[SimpleNamespace] = []
+
+    def of(self, kernel: Any) -> Any:
+        """In place of `kernel`."""
+        names = kernel.arg_names
+        owner = self
+
+        class Noted:
+            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+                def launch(*arguments: Any, **hints: int) -> None:
+                    told = dict(zip(names, arguments, strict=True)) | hints
+                    owner.seen.append(SimpleNamespace(grid=grid, **told))
+
+                return launch
+
+        return Noted()
+
+    def one(self) -> SimpleNamespace:
+        """The only one since the last call."""
+        assert len(self.seen) == 1
+        return self.seen.pop()
+
+
+@pytest.fixture(params=[False, True], ids=["compiled", "interpreted"])
+def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Launches:
+    made = Launches()
+    monkeypatch.setattr(hadamard, "INTERPRETED", request.param)
+    monkeypatch.setattr(hadamard, "_transform", made.of(hadamard._transform))
+    monkeypatch.setattr(hadamard, "_base_product", made.of(hadamard._base_product))
+    return made
+
+
+def run(x: torch.Tensor, order: int, transpose: bool = False, **more: Any) -> torch.Tensor:
+    """The transform of some order, as operators call it."""
+    base = transforms.base(transforms.split(order)[0], CPU)
+    return hadamard.hadamard(x, order, base, transpose, **more)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [((5, 256), 128), ((2, 3, 2064), 16), ((1, 1), 1), ((1100, 4), 2), ((3, 8192), 4096)],
+)
+def test_one_launch_covers_the_matrix(
+    shape: tuple[int, ...], order: int, dtype: torch.dtype, launches: Launches
+) -> None:
+    y = run(torch.zeros(shape, dtype=dtype), order)
+    assert (y.shape, y.dtype) == (shape, dtype)
+    it, width = launches.one(), shape[-1]
+    rows = math.prod(shape[:-1])
+    assert (it.rows, it.width) == (rows, width)
+    assert hadamard.tile(rows, width, order) == (it.ROWS, it.WIDTH)
+    assert it.grid == (math.ceil(rows / it.ROWS), math.ceil(width / it.WIDTH))
+    assert it.num_warps == hadamard.warps(it.ROWS * it.WIDTH)
+    assert (order, False) == (2**it.LOG, it.MASKED)
+    assert it.before * it.after == order**-0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_kernel_reads_and_writes_the_dtypes_themselves_if_compiled(
+    dtype: torch.dtype, launches: Launches
+) -> None:
+    """Contiguous memory, whatever the layout of the tensor."""
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).to(dtype).t()
+    for asked in (None, *DTYPES):
+        y = run(x, 4, dtype=asked)
+        it, final = launches.one(), asked or dtype
+        assert y.dtype == final
+        assert it.x_ptr.is_contiguous()
+        assert torch.equal(it.x_ptr.to(dtype), x)
+        memory = (torch.float32,) * 2 if hadamard.INTERPRETED else (dtype, final)
+        assert (it.x_ptr.dtype, it.y_ptr.dtype) == memory
+
+
+@pytest.mark.parametrize(
+    ("order", "dtype", "rescued"),
+    [
+        (1, torch.float32, False), (2, torch.float32, True), (128, torch.float32, True),
+        (2, torch.bfloat16, False), (128, torch.float16, False), (24, torch.float32, False),
+        (24, torch.bfloat16, False),
+    ],
+)  # fmt: skip
+def test_sums_out_of_range_are_looked_for_where_they_may_be(
+    order: int, dtype: torch.dtype, rescued: bool, launches: Launches
+) -> None:
+    """Not of one entry; nor of shares of 16 bits, of which the kernel sums a mean; nor near 1."""
+    run(torch.zeros((3, 2 * order), dtype=dtype), order)
+    it = launches.seen[0]  # the base's follows
+    assert rescued == it.RESCUE
+    shares = order in (2, 128) and dtype != torch.float32
+    assert it.before == (1 / order if shares else 1.0)
+
+
+@pytest.mark.parametrize("order", [1, 4, 12])
+def test_a_mask_is_read_once(order: int, launches: Launches) -> None:
+    """With the entries; its bytes lie row after row, whatever their layout was."""
+    g = torch.Generator().manual_seed(order)
+    mask = torch.randint(256, (2, 5, 18), generator=g).to(torch.uint8)[..., ::2]  # 9 bytes a row
+    run(torch.zeros(2, 5, 72), order, mask=mask)
+    first, *rest = launches.seen
+    assert (first.MASKED, first.mask_width, 2**first.LOG) == (True, 9, 1 if order == 12 else order)
+    assert first.mask_ptr.is_contiguous()
+    assert torch.equal(first.mask_ptr, mask)
+    assert (first.RESCUE, [getattr(it, "MASKED", False) for it in rest]) == (
+        order == 4,
+        [False] * (2 if order == 12 else 0),
+    )
+    run(torch.zeros(2, 68), 1, mask=mask[0, :2])
+    assert launches.seen[-1].mask_width == 9  # half a byte of it is of no entry
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(
+    ("order", "m"), [(12, 12), (160, 20), (56, 28), (32768, 2), (64 * 16384, 64)]
+)
+def test_the_base_s_launch_covers_the_vectors(
+    order: int, m: int, transpose: bool, launches: Launches
+) -> None:
+    y = run(torch.zeros(3, 2 * order), order, transpose)
+    assert y.shape == (3, 2 * order)
+    tile, it = launches.seen
+    assert (it.M, it.columns, it.vectors) == (m, order // m, 6 * order // m)
+    assert order // m == 2**tile.LOG
+    assert tile.before * tile.after == 1  # the base's launch normalises, at the end
+    assert it.norm == order**-0.5
+    base = transforms.base(m, CPU)
+    assert base is not None
+    assert torch.equal(it.base_ptr, base.t() if transpose else base)
+    assert it.base_ptr.is_contiguous()
+    assert it.SCALED
+    assert it.power_ptr.numel() == 6
+    assert it.PADDED // 2 < m <= it.PADDED
+    assert it.WIDTH & (it.WIDTH - 1) == 0
+    assert (it.grid[0] - 1) * it.WIDTH < it.vectors <= it.grid[0] * it.WIDTH
+    # 32 registers a thread for the largest base; the interpreter has none.
+    registers = hadamard.BASE_LIMIT * it.WIDTH // (32 * it.num_warps)
+    assert registers == (2048 if hadamard.INTERPRETED else 32)
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (3, 0), (2, 0, 16), (0, 0)])
+def test_nothing_is_launched_for_nothing(shape: tuple[int, ...], launches: Launches) -> None:
+    for order in (16, 20):
+        y = run(torch.zeros(shape), order, dtype=torch.bfloat16)
+        assert (y.shape, y.dtype) == (shape, torch.bfloat16)
+    assert not launches.seen
+    assert run(torch.zeros(1, 1), 1).shape == (1, 1)
+    launches.one()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_powers_of_two_bring_a_row_near_one(dtype: torch.dtype) -> None:
+    """To [1, 2), but where a power or its inverse would not be normal."""
+    info = torch.finfo(dtype)
+    first, last = (math.frexp(v)[1] - 1 for v in (info.smallest_normal, info.max))
+    tops = [2.0**e for e in (first, first + 1, -3, 0, 5, last - 1, last)]
+    rows = [[t, -t * (2 - info.eps), 0.0] for t in tops]
+    least = info.smallest_normal * info.eps
+    x = torch.tensor([*rows, [least, 0.0, -3 * least], [0.0, 0.0, 0.0]], dtype=dtype)
+    near, back = hadamard.prescale(x)
+    assert (near.dtype, back.dtype, back.shape) == (torch.float32, torch.float32, (len(x), 1))
+    assert torch.equal(near * back, x.float())
+    assert (back.frexp()[0] == 0.5).all()
+    for before, after in zip(x.float().abs().amax(-1), near.abs().amax(-1), strict=True):
+        if before < 2.0**-126:
+            assert after < 1
+        else:
+            assert after.log2().floor() == (1 if before >= 2.0**127 else 0)

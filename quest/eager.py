@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import operands, packing, transforms
-from .estimators import STE, Trust
+from .estimators import STE
 from .sparsity import NM, Pairwise
 
 if TYPE_CHECKING:
@@ -27,13 +27,12 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 def _rotate(x: torch.Tensor, order: int, transpose: bool) -> torch.Tensor:
     """x H or x H^T for float32 x; a new tensor."""
     m, power = transforms.split(order)
-    y = x.reshape(-1, power)
-    half = 1
+    y, half = x, 1
     while half < power:
-        y = y.view(-1, power // (2 * half), 2, half)
+        y = y.reshape(-1, 2, half)
         out = torch.empty_like(y)
-        torch.add(y[:, :, 0], y[:, :, 1], out=out[:, :, 0])
-        torch.sub(y[:, :, 0], y[:, :, 1], out=out[:, :, 1])
+        torch.add(y[:, 0], y[:, 1], out=out[:, 0])
+        torch.sub(y[:, 0], y[:, 1], out=out[:, 1])
         y, half = out, 2 * half
     base = transforms.base(m, x.device)
     if base is not None:
@@ -57,15 +56,14 @@ def _powers(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def _transform(x: torch.Tensor, order: int, transpose: bool) -> torch.Tensor:
     """x H or x H^T for float32 x of any magnitude: each block's sums are taken near 1."""
-    blocks = x.reshape(-1, order)
+    # The result is laid out as its operator says, whatever x is.
+    blocks = x.contiguous().view(-1, order)
     down, up, _ = _powers(blocks)
     return (_rotate(blocks * down, order, transpose) * up).reshape(x.shape)
 
 
 def hadamard(x: torch.Tensor, order: int, transpose: bool) -> torch.Tensor:
     """x H, or x H^T, in float32; x (..., d) and the result have the same dtype."""
-    if x.numel() == 0:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
     return _transform(x.float(), order, transpose).to(x.dtype)
 
 
@@ -78,10 +76,7 @@ def masked_transpose(
     """
     dtype = dtype or grad.dtype
     bits = packing.unpack(mask, 1, grad.shape[-1]).bool()
-    zero = torch.zeros((), dtype=torch.float32, device=grad.device)
-    if grad.numel() == 0:
-        return torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
-    return _transform(torch.where(bits, grad.float(), zero), order, True).to(dtype)
+    return _transform(torch.where(bits, grad.float(), 0.0), order, True).to(dtype)
 
 
 def _normalise(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -99,7 +94,7 @@ def _normalise(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor,
 @functools.lru_cache(maxsize=64)
 def table(grid: Grid, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(points, midpoints) of a grid, float32 on `device`; midpoints padded to 2^k - 1 with inf."""
-    slots = 2 ** (grid.levels - 1).bit_length() - 1
+    slots = 2 ** len(grid.midpoints).bit_length() - 1
     mids = [*grid.midpoints, *[float("inf")] * (slots - len(grid.midpoints))]
     return (
         torch.tensor(grid.points, dtype=torch.float32, device=device),
@@ -119,8 +114,7 @@ def _encode(y: torch.Tensor, sigma: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Nearest codes, a midpoint going up, as int32; sigma (..., 1) is positive."""
     if grid.step is None:
         mids = table(grid, y.device)[1]
-        t = (y * sigma.reciprocal()).contiguous()
-        return torch.bucketize(t, mids, out_int32=True, right=True)
+        return torch.bucketize(y * sigma.reciprocal(), mids, out_int32=True, right=True)
     t = y * (sigma * grid.step).reciprocal()
     half = grid.levels // 2
     if grid.levels % 2 == 0:
@@ -133,7 +127,7 @@ def select(y: torch.Tensor, sparsity: NM | Pairwise) -> torch.Tensor:
     unit = 2 if isinstance(sparsity, Pairwise) else 1
     shape = (*y.shape[:-1], y.shape[-1] // sparsity.m, sparsity.m // unit, unit)
     groups = y.reshape(shape)
-    norm = groups.square().sum(-1) if unit == 2 else groups[..., 0].abs()
+    norm = (groups.square() if unit == 2 else groups.abs()).sum(-1)
     rank = norm.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     keep = rank < sparsity.n // unit
     return keep.unsqueeze(-1).expand_as(groups).flatten(-3)
@@ -151,10 +145,10 @@ def _mask(
         return torch.ones(y.shape, dtype=torch.bool, device=y.device)
     inside, pruned, edge = q.thresholds()
     if not edge:
-        distance = (point - y * sigma.reciprocal()).abs()  # NaN in rows of zeros
-        return ((distance <= inside) | (sigma == 0)) & (sigma == sigma)
+        distance = (point - y * sigma.reciprocal()).abs()  # NaN in rows without a scale, too
+        return (distance <= inside) | (sigma == 0)
     bound = inside * sigma
-    if keep is not None and isinstance(q.estimator, Trust):
+    if keep is not None:
         bound = torch.where(keep, bound, pruned * sigma)
     return y.abs() <= bound
 
@@ -204,9 +198,9 @@ def encode(
     form = operands.form_of(q, kind)
     if x.numel() == 0:
         return encoded_like(x, kind)
-    code, point, sigma, mask, _ = _round(x, q)
+    _, point, sigma, mask, _ = _round(x, q)
     integers = (point / form.unit).round().int()
-    stored = {"integers": integers, "codes": code}.get(kind, integers > 0)
+    stored = (integers + form.top) // form.stride
     operand = packing.pack(stored, 1) if kind == "bits" else stored.to(torch.int8)
     sums = integers.sum(-1, keepdim=True, dtype=torch.int32)
     return operand, sigma, packing.pack(mask, 1), sums
@@ -295,7 +289,7 @@ def normed(
     # Sums follow the memory order: the same values in another layout must give the same bits.
     single = h.float().contiguous()
     inverse = (single.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return h, (single * inverse * weight.float()).to(h.dtype).contiguous()
+    return h, (single * inverse * weight.float()).to(h.dtype)
 
 
 def decode(

@@ -80,6 +80,7 @@ OWN = {
     "quest/compression.py": ("compress", "sparse_product"),
     "quest/direct.py": ("direct", "frozen"),
     "quest/eager.py": (
+        "eager_edges",
         "hadamard",
         "backward",
         "product",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import quest
+from property_tests.calls import counted, shapes
 from quest import frozen, joint, lowbit, lowbit_linear, ops, paths
 from quest.models import Llama, LlamaConfig
 from quest.quantizer import Quantizer
@@ -34,21 +34,6 @@ def _x() -> Tensor:
     return torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
 
 
-def _counted(monkeypatch: pytest.MonkeyPatch, home: Any, name: str) -> list[Tensor]:
-    seen: list[Tensor] = []
-    real: Callable[..., Any] = getattr(getattr(home, "_CPU", home), name)
-
-    def counting(first: Any, second: Any, *rest: Any) -> Any:
-        seen.append(second if isinstance(first, Quantizer) else first)
-        return real(first, second, *rest)
-
-    if home is lowbit_linear:
-        monkeypatch.setattr(home, "_CPU", home._CPU._replace(**{name: counting}))
-    else:
-        monkeypatch.setattr(home, name, counting)
-    return seen
-
-
 def _home(path: str, part: str, values: tuple[Any, str]) -> tuple[Any, str]:
     """Where what a path calls is found: of the integers', a part of its operator."""
     return (lowbit_linear, part) if path == "integers" else values
@@ -57,11 +42,11 @@ def _home(path: str, part: str, values: tuple[Any, str]) -> tuple[Any, str]:
 @pytest.mark.parametrize("path", paths.PATHS)
 def test_the_input_is_quantized_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layers, x = _layers(), _x()
-    seen = _counted(monkeypatch, *_home(path, "encode_saved", (Quantizer, "__call__")))
+    seen = counted(monkeypatch, *_home(path, "encode_saved", (Quantizer, "__call__")))
     with paths.only(path):
         made = quest.together(x, layers)
     assert [tuple(y.shape) for y in made] == [(5, n) for n in OUTS]
-    assert [tuple(t.shape) for t in seen].count((5, 32)) == 1
+    assert shapes(seen).count((5, 32)) == 1
     assert len(seen) == 4
     with paths.only(path):
         for y, layer in zip(made, layers, strict=True):
@@ -72,10 +57,10 @@ def test_the_input_is_quantized_once(path: str, monkeypatch: pytest.MonkeyPatch)
 def test_the_gradient_is_turned_back_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layers, x = _layers(), _x().requires_grad_()
     home = _home(path, "masked_transpose", (ops, "masked_transpose"))
-    seen = _counted(monkeypatch, *home)
+    seen = counted(monkeypatch, *home)
     with paths.only(path):
         sum(y.square().sum() for y in quest.together(x, layers)).backward()
-    assert [tuple(t.shape) for t in seen].count((5, 32)) == 1
+    assert shapes(seen).count((5, 32)) == 1
     assert len(seen) == 4
     assert all(layer.weight.grad is not None for layer in layers)
 
@@ -313,7 +298,7 @@ def test_frozen_beside_one_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     layers, x = _layers(), _x()
     for layer in layers[:2]:
         layer.freeze()
-    seen = _counted(monkeypatch, Quantizer, "__call__")
+    seen = counted(monkeypatch)
     with torch.no_grad():
         quest.together(x, layers)
     weights = [tuple(t.shape) for t in seen if len(t) != len(x)]
@@ -397,12 +382,12 @@ def test_operands_are_stacked_too() -> None:
 def test_a_model_calls_them_together(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Llama(LlamaConfig(vocab_size=64, layers=1, width=64, heads=2))
     quest.quantize_(model, "w4a4")
-    seen = _counted(monkeypatch, Quantizer, "__call__")
+    seen = counted(monkeypatch)
     model(torch.zeros(2, 3, dtype=torch.long)).sum().backward()
-    shapes = [tuple(t.shape) for t in seen]
+    made = shapes(seen)
     # q, k and v; o; gate and up; down.
-    assert len([s for s in shapes if len(s) == 3]) == 4
-    assert len(shapes) == 4 + 7
+    assert len([s for s in made if len(s) == 3]) == 4
+    assert len(made) == 4 + 7
 
 
 def test_compiled() -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import quest
+from property_tests.calls import counted, shapes
 from quest import direct, paths
-from quest.quantizer import Quantizer
 
 pytestmark = pytest.mark.whole
 
@@ -24,22 +24,8 @@ def _layer(recipe: str = "w4a4", bias: bool = False) -> quest.Linear:
     return quest.Linear(16, 4, bias, recipe).eval()
 
 
-def _weights(seen: list[tuple[int, ...]]) -> int:
-    return seen.count((4, 16))
-
-
-@pytest.fixture
-def quantized(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of what quantizers were given."""
-    seen: list[tuple[int, ...]] = []
-    real = Quantizer.__call__
-
-    def counting(self: Quantizer, x: Tensor) -> Tensor:
-        seen.append(tuple(x.shape))
-        return real(self, x)
-
-    monkeypatch.setattr(Quantizer, "__call__", counting)
-    return seen
+def _weights(seen: list[Tensor]) -> int:
+    return shapes(seen).count((4, 16))
 
 
 def test_a_block_or_a_group_must_divide_the_width() -> None:
@@ -77,7 +63,8 @@ def test_registries_are_not_shared_with_the_layer_it_was_made_of() -> None:
     assert seen == ["before", "before", "own"]
 
 
-def test_what_is_frozen_is_used_without_gradients_alone(quantized: list[tuple[int, ...]]) -> None:
+def test_what_is_frozen_is_used_without_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized = counted(monkeypatch)
     layer = _layer().freeze()
     with torch.no_grad():
         layer(X)
@@ -87,7 +74,8 @@ def test_what_is_frozen_is_used_without_gradients_alone(quantized: list[tuple[in
     assert layer.weight.grad is not None
 
 
-def test_a_layer_that_moves_is_frozen_again(quantized: list[tuple[int, ...]]) -> None:
+def test_a_layer_that_moves_is_frozen_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized = counted(monkeypatch)
     layer = _layer().freeze()
     layer.bfloat16()
     layer.load_state_dict(copy.deepcopy(layer.state_dict()))
@@ -98,7 +86,8 @@ def test_a_layer_that_moves_is_frozen_again(quantized: list[tuple[int, ...]]) ->
     assert torch.equal(y, layer(X.bfloat16()))
 
 
-def test_another_weight_is_frozen_once(quantized: list[tuple[int, ...]]) -> None:
+def test_another_weight_is_frozen_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized = counted(monkeypatch)
     layer = _layer().freeze()
     before = layer.current()
     assert before is not None

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
 import quest
+from property_tests.calls import counted, shapes
 from quest import joint, paths
-from quest.quantizer import Quantizer
 
 pytestmark = pytest.mark.whole
 
@@ -33,20 +33,6 @@ def _same(made: tuple[Tensor, ...], expected: list[Tensor]) -> None:
         torch.testing.assert_close(y, z)  # products of stacked weights may sum in another order
 
 
-@pytest.fixture
-def quantized(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of what quantizers were given."""
-    seen: list[tuple[int, ...]] = []
-    real = Quantizer.__call__
-
-    def counting(self: Quantizer, x: Tensor) -> Tensor:
-        seen.append(tuple(x.shape))
-        return real(self, x)
-
-    monkeypatch.setattr(Quantizer, "__call__", counting)
-    return seen
-
-
 @pytest.mark.parametrize("path", paths.PATHS)
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("outs", [(4,), (4, 5)])
@@ -64,15 +50,16 @@ def test_one_or_two_layers_that_are_not_frozen(
 @pytest.mark.parametrize("outs", [(4,), (4, 5), (4, 5, 6)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_frozen_layers_quantize_the_input_once(
-    bias: bool, outs: tuple[int, ...], quantized: list[tuple[int, ...]]
+    bias: bool, outs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    quantized = counted(monkeypatch)
     layers = [layer.freeze() for layer in _layers(*outs, bias=bias)]
     with torch.no_grad():
         expected = _alone(layers)
         assert joint.stack(layers) == (len(outs) > 1)
         quantized.clear()
         _same(quest.together(X, layers), expected)
-    assert quantized == [(3, 16)]
+    assert shapes(quantized) == [(3, 16)]
 
 
 def test_a_stack_beside_a_layer_that_is_not_frozen() -> None:
@@ -91,7 +78,8 @@ def test_a_stack_takes_no_part_of_another() -> None:
     assert [layer.current() for layer in layers] == held
 
 
-def test_weights_of_two_dtypes_stay_apart(quantized: list[tuple[int, ...]]) -> None:
+def test_weights_of_two_dtypes_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized = counted(monkeypatch)
     layers = [*_layers(4), *_layers(5, dtype=torch.bfloat16)]
     with torch.autocast("cpu", torch.bfloat16):
         with paths.only("integers"):
@@ -99,7 +87,7 @@ def test_weights_of_two_dtypes_stay_apart(quantized: list[tuple[int, ...]]) -> N
                 assert torch.equal(y, z)
         quantized.clear()
         quest.together(X, layers)
-    assert quantized.count((3, 16)) == 2
+    assert shapes(quantized).count((3, 16)) == 2
     for layer in layers:
         layer.freeze()
     assert not joint.stack(layers)

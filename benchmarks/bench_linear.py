@@ -21,9 +21,11 @@ from .timed import Timed
 GATE_FEATURES = 48  # rectangular, and a multiple of 16 like every size that is timed
 
 
-def _layers(inside: int, outside: int, made: Recipe) -> tuple[quest.Linear, nn.Linear]:
+def _layers(
+    inside: int, outside: int, made: Recipe, bias: bool = False
+) -> tuple[quest.Linear, nn.Linear]:
     torch.manual_seed(0)
-    dense = nn.Linear(inside, outside, bias=False, device=cases.DEVICE, dtype=cases.DTYPE)
+    dense = nn.Linear(inside, outside, bias, cases.DEVICE, cases.DTYPE)
     return quest.Linear.from_linear(dense, made), dense
 
 
@@ -60,16 +62,20 @@ def judge_of_layer(
 
 
 def judge_of_frozen(
-    tokens: int, inside: int, outside: int, made: Recipe, together: int = 1
+    tokens: int, inside: int, outside: int, made: Recipe, together: int = 1, bias: bool = False
 ) -> gate.Judge:
-    """The same, of layers whose weights are frozen, and stacked to so many outputs in all."""
+    """The same, of layers whose weights are frozen, and stacked to so many outputs in all.
+
+    bias: whether they have one, of the dtype that is timed.
+    """
     rows = min(tokens, 4 * gate.ROWS)
     parts = (GATE_FEATURES,) * together if together > 1 else ()
 
     def judge(lane: Lane, name: str) -> list[Verdict]:
         w = gate.normal(GATE_FEATURES * together, inside, "gaussian", seed=1)
+        b = gate.normal(1, len(w), "gaussian", seed=2)[0] if bias else None
         with gate.tiles_of(made, tokens, outside):
-            return examine.frozen(lane, gate.normal(rows, inside, name), w, None, made, parts)
+            return examine.frozen(lane, gate.normal(rows, inside, name), w, b, made, parts)
 
     return judge
 
@@ -105,17 +111,18 @@ def _time_frozen(
     recipe: str,
     run: Callable[[nn.Linear, Tensor], Tensor],
     calls: int = 1,
+    bias: bool = False,
 ) -> None:
     """shape: (tokens, in_features, out_features). run: so many calls of a layer."""
     made, (tokens, inside, outside) = quest.recipe(recipe), shape
-    ours, dense = _layers(inside, outside, made)
+    ours, dense = _layers(inside, outside, made, bias)
     held = frozen.freeze(ours.freeze().weight, made)
     timed(
         spec=made.spec,
         shape=shape,
         draw=((tokens, inside),),
-        key=("frozen", made.spec, *shape),
-        judge=judge_of_frozen(*shape, made),
+        key=("frozen", made.spec, *shape, bias),
+        judge=judge_of_frozen(*shape, made, bias=bias),
         run=lambda x: run(ours, x),
         baseline=lambda x: run(dense, x),
         constant=held.read(),
@@ -130,8 +137,10 @@ def test_frozen(timed: Timed, tokens: int, inside: int, outside: int, recipe: st
     _time_frozen(timed, (tokens, inside, outside), recipe, _forward)
 
 
-@pytest.mark.parametrize(("tokens", "inside", "outside", "recipe"), cases.eager())
-def test_frozen_eager(timed: Timed, tokens: int, inside: int, outside: int, recipe: str) -> None:
+@pytest.mark.parametrize(("tokens", "inside", "outside", "recipe", "bias"), cases.eager())
+def test_frozen_eager(
+    timed: Timed, tokens: int, inside: int, outside: int, recipe: str, bias: bool
+) -> None:
     """The same, call after call from Python, and the host waits before the first.
 
     The time is the host's where it can't queue calls as fast as the device makes them.
@@ -144,7 +153,7 @@ def test_frozen_eager(timed: Timed, tokens: int, inside: int, outside: int, reci
             y = _forward(layer, x)
         return y
 
-    _time_frozen(timed, (tokens, inside, outside), recipe, calls, cases.EAGER_CALLS)
+    _time_frozen(timed, (tokens, inside, outside), recipe, calls, cases.EAGER_CALLS, bias)
 
 
 @pytest.mark.parametrize(("tokens", "inside", "outside", "recipe"), cases.layers())

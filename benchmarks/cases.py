@@ -117,11 +117,19 @@ EAGER_CALLS = 64  # in a row
 
 
 def eager() -> list[Any]:
-    """(tokens, in_features, out_features, recipe) of a frozen layer with the host's time."""
-    sizes = [(tokens, FROZEN[0]) for tokens in ((1, 16, 64, 256, 1024) if CUDA else (1,))]
-    sizes += [(64, shape) for shape in FROZEN[1:]]
-    made = [(n, inside, outside, r) for n, (outside, inside) in sizes for r in ("w1a1", "w4a4")]
-    return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made]
+    """(tokens, in_features, out_features, recipe, bias) of a frozen layer with the host's time."""
+    sizes = [(tokens, FROZEN[0], False) for tokens in ((1, 16, 64, 256, 1024) if CUDA else (1,))]
+    sizes += [(64, shape, False) for shape in FROZEN[1:]]
+    # With a bias: one kernel, two with packed codes, two with the operand.
+    sizes += [(tokens, FROZEN[0], True) for tokens in ((1, 16, 64, 1024) if CUDA else (1,))]
+    made = [
+        (tokens, inside, outside, recipe, bias)
+        for tokens, (outside, inside), bias in sizes
+        for recipe in ("w1a1", "w4a4")
+    ]
+    return [
+        pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}{'-bias' * case[4]}") for case in made
+    ]
 
 
 def peers() -> list[Any]:

@@ -53,14 +53,11 @@ constexpr u32 MASK = BITS == 4 ? 0x0F0F0F0F : 0x03030303;
 constexpr float BIG = 18446744073709551616.0f;        // 2^64; see product.cu
 
 #include "few_ptx.cuh"
+#include "bias.cuh"
 
 __device__ __forceinline__ void store(void *out, i64 at, float value) {
   if (OUT == FLOAT32) ((float *)out)[at] = value;
   else ((unsigned short *)out)[at] = narrow(value);
-}
-
-__device__ __forceinline__ float bias_at(const void *bias, int at, int type) {
-  return type == FLOAT32 ? ((const float *)bias)[at] : widen(((const unsigned short *)bias)[at], type == BFLOAT16);
 }
 
 // Codes of a chunk of W as the words of two fragments: of each word 0 and 1 of the first, then of the

@@ -95,10 +95,3 @@ __device__ __forceinline__ unsigned short narrow(float value) {
   else asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
   return half;
 }
-
-__device__ __forceinline__ float widen(unsigned short half, bool brain) {
-  if (brain) return __uint_as_float((u32)half << 16);
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(half));
-  return f;
-}

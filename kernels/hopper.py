@@ -34,6 +34,11 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     return layout.aligned(x)
 
 
+def bias_type(bias: torch.Tensor | None) -> int:
+    """What kernels call the dtype of a bias; 0 without one."""
+    return 0 if bias is None else OUT[bias.dtype]
+
+
 @functools.lru_cache(maxsize=512)
 def tensor_map(pointer: int, rows: int, width: int, box: int, bytes_: int) -> bytes:
     """The tensor map of a (rows, width) byte matrix: boxes of `box` rows and 64 or 128 bytes.

@@ -11,6 +11,7 @@
 // for the fewest bytes: int8, whose time is the tensor cores'. In TEAMs of one, a consumer computes a
 // tile of 64 rows while the other writes its own out: BINARY, where writing takes as long.
 #include "product.cuh"
+#include "bias.cuh"
 
 // TILE_N, TILE_K (bytes), TEAM, STAGES, CLUSTER and CONSUMERS come from product.py.
 constexpr int WARPS = 4 * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
@@ -51,7 +52,8 @@ struct Columns {
 // before the main loop and used after it.
 struct Fetched {
   static constexpr int PER = (TILE_N + MEMBERS - 1) / MEMBERS;
-  float scale[PER], bias[PER], row_scale[2];
+  float scale[PER], row_scale[2];
+  u32 bias[PER];  // as it lies in memory
   int sum[PER], row_sum[2];
 
   __device__ __forceinline__ void ask(const Arguments &g, int row, int column0) {
@@ -60,7 +62,7 @@ struct Fetched {
       const int at = i * MEMBERS + threadIdx.x % MEMBERS, j = column0 + at;
       const bool inside = at < TILE_N && j < g.columns;
       scale[i] = inside ? g.column_scale[j] : 0.0f;
-      bias[i] = inside && g.bias ? g.bias[j] : 0.0f;
+      bias[i] = inside && g.bias ? bias_bits(g.bias, j, g.bias_type) : 0;
       sum[i] = EPILOGUE == CORRECTED && inside && g.column_sum ? g.column_sum[j] : 0;
     }
 #pragma unroll
@@ -71,12 +73,12 @@ struct Fetched {
     }
   }
 
-  __device__ __forceinline__ void put(Columns &to) const {
+  __device__ __forceinline__ void put(Columns &to, int bias_type) const {
 #pragma unroll
     for (int i = 0; i < PER; i++) {
       const int at = i * MEMBERS + threadIdx.x % MEMBERS;
       if (at >= TILE_N) continue;
-      to.scale[at] = scale[i], to.bias[at] = bias[i];
+      to.scale[at] = scale[i], to.bias[at] = bias_of(bias[i], bias_type);
       if (EPILOGUE == CORRECTED) to.sum[at] = sum[i];
     }
   }
@@ -161,10 +163,10 @@ __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, 
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
-            void *out, const float *row_scale, const float *column_scale, const float *bias,
+            void *out, const float *row_scale, const float *column_scale, const void *bias,
             const int *row_sum, const int *column_sum, int rows, int columns, int bytes, int length,
-            float factor, int held, int settled) {
-  const Arguments g = {out, row_scale, column_scale, bias, row_sum, column_sum, rows, columns, bytes, length, factor};
+            float factor, int held, int settled, int bias_type) {
+  const Arguments g = {out, row_scale, column_scale, bias, row_sum, column_sum, rows, columns, bytes, length, bias_type, factor};
   extern __shared__ __align__(1024) char raw[];  // the swizzle counts from 1024-byte boundaries
   const u32 base = (u32)__cvta_generic_to_shared(raw);
   const int group = threadIdx.x / 128;
@@ -266,7 +268,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       bool large = false;
       if (EPILOGUE != RAW) {
         meet(team);  // all have read the columns of the tile before
-        fetched.put(columns);
+        fetched.put(columns, g.bias_type);
         large = fetched.own(g, own);
         meet(team);  // the columns stand
       }

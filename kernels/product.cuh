@@ -40,9 +40,10 @@ __device__ __forceinline__ void multiply(int (&d)[128], u64 a, u64 b, int add) {
 
 struct Arguments {
   void *out;
-  const float *row_scale, *column_scale, *bias;  // bias may be null
+  const float *row_scale, *column_scale;
+  const void *bias;  // of dtype `bias_type`, as OUT counts them; or null
   const int *row_sum, *column_sum;
-  int rows, columns, bytes, length;
+  int rows, columns, bytes, length, bias_type;
   float factor;
 };
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import cuda, outputs
-from .hopper import ARCHITECTURE, OUT, aligned, tensor_map
+from .hopper import ARCHITECTURE, OUT, aligned, bias_type, tensor_map
 
 if TYPE_CHECKING:
     from cuda.core import ObjectCode
@@ -116,7 +116,7 @@ def _kernel(
     """The variant, loaded on the current device."""
     return cuda.load(
         compile_(binary, epilogue, out, tiles), "product", device,
-        threads=THREADS, shared=tiles.shared, layout="128s128s6P4if2i",
+        threads=THREADS, shared=tiles.shared, layout="128s128s6P4if3i",
     )  # fmt: skip
 
 
@@ -141,9 +141,10 @@ def product(
     column_scale + bias. PLAIN: p is the accumulator. CORRECTED, for bits: the sum over `length` of
     products of signs, 4 acc - row_sum - column_sum - length with the sums of the rows' signs.
     CORRECTED, for int8: the sum of (a + 1/2)(b + 1/2), acc + (row_sum + column_sum - length) / 4
-    with the sums of 2 a + 1. row_scale (M,), column_scale, bias (N,) float32; row_sum (M,),
-    column_sum (N,) int32. acc, or with bits 4 acc, must fit int32, which K below 2**17 does. A sum
-    of products of signs must be below 2**22 in size, which K below 2**17 makes it.
+    with the sums of 2 a + 1. row_scale (M,), column_scale (N,) float32; row_sum (M,),
+    column_sum (N,) int32; bias (N,) float32, bfloat16 or float16. acc, or with bits 4 acc, must fit
+    int32, which K below 2**17 does. A sum of products of signs must be below 2**22 in size, which K
+    below 2**17 makes it.
     settled: between what wrote b and this launch, another launch that did not overlap has been
     queued on this stream. b may then be asked for before the kernel before this one has ended.
     """
@@ -158,6 +159,7 @@ def product(
         a.dtype == torch.uint8, epilogue, length, factor, at(row_scale), at(column_scale),
         at(bias), at(row_sum), at(column_sum),
         settled and b is given,  # a copy has just been written
+        bias_type(bias),
     )  # fmt: skip
     return y
 
@@ -165,9 +167,12 @@ def product(
 def launch(
     y: int, a: int, b: int, rows: int, columns: int, width: int, device: int, out: torch.dtype,
     binary: bool, epilogue: int, length: int, factor: float, row_scale: int, column_scale: int,
-    bias: int, row_sum: int, column_sum: int, settled: bool,
+    bias: int, row_sum: int, column_sum: int, settled: bool, bias_type: int,
 ) -> None:  # fmt: skip
-    """`product` on addresses, 0 for None; rows of a and b of `width` bytes, a multiple of 16."""
+    """`product` on addresses, 0 for None, and a `hopper.bias_type`.
+
+    Rows of a and b are of `width` bytes, a multiple of 16.
+    """
     processors = cuda.processors(device)
     tiles = _forced or shape(binary, rows, columns, processors)
     held = min(tiles.rows, rows)  # of a tile: what lies outside of A is not asked for
@@ -176,5 +181,5 @@ def launch(
         tensor_map(a, rows, width, held, TILE_K),
         tensor_map(b, columns, width, tiles.columns // CLUSTER, TILE_K),
         y, row_scale, column_scale, bias, row_sum, column_sum, rows, columns, width, length,
-        factor, held, settled, overlap=True,
+        factor, held, settled, bias_type, overlap=True,
     )  # fmt: skip

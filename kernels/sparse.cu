@@ -19,6 +19,7 @@
 //   CORRECTED  p = acc + feature_sum[j] / 4, for x of codes
 //   and y = float(p) * (factor * token_scale[i]) * feature_scale[j] + bias[j]
 #include "hopper.cuh"
+#include "bias.cuh"
 
 // TILE_N, STAGES, CLUSTER and CONSUMERS come from sparse.py.
 constexpr int TILE_K = 128;  // entries: as many bytes of x, half of them of w
@@ -61,9 +62,10 @@ __device__ __forceinline__ void multiply(int (&d)[128], u64 a, u64 b, u32 metada
 struct Arguments {
   const int *metadata;
   void *out;
-  const float *feature_scale, *token_scale, *bias;  // bias may be null
+  const float *feature_scale, *token_scale;
+  const void *bias;  // of dtype `bias_type`, as OUT counts them; or null
   const int *feature_sum;
-  int features, tokens, blocks;  // blocks: of 256 entries
+  int features, tokens, blocks, bias_type;  // blocks: of 256 entries
   float factor;
 };
 
@@ -188,8 +190,9 @@ __device__ __forceinline__ void step(int (&d)[TILE_N / 2], Ring &ring, int first
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     sparse(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
            const int *metadata, void *out, const float *feature_scale, const float *token_scale,
-           const float *bias, const int *feature_sum, int features, int tokens, int blocks, float factor) {
-  const Arguments g = {metadata, out, feature_scale, token_scale, bias, feature_sum, features, tokens, blocks, factor};
+           const void *bias, const int *feature_sum, int features, int tokens, int blocks, float factor,
+           int bias_type) {
+  const Arguments g = {metadata, out, feature_scale, token_scale, bias, feature_sum, features, tokens, blocks, bias_type, factor};
   extern __shared__ __align__(1024) char raw[];  // the swizzle counts from 1024-byte boundaries
   const u32 base = (u32)__cvta_generic_to_shared(raw);
   const int group = threadIdx.x / 128;
@@ -260,7 +263,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
           const int feature = feature0 + 16 * warp + lane / 4 + 8 * h;
           if (feature >= g.features) continue;
           own[h].scale = g.feature_scale[feature];
-          if (g.bias) own[h].bias = g.bias[feature];
+          if (g.bias) own[h].bias = bias_at(g.bias, feature, g.bias_type);
           if (EPILOGUE == CORRECTED) own[h].sum = g.feature_sum[feature];
         }
       }

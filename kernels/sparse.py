@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import cuda, outputs
-from .hopper import ARCHITECTURE, OUT, aligned, tensor_map
+from .hopper import ARCHITECTURE, OUT, aligned, bias_type, tensor_map
 
 if TYPE_CHECKING:
     from cuda.core import ObjectCode
@@ -101,7 +101,7 @@ def _kernel(epilogue: int, out: torch.dtype, tiles: Shape, device: int) -> cuda.
     """The variant, loaded on the current device."""
     return cuda.load(
         compile_(epilogue, out, tiles), "sparse", device,
-        threads=tiles.threads, shared=tiles.shared, layout="128s128s6P3if",
+        threads=tiles.threads, shared=tiles.shared, layout="128s128s6P3ifi",
     )  # fmt: skip
 
 
@@ -123,7 +123,8 @@ def product(
     epilogue, of hopper.py: RAW writes the int32 accumulators; else y = p factor token_scale
     feature_scale + bias with p the accumulator (PLAIN), or p = acc + feature_sum / 4 (CORRECTED):
     for x of codes, each 1/2 less than what it stands for, feature_sum is twice the sum of w's row.
-    feature_scale, bias (N,), token_scale (M,) float32; feature_sum (N,) int32.
+    feature_scale (N,), token_scale (M,) float32; feature_sum (N,) int32; bias (N,) float32,
+    bfloat16 or float16.
     """
     tokens, features = x.shape[0], values.shape[0]
     y = outputs.empty((tokens, features), out, x.device)
@@ -141,6 +142,7 @@ def product(
         tensor_map(values.data_ptr(), features, values.shape[1], tiles.rows, TILE_K // 2),
         tensor_map(x.data_ptr(), tokens, x.shape[1], tiles.columns // tiles.cluster, TILE_K),
         metadata.data_ptr(), y.data_ptr(), at(feature_scale), at(token_scale), at(bias),
-        at(feature_sum), features, tokens, metadata.shape[1] // 8, factor, overlap=True,
+        at(feature_sum), features, tokens, metadata.shape[1] // 8, factor, bias_type(bias),
+        overlap=True,
     )  # fmt: skip
     return y

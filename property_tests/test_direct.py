@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import quest
-from quest import direct, frozen, ops, paths
+from quest import direct, frozen, joint, ops, paths
 from quest.kernels import cuda, hopper, outputs, product, recorded
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -61,12 +61,15 @@ def test_layers_that_nothing_watches(recipe: str, rows: int, bias: torch.dtype |
 
 
 @on_cuda
+@pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 20, 70, 700])
 @pytest.mark.parametrize("recipe", ["w4a4", "w1a1", "w8a8"])
-def test_calls_are_made_again(recipe: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_are_made_again(
+    recipe: str, rows: int, bias: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By what was recorded of the first: other inputs, elsewhere, in turns with other layers."""
     _needs_product()
-    layers = [_layer(recipe), _layer(recipe)]
+    layers = [_layer(recipe, bias=bias), _layer(recipe, bias=bias)]
     g = torch.Generator("cuda").manual_seed(1)
     xs = [torch.randn(rows, 3840, device="cuda", generator=g).bfloat16() for _ in range(4)]
     expected = [[_watched(layer, x) for x in xs] for layer in layers]
@@ -86,6 +89,53 @@ def test_calls_are_made_again(recipe: str, rows: int, monkeypatch: pytest.Monkey
                     assert torch.equal(y, right[i])
         with torch.inference_mode():
             assert torch.equal(layers[0](xs[2]), expected[0][2])
+        if bias is not None:  # which is read as it is now, however it was written
+            layers[0].bias.data.neg_()
+            made = layers[0](xs[1])
+            assert not torch.equal(made, expected[0][1])
+            assert torch.equal(made, _watched(layers[0], xs[1]))
+
+
+@on_cuda
+def test_another_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One elsewhere is another kind of call; one that kernels can't read is converted, or told."""
+    _needs_product()
+    layer = _layer("w4a4", bias=torch.float32)
+    x = torch.randn(70, 3840, device="cuda").bfloat16()
+    with torch.no_grad():
+        layer(x)
+        layer(x)
+        apart = torch.randn(200, 2, device="cuda")[:, 0]
+        for bias in (torch.randn(200, device="cuda"), apart, None):
+            layer.bias = None if bias is None else torch.nn.Parameter(bias)
+            expected = _watched(layer, x)
+            for _ in range(3):
+                assert torch.equal(layer(x), expected)
+        layer.bias = torch.nn.Parameter(torch.zeros(199, device="cuda"))
+        with pytest.raises(ValueError, match=r"bias must be .*\(200,\)"):
+            layer(x)
+
+
+@on_cuda
+@pytest.mark.parametrize("rows", [1, 5, 70, 700])
+def test_stacked_layers_with_biases(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v of a model whose attention has biases: one recorded call."""
+    _needs_product()
+    layers = [_layer("w4a4", bias=torch.bfloat16) for _ in range(3)]
+    assert joint.stack(layers)
+    x = torch.randn(rows, 3840, device="cuda").bfloat16()
+    with torch.no_grad():
+        expected = [_watched(layer, x) for layer in layers]
+        for _ in range(2):
+            quest.together(x, layers)
+        monkeypatch.setattr(direct, "recorded", None)
+        for made, right in zip(quest.together(x, layers), expected, strict=True):
+            assert torch.equal(made, right)
+        monkeypatch.undo()
+        layers[1].bias.neg_()
+        expected[1] = _watched(layers[1], x)
+        for made, right in zip(quest.together(x, layers), expected, strict=True):
+            assert torch.equal(made, right)
 
 
 @on_cuda
@@ -115,8 +165,12 @@ def test_what_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
             passes("poison")
         with product.only(product.NARROW):
             passes("other tiles")
+        with torch.autocast("cuda", torch.float16):
+            assert passes("autocast to another dtype").dtype == torch.float16
         with torch.autocast("cuda", torch.bfloat16):
             passes("autocast")
+            passes("autocast, second")
+            assert torch.equal(passes("autocast again", 0), first)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -247,18 +301,18 @@ def test_the_rule_of_recorded_calls_without_a_gpu(monkeypatch: pytest.MonkeyPatc
         kernels[1].launch(1, between, y.data_ptr(), overlap=True)
         return y
 
-    def call(x: Tensor) -> tuple[Tensor, bool]:
+    def call(x: Tensor, bias: Tensor | None) -> tuple[Tensor, bool]:
         driver.seen.clear()
-        y = direct.again(x, held)
+        y = direct.again(x, held, bias)
         if y is not None:
             return y, True
-        made = direct.recorded(x, held, lambda: run(x))
+        made = direct.recorded(x, held, bias, lambda: run(x))
         assert made is not None
         return made, False
 
-    def check(x: Tensor, recorded: bool) -> int:
+    def check(x: Tensor, recorded: bool, bias: Tensor | None = None) -> int:
         """The address between both kernels."""
-        y, again = call(x)
+        y, again = call(x, bias)
         assert again == recorded
         (first, between), (same, last) = driver.seen
         assert (first, same, last) == (x.data_ptr(), between, y.data_ptr())
@@ -289,6 +343,84 @@ def test_the_rule_of_recorded_calls_without_a_gpu(monkeypatch: pytest.MonkeyPatc
             patch.setattr(where, name, lambda *_: True)
             check(x, False)
     check(x, True)
+    twice, bias = torch.zeros(2, 4), torch.zeros(3)
+    for told in (bias, bias.double(), torch.zeros(2)[:1], twice[0]):  # each is another kind
+        check(x, False, told)
+        check(x, False, told)
+        check(x, True, told)
+    check(x, True, torch.nn.Parameter(bias))  # the same memory
+    for _ in range(3):
+        check(x, False, twice[:, 0])
+        check(x, False, bias.as_subclass(_Watched))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "is_autocast_enabled", lambda *_: True)
+        patch.setattr(torch, "get_autocast_dtype", lambda _: torch.float32)
+        check(x, False)
+        check(x, False)
+        check(x, True)
+        patch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
+        check(x, False)
+        check(x, False)
+    check(x, True)
+
+
+class _Watched(Tensor):
+    """No plain tensor: its data may stand elsewhere."""
+
+
+def test_which_biases_a_kernel_can_read() -> None:
+    """Those of its dtypes that lie in one piece, beside the input, one for each column."""
+    x, bias = torch.zeros(2, 8), torch.zeros(3)
+    assert direct.fits(None, x, 3)
+    for dtype in ops.DTYPES:
+        assert direct.fits(bias.to(dtype), x, 3)
+    assert direct.fits(torch.nn.Parameter(bias), x, 3)
+    for wrong in (
+        bias.double(), torch.zeros(4), bias[None], torch.zeros(6)[::2], bias.to("meta"),
+        bias.as_subclass(_Watched),
+    ):  # fmt: skip
+        assert not direct.fits(wrong, x, 3)
+
+
+def test_the_biases_of_a_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are laid together once, and again where one of them is another or was written."""
+    stack = frozen.Stack(frozen.Frozen(), 2)
+    parts = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
+    first = stack.bias(parts)
+    assert first.tolist() == [1, 2, 3]
+    assert stack.bias(parts) is first
+    parts[1].add_(1)
+    assert stack.bias(parts).tolist() == [1, 2, 4]
+    parts[0] = torch.tensor([5.0, 6.0])
+    assert stack.bias(parts).tolist() == [5, 6, 4]
+    assert len(stack.biases) == 1
+
+
+def test_layers_that_lie_stacked_join_their_biases_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all have one and nothing watches; else at each call."""
+    layers = [quest.Linear(16, n, True, "w4a4") for n in (3, 5)]
+    for layer in layers:
+        layer.eval().freeze()
+    assert joint.stack(layers)
+    expected = torch.cat([layer.bias for layer in layers])
+    one = joint.joined(layers)
+    assert one is not None
+    assert joint.joined(layers) is not one
+    monkeypatch.setattr(ops, "direct", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    held = joint.joined(layers)
+    assert held is not None
+    assert joint.joined(layers) is held
+    assert torch.equal(held, expected)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert joint.joined(layers) is not held
+    layers[0].bias = None
+    made = joint.joined(layers)
+    assert made is not None
+    assert torch.equal(made, torch.cat([torch.zeros(3), layers[1].bias]))
+    layers[1].bias = None
+    assert joint.joined(layers) is None
 
 
 def test_the_oldest_call_goes() -> None:
@@ -328,6 +460,6 @@ def test_it_is_for_a_gpu() -> None:
         names="uniform4,uniform4", kinds="integers,integers",
     )  # fmt: skip
     assert direct.linear(x, made, None, torch.float32) is None
-    assert direct.again(x, made) is None
+    assert direct.again(x, made, None) is None
     made.calls["kind",] = object(), (1,), None
-    assert direct.again(x, made) is None
+    assert direct.again(x, made, None) is None

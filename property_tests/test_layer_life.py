@@ -138,7 +138,7 @@ class Same(nn.Module):
     ("change", "made_again"),
     [
         ("nothing", True), ("no calls", False), ("not frozen", False), ("a gradient", False),
-        ("a bias", False), ("no place for a bias", False), ("another weight", False),
+        ("a bias", True), ("no place for a bias", False), ("another weight", False),
         ("computed", False),
     ],
 )  # fmt: skip
@@ -148,10 +148,10 @@ def test_which_calls_are_made_again(
     """`direct` is asked where it may know an answer, and of a call that is like the recorded."""
     layer: Any = _layer(bias=change == "a bias").freeze()
     expected = layer(X).detach()
-    answer, asked = torch.zeros(3, 4), list[tuple[Any, Any]]()
+    answer, asked = torch.zeros(3, 4), list[tuple[Any, Any, Any]]()
 
-    def again(x: Tensor, held: Any) -> Tensor:
-        asked.append((x, held))
+    def again(x: Tensor, held: Any, bias: Any) -> Tensor:
+        asked.append((x, held, bias))
         return answer
 
     monkeypatch.setattr(direct, "again", again)
@@ -172,7 +172,8 @@ def test_which_calls_are_made_again(
         y = layer(X)
     if made_again:
         assert y is answer
-        assert [(x is X, of is held) for x, of in asked] == [(True, True)]
+        (told,) = asked
+        assert all(a is b for a, b in zip(told, (X, held, layer.bias), strict=True))
     else:
         assert not asked
         assert torch.equal(y, expected)

@@ -46,9 +46,32 @@ class Calls(dict[tuple[object, ...], tuple[Any, Tensor, Tensor | None] | None]):
         return Calls, ()
 
 
-def _kind(x: Any) -> tuple[torch.Size, torch.dtype, int, int, int] | None:
-    """What a recorded call depends on besides its weight; None where it is not to be recorded."""
+def fits(bias: Tensor | None, x: Tensor, columns: int) -> bool:
+    """Whether kernels can read a bias of a layer of so many columns where it lies."""
+    return bias is None or (
+        type(bias) in (Tensor, torch.nn.Parameter)
+        and bias.dtype in ops.DTYPES
+        and bias.shape == (columns,)
+        and bias.is_contiguous()
+        and bias.device == x.device
+    )
+
+
+def _kind(x: Any, bias: Tensor | None) -> tuple[object, ...] | None:
+    """What a recorded call depends on besides its weight; None where it is not to be recorded.
+
+    A bias is read where it lies at each call; one that is no tensor of its own is not recorded.
+    """
     if not isinstance(x, Tensor):
+        return None
+    lies: tuple[object, ...] = ()
+    if bias is not None:
+        if type(bias) not in (Tensor, torch.nn.Parameter) or not bias.is_contiguous():
+            return None
+        lies = bias.data_ptr(), bias.dtype, bias.shape
+    # Outside of autocast a weight of another dtype is an error, which must not be passed over.
+    cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else None
+    if cast is not None and cast is not x.dtype:
         return None
     index = x.get_device()
     if (
@@ -56,7 +79,6 @@ def _kind(x: Any) -> tuple[torch.Size, torch.dtype, int, int, int] | None:
         or index != torch._C._cuda_getDevice()
         or not x.is_contiguous()
         or x.data_ptr() % 16
-        or torch.is_autocast_enabled()  # on CUDA
         or torch._C._cuda_isCurrentStreamCapturing()  # a graph's memory is its own
         or outputs.poisons()
         or product.forced() is not None
@@ -64,15 +86,15 @@ def _kind(x: Any) -> tuple[torch.Size, torch.dtype, int, int, int] | None:
     ):
         return None
     stream = torch._C._cuda_getCurrentRawStream(index)
-    return x.shape, x.dtype, index, stream, get_ident()
+    return x.shape, x.dtype, index, stream, get_ident(), cast, lies
 
 
-def again(x: Tensor, held: Frozen) -> Tensor | None:
+def again(x: Tensor, held: Frozen, bias: Tensor | None) -> Tensor | None:
     """y (..., out) of x's dtype by launches that were recorded for such an x; None without them.
 
-    For layers without a bias, where no gradient is asked for and x fits.
+    Where no gradient is asked for, and x and the bias fit.
     """
-    kind = _kind(x) if held.calls else None
+    kind = _kind(x, bias) if held.calls else None
     if kind is None or (found := held.calls.get(kind)) is None:
         return None
     launches, like, _ = found
@@ -81,20 +103,24 @@ def again(x: Tensor, held: Frozen) -> Tensor | None:
     return y
 
 
-def recorded(x: Tensor, held: Frozen, run: Callable[[], Tensor | None]) -> Tensor | None:
+def recorded(
+    x: Tensor, held: Frozen, bias: Tensor | None, run: Callable[[], Tensor | None]
+) -> Tensor | None:
     """run(), which is y for x or None; at the second of a kind its launches are kept for `again`.
 
-    Between its kernels it may use no memory but that of `_between`, and what the weight holds.
+    Between its kernels it may use no memory but that of `_between`, what the weight holds, and the
+    bias.
     """
     from .kernels import cuda
     from .kernels.recorded import Again
 
-    kind = _kind(x) if 0 < x.numel() <= MOST_ELEMENTS else None
+    kind = _kind(x, bias) if 0 < x.numel() <= MOST_ELEMENTS else None
     if kind is None:
         return run()
     if kind not in held.calls:
         _keep(held.calls, kind, None)
         return run()
+    stream = torch._C._cuda_getCurrentRawStream(x.get_device())
     _memory.shared, _memory.used = True, None
     try:
         with cuda.recording() as taken:
@@ -104,7 +130,7 @@ def recorded(x: Tensor, held: Frozen, run: Callable[[], Tensor | None]) -> Tenso
     if y is None:
         return None
     try:
-        launches = Again(taken, kind[3], x.data_ptr(), y.data_ptr())
+        launches = Again(taken, stream, x.data_ptr(), y.data_ptr())
     except ValueError:  # something was copied or converted on the way
         return y
     # One element, and the shape of all: torch makes a tensor like another sooner than from a shape.
@@ -188,7 +214,7 @@ def linear(x: Tensor, held: Frozen, bias: Tensor | None, dtype: torch.dtype) -> 
 
     held has an operand; bias is contiguous and lies where x does.
     """
-    from .kernels import blocks, few, layout, rows
+    from .kernels import blocks, few, hopper, layout, rows
 
     width, w = x.shape[-1], held.operand
     plan = _plan(held.spec, held.names, held.kinds, width, x.dtype, x.device)
@@ -223,11 +249,10 @@ def linear(x: Tensor, held: Frozen, bias: Tensor | None, dtype: torch.dtype) -> 
                 at[0], sums, at[1], bias, True,
             )  # fmt: skip
         else:
-            b = None if bias is None else bias.float()
             product.launch(
                 y.data_ptr(), a, w.data_ptr(), count, columns, plan.bytes, device, dtype,
                 plan.kind == "bits", plan.epilogue, terms.length, terms.factor, scale, at[0],
-                0 if b is None else b.data_ptr(), sums if terms.rows else 0,
-                at[1] if terms.columns else 0, True,
+                0 if bias is None else bias.data_ptr(), sums if terms.rows else 0,
+                at[1] if terms.columns else 0, True, hopper.bias_type(bias),
             )  # fmt: skip
     return y

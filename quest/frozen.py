@@ -86,10 +86,26 @@ class Frozen:
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Several frozen weights on top of each other, as one."""
+    """Several frozen weights on top of each other, as one; and the biases last seen, likewise."""
 
     frozen: Frozen
     count: int
+    biases: dict[tuple[object, ...], tuple[Tensor, ...]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def bias(self, parts: Sequence[Tensor]) -> Tensor:
+        """The biases (out,) of the weights in one; made again where one of them has changed.
+
+        As with weights, a change through `bias.data` is not seen.
+        """
+        state = tuple(_state(part) for part in parts)
+        if state not in self.biases:
+            made = torch.cat(list(parts))
+            self.biases.clear()
+            # With the parts, so that no other gets their addresses.
+            self.biases[state] = (made, *parts)
+        return self.biases[state][0]
 
 
 # Packed codes are not the last to be written: `linear` counts on another kernel after them.
@@ -173,13 +189,6 @@ def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
     )  # fmt: skip
 
 
-def _plain(bias: Tensor | None, x: Tensor) -> bool:
-    """Whether a kernel can read a bias as it is."""
-    return bias is None or (
-        bias.dtype in ops.DTYPES and bias.is_contiguous() and bias.device == x.device
-    )
-
-
 def _can_be_read(weight: Tensor, bits: int) -> bool:
     from .kernels import few
 
@@ -194,9 +203,8 @@ def linear(x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe) -> Te
         values = recipe.activation(x)
         b = None if bias is None else bias.to(dtype)
         return torch.nn.functional.linear(values, frozen.values.to(dtype), b)
-    unwatched = ops.direct(x) and _plain(bias, x)
-    steady = unwatched and bias is None
-    if steady and (made := direct.again(x, frozen)) is not None:
+    unwatched = ops.direct(x) and direct.fits(bias, x, frozen.operand.shape[0])
+    if unwatched and (made := direct.again(x, frozen, bias)) is not None:
         return made
     run: Callable[[], Tensor | None] | None = None
     if frozen.packed is not None and paths.fuses(x, frozen.few):
@@ -209,7 +217,7 @@ def linear(x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe) -> Te
     elif unwatched:
         run = functools.partial(direct.linear, x, frozen, bias, dtype)
     if run is not None:
-        made = direct.recorded(x, frozen, run) if steady else run()
+        made = direct.recorded(x, frozen, bias, run)
         if made is not None:
             return made
     rows, kind = lowbit.as_rows(x), frozen.kinds.partition(",")[0]

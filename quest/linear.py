@@ -122,9 +122,10 @@ class Linear(nn.Linear):
         # As attributes they are searched for, which takes as long as a tenth of the call.
         own = self._parameters
         weight = own.get("weight")
-        if weight is None or own.get("bias", weight) is not None:
+        # What is not among them is computed anew at each call, by a parametrization for one.
+        if weight is None or "bias" not in own:
             return None
-        return direct.again(x, held) if held.is_of(weight) else None
+        return direct.again(x, held, own["bias"]) if held.is_of(weight) else None
 
     def _integers(self, x: Tensor) -> Tensor:
         specs = self.recipe.activation.spec, self.recipe.weight.spec

@@ -351,7 +351,7 @@ def launch_product(
             length=terms.length, factor=terms.factor,
             row_scale=a_scale.contiguous(), column_scale=b_scale.contiguous(),
             row_sum=scaled(a_sums, terms.rows), column_sum=scaled(b_sums, terms.columns),
-            bias=None if bias is None else bias.float().contiguous(),
+            bias=None if bias is None else bias.contiguous(),
         )  # fmt: skip
 
 

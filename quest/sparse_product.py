@@ -100,7 +100,7 @@ def launch_sparse_product(
             epilogue=hopper.CORRECTED if terms.corrected else hopper.PLAIN, factor=terms.factor,
             feature_scale=w_scale.contiguous(), token_scale=a_scale.contiguous(),
             feature_sum=(terms.columns * w_sums).contiguous() if terms.corrected else None,
-            bias=None if bias is None else bias.float().contiguous(),
+            bias=None if bias is None else bias.contiguous(),
         )  # fmt: skip
 
 

@@ -48,6 +48,7 @@ OWN = {
     "kernels/few.cu": ("few", "packed_product", "frozen"),
     "kernels/few_ptx.cuh": ("few", "packed_product", "frozen"),
     "kernels/few_rows.cuh": ("few", "packed_product", "frozen", "fused"),
+    "kernels/bias.cuh": ("product", "few", "sparse_product"),
     "kernels/halves.cuh": ("blocks", "few", "fused"),
     "kernels/hadamard.py": (
         "transform_launches",

@@ -121,7 +121,7 @@ def _time_frozen(
         spec=made.spec,
         shape=shape,
         draw=((tokens, inside),),
-        key=("frozen", made.spec, *shape, bias),
+        key=("frozen", made.spec, *shape, *(["bias"] if bias else [])),
         judge=judge_of_frozen(*shape, made, bias=bias),
         run=lambda x: run(ours, x),
         baseline=lambda x: run(dense, x),

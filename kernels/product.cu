@@ -62,7 +62,7 @@ struct Fetched {
       const int at = i * MEMBERS + threadIdx.x % MEMBERS, j = column0 + at;
       const bool inside = at < TILE_N && j < g.columns;
       scale[i] = inside ? g.column_scale[j] : 0.0f;
-      bias[i] = inside && g.bias ? bias_bits(g.bias, j, g.bias_type) : 0;
+      bias[i] = BIAS && inside ? bias_bits(g.bias, j, BIAS) : 0;
       sum[i] = EPILOGUE == CORRECTED && inside && g.column_sum ? g.column_sum[j] : 0;
     }
 #pragma unroll
@@ -73,12 +73,13 @@ struct Fetched {
     }
   }
 
-  __device__ __forceinline__ void put(Columns &to, int bias_type) const {
+  __device__ __forceinline__ void put(Columns &to) const {
 #pragma unroll
     for (int i = 0; i < PER; i++) {
       const int at = i * MEMBERS + threadIdx.x % MEMBERS;
       if (at >= TILE_N) continue;
-      to.scale[at] = scale[i], to.bias[at] = bias_of(bias[i], bias_type);
+      to.scale[at] = scale[i];
+      if (BIAS) to.bias[at] = bias_of(bias[i], BIAS);
       if (EPILOGUE == CORRECTED) to.sum[at] = sum[i];
     }
   }
@@ -115,7 +116,7 @@ __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, 
     for (int j = 0; j < SPAN / 8 && EPILOGUE != RAW; j++) {
       const int column = c * SPAN + 8 * j + 2 * (lane % 4);
       scale[j] = *(const float2 *)&columns.scale[column];
-      bias[j] = *(const float2 *)&columns.bias[column];
+      bias[j] = BIAS ? *(const float2 *)&columns.bias[column] : make_float2(0.0f, 0.0f);
       sum[j] = EPILOGUE == CORRECTED ? *(const int2 *)&columns.sum[column] : make_int2(0, 0);
     }
 #pragma unroll
@@ -165,8 +166,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
             void *out, const float *row_scale, const float *column_scale, const void *bias,
             const int *row_sum, const int *column_sum, int rows, int columns, int bytes, int length,
-            float factor, int held, int settled, int bias_type) {
-  const Arguments g = {out, row_scale, column_scale, bias, row_sum, column_sum, rows, columns, bytes, length, bias_type, factor};
+            float factor, int held, int settled) {
+  const Arguments g = {out, row_scale, column_scale, bias, row_sum, column_sum, rows, columns, bytes, length, factor};
   extern __shared__ __align__(1024) char raw[];  // the swizzle counts from 1024-byte boundaries
   const u32 base = (u32)__cvta_generic_to_shared(raw);
   const int group = threadIdx.x / 128;
@@ -268,7 +269,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       bool large = false;
       if (EPILOGUE != RAW) {
         meet(team);  // all have read the columns of the tile before
-        fetched.put(columns, g.bias_type);
+        fetched.put(columns);
         large = fetched.own(g, own);
         meet(team);  // the columns stand
       }

@@ -98,11 +98,11 @@ def shape(binary: bool, rows: int, columns: int, processors: int) -> Shape:
 
 
 def compile_(
-    binary: bool, epilogue: int, out: torch.dtype, tiles: Shape, *, cached: bool = True
+    binary: bool, epilogue: int, out: torch.dtype, bias: int, tiles: Shape, *, cached: bool = True
 ) -> ObjectCode:
-    """The binary of a variant for sm_90a; see `cuda.compile_`."""
+    """The binary of a variant for sm_90a, for a bias of a `hopper.bias_type`; see `cuda.compile_`."""
     macros = {
-        "BINARY": int(binary), "EPILOGUE": epilogue, "OUT": OUT[out],
+        "BINARY": int(binary), "EPILOGUE": epilogue, "OUT": OUT[out], "BIAS": bias,
         "TILE_N": tiles.columns, "TILE_K": TILE_K, "CLUSTER": CLUSTER, "CONSUMERS": CONSUMERS,
         "TEAM": tiles.team, "STAGES": tiles.stages,
     }  # fmt: skip
@@ -111,12 +111,12 @@ def compile_(
 
 @functools.cache
 def _kernel(
-    binary: bool, epilogue: int, out: torch.dtype, tiles: Shape, device: int
+    binary: bool, epilogue: int, out: torch.dtype, bias: int, tiles: Shape, device: int
 ) -> cuda.Kernel:
     """The variant, loaded on the current device."""
     return cuda.load(
-        compile_(binary, epilogue, out, tiles), "product", device,
-        threads=THREADS, shared=tiles.shared, layout="128s128s6P4if3i",
+        compile_(binary, epilogue, out, bias, tiles), "product", device,
+        threads=THREADS, shared=tiles.shared, layout="128s128s6P4if2i",
     )  # fmt: skip
 
 
@@ -176,10 +176,10 @@ def launch(
     processors = cuda.processors(device)
     tiles = _forced or shape(binary, rows, columns, processors)
     held = min(tiles.rows, rows)  # of a tile: what lies outside of A is not asked for
-    _kernel(binary, epilogue, out, tiles, device).launch(
+    _kernel(binary, epilogue, out, bias_type, tiles, device).launch(
         CLUSTER * min(tiles.clusters(rows, columns), processors // CLUSTER),
         tensor_map(a, rows, width, held, TILE_K),
         tensor_map(b, columns, width, tiles.columns // CLUSTER, TILE_K),
         y, row_scale, column_scale, bias, row_sum, column_sum, rows, columns, width, length,
-        factor, held, settled, bias_type, overlap=True,
+        factor, held, settled, overlap=True,
     )  # fmt: skip

@@ -57,9 +57,10 @@ def _names(name: str) -> tuple[str, str]:
 def _product(name: str, tiles: product.Shape, width: int = 640) -> Launch:
     def run() -> object:
         a, b = _encoded(name, _normal(300, width), _normal(600, width))
+        bias = _normal(1, 600)[0] if tiles == product.NARROW else None
         with product.only(tiles):
             return lowbit.product(
-                a[0], b[0], a[1], b[1], a[2], b[2], None, *_names(name), width, torch.bfloat16
+                a[0], b[0], a[1], b[1], a[2], b[2], bias, *_names(name), width, torch.bfloat16
             )
 
     return run

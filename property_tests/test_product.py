@@ -350,23 +350,30 @@ def _require_compiler() -> None:
     )
 
 
-# RAW writes int32, and nothing else does.
-VARIANTS = [(hopper.RAW, torch.int32)] + [
-    (epilogue, out)
-    for epilogue in (hopper.PLAIN, hopper.CORRECTED)
-    for out in (torch.float32, torch.bfloat16, torch.float16)
+# RAW writes int32, and nothing else does. A bias is of any dtype beside any output.
+VARIANTS = [
+    (hopper.RAW, torch.int32, None),
+    *(
+        (epilogue, out, None)
+        for epilogue in (hopper.PLAIN, hopper.CORRECTED)
+        for out in (torch.float32, torch.bfloat16, torch.float16)
+    ),
+    (hopper.PLAIN, torch.bfloat16, torch.float32),
+    (hopper.PLAIN, torch.float32, torch.float16),
+    (hopper.CORRECTED, torch.bfloat16, torch.bfloat16),
 ]
 
 
-@pytest.mark.parametrize(("epilogue", "out"), VARIANTS)
+@pytest.mark.parametrize(("epilogue", "out", "bias"), VARIANTS)
 @pytest.mark.parametrize("binary", [True, False], ids=["bits", "int8"])
 @pytest.mark.parametrize("tiles", list(TILES))
 def test_every_variant_compiles_without_a_gpu(
-    tiles: str, binary: bool, epilogue: int, out: torch.dtype
+    tiles: str, binary: bool, epilogue: int, out: torch.dtype, bias: torch.dtype | None
 ) -> None:
     _require_compiler()
     shape = TILES[tiles][binary]
-    made = product.compile_(binary, epilogue, out, shape, cached=False)
+    kind = hopper.bias_type(None if bias is None else torch.empty(0, dtype=bias))
+    made = product.compile_(binary, epilogue, out, kind, shape, cached=False)
     assert b"product" in made.code
     assert shape.shared <= 227 * 1024
     assert made.code[:4] == b"\x7fELF"

@@ -23,7 +23,7 @@ def test_a_source_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None
     _require_compiler()
     monkeypatch.setattr(product, "ARCHITECTURE", "sm_80")  # has no clusters
     with pytest.raises(RuntimeError, match="not supported for this GPU architecture"):
-        product.compile_(True, hopper.RAW, torch.int32, product.NARROW, cached=False)
+        product.compile_(True, hopper.RAW, torch.int32, 0, product.NARROW, cached=False)
 
 
 def test_a_device_without_the_product() -> None:

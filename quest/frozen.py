@@ -217,7 +217,7 @@ def linear(x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe) -> Te
     elif unwatched:
         run = functools.partial(direct.linear, x, frozen, bias, dtype)
     if run is not None:
-        made = direct.recorded(x, frozen, bias, run)
+        made = direct.recorded(x, frozen, bias, run) if unwatched else run()
         if made is not None:
             return made
     rows, kind = lowbit.as_rows(x), frozen.kinds.partition(",")[0]

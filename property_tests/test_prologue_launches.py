@@ -179,6 +179,7 @@ def test_what_the_operators_run_on_cuda(launched: list[Any]) -> None:
         ("normed_encode_shown", (gate, value, weight, 0.25), 5),
     ):  # fmt: skip
         overload = getattr(torch.ops.quest, name).default
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"quest::{name}", "CUDA")
         made = overload._op_dk(CUDA, *given, *SPECS["w4a4"])
         assert launched == [("encode", 0)]
         launched.clear()

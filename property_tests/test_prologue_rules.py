@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import quest
 from property_tests.prologues import HALVES, halves
 from quest import eager, frozen, lowbit_linear, ops, paths, prologue
+from quest.quantizer import parse
 
 pytestmark = pytest.mark.whole
 
@@ -71,7 +72,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 def _there(monkeypatch: pytest.MonkeyPatch, weighted: tuple[bool, ...] = (False, True)) -> None:
     monkeypatch.setattr(
         prologue, "has_kernel",
-        lambda spec, x, more=False: "/" in spec and x.dtype in HALVES and more in weighted,
+        lambda spec, x, more=False: bool(parse(spec)) and x.dtype in HALVES and more in weighted,
     )  # fmt: skip
 
 
@@ -188,6 +189,24 @@ def test_what_keeps_a_frozen_layer_from_it(
         assert torch.equal(h, other + x)
         assert torch.equal(z, layers[0](norm(other + x)))
     assert seen.none()
+
+
+def test_norms_that_are_called(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before layers that another norm could take over: torch's own eps, and a float32 stream."""
+    (layer,), (x, other) = _frozen(monkeypatch), _pair()
+    with torch.no_grad():
+        for norm, residual in ((_norm(None), None), (_norm(None), other)):
+            h, (y,) = quest.normed(x, norm, [layer], residual)
+            assert torch.equal(h, x if residual is None else residual + x)
+            assert torch.equal(y, layer(norm(h)))
+        assert seen.none()
+        single = _norm(dtype=torch.float32)
+        with torch.autocast("cpu", HALF):
+            h, (y,) = quest.normed(x, single, [layer], other.float())
+            assert h.dtype == torch.float32
+            assert torch.equal(h, other.float() + x)
+            assert torch.equal(y, layer(single(h)))
+        assert seen.none()
 
 
 def test_what_a_norm_must_be(seen: Seen) -> None:

@@ -99,7 +99,7 @@ OWN = {
     "quest/lowbit.py": ("product", "product_errors", "rows", "packed_operand", "errors"),
     "quest/lowbit_linear.py": ("layer", "joint", "gated_layer", "product_errors"),
     "quest/operands.py": ("product", "product_errors", "packed_operand", "errors"),
-    "quest/ops.py": ("operators", "errors", "hadamard"),
+    "quest/ops.py": ("operator_launches", "operators", "errors", "hadamard"),
     "quest/packed.py": ("packed_product", "few"),
     "quest/packing.py": ("packing", "errors"),
     "quest/paths.py": ("paths", "launch_rules", "frozen", "linear"),

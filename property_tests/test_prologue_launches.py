@@ -170,7 +170,7 @@ def test_a_norm(
 
 
 def test_what_the_operators_run_on_cuda(launched: list[Any]) -> None:
-    """The same results as on the CPU, and as many; by what launches kernels."""
+    """The same results as on the CPU, and as many, as fakes tell; by what launches kernels."""
     gate, value = _pair(torch.float32, 3)
     weight = torch.linspace(-1, 2, 256)
     for name, given, count in (
@@ -180,11 +180,17 @@ def test_what_the_operators_run_on_cuda(launched: list[Any]) -> None:
     ):  # fmt: skip
         overload = getattr(torch.ops.quest, name).default
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"quest::{name}", "CUDA")
+        assert len(overload._schema.returns) == count
+        expected = overload(*given, *SPECS["w4a4"])
+        meta = [t.to("meta") if isinstance(t, Tensor) else t for t in given]
+        fake = overload(*meta, *SPECS["w4a4"])
+        assert [(t.shape, t.dtype) for t in fake] == [(t.shape, t.dtype) for t in expected]
+        assert not launched
         made = overload._op_dk(CUDA, *given, *SPECS["w4a4"])
         assert launched == [("encode", 0)]
         launched.clear()
         assert len(made) == count
-        _same(made, overload(*given, *SPECS["w4a4"]))
+        _same(made, expected)
 
 
 # --- where there is a kernel ------------------------------------------------------------------

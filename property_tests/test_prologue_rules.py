@@ -116,7 +116,7 @@ def test_a_gate_before_a_frozen_layer(
 ) -> None:
     """The numbers are those of the rows; the kernel with a norm's weight need not be there."""
     _there(monkeypatch, (False,))
-    (layer,), (gate, up) = _frozen(monkeypatch, recipe), _pair()
+    (layer,), (gate, up) = _frozen(monkeypatch, recipe), (t[:, None] for t in _pair())
     with torch.no_grad():
         y = quest.gated(gate, up, layer)
         assert (seen.calls, seen.unwatched) == (["gated"], [False])
@@ -129,7 +129,8 @@ def test_a_norm_before_frozen_layers(
     recipe: str, adds: bool, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _there(monkeypatch, (True,))
-    layers, norm, (x, other) = _frozen(monkeypatch, recipe, (8, 16)), _norm(), _pair()
+    layers, norm = _frozen(monkeypatch, recipe, (8, 16)), _norm()
+    x, other = (t[:, None] for t in _pair())
     residual = other if adds else None
     with torch.no_grad():
         h, made = quest.normed(x, norm, layers, residual)
@@ -239,6 +240,18 @@ def test_layers_that_are_none(grows: bool) -> None:
         quest.normed(x, norm, _layer())  # type: ignore[arg-type]
 
 
+def test_rows_of_another_width(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those before a frozen layer are refused as the layer refuses them, and nothing runs."""
+    (layer,), (x, other) = _frozen(monkeypatch), (t[:, :128] for t in _pair())
+    norm = nn.RMSNorm(128, 1e-5, dtype=HALF)
+    for run in (
+        lambda: quest.gated(x, other, layer), lambda: quest.normed(x, norm, [layer], other),
+    ):  # fmt: skip
+        with torch.no_grad(), pytest.raises(ValueError, match="x must have 256 columns"):
+            run()
+    assert seen.none()
+
+
 def test_inputs_of_other_floats() -> None:
     """They are what torch's operations take: float64, and two dtypes."""
     x, other = _pair(dtype=torch.float64)
@@ -262,6 +275,9 @@ def test_pairs_that_do_not_fit() -> None:
             quest.gated(x, other, layer)
         with pytest.raises(error, match=told.format("residual", "x")):
             quest.normed(x, norm, [layer], other)
+    for modules, told in (((F.silu, layer), "norm"), ((norm, F.silu), "layers")):
+        with pytest.raises(TypeError, match=rf"{told} must .*torch\.nn\.Modules?, got"):
+            quest.normed(x, modules[0], [modules[1]])  # type: ignore[arg-type,list-item]
     for run, told in (
         (lambda: quest.gated(x.sum(), x.sum(), layer), "gate and up must have one shape"),
         (lambda: quest.normed(x.sum(), norm, [layer]), "x and residual must have one shape"),

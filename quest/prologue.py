@@ -315,8 +315,9 @@ def _held(layers: Sequence[nn.Module], x: Tensor, weighted: bool = False) -> fro
     held = whole(plain)
     if held is None or held.operand is None or paths.fuses(x, held.few):
         return None
-    dtypes = x.dtype == plain[0].weight.dtype and not torch.is_autocast_enabled(x.device.type)
-    return held if dtypes and has_kernel(held.spec, x, weighted) else None
+    # Without autocast x has the weight's dtype: `check` has looked.
+    casts = torch.is_autocast_enabled(x.device.type)
+    return held if not casts and has_kernel(held.spec, x, weighted) else None
 
 
 def gated(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
@@ -390,10 +391,11 @@ def normed(
         raise TypeError(f"norm must be a torch.nn.Module, got {type(norm).__name__}")
     weight = _weight(norm, x) if residual is None or residual.dtype == x.dtype else None
     held = None if weight is None or isinstance(layers, nn.Module) else _held(layers, x, True)
-    if held is None or weight is None:
+    if held is None:
         h = x if residual is None else residual + x
         return h, together(norm(h), layers)
     assert isinstance(norm, nn.RMSNorm)
+    assert weight is not None
     kind = held.kinds.partition(",")[0]
     direct = all(ops.direct(t) for t in (x, weight, residual) if t is not None)
     encode = launch_normed_encode if direct else normed_encode

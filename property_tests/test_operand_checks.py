@@ -142,6 +142,7 @@ SHARED = [
     ("bias", torch.ones(23), "bias must be torch.float32 of shape"),
     ("bias", torch.ones(24, device="meta"), "bias must be .* on cpu, got .* on meta"),
     ("bias", torch.ones(24).int(), "must be float32, bfloat16 or float16, got torch.int32"),
+    ("dtype", torch.int32, "dtype must be float32, bfloat16 or float16, got torch.int32"),
 ]
 
 
@@ -180,6 +181,7 @@ def test_sums_are_one_a_row() -> None:
     [
         *SHARED,
         ("x", torch.zeros(3, 128).int(), "x must be float32, bfloat16 or float16"),
+        ("x", ROWS.to("meta"), "x must lie where w lies, cpu; got meta"),
         ("x", torch.zeros(3, 64), "x must have rows of a multiple of 128 entries, got 64"),
         ("activation", quest.recipe("w8a8").activation.spec, "one kernel quantizes and multiplies"),
     ],
@@ -230,8 +232,10 @@ def test_weights_that_a_layer_does_not_take() -> None:
 
     with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16, got"):
         layer(w.int())
+    with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16, got"):
+        layer(w, w.int())  # what is allowed, before how they differ
     for weights in ((w, w.bfloat16(), w), (w, w, w.bfloat16())):
-        with pytest.raises(TypeError, match="weights must have one dtype, got"):
+        with pytest.raises(TypeError, match=r"got torch\.float32 and torch\.bfloat16"):
             layer(*weights)
     pruned = quest.Quantizer(grids.uniform(4), sparsity=quest.NM(2, 4))
     with pytest.raises(ValueError, match="not divisible by the group of 4"):

@@ -54,6 +54,13 @@ def test_the_kinds_that_grids_have() -> None:
     }  # fmt: skip
 
 
+def test_another_alpha_has_the_same_kinds() -> None:
+    """However the quotients of points are rounded."""
+    for i in range(1, 200):
+        for bits, kind in ((7, "integers"), (8, "codes")):
+            assert tuple(_forms(grids.uniform(bits, i / 7))) == (kind,)
+
+
 def test_int8_holds_integers_to_127() -> None:
     assert tuple(_forms(_uniform(128))) == ("integers",)  # to 127
     assert tuple(_forms(_uniform(130))) == ()  # to 129, and no code of 8 bits fills it

@@ -39,6 +39,8 @@ def test_what_no_quantizer_takes_is_refused_without_any_rows_too(
     pruned = quest.Quantizer(grids.uniform(4), quest.Identity(), sparsity=quest.NM(2, 4))
     with pytest.raises(ValueError, match="width 6 is not divisible by the group of 4"):
         made(torch.zeros(0, 6), pruned)
+    with pytest.raises(ValueError, match="x must have at least one axis, got a scalar"):
+        made(torch.tensor(1.0), FOUR)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,8 @@ def test_one_row_alone_is_decoded_and_packed() -> None:
     assert lowbit.pack_operand(OPERAND[0], FOUR.spec).shape == (64,)
     with pytest.raises(ValueError, match="operand must have at least one axis, got a scalar"):
         lowbit.pack_operand(OPERAND[0, 0], FOUR.spec)
+    with pytest.raises(ValueError, match=r"the integers of quantizer .* have no packed form"):
+        lowbit.pack_operand(OPERAND, quest.Quantizer(grids.e2m1()).spec)
 
 
 def test_a_scale_that_decode_does_not_take() -> None:

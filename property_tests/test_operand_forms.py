@@ -42,6 +42,7 @@ def test_a_point_is_its_integer_times_the_unit(grid: Grid) -> None:
             turned = (p if grid.step is None else p / grid.step) * form.integer
             assert abs(turned - round(turned)) < 1e-9
             assert math.isclose(round(turned) * form.unit, p, rel_tol=1e-12, abs_tol=1e-12)
+            assert abs(round(turned)) == 1 or grid.levels > 2  # a pair of signs
 
 
 def test_the_kinds_that_grids_have() -> None:

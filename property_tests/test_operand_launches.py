@@ -41,6 +41,7 @@ class Kernels:
     def _supports(self, program: Any, x: Any) -> bool:
         assert isinstance(program, quantize.Program)
         assert isinstance(x, Tensor)
+        assert program.order == x.shape[-1] == 128
         return self.blocks
 
     def _kernel(self, module: str, name: str, count: int) -> Any:
@@ -87,20 +88,23 @@ def test_rows_are_encoded_in_blocks_where_that_kernel_has_them(
     kernels: Kernels, q: quest.Quantizer, kind: str, form: int, bits: int
 ) -> None:
     asked = {"form": form, "bits": bits, "sums": True}
+    grid = q.require_grid()
     for encode in (lowbit.launch_encode, _by_operator("encode")):
         assert _numbers(encode(X, q, kind)) == [0, 1, 2, 3]
         name, (x, program), keywords = kernels.one()
-        assert (name, program.levels, keywords) == ("blocks.quantize", len(q.grid.points), asked)  # type: ignore[union-attr]
+        assert (name, program.levels, keywords) == ("blocks.quantize", len(grid.points), asked)
         assert x.shape == X.shape
     kernels.rows = False
     for operand in (lowbit.launch_operand, _by_operator("operand")):
         assert _numbers(operand(X, q, kind)) == [0, 1, 3]
-        name, _, keywords = kernels.one()
+        name, (x, program), keywords = kernels.one()
         assert (name, keywords) == ("blocks.quantize", {**asked, "masked": False})
+        assert (x.shape, program.levels) == (X.shape, len(grid.points))
     kernels.rows = True
     assert _numbers(lowbit.launch_operand(X, q, kind)) == [0, 1, 2]
-    name, arguments, keywords = kernels.one()
-    assert (name, arguments[2:], keywords) == ("rows.quantize", (kind,), {})
+    name, (x, program, *rest), keywords = kernels.one()
+    assert (name, rest, keywords) == ("rows.quantize", [kind], {})
+    assert (x.shape, program.levels) == (X.shape, len(grid.points))
 
 
 @pytest.mark.parametrize(("q", "kind", "form", "bits"), FORMS)
@@ -220,8 +224,11 @@ def test_products(kernels: Kernels) -> None:
     assert (name, arguments[2], keywords) == (
         "product.product", torch.int32, {"epilogue": hopper.RAW},
     )  # fmt: skip
+    assert [t.shape for t in arguments[:2]] == [a.shape, b.shape]
     with pytest.raises(ValueError, match="a and b must have the same dtype"):
         _on_cuda("accumulate", a, b[:, 1:])
+    with pytest.raises(ValueError, match="b must be int8, or uint8 for bits, of two axes"):
+        _on_cuda("accumulate", a, b[0])
 
 
 def test_a_device_without_the_product(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import quest
 from quest import fused, grids, lowbit, packed
@@ -72,6 +73,15 @@ def test_one_row_alone_is_decoded_and_packed() -> None:
         lowbit.pack_operand(OPERAND[0, 0], FOUR.spec)
     with pytest.raises(ValueError, match=r"the integers of quantizer .* have no packed form"):
         lowbit.pack_operand(OPERAND, quest.Quantizer(grids.e2m1()).spec)
+
+
+@pytest.mark.parametrize("name", ["ternary", "uniform2", "uniform3", "uniform4"])
+def test_the_fake_of_a_packed_operand(name: str) -> None:
+    spec, operand = quest.Quantizer(grids.parse(name)).spec, torch.ones(2, 3, 7, dtype=torch.int8)
+    made = lowbit.pack_operand(operand, spec)
+    with FakeTensorMode() as mode:
+        fake = lowbit.pack_operand(mode.from_tensor(operand), spec)
+    assert (fake.shape, fake.dtype) == (made.shape, made.dtype)
 
 
 def test_a_scale_that_decode_does_not_take() -> None:

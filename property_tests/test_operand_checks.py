@@ -248,6 +248,8 @@ def test_weights_that_a_layer_does_not_take() -> None:
         layer(w.int())
     with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16, got"):
         layer(w, w.int())  # what is allowed, before how they differ
+    with pytest.raises(ValueError, match="weights must hold at least one weight, got none"):
+        layer()
     for weights in ((w, w.bfloat16(), w), (w, w, w.bfloat16())):
         with pytest.raises(TypeError, match=r"got torch\.float32 and torch\.bfloat16"):
             layer(*weights)

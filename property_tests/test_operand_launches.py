@@ -201,7 +201,7 @@ def test_products(kernels: Kernels) -> None:
         entry = (width // 8, torch.uint8) if kinds[0] == "bits" else (width, torch.int8)
         a, b = (torch.zeros(n, entry[0], dtype=entry[1]) for n in (3, 5))
         names = ",".join(q.require_grid().name for q in pair)
-        for given in (None, _strided(bias)):
+        for given in (None, _strided(bias), _strided(bias.float())):
             _on_cuda("product", a, b, *map(_strided, scales), *map(_strided, sums), given, names,
                      ",".join(kinds), width, torch.float16)  # fmt: skip
             name, arguments, keywords = kernels.one()

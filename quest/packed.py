@@ -57,7 +57,7 @@ def packed_product(
     if bits == 1:
         operand = w
     else:
-        operand = (2 * packing.unpack(w, bits, width).to(torch.int8) - (2**bits - 1)).contiguous()
+        operand = 2 * packing.unpack(w, bits, width).to(torch.int8) - (2**bits - 1)
     return lowbit.eager_product(
         a, operand, a_scale, w_scale, a_sums, w_sums, bias, grid_names, kinds, width, dtype
     )

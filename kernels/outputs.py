@@ -23,7 +23,7 @@ def poisons() -> bool:
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised contiguous tensor; filled with the poison byte inside `poisoned`."""
     out = torch.empty(tuple(shape), dtype=dtype, device=device)
-    if _poison is not None and out.numel():
+    if _poison is not None:
         out.view(torch.uint8).fill_(_poison)
     return out
 

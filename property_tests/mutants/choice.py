@@ -78,7 +78,7 @@ OWN = {
         "sparse_product",
     ),
     "kernels/whole.py": ("launch_rules", "quantizer", "hadamard"),
-    "quest/compression.py": ("compress", "sparse_product"),
+    "quest/compression.py": ("compress_edges", "compress", "sparse_product"),
     "quest/direct.py": ("direct", "frozen"),
     "quest/eager.py": (
         "eager_edges",

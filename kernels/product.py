@@ -100,7 +100,7 @@ def shape(binary: bool, rows: int, columns: int, processors: int) -> Shape:
 def compile_(
     binary: bool, epilogue: int, out: torch.dtype, bias: int, tiles: Shape, *, cached: bool = True
 ) -> ObjectCode:
-    """The binary of a variant for sm_90a, for a bias of a `hopper.bias_type`; see `cuda.compile_`."""
+    """The binary of a variant for sm_90a; bias: a `hopper.bias_type`. See `cuda.compile_`."""
     macros = {
         "BINARY": int(binary), "EPILOGUE": epilogue, "OUT": OUT[out], "BIAS": bias,
         "TILE_N": tiles.columns, "TILE_K": TILE_K, "CLUSTER": CLUSTER, "CONSUMERS": CONSUMERS,

@@ -1,4 +1,4 @@
-// The bias of a column, of any dtype that an output may have: float32, bfloat16 or float16. As it
+// The bias of a column, of any float dtype that an output may have: float32, bfloat16 or float16. As it
 // lies in memory, and its value: what is asked for early need not have come where it is made a float.
 __device__ __forceinline__ u32 bias_bits(const void *bias, int at, int type) {
   return type == FLOAT32 ? ((const u32 *)bias)[at] : ((const unsigned short *)bias)[at];

@@ -97,7 +97,7 @@ def test_calls_are_made_again(
 
 
 @on_cuda
-def test_another_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_bias() -> None:
     """One elsewhere is another kind of call; one that kernels can't read is converted, or told."""
     _needs_product()
     layer = _layer("w4a4", bias=torch.float32)
@@ -118,24 +118,22 @@ def test_another_bias(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @on_cuda
 @pytest.mark.parametrize("rows", [1, 5, 70, 700])
-def test_stacked_layers_with_biases(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """q, k and v of a model whose attention has biases: one recorded call."""
+def test_stacked_layers_with_biases(rows: int) -> None:
+    """q, k and v of a model whose attention has biases: joined at each call, which is not kept."""
     _needs_product()
     layers = [_layer("w4a4", bias=torch.bfloat16) for _ in range(3)]
     assert joint.stack(layers)
     x = torch.randn(rows, 3840, device="cuda").bfloat16()
     with torch.no_grad():
-        expected = [_watched(layer, x) for layer in layers]
-        for _ in range(2):
-            quest.together(x, layers)
-        monkeypatch.setattr(direct, "recorded", None)
-        for made, right in zip(quest.together(x, layers), expected, strict=True):
-            assert torch.equal(made, right)
-        monkeypatch.undo()
-        layers[1].bias.neg_()
-        expected[1] = _watched(layers[1], x)
-        for made, right in zip(quest.together(x, layers), expected, strict=True):
-            assert torch.equal(made, right)
+        for _ in range(3):
+            expected = [_watched(layer, x) for layer in layers]
+            for made, right in zip(quest.together(x, layers), expected, strict=True):
+                assert torch.equal(made, right)
+            layers[1].bias.data.neg_()
+    held = layers[0]._frozen
+    assert held is not None
+    assert held.whole is not None
+    assert not held.whole.frozen.calls
 
 
 @on_cuda
@@ -382,45 +380,20 @@ def test_which_biases_a_kernel_can_read() -> None:
         assert not direct.fits(wrong, x, 3)
 
 
-def test_the_biases_of_a_stack(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are laid together once, and again where one of them is another or was written."""
-    stack = frozen.Stack(frozen.Frozen(), 2)
-    parts = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
-    first = stack.bias(parts)
-    assert first.tolist() == [1, 2, 3]
-    assert stack.bias(parts) is first
-    parts[1].add_(1)
-    assert stack.bias(parts).tolist() == [1, 2, 4]
-    parts[0] = torch.tensor([5.0, 6.0])
-    assert stack.bias(parts).tolist() == [5, 6, 4]
-    assert len(stack.biases) == 1
+def test_a_bias_in_a_transform_has_no_address() -> None:
+    """Mapped over biases, a layer whose calls are kept takes the plain way."""
+    layer = quest.Linear(16, 3, True, "w4a4").eval().freeze()
+    x, biases = torch.randn(2, 16), torch.randn(4, 3)
 
+    def call(bias: Tensor) -> Tensor:
+        y: Tensor = torch.func.functional_call(layer, {"bias": bias}, (x,))
+        return y
 
-def test_layers_that_lie_stacked_join_their_biases_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where all have one and nothing watches; else at each call."""
-    layers = [quest.Linear(16, n, True, "w4a4") for n in (3, 5)]
-    for layer in layers:
-        layer.eval().freeze()
-    assert joint.stack(layers)
-    expected = torch.cat([layer.bias for layer in layers])
-    one = joint.joined(layers)
-    assert one is not None
-    assert joint.joined(layers) is not one
-    monkeypatch.setattr(ops, "direct", lambda _: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    held = joint.joined(layers)
-    assert held is not None
-    assert joint.joined(layers) is held
-    assert torch.equal(held, expected)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        assert joint.joined(layers) is not held
-    layers[0].bias = None
-    made = joint.joined(layers)
-    assert made is not None
-    assert torch.equal(made, torch.cat([torch.zeros(3), layers[1].bias]))
-    layers[1].bias = None
-    assert joint.joined(layers) is None
+    with torch.no_grad():
+        expected = torch.stack([call(bias) for bias in biases])
+        assert layer._frozen is not None
+        layer._frozen.calls["kind",] = None
+        assert torch.equal(torch.func.vmap(call)(biases), expected)
 
 
 def test_the_oldest_call_goes() -> None:

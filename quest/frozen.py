@@ -86,26 +86,10 @@ class Frozen:
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Several frozen weights on top of each other, as one; and the biases last seen, likewise."""
+    """Several frozen weights on top of each other, as one."""
 
     frozen: Frozen
     count: int
-    biases: dict[tuple[object, ...], tuple[Tensor, ...]] = field(
-        default_factory=dict, init=False, repr=False
-    )
-
-    def bias(self, parts: Sequence[Tensor]) -> Tensor:
-        """The biases (out,) of the weights in one; made again where one of them has changed.
-
-        As with weights, a change through `bias.data` is not seen.
-        """
-        state = tuple(_state(part) for part in parts)
-        if state not in self.biases:
-            made = torch.cat(list(parts))
-            self.biases.clear()
-            # With the parts, so that no other gets their addresses.
-            self.biases[state] = (made, *parts)
-        return self.biases[state][0]
 
 
 # Packed codes are not the last to be written: `linear` counts on another kernel after them.
@@ -195,8 +179,13 @@ def _can_be_read(weight: Tensor, bits: int) -> bool:
     return few.supports(1, weight.shape[1], bits)
 
 
-def linear(x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe) -> Tensor:
-    """y (..., out) of x's dtype for x (..., in); no gradient."""
+def linear(
+    x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe, steady: bool = True
+) -> Tensor:
+    """y (..., out) of x's dtype for x (..., in); no gradient.
+
+    steady: the next call's bias will lie where this one's lies.
+    """
     dtype = x.dtype
     if frozen.operand is None or frozen.scale is None or frozen.sums is None:
         assert frozen.values is not None
@@ -204,7 +193,8 @@ def linear(x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe) -> Te
         b = None if bias is None else bias.to(dtype)
         return torch.nn.functional.linear(values, frozen.values.to(dtype), b)
     unwatched = ops.direct(x) and direct.fits(bias, x, frozen.operand.shape[0])
-    if unwatched and (made := direct.again(x, frozen, bias)) is not None:
+    steady = steady and unwatched
+    if steady and (made := direct.again(x, frozen, bias)) is not None:
         return made
     run: Callable[[], Tensor | None] | None = None
     if frozen.packed is not None and paths.fuses(x, frozen.few):
@@ -217,7 +207,7 @@ def linear(x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe) -> Te
     elif unwatched:
         run = functools.partial(direct.linear, x, frozen, bias, dtype)
     if run is not None:
-        made = direct.recorded(x, frozen, bias, run) if unwatched else run()
+        made = direct.recorded(x, frozen, bias, run) if steady else run()
         if made is not None:
             return made
     rows, kind = lowbit.as_rows(x), frozen.kinds.partition(",")[0]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
-from . import frozen, ops, paths
+from . import frozen, paths
 from .linear import Linear
 from .lowbit_linear import low_bit_linear, saves
 
@@ -52,7 +52,8 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     one = frozen.stacked(held) if len(held) == len(plain) else None
     if one is None:
         return tuple(layer(x) for layer in plain)
-    y = frozen.linear(x, one, joined(plain), plain[0].recipe)
+    bias = joined(plain)
+    y = frozen.linear(x, one, bias, plain[0].recipe, steady=len(plain) == 1 or bias is None)
     return torch.split(y, [layer.out_features for layer in plain], -1)
 
 
@@ -76,15 +77,8 @@ def joined(layers: list[Linear]) -> Tensor | None:
     """The biases of layers in one, for weights that lie stacked."""
     if len(layers) == 1:
         return layers[0].bias
-    biases, held = _biases(layers), layers[0].current()
-    if not biases:
-        return None
-    every = all(layer.bias is not None for layer in layers)
-    # What is captured or compiled must read the biases themselves.
-    steady = every and ops.direct(biases[0]) and not torch.cuda.is_current_stream_capturing()
-    if steady and held is not None and held.whole is not None:
-        return held.whole.bias(biases)
-    return torch.cat(biases)
+    biases = _biases(layers)
+    return torch.cat(biases) if biases else None
 
 
 def stack(layers: Sequence[nn.Module]) -> bool:

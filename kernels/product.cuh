@@ -1,6 +1,6 @@
 // A product of int8 or, BINARY, of single bits on Hopper's tensor cores, and its value from the
 // accumulators. Macros: BINARY, EPILOGUE, OUT, CLUSTER; BIAS, its dtype as OUT counts them, 0 for none:
-// what nobody adds takes a hundredth of the single bits' time to fetch.
+// what nobody adds need not be fetched.
 //
 // Written for every element, with acc the int32 sum over K:
 //   RAW        acc

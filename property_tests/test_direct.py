@@ -93,6 +93,7 @@ def test_calls_are_made_again(
             layers[0].bias.data.neg_()
             made = layers[0](xs[1])
             assert not torch.equal(made, expected[0][1])
+            monkeypatch.undo()
             assert torch.equal(made, _watched(layers[0], xs[1]))
 
 

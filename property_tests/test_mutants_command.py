@@ -40,7 +40,10 @@ def test_nothing_passes_more_than_it_was_asked() -> None:
         (FIRST, Result("", "", "open", passed=choice.FIRST, stack=HERE), False),
     ],
 )
-def test_what_is_run_again(plan: _Plan, old: Result | None, wanted: bool) -> None:
+def test_what_is_run_again(
+    plan: _Plan, old: Result | None, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(covered, "has_gpu", lambda: False)
     assert plan.wants(old, ()) == wanted
     assert old is None or plan.wants(old, (old.outcome,))
 

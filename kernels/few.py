@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import cuda, outputs
+from .hopper import bias_type
 from .layout import aligned, rows_of
 
 if TYPE_CHECKING:
@@ -255,7 +256,7 @@ def launch(
     kernel.launch(
         blocks,
         y, a, w, a_scale, w_scale, cuda.pointer(bias), a_sum, w_sum, 0, 0, rows, columns,
-        width * bits // CHUNK, length, *split_, factor, 0 if bias is None else OUT[bias.dtype], 0,
+        width * bits // CHUNK, length, *split_, factor, bias_type(bias), 0,
         0.0, overlap=settled,
     )  # fmt: skip
 
@@ -317,7 +318,7 @@ def linear(
         blocks,
         y.data_ptr(), x.data_ptr(), w.data_ptr(), at(scale), w_scale.data_ptr(), at(bias),
         at(sums), w_sum.data_ptr(), at(a), 2 * x.stride(0), rows, columns, width * bits // CHUNK,
-        width, *split_, factor, 0 if bias is None else OUT[bias.dtype], grid.levels, grid.step,
+        width, *split_, factor, bias_type(bias), grid.levels, grid.step,
         overlap=settled and w is given,  # a copy has just been written
     )  # fmt: skip
     return y, a, scale, sums

@@ -54,26 +54,29 @@ def _names(name: str) -> tuple[str, str]:
     return grids, ",".join(operands.kinds(*pair) or ())
 
 
-def _product(name: str, tiles: product.Shape, width: int = 640) -> Launch:
+def _product(
+    name: str, tiles: product.Shape, bias: torch.dtype | None = None, width: int = 640
+) -> Launch:
     def run() -> object:
         a, b = _encoded(name, _normal(300, width), _normal(600, width))
-        bias = _normal(1, 600)[0] if tiles == product.NARROW else None
+        added = None if bias is None else _normal(1, 600, bias)[0]
         with product.only(tiles):
             return lowbit.product(
-                a[0], b[0], a[1], b[1], a[2], b[2], bias, *_names(name), width, torch.bfloat16
+                a[0], b[0], a[1], b[1], a[2], b[2], added, *_names(name), width, torch.bfloat16
             )
 
     return run
 
 
-def _sparse(tiles: sparse.Shape) -> Launch:
+def _sparse(tiles: sparse.Shape, bias: torch.dtype | None = None) -> Launch:
     def run() -> object:
         name = "w4a4-2:4"
         a, b = _encoded(name, _normal(300, 640), _normal(600, 640))
         kept = compression.compress(b[0])
+        added = None if bias is None else _normal(1, 600, bias)[0]
         with sparse.only(tiles):
             return sparse_product(
-                a[0], *kept, a[1], b[1], a[2], b[2], None, *_names(name), 640, torch.bfloat16
+                a[0], *kept, a[1], b[1], a[2], b[2], added, *_names(name), 640, torch.bfloat16
             )
 
     return run
@@ -177,6 +180,10 @@ def launches() -> Iterator[tuple[str, Launch]]:
     yield "product w4a4 middle", _product("w4a4", product.MIDDLE)
     for told, shape in (("wide", sparse.WIDE), ("narrow", sparse.NARROW)):
         yield f"sparse {told}", _sparse(shape)
+    for bias in ops.DTYPES:
+        for name in ("w1a1", "w4a4"):
+            yield f"product {name} bias {bias}", _product(name, product.NARROW, bias)
+        yield f"sparse bias {bias}", _sparse(sparse.NARROW, bias)
     for dtype in (torch.bfloat16, torch.float32):
         yield f"blocks w2a2 4096 {dtype}", _blocks("w2a2", 4096, dtype)  # saved in 2 bits
     yield "prologues w2a2 4096", _prologues("w2a2", 4096, torch.bfloat16)

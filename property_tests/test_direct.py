@@ -342,24 +342,24 @@ def test_the_rule_of_recorded_calls_without_a_gpu(monkeypatch: pytest.MonkeyPatc
             patch.setattr(where, name, lambda *_: True)
             check(x, False)
     check(x, True)
-    twice, bias = torch.zeros(2, 4), torch.zeros(3)
-    for told in (bias, bias.double(), torch.zeros(2)[:1], twice[0]):  # each is another kind
+    twice, bias, brain = torch.zeros(2, 4), torch.zeros(3), torch.zeros(3).bfloat16()
+    # Each is another kind: elsewhere, of another dtype, of another shape.
+    for told in (bias, brain, brain.view(torch.float16), brain[:2], twice[0]):
         check(x, False, told)
         check(x, False, told)
         check(x, True, told)
     check(x, True, torch.nn.Parameter(bias))  # the same memory
     for _ in range(3):
         check(x, False, twice[:, 0])
+        check(x, False, bias.double())
         check(x, False, bias.as_subclass(_Watched))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "is_autocast_enabled", lambda *_: True)
-        patch.setattr(torch, "get_autocast_dtype", lambda _: torch.float32)
-        check(x, False)
-        check(x, False)
-        check(x, True)
-        patch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
-        check(x, False)
-        check(x, False)
+        for cast in (torch.float32, torch.bfloat16):
+            patch.setattr(torch, "get_autocast_dtype", lambda _, cast=cast: cast)
+            check(x, False)
+            check(x, False)
+            check(x, True)
     check(x, True)
 
 
@@ -379,6 +379,23 @@ def test_which_biases_a_kernel_can_read() -> None:
         bias.as_subclass(_Watched),
     ):  # fmt: skip
         assert not direct.fits(wrong, x, 3)
+
+
+def test_calls_with_joined_biases_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are joined anew at each call; without biases, and of one layer, a call may be kept."""
+    kept: list[bool] = []
+
+    def linear(x: Tensor, one: object, bias: object, recipe: object, steady: bool = True) -> Tensor:
+        kept.append(steady)
+        return torch.zeros(2, 6)
+
+    for bias in (True, False):
+        layers = [quest.Linear(16, 3, bias, "w4a4").eval().freeze() for _ in range(2)]
+        assert joint.stack(layers)
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(frozen, "linear", linear)
+            quest.together(torch.zeros(2, 16), layers)
+    assert kept == [False, True]
 
 
 def test_a_bias_in_a_transform_has_no_address() -> None:

@@ -28,6 +28,10 @@ def _forms(grid: Grid) -> dict[str, operands.Form]:
     return found
 
 
+# Of float64: a point, its step or unit, and two operations.
+ROUNDINGS = 4 * 2.0**-53
+
+
 def _uniform(levels: int) -> Grid:
     """A grid of points 2 apart: odd integers, or even ones."""
     points = tuple(float(2 * i - (levels - 1)) for i in range(levels))
@@ -40,8 +44,8 @@ def test_a_point_is_its_integer_times_the_unit(grid: Grid) -> None:
     for form in _forms(grid).values():
         for p in grid.points:
             turned = (p if grid.step is None else p / grid.step) * form.integer
-            assert abs(turned - round(turned)) < 1e-9
-            assert math.isclose(round(turned) * form.unit, p, rel_tol=1e-12, abs_tol=1e-12)
+            assert math.isclose(turned, round(turned), rel_tol=ROUNDINGS)
+            assert math.isclose(round(turned) * form.unit, p, rel_tol=ROUNDINGS)
             assert abs(round(turned)) == 1 or grid.levels > 2  # a pair of signs
 
 

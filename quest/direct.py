@@ -64,10 +64,6 @@ def _kind(x: Any, bias: Tensor | None) -> tuple[object, ...] | None:
     """
     if not isinstance(x, Tensor):
         return None
-    # Outside of autocast a weight of another dtype is an error, which must not be passed over.
-    cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else None
-    if cast is not None and cast is not x.dtype:
-        return None
     index = x.get_device()
     if (
         not ops.direct(x)
@@ -82,10 +78,11 @@ def _kind(x: Any, bias: Tensor | None) -> tuple[object, ...] | None:
         return None
     lies: tuple[object, ...] = ()
     if bias is not None:  # as a transform of torch.func, which `ops.direct` sees, has no address
-        known = type(bias) in (Tensor, torch.nn.Parameter) and bias.device == x.device
-        if not (known and bias.is_contiguous()):
+        if not fits(bias, x, bias.numel()):
             return None
         lies = bias.data_ptr(), bias.dtype, bias.shape
+    # Outside of autocast a weight of another dtype is an error, which must not be passed over.
+    cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else None
     stream = torch._C._cuda_getCurrentRawStream(index)
     return x.shape, x.dtype, index, stream, get_ident(), cast, lies
 

@@ -16,6 +16,7 @@ import pytest
 
 from property_tests.mutants import baseline, child, choice, interpreter, pool, runner
 from property_tests.mutants.choice import quick
+from property_tests.mutants.covered import has_gpu
 from property_tests.mutants.mutant import ROOT, Mutant, read
 from quest.kernels import blocks
 
@@ -128,6 +129,36 @@ GATHERED = {"gathered": 1}
 )  # fmt: skip
 def test_what_a_process_says_of_its_mutant(end: pool.Ended, outcome: str) -> None:
     assert runner.verdict(end)[0] == outcome
+
+
+@pytest.mark.parametrize("event", [{"stray": "/elsewhere/quest"}, {"started": True}])
+def test_a_process_in_which_tests_can_t_tell_gives_no_verdict(event: dict[str, Any]) -> None:
+    end = ended(event, GATHERED, {"start": "t"}, {"failed": "t", "text": ""})
+    why = "not the mutant.s copy|started before the fork"
+    with pytest.raises(pool.HarnessError, match=why):
+        runner.verdict(end)
+    with pytest.raises(pool.HarnessError, match=why):
+        baseline._part(end)
+
+
+@pytest.mark.skipif(not has_gpu(), reason="no CUDA device")
+def test_a_forked_process_can_use_cuda() -> None:
+    """What the server imports must not start it."""
+    code = (
+        "import importlib, os, sys, torch\n"
+        f"for name in {child.PRELOAD}: importlib.import_module(name)\n"
+        "pid = os.fork()\n"
+        "if pid == 0: os._exit(not torch.ones(1, device='cuda').item())\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_file_of_tests_that_can_t_be_gathered_is_no_empty_one(tmp_path: Path) -> None:
+    with pool.workshop() as folder:
+        (folder / "template" / "property_tests" / "test_packing.py").write_text("import nothing_")
+        with pytest.raises(pool.HarnessError, match=r"test_packing.*fails without a fault"):
+            baseline.measure(folder, tmp_path / "b.json", 1, print, frozenset({"packing"}))
 
 
 def planted(file: str, new: str, name: str = "x") -> Mutant:

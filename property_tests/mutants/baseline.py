@@ -115,8 +115,9 @@ def measure(
         elif every := sorted({t.partition("[")[0] for t in part["tests"] if COMPILES in t}):
             drawn[file] = part
             yield replace(
-                end.job, paths=tuple(every), profile="ci", folder=folder / f"all-{Path(file).stem}"
-            )
+                end.job, paths=tuple(every), profile="ci", listing=True,
+                folder=folder / f"all-{Path(file).stem}",
+            )  # fmt: skip
             return
         parts[file] = {"key": _key(file)} | part
         told(f"{file}: {len(parts[file]['tests'])} tests in {end.seconds:.0f} s")
@@ -132,7 +133,10 @@ def measure(
 
 def _part(end: pool.Ended) -> dict[str, Any]:
     """What one process saw: tests with their seconds, failures, lines by test."""
-    named = end.first("names")
+    end.check()
+    named, broken = end.first("names"), end.first("broken")
+    if broken:
+        raise pool.HarnessError(f"{broken['broken']} fails without a fault:\n{broken['text']}")
     if named is None:
         log = end.job.log.read_text()[-3000:] if end.job.log.exists() else ""
         raise pool.HarnessError(f"{end.job.paths[0]} ends with {end.code} without a fault:\n{log}")

@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from . import interpreter
 
-# What the server imports, once for all mutants.
+# What the server imports, once for all mutants. Not `torch._inductor.compile_fx`: where there is a
+# GPU it asks CUDA for it, and then no forked process can use CUDA (seen with torch 2.11, where
+# NVRTC crashed in such processes besides).
 PRELOAD = [
-    "torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.testing", "triton",
-    "triton.language", "numpy", "scipy.stats", "scipy.optimize", "scipy.special", "scipy.linalg",
-    "pytest", "hypothesis", "hypothesis.strategies", "click", "rich.console", "matplotlib",
+    "torch", "torch._dynamo", "torch.testing", "triton", "triton.language", "numpy",
+    "scipy.stats", "scipy.optimize", "scipy.special", "scipy.linalg", "pytest", "hypothesis",
+    "hypothesis.strategies", "click", "rich.console", "matplotlib",
 ]  # fmt: skip
 # Besides its patience, a test may take this many times what it takes without a fault.
 FACTOR = 5.0
@@ -48,6 +51,7 @@ class Job:
     memory. patience: seconds that a test may take and be no failure. interpreter: the address of a
     server, see `interpreter`. binaries: variants, each with the digest of its machine code without
     a fault, or "": it is compiled before any test, which are not run where all stay the same.
+    listing: tests name the variants that they compile, and skip.
     """
 
     template: Path
@@ -62,6 +66,7 @@ class Job:
     patience: float = 30.0
     interpreter: Path | None = None
     binaries: tuple[tuple[Variant, str], ...] = ()
+    listing: bool = False
 
     @property
     def limit(self) -> float:
@@ -202,6 +207,8 @@ class Watch:
         place = Path(getattr(quest, "__file__", None) or self.root).resolve()
         if not place.is_relative_to(self.root.resolve()):
             self.say(stray=str(place))
+        if torch.cuda._is_in_bad_fork():
+            self.say(started=True)
         if self.job.interpreter is not None and "quest.conformance.lanes" in sys.modules:
             interpreter.use(
                 self.job.interpreter, self.job.worker, lambda why: self.say(no_interpreter=why)
@@ -217,6 +224,8 @@ class Watch:
 
         def noted(source: str, architecture: str, macros: dict[str, int], **how: Any) -> Any:
             self.say(variant=[source, architecture, list(macros.items())])
+            if self.job.listing:
+                pytest.skip("only the variant's name is asked for")
             return compile_(source, architecture, macros, **how)
 
         cuda.compile_ = noted

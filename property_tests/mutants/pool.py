@@ -48,6 +48,13 @@ class Ended:
         """The first event that has this key."""
         return next((e for e in self.events if key in e), None)
 
+    def check(self) -> None:
+        """`HarnessError` where the process could not tell anything of any mutant."""
+        if stray := self.first("stray"):
+            raise HarnessError(f"the tests import {stray['stray']}, not the mutant's copy")
+        if self.first("started"):
+            raise HarnessError("CUDA was started before the fork: no test can use it")
+
 
 @contextmanager
 def workshop() -> Iterator[Path]:

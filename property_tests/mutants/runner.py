@@ -228,8 +228,7 @@ def _of(file: str, sound: dict[child.Variant, str], template: Path) -> Binaries:
 
 def verdict(end: pool.Ended) -> tuple[str, str]:
     """(outcome, the test that killed it) of a process; of a lost one, why it says nothing."""
-    if stray := end.first("stray"):
-        raise HarnessError(f"the tests import {stray['stray']}, not the mutant's copy")
+    end.check()
     if why := end.first("no_interpreter"):
         return LOST, f"the server of interpreters gave none: {why['no_interpreter']}"
     if end.first("refused"):

@@ -69,7 +69,7 @@ def test_the_folder_of_the_journal_is_told_and_a_fresh_start_forgets_all_of_it(
     tmp_path: Path,
 ) -> None:
     """Also what was seen without a fault, and what other machines have found."""
-    names = ["journal.jsonl", "h100.jsonl", "baseline.json"]
+    names = ["journal.jsonl", "h100.jsonl", "baseline.json", "binaries.json"]
     for name in names:
         (tmp_path / name).write_text("{")
     arguments = ["--file", "quest/packing.py", "--minutes", "0"]

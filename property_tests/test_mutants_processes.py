@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from property_tests.mutants import baseline, child, choice, interpreter, pool, runner
 from property_tests.mutants.choice import quick
 from property_tests.mutants.covered import has_gpu
 from property_tests.mutants.mutant import ROOT, Mutant, read
-from quest.kernels import blocks
+from quest.kernels import blocks, rows
 
 TESTS = "property_tests/test_packing.py"
 FIRST = f"{TESTS}::test_the_first_element_is_in_the_lowest_bits"
@@ -295,8 +297,6 @@ def test_a_test_that_fails_for_what_ran_before_it_kills_nothing(told: Told) -> N
 def outcomes() -> dict[str, runner.Result]:
     """What becomes of four texts of a kernel that a test compiles in one variant."""
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
-    import torch
-
     file = "kernels/blocks.cu"
     size = len(read(file))
     sign = read(file).index(b"a + b") + 1
@@ -334,3 +334,31 @@ def test_cuda_is_compiled_before_a_test_runs(
     outcomes: dict[str, runner.Result], name: str, outcome: str
 ) -> None:
     assert outcomes[name].outcome == outcome
+
+
+def test_what_is_compiled_without_a_fault_is_kept_until_a_text_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    cache = tmp_path / "binaries.json"
+    macros = tuple(rows.macros(torch.float32, 16, "codes").items())
+    good: child.Variant = ("rows.cu", "sm_90a", macros)
+    bad: child.Variant = ("rows.cu", "sm_90a", (("WIDTH", -1),))
+    asked: list[int] = []
+    run_all = pool.run_all
+
+    def counted(jobs: Any, *rest: Any) -> bool:
+        left = list(jobs)
+        asked.append(len(left))
+        return run_all(iter(left), *rest)
+
+    monkeypatch.setattr(pool, "run_all", counted)
+    with pool.workshop() as folder:
+        first = runner._binaries(folder, (good, bad), 2, math.inf, cache)
+        assert first is not None
+        assert list(first) == [good]
+        assert runner._binaries(folder, (good, bad), 2, math.inf, cache) == first
+        with (folder / "template" / "kernels" / "codes.cuh").open("a") as header:
+            header.write("\n// Nothing.\n")
+        assert runner._binaries(folder, (good, bad), 2, math.inf, cache) == first
+    assert asked == [2, 0, 2]

@@ -33,7 +33,6 @@ OWN = {
         "prologue_kernel",
         "gated_layer",
         "prologue",
-        "quantizer",
         "product",
         "layer",
     ),

@@ -133,7 +133,7 @@ def main(
     if problems:
         raise click.ClickException("equivalent.toml is stale:\n  " + "\n  ".join(problems))
     if fresh:
-        for path in (*work.glob("*.jsonl"), work / "baseline.json"):
+        for path in (*work.glob("*.jsonl"), *work.glob("*.json")):
             path.unlink(missing_ok=True)
     record = journal_.Journal(work, Evidence(), patience)
     narrow = left or all(m.file.endswith((".cu", ".cuh")) for m in chosen)
@@ -329,7 +329,7 @@ def _run(
             in_time = runner.run(
                 order(left, plan.seed, cost), parts, folder, plan.jobs, told,
                 patience=plan.patience, variants=seen.variants, until=plan.until,
-                doubt=doubt,
+                doubt=doubt, cache=work / "binaries.json",
             )  # fmt: skip
         if not in_time:
             console.print(f"the time was up: {len(missing) - len(heard)} are still to be run")

@@ -7,6 +7,7 @@ the same passes without the fault. Where it does not, the tests behind it are as
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import re
 import signal
@@ -14,9 +15,8 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from . import child, pool
+from . import child, covered, pool
 from .choice import Part
-from .covered import has_gpu
 from .cuda_source import holders
 from .interpreter import Server
 from .journal import Result
@@ -57,6 +57,7 @@ def run(
     variants: tuple[child.Variant, ...] = (),
     until: float = math.inf,
     doubt: Callable[[str], None] = print,
+    cache: Path | None = None,
 ) -> bool:
     """Run all; `told` hears of each as it ends, and twice of one that survives the quick profile.
 
@@ -64,10 +65,11 @@ def run(
 
     plan: the tests of a mutant, a process for each part; see `choice`.
     patience: seconds that a test may take besides. variants: of CUDA C++, that tests compile.
-    until: see `pool.run_all`. doubt: hears of each test whose failure did not count.
+    until: see `pool.run_all`. doubt: hears of each test whose failure did not count. cache: keeps
+    what was compiled without a fault.
     """
     texts = [m.file for m in mutants if m.file.endswith((".cu", ".cuh"))]
-    binaries = _binaries(folder, variants, slots, until) if texts else {}
+    binaries = _binaries(folder, variants, slots, until, cache) if texts else {}
     if binaries is None:
         return False
     server = Server(folder)
@@ -183,7 +185,7 @@ class _Runs:
         source = mutant.apply((template / file).read_bytes()) if mutant else b""
         end = yield child.Job(
             template, self.folder / f"mutant{next(self.names)}", file, source,
-            part.paths, part.tests, part.profile, False, not has_gpu(),
+            part.paths, part.tests, part.profile, False, not covered.has_gpu(),
             # Only the quick profile's usual times are known.
             self.patience if part.profile == "quick" else 10 * self.patience,
             self.interpreter, binaries,
@@ -195,27 +197,51 @@ class _Runs:
 
 
 def _binaries(
-    folder: Path, variants: tuple[child.Variant, ...], slots: int, until: float
-) -> dict[child.Variant, str] | None:
+    folder: Path, variants: tuple[child.Variant, ...], slots: int, until: float,
+    cache: Path | None = None,
+) -> dict[child.Variant, str] | None:  # fmt: skip
     """Digests of the machine code of these variants, without a fault; None: the time was up."""
-    found: dict[child.Variant, str] = {}
+    template = folder / "template"
+    texts = sorted(p for p in (template / "kernels").iterdir() if p.suffix in (".cu", ".cuh"))
+    key = covered.digest([covered.of_files(template, texts), covered.stack()])
+    known = _read(cache, key)
+    missing = [v for v in variants if v not in known]
 
     def jobs() -> Iterator[child.Job]:
-        for n, variant in enumerate(variants):
+        for n, variant in enumerate(missing):
             yield child.Job(
-                folder / "template", folder / f"sound{n}", "", b"", (), {}, "quick", False,
-                not has_gpu(), binaries=((variant, ""),),
+                template, folder / f"sound{n}", "", b"", (), {}, "quick", False,
+                not covered.has_gpu(), binaries=((variant, ""),),
             )  # fmt: skip
 
     def ended(end: pool.Ended) -> Iterator[child.Job]:
-        made = end.first("digest")
-        if made is not None:  # else a test wants it to be refused
-            found[end.job.binaries[0][0]] = made["digest"]
+        variant = end.job.binaries[0][0]
+        if made := end.first("digest"):
+            known[variant] = made["digest"]
+        elif end.first("refused"):  # as a test wants it
+            known[variant] = ""
         return iter(())
 
     if not pool.run_all(jobs(), slots, ended, until):
         return None
-    return {v: found[v] for v in variants if v in found}
+    if cache and missing:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.write_text(json.dumps({"key": key, "digests": list(known.items())}))
+    return {v: known[v] for v in variants if known.get(v)}
+
+
+def _read(cache: Path | None, key: str) -> dict[child.Variant, str]:
+    """What a cache holds of this key: the digest of a variant, "" where it is refused."""
+    try:
+        found = json.loads(cache.read_text()) if cache else {}
+    except (OSError, ValueError):
+        return {}
+    if found.get("key") != key:
+        return {}
+    return {
+        (source, architecture, tuple(map(tuple, macros))): digest
+        for (source, architecture, macros), digest in found["digests"]
+    }
 
 
 def _of(file: str, sound: dict[child.Variant, str], template: Path) -> Binaries:

@@ -27,7 +27,7 @@ from .trace import WATCHED
 # The tests that are about a file.
 OWN = {
     "kernels/recorded.py": ("launches", "direct"),
-    "kernels/blocks.py": ("launch_rules", "blocks", "prologue_kernel"),
+    "kernels/blocks.py": ("block_launches", "launch_rules", "blocks", "prologue_kernel"),
     "kernels/blocks.cu": (
         "blocks",
         "prologue_kernel",

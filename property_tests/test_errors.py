@@ -81,7 +81,7 @@ def test_unknown_bits(make: Callable[[Any], Any], bits: Any) -> None:
         make(bits)
 
 
-@pytest.mark.parametrize("alpha", [0, -1.0, math.nan, math.inf, "1"])
+@pytest.mark.parametrize("alpha", [0, -1.0, math.nan, math.inf, 10**400, True, "1"])
 def test_bad_alpha(alpha: Any) -> None:
     for make in (lambda: quest.grids.uniform(4, alpha), lambda: quest.grids.ternary(alpha),
                  lambda: quest.grids.e2m1(alpha)):  # fmt: skip
@@ -291,7 +291,9 @@ def test_no_grid_no_codes() -> None:
         Q(None, quest.Hadamard(), quest.STE(), quest.NM(2, 4))
 
 
-@pytest.mark.parametrize("scale", [0, -1.0, math.nan, math.inf, -math.inf, "1", None, True, 1j])
+@pytest.mark.parametrize(
+    "scale", [0, -1.0, math.nan, math.inf, -math.inf, 10**400, "1", None, True, 1j]
+)
 @pytest.mark.parametrize("kind", [quest.Clip, quest.Trust])
 def test_bad_scales(kind: Any, scale: Any) -> None:
     with pytest.raises(ValueError, match=f"{kind.__name__} scale must be (a finite|positive)"):

@@ -251,7 +251,7 @@ def test_a_chain_that_overlaps(recipe: str, rows: int) -> None:
         (2, torch.ones(24), ValueError, "w_scale must be torch.float32 of shape"),
         (3, torch.ones(24, 1), ValueError, "w_sums must be torch.int32 of shape"),
         (4, torch.ones(23), ValueError, "bias must be torch.float32 of shape"),
-        (4, torch.ones(24).double(), TypeError, "x must be float32, bfloat16 or float16"),
+        (4, torch.ones(24).double(), TypeError, "^bias must be float32, bfloat16 or float16"),
         (5, "uniform8/hadamard128/trust1.0/dense", ValueError, "one kernel quantizes and multip"),
         (5, "uniform4/hadamard64/trust1.0/dense", ValueError, "one kernel quantizes and multip"),
         (5, "uniform4/identity/trust1.0/dense", ValueError, "one kernel quantizes and multiplies"),

@@ -244,9 +244,9 @@ def test_weights_that_a_layer_does_not_take() -> None:
         )
         return made
 
-    with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16, got"):
+    with pytest.raises(TypeError, match="a weight must be float32, bfloat16 or float16, got"):
         layer(w.int())
-    with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16, got"):
+    with pytest.raises(TypeError, match="a weight must be float32, bfloat16 or float16, got"):
         layer(w, w.int())  # what is allowed, before how they differ
     with pytest.raises(ValueError, match="weights must hold at least one weight, got none"):
         layer()

@@ -60,7 +60,7 @@ def test_opcheck(recipe: str, device: str) -> None:
         (4, torch.ones(5, 1), ValueError, "a_sums must be torch.int32 of shape"),
         (5, torch.ones(24, 1), ValueError, "w_sums must be torch.int32 of shape"),
         (6, torch.ones(23), ValueError, "bias must be torch.float32 of shape"),
-        (6, torch.ones(24).double(), TypeError, "x must be float32, bfloat16 or float16"),
+        (6, torch.ones(24).double(), TypeError, "^bias must be float32, bfloat16 or float16"),
         (7, "uniform4,uniform8", ValueError, "packed weights have 1 bit on both sides, or uniform"),
         (7, "uniform4", ValueError, "packed weights have 1 bit on both sides"),
         (8, "codes,integers", ValueError, "packed weights have 1 bit on both sides"),

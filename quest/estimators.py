@@ -5,12 +5,13 @@ Source: method, section 4; QuEST (arXiv 2502.05003), section 4 (trust estimation
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 
 
 def _scale(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, float | int) or not math.isfinite(value):
+    number = isinstance(value, float | int) and not isinstance(value, bool)
+    if not (number and abs(value) <= sys.float_info.max):
         raise ValueError(f"{name} scale must be a finite number, got {value!r}")
     if value <= 0:
         raise ValueError(f"{name} scale must be positive, got {value!r}")

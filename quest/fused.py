@@ -91,7 +91,7 @@ def _check(
     lowbit.check_vector("w_scale", w_scale, torch.float32, (columns, 1), w)
     lowbit.check_vector("w_sums", w_sums, torch.int32, (columns, 1), w)
     if bias is not None:
-        ops.check_input(bias)
+        ops.check_input(bias, "bias")
         lowbit.check_vector("bias", bias, bias.dtype, (columns,), w)
     if dtype not in ops.DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from dataclasses import dataclass, field
 
 from . import constants
@@ -81,7 +82,8 @@ def _uniform(levels: int, alpha: float, name: str) -> Grid:
 
 
 def _positive(alpha: float) -> float:
-    if not (isinstance(alpha, float | int) and math.isfinite(alpha) and alpha > 0):
+    number = isinstance(alpha, float | int) and not isinstance(alpha, bool)
+    if not (number and 0 < alpha <= sys.float_info.max):
         raise ValueError(f"alpha must be a positive finite number, got {alpha!r}")
     return float(alpha)
 

@@ -202,7 +202,7 @@ def check_product(
         check_decode(t, s, f.kind, width, dtype, (name, f"{name}_scale"))
         check_vector(f"{name}_sums", n, torch.int32, s.shape, a)
     if bias is not None:
-        ops.check_input(bias)
+        ops.check_input(bias, "bias")
         check_vector("bias", bias, bias.dtype, (b.shape[0],), a)
     return terms
 

@@ -88,7 +88,7 @@ def _check(
     if gate is not None:
         lowbit.check_vector("gate", gate, x.dtype, tuple(x.shape), x)
     for w in weights:
-        ops.check_input(w)
+        ops.check_input(w, "a weight")
         if w.ndim != 2 or w.shape[1] != x.shape[-1] or w.device != x.device:
             raise ValueError(
                 f"a weight must be (out, {x.shape[-1]}) on {x.device}, got shape {tuple(w.shape)} "

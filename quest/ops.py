@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_input(x: Tensor) -> None:
-    """Raise TypeError or ValueError unless x is (..., d) float32, bfloat16 or float16."""
+def check_input(x: Tensor, name: str = "x") -> None:
+    """Raise TypeError or ValueError unless x, so named, is (..., d) of one of `DTYPES`."""
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
-        raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
     if x.ndim == 0:
-        raise ValueError("x must have at least one axis, got a scalar")
+        raise ValueError(f"{name} must have at least one axis, got a scalar")
 
 
 def _check_order(x: Tensor, order: int, mask: Tensor | None = None) -> None:

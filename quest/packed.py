@@ -84,7 +84,7 @@ def _check(
     lowbit.check_vector("w_scale", w_scale, torch.float32, (w.shape[0], 1), a)
     lowbit.check_vector("w_sums", w_sums, torch.int32, (w.shape[0], 1), a)
     if bias is not None:
-        ops.check_input(bias)
+        ops.check_input(bias, "bias")
         lowbit.check_vector("bias", bias, bias.dtype, (w.shape[0],), a)
     return bits
 

@@ -92,7 +92,7 @@ OWN = {
         "gated_layer",
     ),
     "quest/estimators.py": ("api", "errors"),
-    "quest/frozen.py": ("frozen", "joint", "sparse_product"),
+    "quest/frozen.py": ("frozen_weights", "frozen", "joint", "sparse_product"),
     "quest/fused.py": ("operand_launches", "operand_checks", "fused", "frozen"),
     "quest/grids.py": ("grids", "api", "constants", "errors"),
     "quest/joint.py": ("shared_inputs", "joint"),

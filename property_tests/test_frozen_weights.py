@@ -244,7 +244,7 @@ class Ways:
         self.direct = self.linear = True
         self.kept: Tensor | None = None
         self.asked: list[tuple[Any, ...]] = []
-        operators = {
+        operators: dict[str, Callable[..., Any]] = {
             "few": fused.few_linear, "operand": lowbit.operand, "product": lowbit.product,
             "packed": packed.packed_product, "sparse": sparse.sparse_product,
         }  # fmt: skip

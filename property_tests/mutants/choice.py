@@ -79,7 +79,7 @@ OWN = {
     ),
     "kernels/whole.py": ("launch_rules", "quantizer", "hadamard"),
     "quest/compression.py": ("compress_edges", "compress", "sparse_product"),
-    "quest/direct.py": ("direct", "frozen"),
+    "quest/direct.py": ("direct_launches", "direct", "frozen"),
     "quest/eager.py": (
         "eager_edges",
         "hadamard",

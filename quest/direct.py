@@ -216,8 +216,11 @@ def linear(x: Tensor, held: Frozen, bias: Tensor | None, dtype: torch.dtype) -> 
 
     width, w = x.shape[-1], held.operand
     plan = _plan(held.spec, held.names, held.kinds, width, x.dtype, x.device)
-    if plan is None or w is None or held.scale is None or held.sums is None:
+    if plan is None:
         return None
+    assert w is not None
+    assert held.scale is not None
+    assert held.sums is not None
     columns, count = w.shape[0], x.numel() // width
     form = held.form(count, width)
     if form == "compressed":
@@ -240,7 +243,9 @@ def linear(x: Tensor, held: Frozen, bias: Tensor | None, dtype: torch.dtype) -> 
                 x, plan.program, plan.form, plan.bits, count, width, a, scale, 0, sums
             )  # fmt: skip
         # That launch lies between what wrote the weight and these, which makes it settled.
-        if form == "packed" and (packed := held.packed) is not None:
+        if form == "packed":
+            packed = held.packed
+            assert packed is not None
             few.launch(
                 y.data_ptr(), a, packed.data_ptr(), count, columns, width,
                 packed.shape[1] * 8 // width, device, dtype, terms.factor, terms.length, scale,

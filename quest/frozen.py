@@ -101,10 +101,10 @@ def stack(parts: Sequence[Frozen]) -> list[Frozen]:
     """The same frozen weights as rows of one, `stacked(...)`. They must be of one recipe."""
     made: dict[str, Tensor | None] = {}
     # Single bits are packed as they are: one tensor under two names.
-    twins = all(part.packed is not None and part.packed is part.operand for part in parts)
+    twins = all(part.packed is part.operand for part in parts)
     for name in _ROWS:
         found = [t for t in (getattr(part, name) for part in parts) if t is not None]
-        every = len(found) == len(parts) and not (twins and name == "packed")
+        every = len(found) == len(parts)
         made[name] = torch.cat(found) if every else None
     if twins:
         made["packed"] = made["operand"]
@@ -112,7 +112,7 @@ def stack(parts: Sequence[Frozen]) -> list[Frozen]:
     whole = Stack(_with(one, made), len(parts))
     rows, first = [], 0
     for place, part in enumerate(parts):
-        last = first + max(t.shape[0] for t in (part.values, part.operand) if t is not None)
+        last = first + len(next(t for t in (part.values, part.operand) if t is not None))
         views = {name: None if t is None else t[first:last] for name, t in made.items()}
         if twins:
             views["packed"] = views["operand"]
@@ -137,7 +137,7 @@ def stacked(parts: Sequence[Frozen]) -> Frozen | None:
 
 def _state(t: Tensor) -> tuple[object, ...]:
     """What changes where a tensor is written in place, moved or converted."""
-    version = -1 if t.is_inference() else t._version
+    version = None if t.is_inference() else t._version
     return version, t.data_ptr(), t.dtype, t.device
 
 
@@ -152,8 +152,9 @@ def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
     packed = kept = metadata = None
     if pair[1] == "bits" and _can_be_read(weight, 1):
         packed = operand
-    elif pair == ("integers", "integers") and recipe.weight.sparsity is None:
+    elif recipe.weight.sparsity is None:
         both = (recipe.activation.require_grid(), recipe.weight.require_grid())
+        # Of odd integers on both sides, which is never a pair of bits or codes.
         if all(map(odd, both)) and _can_be_read(weight, both[1].storage_bits):
             packed = recipe.weight.pack(weight).codes
     elif recipe.weight.sparsity == NM(2, 4):
@@ -187,7 +188,7 @@ def linear(
     steady: the next call's bias will lie where this one's lies.
     """
     dtype = x.dtype
-    if frozen.operand is None or frozen.scale is None or frozen.sums is None:
+    if frozen.operand is None:
         assert frozen.values is not None
         values = recipe.activation(x)
         b = None if bias is None else bias.to(dtype)
@@ -198,6 +199,8 @@ def linear(
         return made
     run: Callable[[], Tensor | None] | None = None
     if frozen.packed is not None and paths.fuses(x, frozen.few):
+        assert frozen.scale is not None
+        assert frozen.sums is not None
         # Settled: `freeze` has queued another kernel after that which wrote the codes.
         run = functools.partial(
             fused.unchecked if unwatched else fused.few_linear,
@@ -229,14 +232,19 @@ def multiply(
     unwatched: `ops.direct` of what they were made of.
     """
     assert frozen.operand is not None
+    assert frozen.scale is not None
+    assert frozen.sums is not None
     a, a_scale, a_sums = rows
     weight: tuple[Tensor, ...] = (frozen.operand,)
     function, launch = lowbit.product, lowbit.launch_product
     form = frozen.form(len(a), width)
-    if form == "compressed" and frozen.kept is not None and frozen.metadata is not None:
+    if form == "compressed":
+        assert frozen.kept is not None
+        assert frozen.metadata is not None
         function, launch = sparse_product, launch_sparse_product
         weight = (frozen.kept, frozen.metadata)
-    elif form == "packed" and frozen.packed is not None:
+    elif form == "packed":
+        assert frozen.packed is not None
         function, launch, weight = packed_product, launch_packed, (frozen.packed,)
     y: Tensor = (launch if unwatched else function)(
         a, *weight, a_scale, frozen.scale, a_sums, frozen.sums, bias, frozen.names, frozen.kinds,

@@ -78,7 +78,7 @@ OWN = {
     ),
     "kernels/whole.py": ("launch_rules", "quantizer", "hadamard"),
     "quest/compression.py": ("compress_edges", "compress", "sparse_product"),
-    "quest/direct.py": ("direct", "frozen"),
+    "quest/direct.py": ("direct_launches", "direct", "frozen"),
     "quest/eager.py": (
         "eager_edges",
         "hadamard",
@@ -91,7 +91,7 @@ OWN = {
         "gated_layer",
     ),
     "quest/estimators.py": ("api", "errors"),
-    "quest/frozen.py": ("frozen", "joint", "sparse_product"),
+    "quest/frozen.py": ("frozen_weights", "frozen", "joint", "sparse_product"),
     "quest/fused.py": ("operand_launches", "operand_checks", "fused", "frozen"),
     "quest/grids.py": ("grids", "api", "constants", "errors"),
     "quest/joint.py": ("shared_inputs", "joint"),

@@ -1,0 +1,372 @@
+"""The launches of a frozen layer that nothing watches; no GPU.
+
+The kernels are fakes that read and write memory where they are told to, as their launchers promise
+it. What comes out is what the operators give.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import quest
+from quest import direct, frozen, lowbit, ops, packing, paths
+from quest.kernels import blocks, cuda, few, hopper, outputs, product, recorded, rows
+
+pytestmark = pytest.mark.whole
+
+WIDTH, OUT = 256, 24
+CPU = torch.device("cpu")
+KINDS = {how: kind for kind, how in blocks.OPERANDS.items()}
+BIASES = {number: dtype for dtype, number in hopper.OUT.items()}
+
+
+def signs(operand: Tensor, width: int) -> Tensor:
+    return 2 * packing.unpack(operand, 1, width).double() - 1
+
+
+class Kernels:
+    """What was launched, and between which addresses the first kernel wrote.
+
+    memory: what there is, besides outputs; nothing else is read or written.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.seen: list[str] = []
+        self.memory: list[Tensor] = []
+        self.written: list[tuple[int, int]] = []
+        self.asked: list[Tensor] = []
+        self.activation = quest.recipe("w4a4").activation
+        patch.setattr(cuda, "unavailable", lambda device: None)
+        patch.setattr(cuda, "shared", lambda device: 227 * 1024)
+        patch.setattr(hopper, "unavailable", lambda device: None)
+        for module in (rows, blocks, few, product):
+            name = module.__name__.rpartition(".")[2]
+            patch.setattr(module, "launch", getattr(self, f"_{name}"))
+        between, empty = direct._between, outputs.empty
+
+        def noted(size: int, device: torch.device) -> Tensor:
+            self.asked.append(between(size, device))
+            assert self.asked[-1].numel() == size
+            return self.asked[-1]
+
+        def made(*given: Any) -> Tensor:
+            self.memory.append(empty(*given))
+            return self.memory[-1]
+
+        patch.setattr(direct, "_between", noted)
+        patch.setattr(outputs, "empty", made)
+
+    def at(self, address: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """What lies there, as a tensor."""
+        size = math.prod(shape) * dtype.itemsize
+        spans = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in self.memory]
+        assert any(first <= address and address + size <= after for first, after in spans)
+        bytes_ = (ctypes.c_char * size).from_address(address)
+        return torch.frombuffer(bytes_, dtype=dtype).view(shape)
+
+    def _quantize(
+        self, x: Tensor, program: Any, kind: str, count: int, width: int, *to: int
+    ) -> None:
+        assert x.is_contiguous()
+        assert x.data_ptr() % 16 == 0
+        grid = self.activation.require_grid()
+        assert (program.order, program.levels, program.step) == (128, grid.levels, grid.step)
+        self.memory.append(x)
+        made = self.at(x.data_ptr(), (count, width), x.dtype)
+        operand, scale, _, sums = lowbit.encode(made, self.activation.spec, kind)
+        for t, address in zip((operand, scale, sums), to, strict=True):
+            self.at(address, tuple(t.shape), t.dtype).copy_(t)
+            self.written.append((address, address + t.numel() * t.element_size()))
+
+    def _rows(
+        self, x: Tensor, program: Any, kind: str, count: int, d: int, operand: int, scale: int,
+        sums: int,
+    ) -> None:  # fmt: skip
+        self.seen.append("rows")
+        self._quantize(x, program, kind, count, d, operand, scale, sums)
+
+    def _blocks(
+        self, x: Tensor, program: Any, form: int, bits: int, count: int, d: int, out: int,
+        scale: int, mask: int, sums: int,
+    ) -> None:  # fmt: skip
+        self.seen.append("blocks")
+        assert mask == 0
+        self._quantize(x, program, KINDS[form, bits], count, d, out, scale, sums)
+
+    def _few(
+        self, y: int, a: int, w: int, count: int, columns: int, width: int, bits: int, device: None,
+        out: torch.dtype, factor: float, length: int, a_scale: int, w_scale: int, a_sum: int,
+        w_sum: int, bias: Tensor | None, settled: bool,
+    ) -> None:  # fmt: skip
+        self.seen.append("few")
+        assert settled is True
+        assert device is None
+        codes = packing.unpack(self.at(w, (columns, width * bits // 8), torch.uint8), bits, width)
+        values = 2 * codes.double() - (2**bits - 1)
+        if bits == 1:
+            operand = signs(self.at(a, (count, width // 8), torch.uint8), width)[:, :length]
+            assert torch.equal(self.at(w_sum, (columns,), torch.int32).double(), values.sum(1))
+            values = values[:, :length]
+        else:
+            operand = self.at(a, (count, width), torch.int8).double()
+        # Without it the kernel, which multiplies codes, has not all of a product.
+        assert torch.equal(self.at(a_sum, (count,), torch.int32).double(), operand.sum(1))
+        self._write(y, out, operand @ values.T, factor, a_scale, w_scale, bias)
+
+    def _product(
+        self, y: int, a: int, b: int, count: int, columns: int, width: int, device: None,
+        out: torch.dtype, binary: bool, epilogue: int, length: int, factor: float, row_scale: int,
+        column_scale: int, bias: int, row_sum: int, column_sum: int, settled: bool, bias_type: int,
+    ) -> None:  # fmt: skip
+        self.seen.append("product")
+        assert settled is True
+        assert device is None
+        assert epilogue in (hopper.PLAIN, hopper.CORRECTED)
+        assert (bias == 0) == (bias_type == 0)
+        kind = torch.uint8 if binary else torch.int8
+        first, second = (self.at(t, (n, width), kind) for t, n in ((a, count), (b, columns)))
+        if binary:
+            first, second = (packing.unpack(t, 1, 8 * width) for t in (first, second))
+        p = first.double() @ second.double().T
+        if epilogue == hopper.CORRECTED:
+            sums = self.at(row_sum, (count, 1), torch.int32) + self.at(
+                column_sum, (columns,), torch.int32
+            )
+            p = 4 * p - sums - length if binary else p + (sums - length) / 4
+        else:
+            assert (row_sum, column_sum) == (0, 0)
+        given = self.at(bias, (columns,), BIASES[bias_type]) if bias else None
+        self._write(y, out, p, factor, row_scale, column_scale, given)
+
+    def _write(
+        self, y: int, out: torch.dtype, p: Tensor, factor: float, row_scale: int,
+        column_scale: int, bias: Tensor | None,
+    ) -> None:  # fmt: skip
+        count, columns = p.shape
+        scales = self.at(row_scale, (count, 1), torch.float32) * self.at(
+            column_scale, (columns,), torch.float32
+        )
+        made = p * factor * scales + (0 if bias is None else bias.double())
+        self.at(y, (count, columns), out).copy_(made)
+
+    def take(self) -> list[str]:
+        """What was launched since this was asked last."""
+        found = self.seen[:]
+        self.seen.clear()
+        return found
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
+    direct._plan.cache_clear()
+    yield Kernels(monkeypatch)
+    direct._plan.cache_clear()
+
+
+def _held(name: str, width: int = WIDTH) -> frozen.Frozen:
+    """A weight that is frozen as on Hopper."""
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "has_integers", lambda *_: True)
+        return frozen.freeze(torch.randn(OUT, width), quest.recipe(name))
+
+
+def _expected(x: Tensor, held: frozen.Frozen, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y by the operators."""
+    operand = lowbit.operand(lowbit.as_rows(x), held.spec, held.kinds.partition(",")[0])
+    y = frozen.multiply(operand, held, bias, x.shape[-1], dtype, False)
+    return y.view(*x.shape[:-1], OUT)
+
+
+def _tensors(held: frozen.Frozen) -> list[Tensor]:
+    found = (held.operand, held.scale, held.sums, held.packed)
+    return [t for t in found if t is not None]
+
+
+RECIPES = ["w4a4", "w1a1", "w2a4", "w4a2", "w8a8", "w1.58a1.58"]
+
+
+@pytest.mark.parametrize("few_rows", [True, False])
+@pytest.mark.parametrize("name", RECIPES)
+def test_launches_on_addresses(
+    name: str, few_rows: bool, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One kernel quantizes, one multiplies: in the dtype asked for, of any input and bias."""
+    monkeypatch.setattr(paths, "has_few_rows", lambda x: few_rows)
+    held, kernels.activation = _held(name), quest.recipe(name).activation
+    wide = torch.randn(2, 3, 2 * WIDTH + 1).bfloat16()
+    bias = torch.randn(OUT)
+    for x, given, dtype in (
+        (wide[..., :WIDTH].contiguous(), None, torch.bfloat16),
+        (wide[..., :WIDTH].float(), bias, torch.float16),
+        (wide[..., 1::2], bias.bfloat16(), torch.float32),
+        (torch.randn(40 * WIDTH + 1)[1:].view(40, WIDTH), bias, torch.float32),
+        (torch.randn(40, WIDTH).bfloat16(), bias.half(), torch.bfloat16),
+        (torch.randn(40, 1, WIDTH), None, torch.float32),
+    ):
+        kernels.written.clear()
+        kernels.asked.clear()
+        kernels.memory[:] = [*_tensors(held), *([] if given is None else [given])]
+        y = direct.linear(x, held, given, dtype)
+        assert y is not None
+        assert y.dtype == dtype
+        torch.testing.assert_close(y, _expected(x, held, given, dtype))
+        packed = held.packed is not None and x.shape[0] == 2
+        last = "few" if packed else "product"
+        assert kernels.take() == ["rows" if few_rows else "blocks", last]
+        # Operand, scale and sums fill one allocation.
+        (between,) = kernels.asked
+        ends = [between.data_ptr()]
+        for first, after in sorted(kernels.written):
+            assert first == ends[-1]
+            ends.append(after)
+        assert ends[-1] == between.data_ptr() + between.numel()
+    for empty in (wide[:0, :, :WIDTH], wide[:, :0, :WIDTH]):
+        y = direct.linear(empty, held, bias, torch.float16)
+        assert y is not None
+        assert (y.shape, y.dtype) == ((*empty.shape[:-1], OUT), torch.float16)
+    assert kernels.take() == []
+
+
+def test_what_has_another_way(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums that are to be doubled; rows that the quantizers don't take; compressed weights."""
+    x, held = torch.randn(3, WIDTH), _held("w4a4")
+    kernels.memory += _tensors(held)
+    assert direct.linear(x, held, None, torch.float32) is not None
+    kernels.seen.clear()
+    assert direct.linear(x.double(), held, None, torch.float32) is None
+    for name, width in (("w4a8", WIDTH), ("w8a4", WIDTH), ("w4a4", 136), ("fp4", WIDTH)):
+        assert direct.linear(x[:, :width], _held(name, width), None, torch.float32) is None
+    many = torch.randn(paths.SPARSE_ROWS, 128)
+    held = _held("w4a4-2:4", 128)
+    kernels.memory += _tensors(held)
+    assert direct.linear(many, held, None, torch.float32) is None
+    assert not kernels.seen
+    assert direct.linear(many[:-1], held, None, torch.float32) is not None
+    direct._plan.cache_clear()
+    monkeypatch.setattr(hopper, "unavailable", lambda device: f"{device} has no wgmma")
+    assert direct.linear(x, _held("w4a4"), None, torch.float32) is None
+
+
+# --- recorded calls ---------------------------------------------------------------------------
+
+
+class Kept:
+    """In the place of launches: what they were told."""
+
+    def __init__(self, taken: list[Any], stream: int, *addresses: int) -> None:
+        self.told = (stream, *addresses)
+        self.queued: list[tuple[int, ...]] = []
+
+    def queue(self, *addresses: int) -> None:
+        self.queued.append(addresses)
+
+
+class Stream:
+    """What torch says is current."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.device, self.number = -1, 7
+        for name, value in (
+            ("_cuda_getDevice", lambda: self.device),
+            ("_cuda_isCurrentStreamCapturing", lambda: False),
+            ("_cuda_getCurrentRawStream", lambda _: self.number),
+        ):
+            patch.setattr(torch._C, name, value, raising=False)
+        patch.setattr(ops, "direct", lambda _: True)
+        patch.setattr(recorded, "Again", Kept)
+
+
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
+    return Stream(monkeypatch)
+
+
+def _twice(x: Tensor, run: Callable[[], Tensor]) -> direct.Calls:
+    """What is kept after two calls."""
+    held = frozen.Frozen()
+    for _ in range(2):
+        assert direct.recorded(x, held, None, run) is not None
+    return held.calls
+
+
+def test_which_inputs_are_recorded(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of some elements, at a multiple of 16 bytes, on the device that is current."""
+    monkeypatch.setattr(direct, "MOST_ELEMENTS", 12)
+    made = torch.empty(3)
+    sizes = {n: bool(_twice(torch.zeros(n), lambda: made)) for n in (0, 1, 12, 13)}
+    assert sizes == {0: False, 1: True, 12: True, 13: False}
+    x = torch.zeros(13)[1:]
+    assert x.data_ptr() % 16
+    assert not _twice(x, lambda: made)
+    stream.device = 0
+    assert not _twice(torch.zeros(8), lambda: made)
+    assert direct.again(torch.zeros(8), frozen.Frozen(), None) is None
+
+
+def test_memory_between_kernels_is_held_with_the_call(stream: Stream) -> None:
+    """Which the next input's launches use again; what is not recorded has its own."""
+    used: list[Tensor] = []
+
+    def run() -> Tensor:
+        used.append(direct._between(100, CPU))
+        return torch.empty(3, 5)
+
+    x = torch.zeros(4, 8)
+    ((launches, like, memory),) = _twice(x, run).values()  # type: ignore[misc]
+    assert memory is used[1]
+    assert memory is not used[0]
+    assert like.shape == (3, 5)
+    assert launches.told[:2] == (stream.number, x.data_ptr())
+    assert _twice(torch.zeros(4, 8), run)
+    assert used[3] is memory
+    assert direct._between(100, CPU).data_ptr() != memory.data_ptr()
+    with outputs.poisoned(7):  # as what comes from the place where kernels get memory
+        assert (direct._between(100, CPU) == 7).all()
+
+
+def test_a_thread_that_records_nothing(stream: Stream) -> None:
+    made: list[Tensor] = []
+
+    def run() -> None:
+        made.extend(direct._between(100, CPU) for _ in range(2))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert made[0].data_ptr() != made[1].data_ptr()
+
+
+def test_sizes_of_memory_between_kernels(stream: Stream) -> None:
+    """As many bytes as are asked for, less than twice as many: shapes that are close share them."""
+
+    calls: list[int] = []
+
+    def run() -> Tensor:
+        calls.append(len(calls))
+        return check() if len(calls) == 2 else torch.empty(1)  # the one that is recorded
+
+    def check() -> Tensor:
+        for size in (1, 2, 3, 5, 64, 65, 100, 127, 128, 129, 4096, 4097):
+            held = direct._between(size, CPU)
+            assert held.dtype == torch.uint8
+            assert held.shape == (held.numel(),)
+            assert size <= held.numel() < 2 * size
+        held = direct._between(65, CPU)
+        assert all(direct._between(size, CPU) is held for size in (66, 100, 127, 128))
+        stream.number = 8
+        other = direct._between(65, CPU)
+        assert other.data_ptr() != held.data_ptr()
+        stream.number = 7
+        assert direct._between(65, CPU) is held
+        return torch.empty(1)
+
+    assert _twice(torch.zeros(8), run)

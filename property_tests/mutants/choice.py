@@ -39,7 +39,7 @@ OWN = {
     ),
     "kernels/codes.cuh": ("blocks", "rows", "prologue_kernel"),
     "kernels/cuda.py": ("launches", "launch_rules", "product", "few", "blocks"),
-    "kernels/compress.py": ("compress",),
+    "kernels/compress.py": ("compress_cases", "compress"),
     "kernels/decode.py": ("launch_rules", "packed_operand", "product"),
     "kernels/few.py": (
         "launch_rules",
@@ -78,7 +78,7 @@ OWN = {
         "sparse_product",
     ),
     "kernels/whole.py": ("launch_rules", "quantizer", "hadamard"),
-    "quest/compression.py": ("compress_edges", "compress", "sparse_product"),
+    "quest/compression.py": ("compress_edges", "compress_cases", "compress", "sparse_product"),
     "quest/direct.py": ("direct", "frozen"),
     "quest/eager.py": (
         "eager_edges",

@@ -293,7 +293,7 @@ def test_that_shared_memory_holds_what_the_sources_lay_out(out_size: int) -> Non
         assert (one.rows, product.THREADS) == (at["TILE_M"], at["THREADS"])
         assert needed <= one.shared
         assert one.shared - needed < 16 or out_size == 2
-    for tile in (sparse.WIDE, sparse.NARROW):
+    for tile in (sparse.WIDE, sparse.NARROW, sparse.Shape(3, 128, 4, 1)):
         at = shared(
             "sparse.cu", OUT_SIZE=out_size, TILE_N=tile.columns, STAGES=tile.stages,
             CLUSTER=tile.cluster, CONSUMERS=tile.consumers,

@@ -135,7 +135,7 @@ OWN = {
     ),
     "quest/quantizer.py": ("api", "errors", "quantizer"),
     "quest/recipes.py": ("api", "errors"),
-    "quest/sparse_product.py": ("sparse_product",),
+    "quest/sparse_product.py": ("sparse_product_checks", "sparse_product"),
     "quest/sparsity.py": ("api", "errors"),
     "quest/transforms.py": ("api", "hadamard", "errors"),
     "property_tests/ledger.py": ("report", "verdict"),

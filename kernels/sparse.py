@@ -54,7 +54,7 @@ class Shape:
     def shared(self) -> int:
         """Bytes of shared memory at the most, as sparse.cu lays them out."""
         flight = self.stages * (self.rows * TILE_K // 2 + self.columns * TILE_K)
-        staged = self.consumers * max(2 * 32 * 144, 2 * 16 * 272)
+        staged = self.consumers * 2 * 32 * 144  # of 16 bits; 32 bits take less, 2 * 16 * 272
         return flight + staged + self.consumers * 8 * self.columns + 16 * self.stages
 
     def clusters(self, features: int, tokens: int) -> int:

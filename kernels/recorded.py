@@ -35,9 +35,10 @@ class Again:
         ]
         if any(len(found) != 1 for found in places):
             raise ValueError(f"the addresses stand in {[len(found) for found in places]} places")
-        self._places = tuple(found[0] for found in places)
+        self._places = tuple(place for (place,) in places)
         self._graph = Graph(self.launches) if len(launches) > 1 else None
-        self._calls = self._graph.calls(stream) if self._graph else (launches[0].on(stream),)
+        calls = (launch.on(stream) for launch in self.launches)
+        self._calls = self._graph.calls(stream) if self._graph else tuple(calls)
 
     def queue(self, *addresses: int) -> None:
         """Queue all of them; RuntimeError where the driver refuses."""

@@ -26,7 +26,7 @@ from .trace import WATCHED
 
 # The tests that are about a file.
 OWN = {
-    "kernels/recorded.py": ("launches", "direct"),
+    "kernels/recorded.py": ("driver_calls", "launches", "direct"),
     "kernels/blocks.py": ("block_launches", "launch_rules", "blocks", "prologue_kernel"),
     "kernels/blocks.cu": (
         "blocks",
@@ -37,7 +37,7 @@ OWN = {
         "layer",
     ),
     "kernels/codes.cuh": ("blocks", "rows", "prologue_kernel"),
-    "kernels/cuda.py": ("launches", "launch_rules", "product", "few", "blocks"),
+    "kernels/cuda.py": ("driver_calls", "launches", "launch_rules", "product", "few", "blocks"),
     "kernels/compress.py": ("compress_cases", "compress"),
     "kernels/decode.py": ("launch_rules", "packed_operand", "product"),
     "kernels/few.py": (

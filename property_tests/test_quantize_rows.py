@@ -1,0 +1,199 @@
+"""Rows of which each output is known exactly: ties, rows in several turns, ends of the range."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+
+import quest
+from property_tests.lane_marks import every_lane
+from quest.conformance import oracle
+from quest.conformance.lanes import Lane
+from quest.quantizer import parse
+from quest.reference import quantize
+
+pytestmark = pytest.mark.whole
+
+# In the interpreter a program holds 8192 entries at a time, compiled 1024.
+WIDE = 12288
+LARGEST = torch.finfo(torch.float32).max
+TINY = 2.0**-149
+
+
+def expected(x: Tensor, q: quest.Quantizer) -> quantize.Quantized:
+    """What the oracle makes of x."""
+    return quantize.quantize(oracle.lift(x), **oracle.arguments(q, x.shape[-1]))
+
+
+def quantized(lane: Lane, x: Tensor, q: quest.Quantizer) -> quantize.Quantized:
+    """What the oracle makes of x; the lane's scale, codes, mask and selection must be the same."""
+    out, exact = lane.call("quantize", x, q=q), expected(x, q)
+    for name in ("scale", "codes", "mask") + (("keep",) if q.sparsity else ()):
+        np.testing.assert_array_equal(oracle.lift(out[name]), getattr(exact, name), name)
+    return exact
+
+
+def bits(packed: Tensor, width: int) -> npt.NDArray[np.bool_]:
+    """Bits, the lowest of a byte first."""
+    return np.unpackbits(packed.numpy(), axis=-1, bitorder="little")[..., :width].astype(bool)
+
+
+def turns() -> Tensor:
+    """(3, WIDE) with an RMS of 8 halves of a step of sigma / 4, by powers of two.
+
+    The first 8192 entries are some 8 times smaller or larger than the others, so that what was
+    summed is rescaled between two turns: 2 * 21 + 150 = 2 * 85.5 + 21 = 3 * 8^2.
+    """
+    rng = np.random.default_rng(0)
+    quiet, loud, louder = (1, 3, 5, 7), (18, 4, 1, 1), (24, 4, 2, 2)
+    made = []
+    for early, late in ((quiet, louder), (loud, quiet), (quiet, louder)):
+        parts = np.tile(early, 2048), np.tile(late, 1024)
+        for part in parts:
+            rng.shuffle(part)
+        made.append(np.concatenate(parts) * rng.choice((-1.0, 1.0), WIDE))
+    rows = np.stack(made)
+    assert ((rows**2).mean(-1) == 64).all()
+    return torch.from_numpy(rows / 8 * 2.0 ** np.array([[-20], [3], [40]])).float()
+
+
+@every_lane
+def test_of_equal_magnitudes_the_first_are_kept(lane: Lane) -> None:
+    """Every group of four that there is to compare; of pairs, too, which tie the other way round."""
+    fours = np.array(list(itertools.product((0, 1, 2), repeat=4)), dtype=np.float64)
+    signs = np.random.default_rng(0).choice((-1.0, 1.0), fours.shape)
+    pairs = np.stack([fours, 0 * fours], -1)
+    pairs[:, ::2] = pairs[:, ::2, ::-1]
+    for sparsity, groups in (
+        (quest.NM(1, 2), fours * signs),
+        (quest.NM(1, 4), fours * signs),
+        (quest.NM(2, 4), fours * signs),
+        (quest.NM(3, 4), fours * signs),
+        (quest.Pairwise(2, 4), pairs.reshape(81, 8)),
+        (quest.Pairwise(4, 8), pairs.reshape(81, 8)),
+        (quest.Pairwise(6, 8), pairs.reshape(81, 8)),
+    ):
+        q = quest.Quantizer(quest.grids.ternary(), quest.Identity(), quest.Trust(), sparsity)
+        x = torch.from_numpy(groups).float().reshape(3, -1)
+        keep = oracle.lift(lane.call("quantize", x, q=q)["keep"])
+        np.testing.assert_array_equal(keep, expected(x, q).keep, str(sparsity))
+
+
+@every_lane
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "uniform4:1.875/hadamard1/clip1.0/2:4",
+        "e2m1:0.5/hadamard1/trust0.5/dense",
+        "ternary:0.25/hadamard1/trust1.0/1:4",
+    ],
+)
+def test_rows_that_take_several_turns(lane: Lane, spec: str) -> None:
+    """Scale, codes, mask, selection and values: all is exact here."""
+    q, x = parse(spec), turns()
+    exact = quantized(lane, x, q)
+    out = lane.call("fake_quantize", x, q=q)
+    np.testing.assert_array_equal(oracle.lift(out["values"]), exact.values)
+    np.testing.assert_array_equal(bits(out["mask"], WIDE), exact.mask)
+
+
+@every_lane
+@pytest.mark.parametrize(
+    ("spec", "kind", "unit"),
+    [
+        ("uniform1:0.125/hadamard1/trust1.0/dense", "bits", 0.125),
+        ("uniform4:1.875/hadamard1/clip1.0/2:4", "integers", 0.125),
+        ("ternary:0.25/hadamard1/trust1.0/dense", "integers", 0.25),
+        ("e2m1:0.5/hadamard1/trust0.5/dense", "integers", 0.25),
+    ],
+)
+def test_operands_of_rows_that_take_several_turns(
+    lane: Lane, spec: str, kind: str, unit: float
+) -> None:
+    """The integers are the values in units, and their sums take all turns."""
+    q, x = parse(spec), turns()
+    exact = expected(x, q)
+    integers = exact.values / exact.scale / unit
+    out = lane.call("encode", x, q=q, kind=kind)
+    if kind == "bits":
+        stored = np.where(bits(out["operand"], WIDE), 1, -1)
+    else:
+        stored = oracle.lift(out["operand"])
+    np.testing.assert_array_equal(stored, integers)
+    np.testing.assert_array_equal(oracle.lift(out["sums"]), integers.sum(-1, keepdims=True))
+    np.testing.assert_array_equal(oracle.lift(out["scale"]), exact.scale)
+    np.testing.assert_array_equal(bits(out["mask"], WIDE), exact.mask)
+
+
+@every_lane
+@pytest.mark.parametrize("width", [64, WIDE])
+def test_a_row_that_is_not_finite_is_a_row_of_zeros_without_scale(lane: Lane, width: int) -> None:
+    """Wherever it is not: in any turn, and where nothing is NaN."""
+    x = torch.ones(5, width)
+    for row, (place, value) in enumerate(
+        ((0, math.inf), (0, math.nan), (-1, -math.inf), (-1, math.nan))
+    ):
+        x[row, place] = value
+    q = parse("ternary/hadamard1/trust0.5/dense")
+    out = lane.call("quantize", x, q=q)
+    assert out["scale"].isnan().flatten().tolist() == [True] * 4 + [False]
+    assert not out["codes"][:4].any()
+    assert not out["mask"][:4].any()
+    assert out["codes"][4].all()
+    values = lane.call("fake_quantize", x, q=q)["values"]
+    assert values[:4].isnan().all()
+    assert values[4].isfinite().all()
+
+
+@every_lane
+@pytest.mark.parametrize("width", [64, WIDE])
+def test_rows_at_the_ends_of_the_range(lane: Lane, width: int) -> None:
+    """The largest floats have their scale; a row whose scale rounds to 0 is a row of zeros."""
+    x = torch.ones(4, width)
+    x[0] = LARGEST
+    x[1] = -TINY
+    x[2:] = 0
+    x[2, 0] = -TINY
+    for spec in ("uniform4/hadamard1/trust1.0/dense", "ternary/hadamard1/trust0.5/dense"):
+        q = parse(spec)
+        out = lane.call("quantize", x, q=q)
+        scale = oracle.lift(out["scale"]).flatten()
+        assert abs(scale[0] / LARGEST - 1) < 1e-6
+        assert scale[1:].tolist() == [TINY, 0, 0]
+        codes, exact = oracle.lift(out["codes"]), expected(x, q)
+        np.testing.assert_array_equal(codes[:2], exact.codes[:2])
+        np.testing.assert_array_equal(oracle.lift(out["mask"])[:2], exact.mask[:2])
+        assert out["mask"][2:].all()
+        assert not codes[2:].any()
+
+
+@every_lane
+def test_sums_are_of_whole_numbers(lane: Lane) -> None:
+    """Points times their factor may fall short of an integer: 0.3 * 1.5 / 1.8 does, in float32."""
+    q = parse("e2m1:0.3/hadamard1/trust1.0/dense")
+    x = torch.linspace(-2.5, 2.5, 75).reshape(3, 25)
+    codes = lane.call("quantize", x, q=q)["codes"].long()
+    assert codes.unique().numel() == 15
+    integers = torch.tensor((-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12))[codes]
+    out = lane.call("encode", x, q=q, kind="integers")
+    assert torch.equal(out["operand"].long(), integers)
+    assert torch.equal(out["sums"].long(), integers.sum(-1, keepdim=True))
+
+
+@every_lane
+@pytest.mark.parametrize("order", [12, 20, 24])
+def test_bases_take_rows_of_any_magnitude(lane: Lane, order: int) -> None:
+    """A constant row of +1 times a power of two: the scale is that power, exactly or nearly."""
+    x = torch.full((4, 2 * order), 1.0) * 2.0 ** torch.tensor([[-100.0], [-3.0], [0.0], [100.0]])
+    q = quest.Quantizer(
+        quest.grids.uniform(4), quest.Hadamard(order), quest.Trust(), quest.NM(2, 4)
+    )
+    exact = expected(x, q)
+    scale = oracle.lift(lane.call("quantize", x, q=q)["scale"])
+    np.testing.assert_allclose(scale, exact.scale, rtol=1e-5)

@@ -41,6 +41,7 @@ OWN = {
     "kernels/compress.py": ("compress_cases", "compress"),
     "kernels/decode.py": ("launch_rules", "packed_operand", "product"),
     "kernels/few.py": (
+        "few_launches",
         "launch_rules",
         "few",
     ),
@@ -74,6 +75,7 @@ OWN = {
     "kernels/quantize.py": ("quantize_rows", "quantizer", "product"),
     "kernels/rows.cu": ("rows", "frozen"),
     "kernels/rows.py": (
+        "few_launches",
         "launch_rules",
         "rows",
     ),

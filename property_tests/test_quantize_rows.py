@@ -65,7 +65,7 @@ def turns() -> Tensor:
 
 @every_lane
 def test_of_equal_magnitudes_the_first_are_kept(lane: Lane) -> None:
-    """Every group of four that there is to compare; of pairs, too, which tie the other way round."""
+    """Every group of four that there is; of pairs, too, which tie the other way round."""
     fours = np.array(list(itertools.product((0, 1, 2), repeat=4)), dtype=np.float64)
     signs = np.random.default_rng(0).choice((-1.0, 1.0), fours.shape)
     pairs = np.stack([fours, 0 * fours], -1)
@@ -160,7 +160,11 @@ def test_rows_at_the_ends_of_the_range(lane: Lane, width: int) -> None:
     x[1] = -TINY
     x[2:] = 0
     x[2, 0] = -TINY
-    for spec in ("uniform4/hadamard1/trust1.0/dense", "ternary/hadamard1/trust0.5/dense"):
+    for spec in (
+        "uniform4/hadamard1/trust1.0/dense",
+        "uniform4/hadamard1/trust0.5/dense",  # 0 is no point: half a step away
+        "ternary/hadamard1/trust0.5/dense",
+    ):
         q = parse(spec)
         out = lane.call("quantize", x, q=q)
         scale = oracle.lift(out["scale"]).flatten()
@@ -179,7 +183,7 @@ def test_sums_are_of_whole_numbers(lane: Lane) -> None:
     q = parse("e2m1:0.3/hadamard1/trust1.0/dense")
     x = torch.linspace(-2.5, 2.5, 75).reshape(3, 25)
     codes = lane.call("quantize", x, q=q)["codes"].long()
-    assert codes.unique().numel() == 15
+    assert set(codes.flatten().tolist()) == set(range(15))
     integers = torch.tensor((-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12))[codes]
     out = lane.call("encode", x, q=q, kind="integers")
     assert torch.equal(out["operand"].long(), integers)
@@ -197,3 +201,38 @@ def test_bases_take_rows_of_any_magnitude(lane: Lane, order: int) -> None:
     exact = expected(x, q)
     scale = oracle.lift(lane.call("quantize", x, q=q)["scale"])
     np.testing.assert_allclose(scale, exact.scale, rtol=1e-5)
+
+
+@every_lane
+def test_more_rows_than_a_program_has(lane: Lane) -> None:
+    """Each row once, whichever program has it."""
+    x = torch.cat([turns()[:, -4096:]] * 2)[:5] * 2.0 ** torch.arange(5)[:, None]
+    q = parse("uniform4:1.875/hadamard1/clip1.0/2:4")
+    exact, out = expected(x, q), lane.call("quantize", x, q=q)
+    np.testing.assert_allclose(oracle.lift(out["scale"]), exact.scale, rtol=1e-5)
+    for name in ("codes", "mask", "keep"):
+        np.testing.assert_array_equal(oracle.lift(out[name]), getattr(exact, name), name)
+
+
+@every_lane
+@pytest.mark.parametrize("estimator", ["clip1.0", "trust1.0", "ste"])
+def test_bits_beyond_a_row_are_zero(lane: Lane, estimator: str) -> None:
+    """Of 12 entries: there the last group of four, of zeros, would keep two."""
+    q = parse(f"ternary/hadamard1/{estimator}/2:4")
+    x = torch.linspace(-1, 1, 36).reshape(3, 12)
+    whole = lane.call("quantize", x, q=q)
+    packed = lane.call("quantize", x, q=q, packed=True)
+    for name in ("mask", "keep"):
+        np.testing.assert_array_equal(bits(packed[name], 16)[:, :12], oracle.lift(whole[name]))
+        assert not bits(packed[name], 16)[:, 12:].any()
+
+
+@every_lane
+def test_twice_a_row_has_the_same_codes(lane: Lane) -> None:
+    """At the upper end of the range, too, with entries that are nothing beside the largest."""
+    row = torch.tensor([1.5 * 2.0**125, *(s * 2.0**-e for e in range(23, 30) for s in (1, -1))])
+    x = torch.stack([row, 2 * row])
+    out = lane.call("quantize", x, q=parse("uniform4/hadamard1/trust1.0/dense"))
+    assert torch.equal(out["scale"][1], 2 * out["scale"][0])
+    assert torch.equal(out["codes"][1], out["codes"][0])
+    assert torch.equal(out["mask"][1], out["mask"][0])

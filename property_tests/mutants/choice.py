@@ -72,7 +72,7 @@ OWN = {
     "kernels/product.py": ("product_launches", "launch_rules", "product", "product_errors"),
     "kernels/product.cu": ("product", "layer", "frozen"),
     "kernels/product.cuh": ("product", "layer", "frozen"),
-    "kernels/quantize.py": ("quantize_rows", "quantizer", "product"),
+    "kernels/quantize.py": ("quantize_launches", "quantize_rows", "quantizer", "product"),
     "kernels/rows.cu": ("rows", "frozen"),
     "kernels/rows.py": (
         "few_launches",

@@ -418,6 +418,17 @@ def test_rows_are_quantized(
         }  # fmt: skip
 
 
+def test_rows_whose_entries_lie_apart_are_copied(of_rows: Device) -> None:
+    """Though the first two axes look like rows of contiguous entries, or a row like many."""
+    of_rows.architecture = "sm of None"
+    q = quest.quantizer.parse("uniform4/hadamard128/ste/dense")
+    for x, lead in ((torch.zeros(2, 128, 4).transpose(1, 2), 8), (torch.zeros(512)[::4], 1)):
+        rows.quantize(x, ops.program(q, x), "integers")
+        _, count, _, told = of_rows.one()
+        assert told["x"] != x.data_ptr()
+        assert (count, told["stride"], told["blocks"]) == (lead, 512, 1)
+
+
 def test_rows_on_addresses(of_rows: Device) -> None:
     """Contiguous ones in any shape, as well."""
     of_rows.architecture = "sm of None"

@@ -39,7 +39,7 @@ OWN = {
     "kernels/codes.cuh": ("blocks", "rows", "prologue_kernel"),
     "kernels/cuda.py": ("driver_calls", "launches", "launch_rules", "product", "few", "blocks"),
     "kernels/compress.py": ("compress_cases", "compress"),
-    "kernels/decode.py": ("launch_rules", "packed_operand", "product"),
+    "kernels/decode.py": ("packed_tiles", "launch_rules", "packed_operand", "product"),
     "kernels/few.py": (
         "few_launches",
         "launch_rules",
@@ -68,7 +68,7 @@ OWN = {
     ),
     "kernels/layout.py": ("layout", "few", "rows"),
     "kernels/outputs.py": ("outputs", "api", "errors"),
-    "kernels/pack.py": ("launch_rules", "packed_operand"),
+    "kernels/pack.py": ("packed_tiles", "launch_rules", "packed_operand"),
     "kernels/product.py": ("product_launches", "launch_rules", "product", "product_errors"),
     "kernels/product.cu": ("product", "layer", "frozen"),
     "kernels/product.cuh": ("product", "layer", "frozen"),

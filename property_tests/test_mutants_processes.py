@@ -10,15 +10,15 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from property_tests.mutants import baseline, child, choice, interpreter, pool, runner
+from property_tests.mutants import baseline, child, choice, covered, interpreter, pool, runner
 from property_tests.mutants.choice import quick
-from property_tests.mutants.covered import has_gpu
 from property_tests.mutants.mutant import ROOT, Mutant, read
 from quest.kernels import blocks, rows
 
@@ -92,7 +92,9 @@ def test_a_server_ends_with_who_started_it(tmp_path: Path) -> None:
 
 
 BINARIES = ((("few.cu", "sm_90a", ()), "0"),)
-JOB = child.Job(Path(), Path(), "", b"", (), {"t": 1.0}, "quick", False, False, binaries=BINARIES)
+JOB = child.Job(
+    Path(), Path(), "kernels/few.cu", b"", (), {"t": 1.0}, "quick", False, False, binaries=BINARIES
+)
 
 
 def ended(*events: dict[str, Any], code: int = 1, late: bool = False) -> pool.Ended:
@@ -133,6 +135,11 @@ def test_what_a_process_says_of_its_mutant(end: pool.Ended, outcome: str) -> Non
     assert runner.verdict(end)[0] == outcome
 
 
+def test_a_launcher_that_compiles_nothing_is_killed_and_not_refused() -> None:
+    end = ended(GATHERED, {"failed": "t", "text": "NVRTC does not compile few.cu: error"})
+    assert runner.verdict(replace(end, job=replace(JOB, file="kernels/few.py")))[0] == "killed"
+
+
 @pytest.mark.parametrize("event", [{"stray": "/elsewhere/quest"}, {"started": True}])
 def test_a_process_in_which_tests_can_t_tell_gives_no_verdict(event: dict[str, Any]) -> None:
     end = ended(event, GATHERED, {"start": "t"}, {"failed": "t", "text": ""})
@@ -143,7 +150,7 @@ def test_a_process_in_which_tests_can_t_tell_gives_no_verdict(event: dict[str, A
         baseline._part(end)
 
 
-@pytest.mark.skipif(not has_gpu(), reason="no CUDA device")
+@pytest.mark.skipif(not covered.has_gpu(), reason="no CUDA device")
 def test_a_forked_process_can_use_cuda() -> None:
     """What the server imports must not start it."""
     code = (
@@ -293,8 +300,8 @@ def test_a_test_that_fails_for_what_ran_before_it_kills_nothing(told: Told) -> N
     }
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, runner.Result]:
+@pytest.fixture(scope="module", params=[False, True], ids=["no GPU", "GPU"])
+def outcomes(request: pytest.FixtureRequest) -> dict[str, runner.Result]:
     """What becomes of four texts of a kernel that a test compiles in one variant."""
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     file = "kernels/blocks.cu"
@@ -313,11 +320,26 @@ def outcomes() -> dict[str, runner.Result]:
     macros = blocks.macros(torch.bfloat16, 16, True, blocks.VALUES, 0)
     variants = (("blocks.cu", "sm_90a", tuple(macros.items())),)
     found: dict[str, runner.Result] = {}
-    with pool.workshop() as folder:
+    begun: list[str] = []
+    run_all = pool.run_all
+
+    def noted(jobs: Any, slots: int, ended: Any, *rest: Any) -> bool:
+        def told(end: pool.Ended) -> Any:
+            begun.append("compiled" if end.first("binary") or end.first("refused") else "tested")
+            return ended(end)
+
+        return run_all(jobs, slots, told, *rest)
+
+    with pool.workshop() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(covered, "has_gpu", lambda: request.param)
+        patch.setattr(pool, "run_all", noted)
         runner.run(
-            chosen, lambda m: [quick({FIRST: 10.0})], folder, 2,
+            chosen, lambda m: [quick({FIRST: 10.0})], folder, 1,
             lambda m, result: found.__setitem__(m.id, result), variants=variants,
         )  # fmt: skip
+    # After the variant without a fault: with a GPU tests run first, and tell more cheaply.
+    tests = "tested" if request.param else "compiled"
+    assert begun[:2] == ["compiled", tests]
     return found
 
 
@@ -334,6 +356,7 @@ def test_cuda_is_compiled_before_a_test_runs(
     outcomes: dict[str, runner.Result], name: str, outcome: str
 ) -> None:
     assert outcomes[name].outcome == outcome
+    assert outcomes[name].passed == ""
 
 
 def test_what_is_compiled_without_a_fault_is_kept_until_a_text_changes(

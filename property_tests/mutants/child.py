@@ -50,7 +50,8 @@ class Job:
     seconds; empty for all of `paths`. trace: note the lines that tests execute. limited: bound the
     memory. patience: seconds that a test may take and be no failure. interpreter: the address of a
     server, see `interpreter`. binaries: variants, each with the digest of its machine code without
-    a fault, or "": it is compiled before any test, which are not run where all stay the same.
+    a fault, or "": it is compiled before any test, which are not run where all stay the same, or
+    where there are no `paths`.
     listing: tests name the variants that they compile, and skip.
     """
 
@@ -137,7 +138,7 @@ def run(job: Job) -> None:
         os.environ["QUEST_MUTANTS_TRACE"] = str(folder)
         os.environ["PYTHONPATH"] = str(root / "property_tests" / "mutants" / "startup")
     watch = Watch(job, root)
-    if job.binaries and watch.compile():
+    if job.binaries and (watch.compile() or not job.paths):
         os._exit(0)
     watch.say(began=True)
     if not job.trace:  # until the first test has a limit of its own

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import child, covered, pool
-from .choice import Part
+from .choice import FIRST, Part
 from .cuda_source import holders
 from .interpreter import Server
 from .journal import Result
@@ -119,6 +119,8 @@ class _Runs:
         stages = self.plan(mutant)
         result = Result(mutant.id, mutant.what, "", tests=sum(len(p.tests) for p in stages))
         compiled = _of(mutant.file, self.binaries, self.folder / "template")
+        # A text has many variants. With a GPU a test tells sooner than they do whether one differs.
+        last, compiled = (compiled, ()) if covered.has_gpu() else ((), compiled)
         while stages:
             part, *stages = stages
             try:
@@ -152,6 +154,10 @@ class _Runs:
                 return
             if part.passed:
                 result = replace(result, outcome="open", passed=part.passed)
+            if last and not stages and part.passed != FIRST:
+                same = yield from self._compiled(mutant, last)
+                if same:
+                    result = replace(result, outcome=same, passed="")
             # The ci profile comes last of all: a run that is stopped before has this much.
             if not stages or stages[0].profile != "quick":
                 self.told(mutant, result)
@@ -174,6 +180,18 @@ class _Runs:
             _, outcome, _ = yield from self._ask(asked, None)
             self.passes[key] = outcome == "survived"
         return self.passes[key]
+
+    def _compiled(
+        self, mutant: Mutant, binaries: Binaries
+    ) -> Generator[child.Job, pool.Ended, str]:
+        """identical or refused, or "" where a variant is other machine code."""
+        template = self.folder / "template"
+        source = mutant.apply((template / mutant.file).read_bytes())
+        end = yield child.Job(
+            template, self.folder / f"mutant{next(self.names)}", mutant.file, source, (), {},
+            "quick", False, not covered.has_gpu(), binaries=binaries,
+        )  # fmt: skip
+        return next((found for found in ("identical", "refused") if end.first(found)), "")
 
     def _ask(
         self, part: Part, mutant: Mutant | None, binaries: Binaries = ()
@@ -267,7 +285,8 @@ def verdict(end: pool.Ended) -> tuple[str, str]:
     if broken := end.first("broken"):
         return "killed", f"import of {broken['broken']}"
     if failed := end.first("failed"):
-        if end.job.binaries and "NVRTC does not compile" in failed["text"]:
+        text = end.job.file.endswith((".cu", ".cuh"))
+        if text and "NVRTC does not compile" in failed["text"]:
             return "refused", failed["failed"]
         return ("crash" if _BROKEN.search(failed["text"]) else "killed"), failed["failed"]
     if end.late:  # the limits of imports and tests, which it has passed, are the process' own

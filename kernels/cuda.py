@@ -195,7 +195,7 @@ class Ready:
         at = (self._config.getPtr(), int(kernel.function), values.pointers, 0)
         # Bound to its arguments, which are then not looked at again in Python.
         self._call = functools.partial(library().cuLaunchKernelEx, *map(ctypes.c_void_p, at))
-        self._stream: int | None = None  # as the description says it
+        self._stream: int | None = None  # what was last written there; nothing yet
 
     def on(self, stream: int) -> Callable[[], int]:
         """What queues it on this stream, and returns the driver's status."""

@@ -18,6 +18,7 @@ QUICK, FIRST, NARROW = (
     dataclasses.replace(FULL, **{name: True}) for name in ("quick", "first", "narrow")
 )
 HERE = "no GPU, python 3.11"
+TEST = "property_tests/test_packing.py::test"
 
 
 def test_nothing_passes_more_than_it_was_asked() -> None:
@@ -97,10 +98,11 @@ def test_the_record_gives_back_what_was_found(
     }
     chosen = [known[name] for name in outcomes]
     results = {n: Result(n, known[n].what, o, stack=HERE) for n, o in outcomes.items()}
-    results[chosen[1].id] = dataclasses.replace(results[chosen[1].id], stack="H100")
+    results[chosen[1].id] = dataclasses.replace(results[chosen[1].id], stack="H100", by=TEST)
     monkeypatch.setattr(record, "FOLDER", tmp_path)
     record.save(table.Table(chosen, results, Proofs()))
     assert record.recorded(("survived", "not run")) == {*outcomes} - {chosen[1].id}
+    assert record.killers() == {"quest/packing.py:pack:negate:0": TEST}
     # Each verdict is counted where it was reached.
     text = (tmp_path / "mutants.md").read_text()
     stacks = text.partition("## By stack")[2].partition("##")[0].splitlines()

@@ -282,6 +282,13 @@ def test_likely_killers(tmp_path: Path) -> None:
     assert made.killers(MUTANT).most_common(1)[0][0] == B
 
 
+def test_what_killed_by_the_record_is_likely_to_and_no_verdict(tmp_path: Path) -> None:
+    project(tmp_path)
+    made = Journal(tmp_path, Evidence(tmp_path), hints={MUTANT.id: B, "quest/a.py:f:left:0": A})
+    assert made.known(MUTANT) is None
+    assert made.killers(MUTANT).most_common(2) == [(B, 10**6 + 11), (A, 11)]
+
+
 def test_a_timeout_holds_for_as_much_patience(tmp_path: Path) -> None:
     project(tmp_path)
     late = Result(MUTANT.id, MUTANT.what, "timeout", A, patience=5.0)

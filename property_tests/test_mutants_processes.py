@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from property_tests.mutants import baseline, child, choice, covered, interpreter, pool, runner
 from property_tests.mutants.choice import quick
 from property_tests.mutants.mutant import ROOT, Mutant, read
-from quest.kernels import blocks, rows
+from quest.kernels import blocks, few, rows
 
 TESTS = "property_tests/test_packing.py"
 FIRST = f"{TESTS}::test_the_first_element_is_in_the_lowest_bits"
@@ -117,8 +118,9 @@ GATHERED = {"gathered": 1}
         (ended(GATHERED, {"start": "t"}, code=-14), "timeout"),
         (ended(GATHERED, {"start": "t"}, code=-9, late=True), "timeout"),
         (ended({"refused": "NVRTC does not compile few.cu"}, code=0), "refused"),
-        (ended(GATHERED, {"failed": "t", "text": "NVRTC does not compile few.cu: error"}),
-         "refused"),
+        (ended(GATHERED, {"failed": "t", "text": "error: ...", "compiles": False}), "refused"),
+        (ended(GATHERED, {"failed": "t", "text": "NVRTC says nothing", "compiles": True}),
+         "killed"),
         (ended({"binary": 0}, {"identical": 1}, code=0), "identical"),
         # Ends at import, by itself or by the alarm.
         (ended(code=4), "killed"),
@@ -136,7 +138,7 @@ def test_what_a_process_says_of_its_mutant(end: pool.Ended, outcome: str) -> Non
 
 
 def test_a_launcher_that_compiles_nothing_is_killed_and_not_refused() -> None:
-    end = ended(GATHERED, {"failed": "t", "text": "NVRTC does not compile few.cu: error"})
+    end = ended(GATHERED, {"failed": "t", "text": "error: ...", "compiles": False})
     assert runner.verdict(replace(end, job=replace(JOB, file="kernels/few.py")))[0] == "killed"
 
 
@@ -229,13 +231,104 @@ def test_every_variant_is_known_and_not_those_that_the_quick_profile_draws(tmp_p
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     cache = tmp_path / "baseline.json"
     with pool.workshop() as folder:
-        seen = baseline.measure(folder, cache, 1, print, frozenset({"rows"}))
+        seen = baseline.measure(folder, cache, 2, print, frozenset({"few", "rows"}))
     assert seen is not None
     compiled = [t for t in seen.tests if baseline.COMPILES in t]
-    assert len(compiled) == 1  # of those
-    assert len(seen.variants) > 10
-    known = json.loads(cache.read_text())["property_tests/test_rows.py"]
-    assert len(known["variants"]) == len(seen.variants)
+    assert len(compiled) < 10  # of those
+    known = json.loads(cache.read_text())
+    counts = Counter(source for source, _, _ in seen.variants)
+    # Of few.cu: tiles x bits x dtypes, those in a cluster, those that quantize, two more dtypes.
+    some = len(few.TILES) * 3
+    assert counts["few.cu"] == some * (3 + 1 + 1) + 2
+    assert len(known["property_tests/test_few.py"]["variants"]) == counts["few.cu"]
+    assert len(known["property_tests/test_rows.py"]["variants"]) == counts["rows.cu"] > 10
+
+
+def test_a_test_that_compiles_several_variants_names_them_all() -> None:
+    """It looks into each before it asks for the next."""
+    text = (
+        "import pytest\nfrom quest.kernels import cuda\n"
+        "def test_one_after_the_other_compiles_without_a_gpu():\n"
+        "    for n in (1, 2):\n"
+        "        made = cuda.compile_('few.cu', 'sm_90a', {'N': n})\n"
+        "        assert made.code[:4] == b'\\x7fELF' and b'few' in made.code\n"
+        "    with pytest.raises(RuntimeError):\n"
+        "        cuda.compile_('few.cu', 'sm_90a', {'N': 3})\n"
+    )
+    with pool.workshop() as folder:
+        (folder / "template" / "property_tests" / "test_several.py").write_text(text)
+        ends: list[pool.Ended] = []
+        job = child.Job(
+            folder / "template", folder / "listing", "", b"",
+            ("property_tests/test_several.py",), {}, "ci", True, True, listing=True,
+        )  # fmt: skip
+        pool.run_all(iter([job]), 1, lambda end: iter(ends.append(end) or ()))
+    named = [e["variant"][2] for e in ends[0].events if "variant" in e]
+    assert named == [[["N", 1]], [["N", 2]], [["N", 3]]]
+
+
+def test_a_long_log_of_nvrtc_is_a_refusal(told: Told) -> None:
+    """Which words a report begins with does not hang on how much of it is kept."""
+    tests = "property_tests/test_long.py"
+    text = (
+        "from pathlib import Path\nfrom quest.kernels import cuda\n"
+        "def test():\n"
+        "    if 'broken' in Path(cuda.__file__).with_name('few.cu').read_text():\n"
+        "        raise RuntimeError('NVRTC does not compile few.cu: ' + 'error ' * 1000)\n"
+    )
+    with pool.workshop() as folder:
+        (folder / "template" / tests).write_text(text)
+        runner.run(
+            [planted("kernels/few.cu", "broken")], lambda m: [quick({f"{tests}::test": 1.0})],
+            folder, 1, lambda m, result: told.append((m.id, result)),
+        )  # fmt: skip
+    assert [r.outcome for _, r in told] == ["refused"]
+
+
+@pytest.mark.parametrize("code", [-11, 1])
+def test_a_compilation_that_ends_by_itself_says_nothing(
+    code: int, told: Told, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Behind tests that pass, where there is a GPU: NVRTC itself may crash."""
+    monkeypatch.setattr(covered, "has_gpu", lambda: True)
+    (tmp_path / "template").symlink_to(ROOT)
+    text = planted("kernels/few.cu", "\n")
+    runs = runner._Runs(
+        lambda m: [quick({FIRST: 1.0})], tmp_path, lambda m, r: told.append((m.id, r)), 30.0,
+        dict(BINARIES), tmp_path, print,
+    )  # fmt: skip
+    life = runs.life(text)
+    job = next(life)
+    events: list[dict[str, Any]] = [{"began": True}, GATHERED, {"start": FIRST}, {"done": True}]
+    job = life.send(pool.Ended(job, 0, 1.0, events))
+    assert (job.binaries, job.paths) == (BINARIES, ())
+    with pytest.raises(StopIteration):
+        life.send(pool.Ended(job, code, 1.0, []))
+    assert [r.outcome for _, r in told] == ["no verdict"]
+
+
+def test_nothing_is_compiled_where_it_is_not_asked_for(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first tests alone, with a GPU."""
+    monkeypatch.setattr(covered, "has_gpu", lambda: True)
+    monkeypatch.delattr(runner, "_binaries")
+    with pool.workshop() as folder:
+        runner.run(
+            [planted("kernels/few.cu", "\n")], lambda m: [quick({FIRST: 10.0})], folder, 1,
+            lambda m, result: told.append((m.id, result)), variants=(BINARIES[0][0],),
+            compare=False,
+        )  # fmt: skip
+    assert [r.outcome for _, r in told] == ["survived"]
+
+
+def test_how_long_a_process_may_take() -> None:
+    """One that only compiles has no tests, and no hour."""
+    assert JOB.limit == 2 * (120 + 30) + 5 * 1 + 60
+    compiles = replace(JOB, tests={}, binaries=2 * BINARIES)
+    assert compiles.limit == 2 * (120 + 30) + 2 * 60
+    assert replace(JOB, tests={}, paths=(TESTS,)).limit == 3600
+    assert replace(JOB, trace=True).limit == 3600
 
 
 def test_the_time_bounds_the_look_without_a_fault_and_compilation_too(tmp_path: Path) -> None:
@@ -352,7 +445,7 @@ def outcomes(request: pytest.FixtureRequest) -> dict[str, runner.Result]:
         ("sum", "survived"),  # of this test: it runs
     ],
 )
-def test_cuda_is_compiled_before_a_test_runs(
+def test_what_becomes_of_cuda_where_tests_come_before_compilation_and_after(
     outcomes: dict[str, runner.Result], name: str, outcome: str
 ) -> None:
     assert outcomes[name].outcome == outcome

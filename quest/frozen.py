@@ -103,6 +103,8 @@ def stack(parts: Sequence[Frozen]) -> list[Frozen]:
     # Single bits are packed as they are: one tensor under two names.
     twins = all(part.packed is part.operand for part in parts)
     for name in _ROWS:
+        if twins and name == "packed":
+            continue
         found = [t for t in (getattr(part, name) for part in parts) if t is not None]
         every = len(found) == len(parts)
         made[name] = torch.cat(found) if every else None

@@ -213,7 +213,7 @@ def stages(
     touched = {test_file(t) for t in order}
     own = tuple(f"property_tests/test_{n}.py" for n in OWN.get(mutant.file, ()) if n in touched)
     parts += [Part("ci", own, {})] if own else []
-    text = mutant.file.endswith((".cu", ".cuh"))
+    text = cuda_source.is_cuda(mutant.file)
     # Without a GPU tests compile CUDA C++ and do not run it: nothing survives that.
     last = OWN_TESTS if narrow else QUICK if text and not covered.has_gpu() else ""
     passed = [FIRST] * (len(parts) - 1) + [last]
@@ -278,7 +278,7 @@ def _at_import(mutant: Mutant) -> bool:
 def _covering(mutant: Mutant, baseline: Baseline) -> set[str]:
     if mutant.file.partition("/")[0] not in WATCHED:
         return {IMPORT}  # a helper of the tests: any of them may need it
-    if not mutant.file.endswith((".cu", ".cuh")):
+    if not cuda_source.is_cuda(mutant.file):
         found = baseline.covering(mutant.file, *mutant.lines)
         # What runs at import may have run before anything was looked at: every test may need it.
         return found | {IMPORT} if found and _at_import(mutant) else found

@@ -135,8 +135,8 @@ def main(
     if fresh:
         for path in (*work.glob("*.jsonl"), *work.glob("*.json")):
             path.unlink(missing_ok=True)
-    record = journal_.Journal(work, Evidence(), patience)
-    narrow = left or all(m.file.endswith((".cu", ".cuh")) for m in chosen)
+    record = journal_.Journal(work, Evidence(), patience, record_.killers())
+    narrow = left or all(cuda_source.is_cuda(m.file) for m in chosen)
     plan = _Plan(jobs, quick, first, narrow, seed, minutes is not None, patience, until)
     missing = [m for m in chosen if plan.wants(record.known(m), again)]
     if missing and minutes != 0:
@@ -330,6 +330,7 @@ def _run(
                 order(left, plan.seed, cost), parts, folder, plan.jobs, told,
                 patience=plan.patience, variants=seen.variants, until=plan.until,
                 doubt=doubt, cache=work / "binaries.json",
+                compare=not plan.first,
             )  # fmt: skip
         if not in_time:
             console.print(f"the time was up: {len(missing) - len(heard)} are still to be run")

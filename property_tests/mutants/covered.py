@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .trace import WATCHED
@@ -19,6 +19,8 @@ SUFFIXES = (".py", ".cu", ".cuh", ".json", ".skips", ".xfails")
 PACKAGES = (
     "torch", "triton", "numpy", "scipy", "pytest", "hypothesis", "cuda-core", "nvidia-cuda-nvrtc",
 )  # fmt: skip
+# NVRTC's package has a name of its own for CUDA 12.
+COMPILERS = ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 NO_GPU = "no GPU"
 
 
@@ -72,13 +74,20 @@ def has_gpu() -> bool:
 @functools.cache
 def stack() -> str:
     """The device, and the versions of what tests run on."""
-    found = [_device(), f"python {platform.python_version()}"]
-    for name in PACKAGES:
+    return ", ".join([_device(), f"python {platform.python_version()}", *_versions(PACKAGES)])
+
+
+def compilers() -> str:
+    """The versions of what compiles CUDA C++."""
+    return ", ".join(_versions(COMPILERS))
+
+
+def _versions(names: Iterable[str]) -> Iterator[str]:
+    for name in names:
         try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
+            yield f"{name} {importlib.metadata.version(name)}"
         except importlib.metadata.PackageNotFoundError:
-            found.append(f"no {name}")
-    return ", ".join(found)
+            yield f"no {name}"
 
 
 def _device() -> str:

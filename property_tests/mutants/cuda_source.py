@@ -32,6 +32,11 @@ _STEP = re.compile(
 _CHOICE = re.compile(r"(?<=\? )([\w.()+-]+)( : )([\w.()+-]+)")
 
 
+def is_cuda(file: str) -> bool:
+    """Whether a file is CUDA C++: a kernel or a header."""
+    return file.endswith((".cu", ".cuh"))
+
+
 def holders(file: str, root: Path) -> list[str]:
     """The .cu files that a text is part of: by itself, or as a header of theirs or of others."""
     kernels = {f"kernels/{p.name}": p.read_text() for p in (root / "kernels").glob("*.cu*")}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -54,15 +55,21 @@ class Result:
 class Journal:
     """All that was ever found, of which `known` gives what still holds.
 
-    patience: what a timeout must have been given at least.
+    patience: what a timeout must have been given at least. hints: by ID, tests that killed once,
+    of which no verdict is known here: they are likely to kill again.
     """
 
-    def __init__(self, folder: Path, evidence: Evidence, patience: float = 0.0) -> None:
+    def __init__(
+        self, folder: Path, evidence: Evidence, patience: float = 0.0,
+        hints: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.path, self.evidence, self.patience = folder / NAME, evidence, patience
         # By ID; by file and stack, of which the last counts.
         self.results: dict[str, dict[tuple[str, str], Result]] = {}
         # By (file, scope) and test: how often it was the one that killed.
         self.kills: dict[tuple[str, str], Counter[str]] = {}
+        for name, test in (hints or {}).items():  # of no text: none of them holds
+            self._enter(folder, Result(name, "", "killed", test))
         for path in sorted(folder.glob("*.jsonl")):
             self._read(path)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ in the ci profile. open: what is named below passes, and no more was run. untrie
 def save(made: table.Table) -> list[Path]:
     """Write both files."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    data, text = FOLDER / "mutants.json", FOLDER / "mutants.md"
+    data, text = _data(), FOLDER / "mutants.md"
     data.write_text(_rows(made))
     text.write_text(markdown(made))
     return [data, text]
@@ -78,15 +78,30 @@ def _rows(made: table.Table) -> str:
 
 def recorded(outcomes: Collection[str]) -> set[str]:
     """IDs that the record has with one of these outcomes."""
-    path = FOLDER / "mutants.json"
-    if not path.exists():
-        raise click.ClickException(f"there is no record of mutants: {path}")
-    read = json.loads(path.read_text())
-    return {
-        ":".join([head, group, *([] if n is None else [str(n)])])
-        for head, of in read["mutants"].items() for group, rows in of.items()
-        for n, outcome, *_ in rows if read["outcomes"][outcome] in outcomes
-    }  # fmt: skip
+    if not _data().exists():
+        raise click.ClickException(f"there is no record of mutants: {_data()}")
+    return {name for name, outcome, _ in _recorded() if outcome in outcomes}
+
+
+def killers() -> dict[str, str]:
+    """By ID: the test that killed a mutant, in the record."""
+    return {name: test for name, _, test in _recorded() if "::" in test}
+
+
+def _data() -> Path:
+    return FOLDER / "mutants.json"
+
+
+def _recorded() -> Iterator[tuple[str, str, str]]:
+    """ID, outcome and test of each mutant in the record; of none where there is no record."""
+    if not _data().exists():
+        return
+    read = json.loads(_data().read_text())
+    for head, of in read["mutants"].items():
+        for group, rows in of.items():
+            for n, outcome, test, _ in rows:
+                name = ":".join([head, group, *([] if n is None else [str(n)])])
+                yield name, read["outcomes"][outcome], read["tests"][test]
 
 
 def markdown(made: table.Table) -> str:

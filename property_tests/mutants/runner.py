@@ -16,11 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import child, covered, pool
-from .choice import FIRST, Part
-from .cuda_source import holders
+from .choice import Part
+from .cuda_source import holders, is_cuda
 from .interpreter import Server
 from .journal import Result
-from .mutant import Mutant
+from .mutant import ROOT, Mutant
 from .pool import HarnessError
 
 # killed: by a test that failed; crash: by the process' death; timeout: by a test that took FACTOR
@@ -58,6 +58,7 @@ def run(
     until: float = math.inf,
     doubt: Callable[[str], None] = print,
     cache: Path | None = None,
+    compare: bool = True,
 ) -> bool:
     """Run all; `told` hears of each as it ends, and twice of one that survives the quick profile.
 
@@ -66,9 +67,10 @@ def run(
     plan: the tests of a mutant, a process for each part; see `choice`.
     patience: seconds that a test may take besides. variants: of CUDA C++, that tests compile.
     until: see `pool.run_all`. doubt: hears of each test whose failure did not count. cache: keeps
-    what was compiled without a fault.
+    what was compiled without a fault. compare: where tests come before compilation, compile what
+    survives them.
     """
-    texts = [m.file for m in mutants if m.file.endswith((".cu", ".cuh"))]
+    texts = any(is_cuda(m.file) for m in mutants) and (compare or not covered.has_gpu())
     binaries = _binaries(folder, variants, slots, until, cache) if texts else {}
     if binaries is None:
         return False
@@ -140,10 +142,7 @@ class _Runs:
                             raise _Lost(f"{by} fails without a fault, too")
                         outcome, by = "survived", ""
             except _Lost as why:
-                self.told(mutant, replace(result, outcome=LOST, by=str(why)))
-                self.lost += 1
-                if self.lost > MOST_LOST:
-                    raise HarnessError(f"{self.lost} mutants have no verdict; {why}") from None
+                self._has_no_verdict(mutant, result, why)
                 return
             if outcome in DEAD and part.profile != "quick":
                 by += f" ({part.profile})"
@@ -154,13 +153,23 @@ class _Runs:
                 return
             if part.passed:
                 result = replace(result, outcome="open", passed=part.passed)
-            if last and not stages and part.passed != FIRST:
-                same = yield from self._compiled(mutant, last)
+            if last and not stages:
+                try:
+                    same = yield from self._compiled(mutant, last)
+                except _Lost as why:
+                    self._has_no_verdict(mutant, result, why)
+                    return
                 if same:
                     result = replace(result, outcome=same, passed="")
             # The ci profile comes last of all: a run that is stopped before has this much.
             if not stages or stages[0].profile != "quick":
                 self.told(mutant, result)
+
+    def _has_no_verdict(self, mutant: Mutant, result: Result, why: _Lost) -> None:
+        self.told(mutant, replace(result, outcome=LOST, by=str(why)))
+        self.lost += 1
+        if self.lost > MOST_LOST:
+            raise HarnessError(f"{self.lost} mutants have no verdict; {why}") from None
 
     def _is_sound(
         self, part: Part, mutant: Mutant, end: pool.Ended, by: str
@@ -191,6 +200,8 @@ class _Runs:
             template, self.folder / f"mutant{next(self.names)}", mutant.file, source, (), {},
             "quick", False, not covered.has_gpu(), binaries=binaries,
         )  # fmt: skip
+        if end.late or end.code:
+            raise _Lost(f"its compilation ended with {end.code}{', late' * end.late}")
         return next((found for found in ("identical", "refused") if end.first(found)), "")
 
     def _ask(
@@ -220,8 +231,9 @@ def _binaries(
 ) -> dict[child.Variant, str] | None:  # fmt: skip
     """Digests of the machine code of these variants, without a fault; None: the time was up."""
     template = folder / "template"
-    texts = sorted(p for p in (template / "kernels").iterdir() if p.suffix in (".cu", ".cuh"))
-    key = covered.digest([covered.of_files(template, texts), covered.stack()])
+    texts = [p for p in (template / "kernels").iterdir() if is_cuda(p.name)]
+    how = [template / "kernels" / "cuda.py", template / str(Path(child.__file__).relative_to(ROOT))]
+    key = covered.digest([covered.of_files(template, sorted(texts) + how), covered.compilers()])
     known = _read(cache, key)
     missing = [v for v in variants if v not in known]
 
@@ -238,13 +250,20 @@ def _binaries(
             known[variant] = made["digest"]
         elif end.first("refused"):  # as a test wants it
             known[variant] = ""
+        else:
+            raise HarnessError(f"{variant} is not compiled without a fault: {end.code}")
         return iter(())
 
-    if not pool.run_all(jobs(), slots, ended, until):
+    try:
+        in_time = pool.run_all(jobs(), slots, ended, until)
+    finally:
+        if cache and missing:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            written = cache.with_suffix(".new")
+            written.write_text(json.dumps({"key": key, "digests": list(known.items())}))
+            written.replace(cache)  # at once: a run may be killed at any moment
+    if not in_time:
         return None
-    if cache and missing:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        cache.write_text(json.dumps({"key": key, "digests": list(known.items())}))
     return {v: known[v] for v in variants if known.get(v)}
 
 
@@ -264,7 +283,7 @@ def _read(cache: Path | None, key: str) -> dict[child.Variant, str]:
 
 def _of(file: str, sound: dict[child.Variant, str], template: Path) -> Binaries:
     """The variants that a text is part of, by itself or as a header."""
-    if not file.endswith((".cu", ".cuh")):
+    if not is_cuda(file):
         return ()
     sources = holders(file, template)
     return tuple((v, digest) for v, digest in sound.items() if f"kernels/{v[0]}" in sources)
@@ -285,8 +304,7 @@ def verdict(end: pool.Ended) -> tuple[str, str]:
     if broken := end.first("broken"):
         return "killed", f"import of {broken['broken']}"
     if failed := end.first("failed"):
-        text = end.job.file.endswith((".cu", ".cuh"))
-        if text and "NVRTC does not compile" in failed["text"]:
+        if is_cuda(end.job.file) and not failed.get("compiles", True):
             return "refused", failed["failed"]
         return ("crash" if _BROKEN.search(failed["text"]) else "killed"), failed["failed"]
     if end.late:  # the limits of imports and tests, which it has passed, are the process' own

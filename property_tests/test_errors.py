@@ -81,11 +81,33 @@ def test_unknown_bits(make: Callable[[Any], Any], bits: Any) -> None:
         make(bits)
 
 
-@pytest.mark.parametrize("alpha", [0, -1.0, math.nan, math.inf, 10**400, True, "1"])
+def _named(value: Any) -> str:
+    """The ID of a case: Python refuses to print a long int."""
+    return f"int of {value.bit_length()} bits" if type(value) is int else str(value)
+
+
+@pytest.mark.parametrize(
+    "alpha",
+    [
+        0,
+        -1.0,
+        math.nan,
+        math.inf,
+        1.7e308,
+        2.0**64 * (1 + 2.0**-52),
+        2**64 + 1,
+        2.0**-64 * (1 - 2.0**-53),
+        10**400,
+        10**5000,
+        True,
+        "1",
+    ],
+    ids=_named,
+)
 def test_bad_alpha(alpha: Any) -> None:
     for make in (lambda: quest.grids.uniform(4, alpha), lambda: quest.grids.ternary(alpha),
                  lambda: quest.grids.e2m1(alpha)):  # fmt: skip
-        with pytest.raises(ValueError, match="alpha must be a positive finite number, got"):
+        with pytest.raises(ValueError, match=r"alpha must be a number from 2\^-64 to 2\^64, got"):
             make()
 
 
@@ -292,7 +314,9 @@ def test_no_grid_no_codes() -> None:
 
 
 @pytest.mark.parametrize(
-    "scale", [0, -1.0, math.nan, math.inf, -math.inf, 10**400, "1", None, True, 1j]
+    "scale",
+    [0, -1.0, math.nan, math.inf, -math.inf, 10**400, 10**5000, "1", None, True, 1j],
+    ids=_named,
 )
 @pytest.mark.parametrize("kind", [quest.Clip, quest.Trust])
 def test_bad_scales(kind: Any, scale: Any) -> None:
@@ -382,7 +406,7 @@ def test_a_grid_under_another_s_name() -> None:
         ("uniform9/hadamard/trust1.0/dense", "bits must be an integer from 1 to 8"),
         ("uniform/hadamard/trust1.0/dense", "grid must be uniform1..8"),
         ("uniform4:x/hadamard/trust1.0/dense", "grid 'uniform4:x'"),
-        ("uniform4:-1/hadamard/trust1.0/dense", "alpha must be a positive finite number"),
+        ("uniform4:-1/hadamard/trust1.0/dense", r"alpha must be a number from 2\^-64 to 2\^64"),
         ("lloyd_max4:1.0/hadamard/trust1.0/dense", "grid must be uniform1..8"),
         ("nf4/hadamard/trust1.0/dense", "grid must be uniform1..8"),
         ("uniform4/walsh/trust1.0/dense", "transform must be identity or hadamard"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from quest import grids
@@ -31,6 +33,20 @@ def test_alpha_may_be_an_int() -> None:
     for make in (lambda a: grids.uniform(4, a), grids.ternary, grids.e2m1):
         assert make(2) == make(2.0)
         assert str(make(2)) == str(make(2.0))
+
+
+@pytest.mark.parametrize("alpha", [2.0**-64, 2.0**64, 2**64])
+def test_the_least_and_the_largest_alpha(alpha: float) -> None:
+    """Points and steps are float32 numbers, and no subnormal ones."""
+    for grid in (
+        *(grids.uniform(b, alpha) for b in (1, 8)),
+        grids.ternary(alpha),
+        grids.e2m1(alpha),
+    ):
+        gaps = [b - a for a, b in itertools.pairwise(grid.points)]
+        assert min(gaps) > 2.0**-126
+        assert grid.points[-1] < 2.0**127
+        assert grids.parse(str(grid)) == grid
 
 
 @pytest.mark.parametrize("points", [(0.0, 1.0, 0.5), (1.0, 0.0, 2.0), (0.0, 1.0, 1.0)])

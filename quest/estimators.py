@@ -8,11 +8,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+from . import scalars
+
 
 def _scale(name: str, value: float) -> None:
-    number = isinstance(value, float | int) and not isinstance(value, bool)
-    if not (number and abs(value) <= sys.float_info.max):
-        raise ValueError(f"{name} scale must be a finite number, got {value!r}")
+    if not (scalars.is_number(value) and abs(value) <= sys.float_info.max):
+        raise ValueError(f"{name} scale must be a finite number, got {scalars.shown(value)}")
     if value <= 0:
         raise ValueError(f"{name} scale must be positive, got {value!r}")
 

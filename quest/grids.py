@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from dataclasses import dataclass, field
 
-from . import constants
+from . import constants, scalars
 
 
 @dataclass(frozen=True)
@@ -81,33 +80,38 @@ def _uniform(levels: int, alpha: float, name: str) -> Grid:
     return Grid(name, points, step=2 * alpha / (levels - 1), half_gap=alpha / (levels - 1))
 
 
-def _positive(alpha: float) -> float:
-    number = isinstance(alpha, float | int) and not isinstance(alpha, bool)
-    if not (number and 0 < alpha <= sys.float_info.max):
-        raise ValueError(f"alpha must be a positive finite number, got {alpha!r}")
+def _alpha(alpha: float) -> float:
+    if not (scalars.is_number(alpha) and 2.0**-64 <= alpha <= 2.0**64):
+        raise ValueError(
+            f"alpha must be a number from 2^-64 to 2^64, got {scalars.shown(alpha)}: it is in "
+            "units of a row's RMS, and kernels compute in float32"
+        )
     return float(alpha)
 
 
 def uniform(bits: int, alpha: float | None = None) -> Grid:
-    """2**bits equidistant points from -alpha to alpha, bits 1 to 8; by default MSE-optimal."""
+    """2**bits equidistant points from -alpha to alpha, bits 1 to 8; by default MSE-optimal.
+
+    Here and below ValueError for an alpha outside 2^-64 to 2^64.
+    """
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
         raise ValueError(f"bits must be an integer from 1 to 8, got {bits!r}")
     if alpha is None:
         return _uniform(2**bits, constants.UNIFORM_ALPHA[2**bits], f"uniform{bits}")
-    return _uniform(2**bits, _positive(alpha), f"uniform{bits}:{float(alpha)!r}")
+    return _uniform(2**bits, _alpha(alpha), f"uniform{bits}:{float(alpha)!r}")
 
 
 def ternary(alpha: float | None = None) -> Grid:
     """-alpha, 0, alpha (1.58 bit); alpha MSE-optimal by default."""
     if alpha is None:
         return _uniform(3, constants.UNIFORM_ALPHA[3], "ternary")
-    return _uniform(3, _positive(alpha), f"ternary:{float(alpha)!r}")
+    return _uniform(3, _alpha(alpha), f"ternary:{float(alpha)!r}")
 
 
 def e2m1(alpha: float | None = None) -> Grid:
     """alpha times the 15 values 0, ±.5, ±1, ±1.5, ±2, ±3, ±4, ±6 of FP4; MSE-optimal by default."""
-    name = "e2m1" if alpha is None else f"e2m1:{_positive(alpha)!r}"
-    a = constants.E2M1_ALPHA if alpha is None else _positive(alpha)
+    name = "e2m1" if alpha is None else f"e2m1:{_alpha(alpha)!r}"
+    a = constants.E2M1_ALPHA if alpha is None else _alpha(alpha)
     half = [a * v for v in (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
     return _table(name, (*(-v for v in reversed(half)), 0.0, *half))
 

@@ -136,6 +136,7 @@ OWN = {
     ),
     "quest/quantizer.py": ("api", "errors", "quantizer"),
     "quest/recipes.py": ("api", "errors"),
+    "quest/scalars.py": ("errors",),
     "quest/sparse_product.py": ("sparse_product_checks", "sparse_product"),
     "quest/sparsity.py": ("api", "errors"),
     "quest/transforms.py": ("api", "hadamard", "errors"),

@@ -162,6 +162,39 @@ def test_tiles_of_operands() -> None:
     assert tile(5000, 1, 1024, 2048, least=4096) == (1, 4096)
 
 
+@pytest.mark.parametrize("shape", [(1, 2**20), (2**20, 1)], ids=str)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grids_of_operands(
+    bits: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of a grid: 2^31 - 1 at most along its first axis, 65535 along any other (CUDA C++
+    Programming Guide, Compute Capabilities); here of one row, and of one column.
+    """
+    launches: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+
+    class Fake:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *told, num_warps: launches.append((grid, told[-2:]))
+
+    monkeypatch.setattr(decode, "_decode", Fake())
+    monkeypatch.setattr(pack, "_pack", Fake())
+    rows_, width = shape
+    operand = torch.zeros(shape, dtype=torch.int8)
+    packed = torch.zeros(rows_, -(-width * bits // 8), dtype=torch.uint8)
+    held = operand if bits == 8 else packed
+    decode.decode(
+        held, torch.ones(rows_, 1), width, 1.0, torch.float32, bits=bits, stride=2, top=2**bits - 1
+    )
+    if bits in (2, 4):
+        pack.pack(operand, bits, 2, 2**bits - 1)
+    assert len(launches) == 1 + (bits in (2, 4))
+    for (first, *others), tile_ in launches:
+        assert first <= 2**31 - 1
+        assert max(others) <= 65535
+        for blocks_, side, entries in zip((first, *others), tile_, shape, strict=True):
+            assert (blocks_ - 1) * side < entries <= blocks_ * side
+
+
 def test_warps_of_few_rows() -> None:
     """Eight blocks of 128 a warp, sixteen warps at the most."""
     assert [rows._warps(w) for w in (128, 1024, 1152, 4096, 16384, 65536)] == [1, 1, 2, 4, 16, 16]

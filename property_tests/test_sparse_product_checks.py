@@ -62,6 +62,21 @@ def test_that_it_is_the_product_of_the_operand(features: int, kind: str) -> None
     assert torch.equal(sparse_product(*_arguments(kind, features)[1]), expected)
 
 
+def test_rows_that_are_one_in_memory() -> None:
+    """Nothing is looked at beyond the eight values that there are."""
+    x, w = torch.randn(5, 16), torch.randn(1, 16)
+    a, a_scale, _, a_sums = lowbit.encode(x, FOUR.spec, "integers")
+    b, *rest = lowbit.encode(w, SPARSE.spec, "integers")
+    values, metadata, w_scale, w_sums = (
+        t.expand(200, -1) for t in (*compression.compress(b), rest[0], rest[2])
+    )
+    assert (values.shape, values.untyped_storage().nbytes()) == ((200, 8), 8)
+    said = (None, "uniform4,uniform4", "integers,integers", 16, torch.float32)
+    y = sparse_product(a, values, metadata, a_scale, w_scale, a_sums, w_sums, *said)
+    one = lowbit.eager_product(a, b, a_scale, rest[0], a_sums, rest[2], *said)
+    assert torch.equal(y, one.expand(-1, 200))
+
+
 def _strided(t: Tensor) -> Tensor:
     return torch.stack([t, t], -1)[..., 0]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import quest
-from quest import packing
+from quest import packing, scalars
 from quest.conformance import inputs
 from quest.quantizer import parse
 from quest.recipes import Recipe
@@ -262,6 +262,16 @@ def test_scalars() -> None:
         quest.Linear(2, 2)(torch.tensor(1.0))
 
 
+def test_rows_that_are_too_long() -> None:
+    Q(U4).check(torch.zeros(0, 2**30))
+    told = r"x must have rows of at most 2\^30 entries, got"
+    for call in CALLS.values():
+        with pytest.raises(ValueError, match=f"{told} 1073741825"):
+            call(Q(U4), torch.zeros(0, 2**30 + 1))
+    with pytest.raises(ValueError, match=f"{told} 2147483648"):
+        quest.Hadamard().apply(torch.zeros(0, 2**31))
+
+
 @pytest.mark.parametrize("shape", [(3, 64), (128, 3), (0, 64), (64,), (2, 3, 127)])
 def test_shapes(shape: tuple[int, ...]) -> None:
     told = r"x must have 128 columns \(in_features\), got shape \(" + str(shape[0])
@@ -315,13 +325,26 @@ def test_no_grid_no_codes() -> None:
 
 @pytest.mark.parametrize(
     "scale",
-    [0, -1.0, math.nan, math.inf, -math.inf, 10**400, 10**5000, "1", None, True, 1j],
+    [0, -1.0, math.nan, math.inf, -math.inf, 10**400, 10**5000, -(10**5000), "1", None, True, 1j],
     ids=_named,
 )
 @pytest.mark.parametrize("kind", [quest.Clip, quest.Trust])
 def test_bad_scales(kind: Any, scale: Any) -> None:
     with pytest.raises(ValueError, match=f"{kind.__name__} scale must be (a finite|positive)"):
         kind(scale)
+
+
+def test_the_largest_scale() -> None:
+    for kind in (quest.Clip, quest.Trust):
+        assert kind(sys.float_info.max).scale == sys.float_info.max
+
+
+def test_how_numbers_are_shown() -> None:
+    """A long int by its length: Python prints none of more than 4300 digits."""
+    for value in (0, -7, True, 1.5, math.nan, "1", None, 2**128 - 1, 1 - 2**128):
+        assert scalars.shown(value) == repr(value)
+    assert scalars.shown(2**128) == "an int of 129 bits"
+    assert scalars.shown(-(10**5000)) == "an int of 16610 bits"
 
 
 @pytest.mark.parametrize(

@@ -25,16 +25,22 @@ if TYPE_CHECKING:
     from .quantizer import Quantizer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_ENTRIES = 2**30  # of a row: kernels count its entries, and a tile beyond them, in 32 bits
 
 
 def check_input(x: Tensor, name: str = "x") -> None:
-    """Raise TypeError or ValueError unless x, so named, is (..., d) of one of `DTYPES`."""
+    """Raise TypeError or ValueError unless x, so named, is (..., d) of one of `DTYPES`.
+
+    d is at most MOST_ENTRIES.
+    """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
     if x.ndim == 0:
         raise ValueError(f"{name} must have at least one axis, got a scalar")
+    if x.shape[-1] > MOST_ENTRIES:
+        raise ValueError(f"{name} must have rows of at most 2^30 entries, got {x.shape[-1]}")
 
 
 def _check_order(x: Tensor, order: int, mask: Tensor | None = None) -> None:

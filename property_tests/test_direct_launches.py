@@ -307,9 +307,14 @@ def test_which_inputs_are_recorded(stream: Stream, monkeypatch: pytest.MonkeyPat
     x = torch.zeros(13)[1:]
     assert x.data_ptr() % 16
     assert not _twice(x, lambda: made)
+    x, held = torch.zeros(8), frozen.Frozen()
+    for _ in range(2):
+        assert direct.again(x, held, None) is None
+        direct.recorded(x, held, None, lambda: made)
+    assert direct.again(x, held, None) is not None
     stream.device = 0
+    assert direct.again(x, held, None) is None
     assert not _twice(torch.zeros(8), lambda: made)
-    assert direct.again(torch.zeros(8), frozen.Frozen(), None) is None
 
 
 def test_memory_between_kernels_is_held_with_the_call(stream: Stream) -> None:

@@ -328,7 +328,6 @@ def test_the_ways_of_few_rows(name: str, dtype: torch.dtype, ways: Ways) -> None
     one = held.packed is not None and dtype == HALF
     ways.direct = False
     plain = dataclasses.replace(held, packed=None)
-    assert plain.few == held.few
     for bias_ in (None, bias):
         ways.direct = False
         expected = frozen.linear(x, plain, bias_, recipe)

@@ -62,18 +62,20 @@ def _held() -> int:
     return torch.cuda.memory_allocated() if cases.CUDA else 0
 
 
-def _trainer(config: LlamaConfig, recipe: str) -> Step:
+def _trainer(config: LlamaConfig, recipe: str, recompute: bool = False) -> Step:
     """The trainer's step of a new model."""
-    model = _llama(config, recipe, torch.float32)
+    model = _llama(config, recipe, torch.float32).recompute_(recompute)
     _compile_blocks(model)
     return Step(model, adamw(model), lambda windows: token_loss(model, windows, DEVICE))
 
 
-def _plain(config: LlamaConfig, recipe: str, windows: Tensor) -> tuple[Callable[[], Tensor], int]:
+def _plain(
+    config: LlamaConfig, recipe: str, windows: Tensor, recompute: bool = False
+) -> tuple[Callable[[], Tensor], int]:
     """A function that trains a step and returns the loss, and the most bytes that it held."""
     gc.collect()  # what earlier cases left must not be freed meanwhile
     before = _held()
-    step = _trainer(config, recipe)
+    step = _trainer(config, recipe, recompute)
 
     def run() -> Tensor:
         step.run(windows, len(windows))
@@ -86,10 +88,12 @@ def _plain(config: LlamaConfig, recipe: str, windows: Tensor) -> tuple[Callable[
     return run, (torch.cuda.max_memory_allocated() if cases.CUDA else 0) - before
 
 
-def _captured(config: LlamaConfig, recipe: str, windows: Tensor) -> Callable[[], Tensor]:
+def _captured(
+    config: LlamaConfig, recipe: str, windows: Tensor, recompute: bool = False
+) -> Callable[[], Tensor]:
     """The same as one graph: gradients set aside, forward, backward, clipping and update."""
     gc.collect()
-    graphs, step = CudaGraphs(DEVICE), _trainer(config, recipe)
+    graphs, step = CudaGraphs(DEVICE), _trainer(config, recipe, recompute)
     whole = functools.partial(step.run, windows, len(windows))
     for _ in range(WARM_UP):
         graphs.aside(whole)
@@ -106,11 +110,14 @@ def _captured(config: LlamaConfig, recipe: str, windows: Tensor) -> Callable[[],
 
 # torch.compile itself looks at the gradient of a block's input.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize(("config", "sequences", "length", "recipe", "graph"), cases.trained())
+@pytest.mark.parametrize(
+    ("config", "sequences", "length", "recipe", "graph", "recompute"), cases.trained()
+)
 def test_train_step(
-    timed: Timed, config: LlamaConfig, sequences: int, length: int, recipe: str, graph: bool
-) -> None:
-    """Forward, backward, clipping and the optimizer's update."""
+    timed: Timed, config: LlamaConfig, sequences: int, length: int, recipe: str, graph: bool,
+    recompute: bool,
+) -> None:  # fmt: skip
+    """Forward, backward, clipping and the optimizer's update; bf16 never computes twice."""
     made = quest.recipe(recipe)
     windows = _tokens(config, sequences, length + 1)
     tokens = sequences * length
@@ -127,14 +134,15 @@ def test_train_step(
     torch.compiler.reset()
     dense_bytes, bytes_ = 0, 0
     if graph:
-        dense, ours = (_captured(config, name, windows) for name in ("bf16", recipe))
+        dense = _captured(config, "bf16", windows)
+        ours = _captured(config, recipe, windows, recompute)
     else:
         dense, dense_bytes = _plain(config, "bf16", windows)
-        ours, bytes_ = _plain(config, recipe, windows)
+        ours, bytes_ = _plain(config, recipe, windows, recompute)
     timed(
         spec=made.spec,
         shape=(tokens, config.layers, config.width),
-        key=("model", made.spec, tokens, config, *(("graph",) if graph else ())),
+        key=("model", made.spec, tokens, config, *["graph"] * graph, *["recompute"] * recompute),
         judge=judge,
         draw=((1,),),
         run=lambda _: ours(),

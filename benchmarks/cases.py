@@ -149,19 +149,20 @@ SEQUENCES = (1, 2, 4, 8) if CUDA else (1,)
 
 
 def trained() -> list[Any]:
-    """(architecture, sequences, tokens of each, recipe, as a graph) of a step of training."""
+    """(architecture, sequences, tokens of each, recipe, as a graph, recompute) of a step."""
     config, sequences, length = TRAINED
     made = [
-        (recipe, graph)
+        (recipe, graph, False)
         for recipe in (OTHER_RECIPES if CUDA else ("w4a4",))
         for graph in ((False, True) if CUDA else (False,))
     ]
+    made += [(r, g, True) for r in ("w1a1", "w4a4") for g in (False, True)] if CUDA else []
     return [
         pytest.param(
-            config, sequences, length, recipe, graph,
-            id=f"{_size(sequences, length)}-{recipe}{'-graph' if graph else ''}",
+            config, sequences, length, recipe, graph, again,
+            id=f"{_size(sequences, length)}-{recipe}{'-graph' * graph}{'-recompute' * again}",
         )
-        for recipe, graph in made
+        for recipe, graph, again in made
     ]  # fmt: skip
 
 

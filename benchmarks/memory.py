@@ -27,6 +27,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import click
 import torch
@@ -38,7 +39,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quest
-from quest import operands, paths
+from quest import mlp, operands, paths
 from quest.models import SIZES, Llama, LlamaConfig
 from quest.train.optimizer import adamw
 from quest.train.step import Step
@@ -176,13 +177,24 @@ class Partitioned:
         return run
 
 
-def at_peak(shape: Shape, recipe: str, compiled: bool = True) -> Counter[str]:
-    """Bytes by kind at the peak of a step, the second one: the optimizer has its state."""
+def _has_kernel(spec: str, rows: Tensor) -> bool:
+    return True  # a function: a compiled block can't look into a mock
+
+
+def at_peak(
+    shape: Shape, recipe: str, compiled: bool = True, recompute: bool = False
+) -> Counter[str]:
+    """Bytes by kind at the peak of a step, the second one: the optimizer has its state.
+
+    recompute: but for bf16, the backward computes gate and up again; see `quest.swiglu`.
+    """
     torch.compiler.reset()
     live, backend = Live(shape), Partitioned()
     chosen = nullcontext() if recipe == "bf16" else paths.only("integers")
-    with FakeTensorMode(allow_non_fake_inputs=True), chosen:
-        model = Llama(shape.config)
+    # As on the GPU, where a kernel makes the rows of a gate.
+    there = mock.patch.object(mlp, "has_kernel", _has_kernel)
+    with FakeTensorMode(allow_non_fake_inputs=True), chosen, there:
+        model = Llama(shape.config).recompute_(recompute and recipe != "bf16")
         quest.quantize_(model, recipe)
         windows = torch.zeros(shape.sequences, shape.length + 1, dtype=torch.long)
         for block in model.layers if compiled else ():
@@ -206,7 +218,7 @@ def at_peak(shape: Shape, recipe: str, compiled: bool = True) -> Counter[str]:
     return live.peak
 
 
-def measured(shape: Shape, recipe: str) -> int:
+def measured(shape: Shape, recipe: str, recompute: bool = False) -> int:
     """The most bytes that the real step holds on this machine's GPU, by its allocator."""
     from .bench_model import _plain
 
@@ -214,7 +226,7 @@ def measured(shape: Shape, recipe: str) -> int:
     windows = torch.zeros(
         shape.sequences, shape.length + 1, dtype=torch.long, device=cases.DEVICE
     ).random_(shape.config.vocab_size)
-    bytes_ = _plain(shape.config, recipe, windows)[1]
+    bytes_ = _plain(shape.config, recipe, windows, recompute and recipe != "bf16")[1]
     gc.collect()
     torch.cuda.empty_cache()
     return bytes_
@@ -250,9 +262,11 @@ def table(columns: dict[str, Counter[str]], real: dict[str, int]) -> str:
     "--recipe", "recipes", multiple=True, default=("bf16", "w4a4", "w1a1"), show_default=True
 )
 @click.option("--eager", is_flag=True, help="Blocks that are not compiled.")
+@click.option("--recompute", is_flag=True, help="Gate and up again in the backward; not of bf16.")
 def main(
-    size: str, sequences: int, length: int, vocabulary: int, recipes: tuple[str, ...], eager: bool
-) -> None:
+    size: str, sequences: int, length: int, vocabulary: int, recipes: tuple[str, ...], eager: bool,
+    recompute: bool,
+) -> None:  # fmt: skip
     """What a step of training holds at its peak."""
     shape = Shape(SIZES[size].architecture(vocabulary), sequences, length)
     config = shape.config
@@ -268,8 +282,9 @@ def main(
             raise click.BadParameter(str(error), param_hint="--recipe") from None
         if name != "bf16" and operands.kinds(made.activation, made.weight) is None:
             raise click.BadParameter(f"{name} has no product of integers", param_hint="--recipe")
-    columns = {recipe: at_peak(shape, recipe, not eager) for recipe in recipes}
-    real = {r: measured(shape, r) for r in recipes} if cases.CUDA and not eager else {}
+    columns = {recipe: at_peak(shape, recipe, not eager, recompute) for recipe in recipes}
+    gpu = cases.CUDA and not eager
+    real = {r: measured(shape, r, recompute) for r in recipes} if gpu else {}
     click.echo(f"{size}, {sequences} x {length} tokens, blocks {'eager' if eager else 'compiled'}")
     click.echo(table(columns, real))
 

@@ -42,7 +42,7 @@ def _drawn(
 def _rows(gate: Tensor, up: Tensor, name: str) -> Tensor:
     """What the operator quantizes: on CUDA as the kernel shows it."""
     made = quest.recipe(name)
-    kind = lowbit_linear._pair(made.activation.spec, made.weight.spec).kinds[0]
+    kind = lowbit_linear.pair(made.activation.spec, made.weight.spec).kinds[0]
     return prologue.gated_encode_shown(gate, up, made.activation.spec, kind)[3]
 
 
@@ -384,7 +384,7 @@ def test_a_model_in_training(recipe: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_kernel_with_a_mask(name: str, width: int, dtype: torch.dtype) -> None:
     """All that it writes is what the quantizer writes of the rows that it shows."""
     q = quest.recipe(name).activation
-    kind = lowbit_linear._pair(*_specs(name)).kinds[0]
+    kind = lowbit_linear.pair(*_specs(name)).kinds[0]
     for i, (left, right) in enumerate(
         [("gaussian", "heavy"), ("non_finite", "gaussian"), ("mixed_rows", "outlier"),
          ("huge", "huge"), ("tiny", "subnormal"), ("zeros", "gaussian")]

@@ -45,6 +45,20 @@ def test_a_model_in_bf16() -> None:
     assert found[memory.LOGITS] == N * CONFIG.vocab_size * 4
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+@pytest.mark.parametrize("recipe", ["w4a4", "w1a1"])
+def test_gate_and_up_again(recipe: str, compiled: bool) -> None:
+    """No activation of the hidden width waits; the operands are those that wait in any case."""
+    found = memory.at_peak(SHAPE, recipe, compiled, recompute=True)
+    kept = memory.at_peak(SHAPE, recipe, compiled)
+    assert found[memory.GATED] == 0
+    assert kept[memory.GATED] >= 2 * LAYERS * N * HIDDEN * 2
+    for kind in (memory.OURS, memory.OURS_WEIGHTS, memory.LOGITS, memory.PARAMETERS):
+        assert found[kind] == kept[kind]
+    plain, other = (memory.at_peak(SHAPE, "bf16", compiled, again) for again in (False, True))
+    assert plain == other
+
+
 def test_the_peak_may_hold_gradients() -> None:
     """With few tokens the end of the backward holds the most: all gradients and nothing saved."""
     few = memory.Shape(CONFIG, sequences=1, length=8)
@@ -53,13 +67,18 @@ def test_the_peak_may_hold_gradients() -> None:
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "at_peak", lambda shape, recipe, compiled: Counter(
+    asked: list[tuple[bool, ...]] = []
+    monkeypatch.setattr(memory, "at_peak", lambda shape, recipe, *how: asked.append(how) or Counter(
         {memory.PARAMETERS: 2 * 10**9, memory.LOGITS: {"bf16": 2, "w4a4": 1}[recipe] * 10**9}
     ))  # fmt: skip
     monkeypatch.setattr(memory.cases, "CUDA", True)
-    monkeypatch.setattr(memory, "measured", lambda shape, recipe: 5 * 10**9)
-    made = CliRunner().invoke(memory.main, ["--recipe", "bf16", "--recipe", "w4a4"])
+    monkeypatch.setattr(memory, "measured", lambda shape, recipe, again: (5 + again) * 10**9)
+    options = ["--recipe", "bf16", "--recipe", "w4a4"]
+    again = CliRunner().invoke(memory.main, [*options, "--recompute"])
+    assert again.output.splitlines()[-2].split()[-2:] == ["6.00", "6.00"]
+    made = CliRunner().invoke(memory.main, options)
     assert made.exit_code == 0, made.output
+    assert asked == [(True, True), (True, True), (True, False), (True, False)]
     lines = {line.split("  ")[0]: line.split()[-2:] for line in made.output.splitlines()}
     assert lines["parameters"] == ["2.00", "2.00"]
     assert lines["gradients"] == ["0.00", "0.00"]

@@ -140,7 +140,7 @@ def test_gradients_are_those_of_operands_in_bytes(
     specs = (made.activation.spec, made.weight.spec)
     g = torch.Generator().manual_seed(0)
     x, v, w = (torch.randn(n, width, generator=g, requires_grad=True) for n in (7, 5, 4))
-    real = lowbit_linear._pair
+    real = lowbit_linear.pair
 
     def grads() -> list[Tensor]:
         y = lowbit_linear.low_bit_linear(x, [v, w], [], *specs, torch.float32, True)
@@ -149,7 +149,7 @@ def test_gradients_are_those_of_operands_in_bytes(
 
     packed = grads()
     monkeypatch.setattr(
-        lowbit_linear, "_pair", lambda *names: real(*names)._replace(saved=real(*names).kinds)
+        lowbit_linear, "pair", lambda *names: real(*names)._replace(saved=real(*names).kinds)
     )
     in_bytes = lowbit_linear._CPU._replace(
         encode_saved=lambda *rest: (*(made := eager.encode(*rest)), made[0])

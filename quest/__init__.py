@@ -22,6 +22,7 @@ if TYPE_CHECKING or "torch" in sys.modules:
     from .estimators import STE, Clip, Trust
     from .joint import together
     from .linear import Linear, freeze_, quantize_
+    from .mlp import swiglu
     from .prologue import gated, normed
     from .quantizer import Packed, Quantized, Quantizer
     from .recipes import Recipe, recipe
@@ -33,6 +34,7 @@ else:
         "together": "joint",
         **dict.fromkeys(("gated", "normed"), "prologue"),
         **dict.fromkeys(("Linear", "freeze_", "quantize_"), "linear"),
+        "swiglu": "mlp",
         **dict.fromkeys(("Packed", "Quantized", "Quantizer"), "quantizer"),
         **dict.fromkeys(("Recipe", "recipe"), "recipes"),
         **dict.fromkeys(("NM", "Pairwise"), "sparsity"),
@@ -69,6 +71,7 @@ __all__ = [
     "normed",
     "quantize_",
     "recipe",
+    "swiglu",
     "together",
 ]
 __version__ = "0.1.0"

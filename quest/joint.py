@@ -77,7 +77,7 @@ def joined(layers: list[Linear]) -> Tensor | None:
     """The biases of layers in one, for weights that lie stacked."""
     if len(layers) == 1:
         return layers[0].bias
-    biases = _biases(layers)
+    biases = biases_of(layers)
     return torch.cat(biases) if biases else None
 
 
@@ -125,7 +125,7 @@ def _live(x: Tensor, layers: list[Linear]) -> tuple[Tensor, ...]:
     recipe = layers[0].recipe
     if paths.choose(x, recipe) == "integers":
         specs = recipe.activation.spec, recipe.weight.spec
-        weights, biases = [layer.weight for layer in layers], _biases(layers)
+        weights, biases = [layer.weight for layer in layers], biases_of(layers)
         made = low_bit_linear(x, weights, biases, *specs, x.dtype, saves(x, weights, biases))
         return tuple(made[: len(layers)])
     values = recipe.activation(x)
@@ -134,8 +134,8 @@ def _live(x: Tensor, layers: list[Linear]) -> tuple[Tensor, ...]:
     )
 
 
-def _biases(layers: list[Linear]) -> list[Tensor]:
-    """None at all, or one for each layer."""
+def biases_of(layers: list[Linear]) -> list[Tensor]:
+    """The biases of layers: none at all, or one for each."""
     if all(layer.bias is None for layer in layers):
         return []
     return [

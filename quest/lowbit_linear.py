@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from .quantizer import Quantizer
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
+    """Functions of one kind of device."""
+
     encode: Callable[..., tuple[Tensor, ...]]
     encode_saved: Callable[..., tuple[Tensor, ...]]
     encode_gated: Callable[..., tuple[Tensor, ...]]
@@ -40,17 +42,22 @@ def _launch_encode_gated(*arguments: Any) -> tuple[Tensor, ...]:
     return prologue.launch_encode_gated(*arguments)
 
 
-_CPU = _Parts(
+_CPU = Parts(
     eager.encode, eager.encode_saved, eager.encode_gated, eager.decode, lowbit.eager_product,
     eager.masked_transpose,
 )  # fmt: skip
-_CUDA = _Parts(
+_CUDA = Parts(
     lowbit.launch_encode, lowbit.launch_encode_saved, _launch_encode_gated, lowbit.launch_decode,
     lowbit.launch_product, ops.launch_masked_transpose,
 )  # fmt: skip
 
 
-class _Pair(NamedTuple):
+def parts(x: Tensor) -> Parts:
+    """The functions for where x lies."""
+    return _CUDA if x.is_cuda else _CPU
+
+
+class Pair(NamedTuple):
     """What two specs say: quantizers and kinds of activation and weight; names for a product.
 
     saved: the kinds in which the operands are kept for the backward.
@@ -64,8 +71,8 @@ class _Pair(NamedTuple):
 
 
 @functools.cache
-def _pair(activation: str, weight: str) -> _Pair:
-    """Raises ValueError where there is no product of these."""
+def pair(activation: str, weight: str) -> Pair:
+    """What two specs say. Raises ValueError where there is no product of these."""
     q = ops.quantizer(activation), ops.quantizer(weight)
     kinds = operands.kinds(*q)
     if kinds is None:
@@ -75,13 +82,14 @@ def _pair(activation: str, weight: str) -> _Pair:
             f"activation and weight must use the same transform, got {activation} and {weight}"
         )
     saved = operands.saved(q[0], kinds[0]).kind, operands.saved(q[1], kinds[1]).kind
-    return _Pair(*q, kinds, saved, ",".join(t.require_grid().name for t in q))
+    return Pair(*q, kinds, saved, ",".join(t.require_grid().name for t in q))
 
 
-def _check(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], made: _Pair,
+def check(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], made: Pair,
     gate: Tensor | None,
 ) -> None:  # fmt: skip
+    """TypeError or ValueError unless these are what `low_bit_linear` takes."""
     if not weights:
         raise ValueError("weights must hold at least one weight, got none")
     made.activation.check(x)
@@ -108,6 +116,39 @@ def saves(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> boo
     return torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *biases))
 
 
+class Operand(NamedTuple):
+    """What is kept of quantized rows: in the form that waits for the backward, if one does."""
+
+    stored: Tensor
+    scale: Tensor
+    mask: Tensor
+    sums: Tensor
+
+
+def products(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], made: Pair,
+    dtype: torch.dtype, saves: bool, gate: Tensor | None = None,
+) -> tuple[list[Tensor], list[Operand]]:  # fmt: skip
+    """y of each weight; and the operands, of x, or of silu(gate) * x, and of each weight."""
+    f = parts(x)
+    d, kinds = x.shape[-1], ",".join(made.kinds)
+    encode = f.encode_saved if saves else f.encode
+    rows, q, kind = lowbit.as_rows(x), made.activation, made.kinds[0]
+    if gate is None:
+        a, a_scale, a_mask, a_sums, *kept = encode(rows, q, kind)
+    else:
+        found = f.encode_gated(lowbit.as_rows(gate), rows, q, kind, saves)
+        a, a_scale, a_mask, a_sums, *kept = found
+    ys, read = [], [Operand(kept[0] if saves else a, a_scale, a_mask, a_sums)]
+    for i, w in enumerate(weights):
+        b, b_scale, b_mask, b_sums, *kept = encode(w, made.weight, made.kinds[1])
+        bias = biases[i] if biases else None
+        y = f.product(a, b, a_scale, b_scale, a_sums, b_sums, bias, made.names, kinds, d, dtype)
+        ys.append(y.view(*x.shape[:-1], w.shape[0]))
+        read.append(Operand(kept[0] if saves else b, b_scale, b_mask, b_sums))
+    return ys, read
+
+
 @torch.library.custom_op("quest::low_bit_linear", mutates_args=())
 def low_bit_linear(
     x: Tensor,
@@ -128,25 +169,10 @@ def low_bit_linear(
     After the y's come what the backward reads, if it `saves` that: operand, in the kind of
     `operands.saved`, scale and packed mask of x, as rows, and of each weight.
     """
-    made = _pair(activation, weight)
-    _check(x, weights, biases, made, gate)
-    f = _CUDA if x.is_cuda else _CPU
-    d, kinds = x.shape[-1], ",".join(made.kinds)
-    encode = f.encode_saved if saves else f.encode
-    rows, q, kind = lowbit.as_rows(x), made.activation, made.kinds[0]
-    if gate is None:
-        a, a_scale, a_mask, a_sums, *kept = encode(rows, q, kind)
-    else:
-        found = f.encode_gated(lowbit.as_rows(gate), rows, q, kind, saves)
-        a, a_scale, a_mask, a_sums, *kept = found
-    ys, read = [], [*kept, a_scale, a_mask]
-    for i, w in enumerate(weights):
-        b, b_scale, b_mask, b_sums, *kept = encode(w, made.weight, made.kinds[1])
-        bias = biases[i] if biases else None
-        y = f.product(a, b, a_scale, b_scale, a_sums, b_sums, bias, made.names, kinds, d, dtype)
-        ys.append(y.view(*x.shape[:-1], w.shape[0]))
-        read += [*kept, b_scale, b_mask]
-    return ys + read if saves else ys
+    made = pair(activation, weight)
+    check(x, weights, biases, made, gate)
+    ys, operands_ = products(x, weights, biases, made, dtype, saves, gate)
+    return ys + [t for operand in operands_ for t in operand[:3]] if saves else ys
 
 
 @low_bit_linear.register_fake
@@ -160,18 +186,19 @@ def _(
     saves: bool,
     gate: Tensor | None = None,
 ) -> list[Tensor]:
-    made = _pair(activation, weight)
-    _check(x, weights, biases, made, gate)
+    made = pair(activation, weight)
+    check(x, weights, biases, made, gate)
     ys = [x.new_empty((*x.shape[:-1], w.shape[0]), dtype=dtype) for w in weights]
     if not saves:
         return ys
-    read = _read_like(lowbit.as_rows(x), made.kinds[0], made.saved[0])
+    read = read_like(lowbit.as_rows(x), made.kinds[0], made.saved[0])
     for w in weights:
-        read += _read_like(w, made.kinds[1], made.saved[1])
+        read += read_like(w, made.kinds[1], made.saved[1])
     return ys + read
 
 
-def _read_like(x: Tensor, kind: str, saved: str) -> list[Tensor]:
+def read_like(x: Tensor, kind: str, saved: str) -> list[Tensor]:
+    """What the backward reads of rows (n, d), by shape and dtype alone."""
     operand, scale, mask, _ = eager.encoded_like(x, kind)
     if saved in operands.PACKED:
         operand = eager.packed_like(operand, operands.PACKED[saved])
@@ -198,21 +225,21 @@ def low_bit_linear_backward(
     """
     with torch.autocast(grads[0].device.type, enabled=False):
         return _gradients(
-            grads, read, _pair(activation, weight), width, x_dtype, w_dtype, needs_x, needs_w
+            grads, read, pair(activation, weight), width, x_dtype, w_dtype, needs_x, needs_w
         )
 
 
 def _gradients(
     grads: Sequence[Tensor],
     read: Sequence[Tensor],
-    made: _Pair,
+    made: Pair,
     width: int,
     x_dtype: torch.dtype,
     w_dtype: torch.dtype,
     needs_x: bool,
     needs_w: Sequence[bool],
 ) -> list[Tensor]:
-    f = _CUDA if grads[0].is_cuda else _CPU
+    f = parts(grads[0])
     order = made.activation.transform.order(width)
     (a, a_scale, a_mask), rest = read[:3], read[3:]
     out: list[Tensor] = []

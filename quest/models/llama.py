@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quest.joint import hooked, together
+from quest.mlp import swiglu
 from quest.prologue import gated, normed
 
 INIT_STD = 0.02
@@ -144,8 +145,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202): ``down(silu(gate(x)) * up(x))``, ``(B, T, d)`` to the same."""
+    """SwiGLU (arXiv 2002.05202): ``down(silu(gate(x)) * up(x))``, ``(B, T, d)`` to the same.
 
+    recompute: the backward computes gate(x) and up(x) again; see `quest.swiglu`.
+    """
+
+    recompute = False
     shared_inputs = (("gate_proj", "up_proj"),)
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -160,8 +165,7 @@ class MLP(nn.Module):
         return self.gate_proj, self.up_proj
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = together(x, self.inputs)
-        return gated(gate, up, self.down_proj)
+        return swiglu(x, self.gate_proj, self.up_proj, self.down_proj, recompute=self.recompute)
 
 
 class Block(nn.Module):
@@ -207,6 +211,13 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.reset_parameters()
+
+    def recompute_(self, on: bool = True) -> Llama:
+        """Let the backward compute the wide activations again, or keep them; returns the model."""
+        for module in self.modules():
+            if isinstance(module, MLP):
+                module.recompute = on
+        return self
 
     def reset_parameters(self) -> None:
         """Draw every matrix anew from the global generator, and set the norms to one."""

@@ -39,7 +39,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quest
-from quest import mlp, operands, paths
+from quest import mlp, operands, paths, prologue
 from quest.models import SIZES, Llama, LlamaConfig
 from quest.train.optimizer import adamw
 from quest.train.step import Step
@@ -192,8 +192,8 @@ def at_peak(
     live, backend = Live(shape), Partitioned()
     chosen = nullcontext() if recipe == "bf16" else paths.only("integers")
     # As on the GPU, where a kernel makes the rows of a gate.
-    there = mock.patch.object(mlp, "has_kernel", _has_kernel)
-    with FakeTensorMode(allow_non_fake_inputs=True), chosen, there:
+    here, there = (mock.patch.object(m, "has_kernel", _has_kernel) for m in (mlp, prologue))
+    with FakeTensorMode(allow_non_fake_inputs=True), chosen, here, there:
         model = Llama(shape.config).recompute_(recompute and recipe != "bf16")
         quest.quantize_(model, recipe)
         windows = torch.zeros(shape.sequences, shape.length + 1, dtype=torch.long)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import quest
 from property_tests.prologues import on_hopper
-from quest import grids, mlp, paths
+from quest import grids, mlp, paths, prologue
 from quest.conformance import inputs
 from quest.conformance.strategies import DTYPES
 from quest.lowbit_linear import low_bit_linear
@@ -230,7 +230,8 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """As on a GPU with the kernels: layers multiply integers. Counts calls of the operator."""
     calls: list[int] = []
     real = mlp.low_bit_swiglu
-    monkeypatch.setattr(mlp, "has_kernel", lambda *_: True)
+    for module in (mlp, prologue):
+        monkeypatch.setattr(module, "has_kernel", lambda *_: True)
     monkeypatch.setattr(mlp, "low_bit_swiglu", lambda *a: calls.append(1) or real(*a))
     monkeypatch.setattr(paths, "choose", lambda x, recipe: "integers")
     return calls
@@ -249,11 +250,11 @@ def test_layers_that_multiply_integers(recipe: str, bias: bool, fused: list[int]
     layers = _layers(recipe, bias)
     if bias:  # of some
         layers[1].bias = None
-    _compared(layers, exact=False)
+    _compared(layers)
     assert fused == [1]
 
 
-def _compared(layers: list[nn.Linear], exact: bool = True) -> None:
+def _compared(layers: list[nn.Linear]) -> None:
     found = []
     for recompute in (False, True):
         x = inputs.draw("heavy", (2, 5, WIDTH), torch.float32, 0).requires_grad_()
@@ -261,10 +262,7 @@ def _compared(layers: list[nn.Linear], exact: bool = True) -> None:
         given = [x, *(p for layer in layers for p in layer.parameters())]
         found.append([y, *torch.autograd.grad(y.square().sum(), given)])
     for one, other in zip(*found, strict=True):
-        if exact:
-            assert torch.equal(one, other)
-        else:  # silu(gate) * up, rounded once and not twice, may fall on the other side
-            assert (one - other).norm() < 0.05 * one.norm()
+        assert torch.equal(one, other)
 
 
 def test_who_takes_the_operator(fused: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,6 +333,59 @@ def test_a_model_keeps_less(fused: list[int]) -> None:
     assert fused == [1]
     assert (before > 1, after) == (True, 0)
     for one, other in zip(plain, again, strict=True):
-        assert (one - other).norm() <= 0.05 * one.norm()
+        assert torch.equal(one, other)
     model.recompute_(False)
     assert run()[1] == before
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_an_input_without_columns(fused: list[int]) -> None:
+    """Which layer it goes to is asked before anything runs."""
+    layers = [quest.Linear(0, 128), quest.Linear(0, 128), quest.Linear(128, 3)]
+    for layer in layers[:2]:
+        layer.set_recipe(quest.recipe("w8a8", transform=quest.Identity()))
+    assert quest.swiglu(torch.ones(4, 0), *layers, recompute=True).shape == (4, 3)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("recipe", ["w4a4", "w1a1"])
+def test_compiled(recipe: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers, of rows that lie apart, too; and gate and up are not saved."""
+    for module in (mlp, prologue):
+        monkeypatch.setattr(module, "has_kernel", _always)
+    monkeypatch.setattr(paths, "choose", _integers)
+    layers = _layers(recipe, True)
+    torch.compiler.reset()
+    run = torch.compile(quest.swiglu, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    wide = inputs.draw("heavy", (2, 5, 2 * WIDTH), torch.float32, 0)
+    found = []
+    for function in (quest.swiglu, run):
+        x = wide[..., :WIDTH].detach().requires_grad_()
+        y = function(x, *layers, recompute=True)
+        given = [x, *(p for layer in layers for p in layer.parameters())]
+        found.append([y, *torch.autograd.grad(y.square().sum(), given)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def _always(spec: str, rows: Tensor) -> bool:
+    return True
+
+
+def _integers(x: Tensor, recipe: quest.Recipe) -> str:
+    return "integers"
+
+
+def test_a_bias_that_changes_before_the_backward_is_an_error() -> None:
+    """It is needed again. Weights are not: their operands wait."""
+    specs, t = _specs("w4a4"), _drawn(torch.float32, biases=True)
+    y = _again(t, specs)[0]
+    expected = _gradients(_again(t, specs)[0], t)
+    with torch.no_grad():
+        t["gate"].mul_(2)
+    _same(_gradients(y, t), expected)
+    y = _again(t, specs)[0]
+    with torch.no_grad():
+        t["gate bias"].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

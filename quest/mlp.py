@@ -202,8 +202,9 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         ddown = made[-1]
     if first:
         width = ctx.shape[-1]
-        pair_ = low_bit_again(made[0], list(read[:_FIRST]), biases, activation, weight, width)
-        inner = list(eager.gated_backward(made[0], *pair_))
+        inner = low_bit_again(made[0], list(read[:_FIRST]), biases, activation, weight, width)
+        inner[:] = eager.gated_backward(made[0], *inner)
+        made = []  # the next products need the room
         for i, needed in enumerate(needs_b):
             if needed:
                 dbs[i] = inner[i].sum(0).to(ctx.b_dtypes[0][i])
@@ -227,9 +228,12 @@ def swiglu(
     """down(silu(gate(x)) * up(x)) for x (..., in): `quest.together`, then `quest.gated`.
 
     recompute: the backward computes gate(x) and up(x) again, and between the two nothing as wide is
-    kept: less memory for two products a step. The numbers are the same, bit for bit. Of
-    `quest.Linear`s that multiply integers it takes the operands that are kept in any case; other
-    layers are called once more, by `torch.utils.checkpoint`. Raises what those two raise.
+    kept: less memory in a model of several such layers, for two products more. Of `quest.Linear`s
+    that multiply integers it takes the operands that are kept in any case, and their numbers are
+    the same, bit for bit; a bias that is changed in place before the backward is an error. Other
+    layers are called once more, by `torch.utils.checkpoint`: weights, `quest.paths.only` and all
+    else that they read must then be as they were, or the gradients are wrong, and `torch.func` does
+    not take it. Raises what those two raise.
     """
     if not (recompute and torch.is_grad_enabled()):
         return _composed(x, gate, up, down)
@@ -255,7 +259,7 @@ def _live(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor 
     x = Linear.cast(x)
     recipe, (one,) = plain[0].recipe, last
     # Like what comes out of them, without its memory.
-    rows = x.detach()[..., :1].expand(*x.shape[:-1], plain[0].out_features)
+    rows = x.new_empty(1).expand(*x.shape[:-1], plain[0].out_features)
     one.check(rows)
     integers = paths.choose(x, recipe) == paths.choose(rows, one.recipe) == "integers"
     if not integers or one.out_dtype(rows) != x.dtype:

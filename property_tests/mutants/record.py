@@ -42,8 +42,9 @@ def save(made: table.Table) -> list[Path]:
     """Write both files."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     data, text = _data(), FOLDER / "mutants.md"
-    data.write_text(_rows(made))
-    text.write_text(markdown(made))
+    rows, told = _rows(made), markdown(made)  # both name the commit, which a new file makes unclean
+    data.write_text(rows)
+    text.write_text(told)
     return [data, text]
 
 

@@ -285,7 +285,10 @@ def main(
     columns = {recipe: at_peak(shape, recipe, not eager, recompute) for recipe in recipes}
     gpu = cases.CUDA and not eager
     real = {r: measured(shape, r, recompute) for r in recipes} if gpu else {}
-    click.echo(f"{size}, {sequences} x {length} tokens, blocks {'eager' if eager else 'compiled'}")
+    click.echo(
+        f"{size}, {sequences} x {length} tokens, blocks {'eager' if eager else 'compiled'}"
+        f"{', gate and up again in the backward (not in bf16)' * recompute}"
+    )
     click.echo(table(columns, real))
 
 

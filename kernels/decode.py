@@ -48,7 +48,8 @@ def decode(
 ) -> torch.Tensor:  # fmt: skip
     """The values (..., width) of an operand and its scale (..., 1) float32, as `dtype`.
 
-    operand: (..., width) int8 for 8 bits, else (..., ceil(width bits / 8)) uint8.
+    operand: (..., width) int8 for 8 bits, else (..., ceil(width bits / 8)) uint8. With a unit and
+    scales of 1, int8 holds the integers.
     """
     lead = operand.shape[:-1]
     rows = math.prod(lead)

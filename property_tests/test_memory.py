@@ -76,8 +76,10 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--recipe", "bf16", "--recipe", "w4a4"]
     again = CliRunner().invoke(memory.main, [*options, "--recompute"])
     assert again.output.splitlines()[-2].split()[-2:] == ["6.00", "6.00"]
+    assert "gate and up again in the backward" in again.output.splitlines()[0]
     made = CliRunner().invoke(memory.main, options)
     assert made.exit_code == 0, made.output
+    assert "again" not in made.output
     assert asked == [(True, True), (True, True), (True, False), (True, False)]
     lines = {line.split("  ")[0]: line.split()[-2:] for line in made.output.splitlines()}
     assert lines["parameters"] == ["2.00", "2.00"]

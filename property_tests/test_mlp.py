@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from quest.lowbit_linear import low_bit_linear
 from quest.mlp import low_bit_again, low_bit_swiglu
 from quest.models import Llama, LlamaConfig
 
+ROOT = Path(__file__).resolve().parents[1]
 DEVICES = ["cpu", pytest.param("cuda", marks=on_hopper)]
 RECIPES = ("w1a1", "w1.58a1.58", "w2a2", "w3a3", "w4a4", "w8a8", "w4a8", "w4a4-2:4", "fp4")
 WIDTH, HIDDEN, OUT = 256, 384, 24
@@ -92,6 +96,32 @@ def test_it_is_what_it_is_with_gate_and_up_kept(
     made = low_bit_again(after, read[: mlp._FIRST], given, *specs[:2], WIDTH)
     for again, before in zip(made, (gate, up), strict=True):
         assert torch.equal(again, before.reshape(10, HIDDEN))
+
+
+UNPACKS = """
+import torch
+from quest import eager, grids, mlp, operands, quantizer
+from quest.conformance import addresses
+addresses.watch()
+for name in ("ternary", "uniform2", "uniform3", "uniform4"):
+    q = quantizer.parse(f"{name}/identity/ste/dense")
+    form = operands.saved(q, "integers")
+    every = form.stride * torch.arange(q.grid.levels) - form.top
+    for width in (1, 5, 4101):
+        rows = every.repeat(width).view(-1, width).to(torch.int8)
+        made = mlp.launch_unpack(eager.pack_operand(rows, q), form, width)
+        assert made.dtype == torch.int8 and torch.equal(made, rows), (name, width)
+print("the same")
+"""
+
+
+def test_the_kernel_that_unpacks_in_the_interpreter() -> None:
+    """Every integer in every place of a byte: exactly, and nothing beside them is touched."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    told = subprocess.run(
+        [sys.executable, "-c", UNPACKS], env=env, capture_output=True, text=True, check=False
+    )
+    assert told.stdout == "the same\n", told.stderr
 
 
 def test_two_recipes() -> None:
@@ -220,9 +250,6 @@ def _layers(recipe: str | None, bias: bool = False) -> list[nn.Linear]:
     torch.manual_seed(0)
     made = [nn.Linear(*s, bias=bias) for s in ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, OUT))]
     return made if recipe is None else [quest.Linear.from_linear(m, recipe) for m in made]
-
-
-Modes = Callable[[Tensor, list[nn.Linear]], Tensor]
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from .joint import alike, biases_of, together
 from .linear import Linear
 from .lowbit_linear import (
     Operand,
+    Pair,
     check,
     low_bit_linear_backward,
     pair,
@@ -60,44 +61,34 @@ def low_bit_swiglu(
     After y comes what the backward reads, if it `saves` that: operand, scale, packed mask and sums
     of x, gate and up, and operand, scale and mask of the rows and of down.
     """
-    _check_count(weights)
-    first, second = pair(activation, weight), pair(last_activation, last_weight)
-    check(x, weights, biases, first, None)
+    specs = activation, weight, last_activation, last_weight
+    first, second = _pairs(x, weights, biases, *specs)
     (gate, up), outer = products(x, weights, biases, first, x.dtype, saves)
     last = [] if bias is None else [bias]
     check(up, [down], last, second, gate)
     (y,), inner = products(up, [down], last, second, x.dtype, saves, gate)
-    return [y, *(t for o in outer for t in o), *(t for o in inner for t in o[:3])][
-        : _outputs(saves)
-    ]
+    read = [*(t for o in outer for t in o), *(t for o in inner for t in o[:3])]
+    return [y, *read] if saves else [y]
 
 
-def _check_count(weights: Sequence[Tensor]) -> None:
+def _pairs(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *specs: str
+) -> tuple[Pair, Pair]:
+    """What the specs say, of gate and up, and of down; the first are checked."""
     if len(weights) != 2:
         raise ValueError(f"weights must be those of gate and up, got {len(weights)}")
-
-
-def _outputs(saves: bool) -> int | None:
-    """How many outputs there are: all, or y alone."""
-    return None if saves else 1
+    first, second = pair(*specs[:2]), pair(*specs[2:])
+    check(x, weights, biases, first, None)
+    return first, second
 
 
 @low_bit_swiglu.register_fake
 def _(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    down: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    weight: str,
-    last_activation: str,
-    last_weight: str,
-    saves: bool,
-) -> list[Tensor]:
-    _check_count(weights)
-    first, second = pair(activation, weight), pair(last_activation, last_weight)
-    check(x, weights, biases, first, None)
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], down: Tensor,
+    bias: Tensor | None, *how: Any,
+) -> list[Tensor]:  # fmt: skip
+    *specs, saves = how
+    first, second = _pairs(x, weights, biases, *specs)
     gate, up = (x.new_empty((*x.shape[:-1], w.shape[0])) for w in weights)
     check(up, [down], [] if bias is None else [bias], second, gate)
     made = [x.new_empty((*x.shape[:-1], down.shape[0]))]
@@ -106,7 +97,7 @@ def _(
         made += [*read, read[1].new_empty(read[1].shape, dtype=torch.int32)]
     for i, t in enumerate((lowbit.as_rows(up), down)):
         made += read_like(t, second.kinds[i], second.saved[i])
-    return made[: _outputs(saves)]
+    return made if saves else made[:1]
 
 
 @torch.library.custom_op("quest::low_bit_again", mutates_args=())
@@ -156,8 +147,13 @@ def _operand(stored: Tensor, q: Quantizer, kind: str, saved: str, width: int) ->
     if saved == kind:
         return stored
     form = operands.readable(q, saved)
-    if not stored.is_cuda:
-        return eager.integers(stored, form, width).to(torch.int8)
+    if stored.is_cuda:
+        return launch_unpack(stored, form, width)
+    return eager.integers(stored, form, width).to(torch.int8)
+
+
+def launch_unpack(stored: Tensor, form: operands.Form, width: int) -> Tensor:
+    """The integers (n, width) int8 of packed rows, by the kernel."""
     from .kernels import decode as kernel
 
     with ops.device_of(stored):

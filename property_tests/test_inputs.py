@@ -55,6 +55,14 @@ def test_gaussian(seed: int) -> None:
 
 
 @given(seed=SEEDS)
+def test_negative_zeros(seed: int) -> None:
+    x = drawn("negative_zeros", seed)
+    assert torch.equal(x[:, :32].signbit(), torch.ones(7, 32, dtype=torch.bool))
+    assert not x[:, :32].any()
+    assert x[:, 32:].all()
+
+
+@given(seed=SEEDS)
 def test_heavy_has_tails(seed: int) -> None:
     x = inputs.draw("heavy", (200, 500), torch.float32, seed).double()
     # P(|t_2| > 20) = 1 - 20 / sqrt(402) = 0.00249; a Gaussian has 1e-88.

@@ -55,6 +55,29 @@ def test_one_of_each(lane: Lane) -> None:
 
 
 @every_lane
+def test_zeros_of_either_sign(lane: Lane) -> None:
+    """A negative zero, of the input or of its transform, is no negative number."""
+    for seed, (name, width) in enumerate((("w1a1", 384), ("w4a4", 384), ("w1.58a1.58", 384))):
+        q = quest.recipe(name).activation
+        kind = (operands.kinds(q, q) or ("",))[0]
+        x = inputs.draw("negative_zeros", (5, width), torch.float32, seed)
+        LEDGER.judge(lane, examine.encoded(lane, x, q, kind), f"{name}, {width}")
+        LEDGER.judge(lane, examine.operand(lane, x, q, kind), f"{name}, {width}")
+
+
+@every_lane
+def test_coherent_products(lane: Lane) -> None:
+    """Sums as large as they get: rows of the weight are those of the input, and their negatives."""
+    _require_product(lane)
+    for seed, (name, width) in enumerate((("w1a1", 4096), ("w4a4", 4096), ("w7a7", 1032))):
+        x = inputs.draw("gaussian", (5, width), torch.float32, seed)
+        w = torch.cat((x, -x))
+        LEDGER.judge(
+            lane, examine.product(lane, x, w, None, quest.recipe(name), torch.float32), name
+        )
+
+
+@every_lane
 @pytest.mark.parametrize("name", RECIPES)
 @fewer
 @given(data=st.data())
@@ -311,6 +334,33 @@ def test_every_kind_of_tile(
     with product.only(TILES[tiles][dtype == torch.uint8]):
         acc = lowbit.accumulate(a.cuda(), b.cuda()).cpu()
     judges.accumulated(a, b, acc).require()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.whole
+@pytest.mark.parametrize("name", ["w1a1", "w4a4", "w8a8"])
+@pytest.mark.parametrize("tiles", list(TILES))
+@pytest.mark.parametrize(
+    ("shape", "dtype", "added"),
+    [((600, 1100, 136), torch.bfloat16, torch.float16),
+     ((330, 1031, 72), torch.float32, torch.float32)],
+    ids=["bf16", "fp32"],
+)  # fmt: skip
+def test_many_tiles_of_a_cluster(
+    shape: tuple[int, int, int], dtype: torch.dtype, added: torch.dtype, tiles: str, name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Scales, sums and biases are those of each tile, at the edges of either matrix too."""
+    if hopper.unavailable(torch.device("cuda", torch.cuda.current_device())) is not None:
+        pytest.skip(str(hopper.unavailable(torch.device("cuda", torch.cuda.current_device()))))
+    monkeypatch.setattr(cuda, "processors", lambda _: 4)
+    lane, made = Lane("triton-cuda", "cuda", "dispatch"), quest.recipe(name)
+    rows, outs, width = shape
+    x, w = (inputs.draw("mixed_rows", (n, width), dtype, n) for n in (rows, outs))
+    bias = inputs.draw("gaussian", (outs,), added, 0)
+    with product.only(TILES[tiles][name == "w1a1"]):
+        found = examine.product(lane, x, w, bias, made, dtype)
+    LEDGER.judge(lane, found, f"{tiles}, {name}, {shape}, {dtype}")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

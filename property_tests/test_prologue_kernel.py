@@ -179,6 +179,20 @@ def test_norms_of_a_kernel(name: str, dtype: torch.dtype, width: int) -> None:
             assert torch.equal(t.view(torch.uint8), expected.view(torch.uint8)), told
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.whole
+def test_rows_of_several_warps(dtype: torch.dtype) -> None:
+    """Sums of two kinds that warps exchange, and weights of every part of a row."""
+    _needs_kernel()
+    lane, (spec, kind) = Lane("triton-cuda", "cuda", "dispatch"), SPECS["w4a4"]
+    for width in (4224, 11008):
+        x, residual = (inputs.draw("mixed_rows", (5, width), dtype, i) for i in range(2))
+        weight = inputs.draw("gaussian", (width,), dtype, 5)
+        for beside in (None, residual):
+            found = examine.normed(lane, x, beside, weight, 1e-5, parse(spec), kind)
+            LEDGER.judge(lane, found, f"{width}, {dtype}, {beside is not None}")
+
+
 def test_a_weight_that_leaves_no_room() -> None:
     _needs_kernel()
     spec = SPECS["w4a4"][0]

@@ -68,6 +68,44 @@ def test_scales_at_the_ends_of_the_range(lane: Lane, name: str) -> None:
     LEDGER.judge(lane, found, name)
 
 
+@every_lane
+def test_coherent_products(lane: Lane) -> None:
+    """Sums as large as they get: rows of the weight are those of the input, and their negatives."""
+    if no_product(lane) is not None:
+        pytest.skip(str(no_product(lane)))
+    x = inputs.draw("gaussian", (5, 8192), torch.float32, 0)
+    w = torch.cat((x, -x))
+    made = quest.recipe("w4a4-2:4")
+    found = examine.product(lane, x, w, None, made, torch.float32, compressed=True)
+    LEDGER.judge(lane, found, "w4a4-2:4")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.whole
+@pytest.mark.parametrize("name", ["w4a4-2:4", "w4a8-2:4"])
+@pytest.mark.parametrize("tiles", list(TILES))
+@pytest.mark.parametrize(
+    ("shape", "dtype", "added"),
+    [((600, 1100, 136), torch.bfloat16, torch.float16),
+     ((330, 1031, 72), torch.float32, torch.float32)],
+    ids=["bf16", "fp32"],
+)  # fmt: skip
+def test_many_tiles_of_a_cluster(
+    shape: tuple[int, int, int], dtype: torch.dtype, added: torch.dtype, tiles: str, name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Scales, sums and biases are those of each tile, at the edges of either matrix too."""
+    _require_product("cuda")
+    monkeypatch.setattr(cuda, "processors", lambda _: 4)
+    lane, made = Lane("triton-cuda", "cuda", "dispatch"), quest.recipe(name)
+    rows, outs, width = shape
+    x, w = (inputs.draw("mixed_rows", (n, width), dtype, n) for n in (rows, outs))
+    bias = inputs.draw("gaussian", (outs,), added, 0)
+    with sparse.only(TILES[tiles]):
+        found = examine.product(lane, x, w, bias, made, dtype, compressed=True)
+    LEDGER.judge(lane, found, f"{tiles}, {name}, {shape}, {dtype}")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", ["w4a4-2:4", "w4a8-2:4"])
 @pytest.mark.parametrize("tiles", list(TILES))

@@ -72,6 +72,13 @@ def _zeros(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
     return torch.zeros(shape, dtype=torch.float64)
 
 
+def _negative_zeros(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    # The first half of each row, so that whole blocks of a transform hold nothing else.
+    x = _gaussian(shape, g)
+    x[..., : shape[-1] // 2] = -0.0
+    return x
+
+
 def _non_finite(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
     x = _gaussian(shape, g)
     bad = torch.tensor([float("nan"), float("inf"), float("-inf")], dtype=torch.float64)
@@ -94,6 +101,7 @@ DISTRIBUTIONS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] =
     "huge": _huge,
     "mixed_rows": _mixed_rows,
     "zeros": _zeros,
+    "negative_zeros": _negative_zeros,
     "non_finite": _non_finite,
 }
 LAYOUTS = ("contiguous", "transposed", "offset", "padded", "strided", "expanded")

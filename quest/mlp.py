@@ -90,11 +90,11 @@ def _(
     *specs, saves = how
     first, second = _pairs(x, weights, biases, *specs)
     gate, up = (x.new_empty((*x.shape[:-1], w.shape[0])) for w in weights)
-    check(up, [down], [] if bias is None else [bias], second, gate)
+    check(up, [down], [], second, gate)
     made = [x.new_empty((*x.shape[:-1], down.shape[0]))]
     for i, t in enumerate((lowbit.as_rows(x), *weights)):
         read = read_like(t, first.kinds[i > 0], first.saved[i > 0])
-        made += [*read, read[1].new_empty(read[1].shape, dtype=torch.int32)]
+        made += [*read, torch.empty_like(read[1], dtype=torch.int32)]
     for i, t in enumerate((lowbit.as_rows(up), down)):
         made += read_like(t, second.kinds[i], second.saved[i])
     return made if saves else made[:1]
@@ -168,10 +168,10 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     if not saves:
         raise RuntimeError("low_bit_swiglu was told to save nothing, and a gradient is asked for")
     read = output[1:]
-    ctx.save_for_backward(*read, *biases)
+    ctx.save_for_backward(*biases, *read)
     ctx.mark_non_differentiable(*read)
     ctx.set_materialize_grads(False)
-    ctx.shape, ctx.dtype, ctx.count = x.shape, x.dtype, len(read)
+    ctx.shape, ctx.dtype = x.shape, x.dtype
     ctx.w_dtypes, ctx.hidden = (weights[0].dtype, down.dtype), down.shape[1]
     ctx.b_dtypes = [b.dtype for b in biases], None if bias is None else bias.dtype
 
@@ -186,28 +186,29 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         return dx, dws, dbs, ddown, dbias, None, None, None, None, None
     rows = lowbit.as_rows(grad)
     saved = ctx.saved_tensors  # once: every look unpacks all, which a checkpoint allows once
-    read, biases = saved[: ctx.count], list(saved[ctx.count :])
+    biases, read = list(saved[: len(needs_b)]), list(saved[len(needs_b) :])
+    outer, inner = read[:_FIRST], read[_FIRST:]
     activation, weight, *last = ctx.specs
     if needs_bias:
         dbias = rows.sum(0).to(ctx.b_dtypes[1])
     made = low_bit_linear_backward(
-        [rows], list(read[_FIRST:]), *last, ctx.hidden, ctx.dtype, ctx.w_dtypes[1], first,
+        [rows], inner, *last, ctx.hidden, ctx.dtype, ctx.w_dtypes[1], first,
         [needs_down],
     ) if first or needs_down else []  # fmt: skip
     if needs_down:
         ddown = made[-1]
     if first:
         width = ctx.shape[-1]
-        inner = low_bit_again(made[0], list(read[:_FIRST]), biases, activation, weight, width)
-        inner[:] = eager.gated_backward(made[0], *inner)
+        both = low_bit_again(made[0], outer, biases, activation, weight, width)
+        both[:] = eager.gated_backward(made[0], *both)
         made = []  # the next products need the room
         for i, needed in enumerate(needs_b):
             if needed:
-                dbs[i] = inner[i].sum(0).to(ctx.b_dtypes[0][i])
+                dbs[i] = both[i].sum(0).to(ctx.b_dtypes[0][i])
         if needs_x or any(needs_w):
-            kept = [t for i in range(0, _FIRST, 4) for t in read[i : i + 3]]
+            kept = [t for i, t in enumerate(outer) if i % 4 < 3]  # no sums
             left = iter(low_bit_linear_backward(
-                inner, kept, activation, weight, width, ctx.dtype, ctx.w_dtypes[0], needs_x,
+                both, kept, activation, weight, width, ctx.dtype, ctx.w_dtypes[0], needs_x,
                 list(needs_w),
             ))  # fmt: skip
             dx = next(left).view(ctx.shape) if needs_x else None
@@ -258,10 +259,8 @@ def _live(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor 
     rows = x.new_empty(1).expand(*x.shape[:-1], plain[0].out_features)
     one.check(rows)
     integers = paths.choose(x, recipe) == paths.choose(rows, one.recipe) == "integers"
-    if not integers or one.out_dtype(rows) != x.dtype:
-        return None
     inner = one.recipe.activation.spec
-    if not has_kernel(inner, rows):
+    if not (integers and has_kernel(inner, rows)):
         return None
     weights, biases = [layer.weight for layer in plain], biases_of(plain)
     bias = [] if one.bias is None else [one.bias]

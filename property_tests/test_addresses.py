@@ -69,7 +69,8 @@ print(json.dumps({
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     script = tmp_path_factory.mktemp("planted") / "planted.py"
     script.write_text(PLANTED)
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    path = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path)}
     done = subprocess.run(
         [sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=120,
         check=False,

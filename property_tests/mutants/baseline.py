@@ -10,7 +10,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,15 @@ ALL: frozenset[str] = frozenset()
 class Baseline:
     """tests: usual seconds by node id. lines: of a file, by number: the tests that execute it;
     `IMPORT` for what runs while no test does. failed: tests that fail without a fault. variants:
-    of CUDA C++ that tests compile: source, architecture, macros.
+    of CUDA C++ that tests compile: source, architecture, macros. executed: by file of tests and
+    file, the lines that its process executes, imports among them.
     """
 
     tests: dict[str, float]
     lines: dict[str, dict[int, set[str]]]
     failed: list[str]
     variants: tuple[child.Variant, ...] = ()
+    executed: dict[str, dict[str, set[int]]] = field(default_factory=dict)
 
     def covering(self, file: str, first: int, last: int) -> set[str]:
         """Tests that execute any of these lines."""
@@ -43,16 +45,6 @@ class Baseline:
     def touching(self, file: str) -> set[str]:
         """Tests that execute any line of a file, outside of imports."""
         return {t for tests in self.lines.get(file, {}).values() for t in tests} - {IMPORT}
-
-    def executed(self) -> dict[str, dict[str, set[int]]]:
-        """By file of tests and file: the lines that any test of it executes, or an import."""
-        found: dict[str, dict[str, set[int]]] = {t.partition("::")[0]: {} for t in self.tests}
-        for file, of in self.lines.items():
-            for n, tests in of.items():
-                for t in {t.partition("::")[0] for t in tests}:
-                    for name in found if t == IMPORT else (t,):
-                        found[name].setdefault(file, set()).add(n)
-        return found
 
 
 def _key(file: str) -> str:
@@ -162,6 +154,7 @@ def _merged(parts: dict[str, Any]) -> Baseline:
     failed: list[str] = []
     lines: defaultdict[str, defaultdict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     variants: dict[child.Variant, None] = {}
+    executed: dict[str, dict[str, set[int]]] = {}
     for file in sorted(parts):
         part = parts[file]
         names = [*part["tests"], IMPORT]  # -1 is the last
@@ -169,7 +162,9 @@ def _merged(parts: dict[str, Any]) -> Baseline:
         failed += part["failed"]
         for source, architecture, macros in part["variants"]:
             variants[source, architecture, tuple(map(tuple, macros))] = None
+        executed[file] = {path: {int(n) for n in of} for path, of in part["lines"].items()}
         for path, of in part["lines"].items():
             for n, indices in of.items():
                 lines[path][int(n)] |= {names[i] for i in indices}
-    return Baseline(tests, {k: dict(v) for k, v in lines.items()}, failed, tuple(variants))
+    by_file = {k: dict(v) for k, v in lines.items()}
+    return Baseline(tests, by_file, failed, tuple(variants), executed)

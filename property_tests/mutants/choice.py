@@ -123,7 +123,7 @@ OWN = {
         "gated_layer",
         "product_errors",
     ),
-    "quest/mlp.py": ("mlp",),
+    "quest/mlp.py": ("mlp_edges", "mlp"),
     "quest/operands.py": ("operand_forms", "product", "product_errors", "packed_operand", "errors"),
     "quest/ops.py": ("operator_launches", "operators", "errors", "hadamard"),
     "quest/packed.py": ("operand_launches", "operand_checks", "packed_product", "few"),

@@ -66,9 +66,11 @@ def all_mutants() -> list[Mutant]:
 @click.option("--sample", type=click.IntRange(1), help="So many of the chosen ones, at random.")
 @click.option("--each", type=click.IntRange(1), help="So many of each file, at random.")
 @click.option("--seed", default=0, show_default=True, help="Of --sample, --each and the order.")
-@click.option("--left", is_flag=True,
-              help="Only what the record has as not run or survived, and CUDA C++; looks only at "
-              "tests about those files.")  # fmt: skip
+@click.option(
+    "--own",
+    is_flag=True,
+    help="Only the tests about the mutants' files, as of CUDA C++ in any case.",
+)
 @click.option("--minutes", type=click.FloatRange(0),
               help="Stop then, whatever is under way; what still runs has no verdict. Cheap ones "
               "first. 0: only the table of what is known.")  # fmt: skip
@@ -97,7 +99,7 @@ def main(
     sample: int | None,
     each: int | None,
     seed: int,
-    left: bool,
+    own: bool,
     minutes: float | None,
     patience: float,
     jobs: int,
@@ -121,7 +123,7 @@ def main(
     # IDs are long, and a file has no width.
     console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=160)
     known = all_mutants()
-    chosen = _choose(known, families, files, ids, left)
+    chosen = _choose(known, families, files, ids)
     chosen = _sampled(chosen, sample, each, seed)
     if listed:
         for mutant in chosen:
@@ -135,8 +137,8 @@ def main(
     if fresh:
         for path in (*work.glob("*.jsonl"), *work.glob("*.json")):
             path.unlink(missing_ok=True)
-    record = journal_.Journal(work, Evidence(), patience, record_.killers())
-    narrow = left or all(cuda_source.is_cuda(m.file) for m in chosen)
+    record = journal_.Journal(work, Evidence(), patience, () if fresh else record_.journal())
+    narrow = own or all(cuda_source.is_cuda(m.file) for m in chosen)
     plan = _Plan(jobs, quick, first, narrow, seed, minutes is not None, patience, until)
     missing = [m for m in chosen if plan.wants(record.known(m), again)]
     if missing and minutes != 0:
@@ -149,15 +151,14 @@ def main(
     judged.show(console)
     if save:
         found = {m.id: r for m in known if (r := record.known(m)) is not None}
-        for path in record_.save(table.Table(known, found, proven)):
+        for path in record_.save(table.Table(known, found, proven), record.lines(known)):
             console.print(f"wrote {path}")
     raise SystemExit(1 if judged.problems() else 0)
 
 
 def _choose(
-    known: list[Mutant], families: tuple[str, ...], files: tuple[str, ...], ids: tuple[str, ...],
-    left: bool,
-) -> list[Mutant]:  # fmt: skip
+    known: list[Mutant], families: tuple[str, ...], files: tuple[str, ...], ids: tuple[str, ...]
+) -> list[Mutant]:
     for name, given, possible in (
         ("--file", files, {m.file for m in known}),
         ("--only", ids, {m.id for m in known}),
@@ -171,9 +172,6 @@ def _choose(
         if m.family in (families or FAMILIES) and (not files or m.file in files)
         and (not ids or m.id in ids)
     ]  # fmt: skip
-    if left:
-        ids_left = record_.recorded(("not run", "survived"))
-        chosen = [m for m in chosen if m.family == "cuda" or m.id in ids_left]
     if not chosen:
         raise click.UsageError("no mutant is of all that was asked for; --list shows what there is")
     return chosen
@@ -273,7 +271,7 @@ def _run(
         if seen is None:
             console.print("the time was up before every test was seen without a fault")
             return
-        journal.learn(seen, part=names != baseline.ALL)
+        journal.learn(seen)
         for test in seen.failed:
             console.print(f"[red]fails without a fault, and is left out:[/] {test}")
         bar = Progress(

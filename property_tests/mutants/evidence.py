@@ -1,13 +1,13 @@
 """What a verdict rests on, as a digest: a verdict of an earlier run holds while this is the same.
 
-A test fails or passes by what its process executes. Of every Python file that is tested this is
-the code of the module itself and the functions that any test of the same file of tests calls
-(values may be cached between them), as the baseline saw them without a fault; besides, files of
-tests and helpers, settings and data. So
+A test fails or passes by what its process executes. Of every Python file that is tested, and of
+which that process executes anything, this is the code of the module itself and the functions that
+any test of the same file of tests calls (values may be cached between them), as the baseline saw
+them without a fault; besides, files of tests and helpers, settings and data. So
 
 - a kill (a test failed, died or hung) holds while the mutated file, the killing test's file, all
-  helpers and those functions are the same. Comments, docstrings and functions that this file of
-  tests never calls may change.
+  helpers and those modules and functions are the same. Comments, docstrings, functions that this
+  file of tests never calls and modules that it never imports may change.
 - that a mutant survives, or that nothing runs it, is a claim about all tests: it holds while
   nothing at all has changed, in any test or source. So does a kill by an import, by the sums over
   a run, and in the ci profile, whose calls no baseline has seen.
@@ -31,7 +31,7 @@ from . import covered
 from .covered import digest as _digest
 from .mutant import ROOT
 
-Calls = dict[str, dict[str, list[str]]]  # by file of tests and file: functions
+Calls = dict[str, dict[str, list[str]]]  # by file of tests and file, if executed at all: functions
 
 
 class Outline:
@@ -94,22 +94,13 @@ class Evidence:
         self._tests = {str(p.relative_to(root)): p for p in covered.tests(root)}
         self._keys: dict[tuple[str, ...], str] = {}
 
-    def learn(
-        self, tests: str, lines: Mapping[str, Collection[int]], stack: str, more: bool = False
-    ) -> None:
-        """Note which functions a file of tests calls on a stack, given the lines it executes.
-
-        more: besides those that are known.
-        """
+    def learn(self, tests: str, lines: Mapping[str, Collection[int]], stack: str) -> None:
+        """Note which functions a file of tests calls on a stack, given the lines it executes."""
         self._keys.clear()
-        of = self.calls.setdefault(stack, {})
-        seen = {
-            file: set(self.outlines[file].called(ran)) for file, ran in lines.items()
-            if file in self.outlines
+        self.calls.setdefault(stack, {})[tests] = {
+            file: self.outlines[file].called(ran) for file, ran in sorted(lines.items())
+            if file in self.outlines and ran
         }  # fmt: skip
-        for file, names in of.get(tests, {}).items() if more else ():
-            seen[file] = seen.get(file, set()) | {*names}
-        of[tests] = {file: sorted(names) for file, names in sorted(seen.items()) if names}
 
     def key(self, outcome: str, file: str, by: str, stack: str) -> str:
         """What this outcome of a mutant of `file` rests on; by: the test that killed it."""
@@ -138,7 +129,8 @@ class Evidence:
     def _of_kill(self, file: str, tests: str, calls: Mapping[str, Collection[str]]) -> str:
         parts = [self._beside(tests), self._data.get(file, "")]
         for name, outline in self.outlines.items():
-            parts.append(f"{name} {outline.digest(None if name == file else calls.get(name, ()))}")
+            if name == file or name in calls:
+                parts.append(f"{name} {outline.digest(None if name == file else calls[name])}")
         # Binaries are made of all texts, by the one file that compiles.
         compiles = bool(calls.get("kernels/cuda.py"))
         parts += [

@@ -2,15 +2,16 @@
 
 Lines of JSON: results, each with the stack on which it was reached and the digest of what it rests
 on (see `evidence`), and which functions each file of tests calls there, for that digest to be made
-again. Every `*.jsonl` of the folder is read, so that what another machine has found is merged by
-copying its file there; this one writes `journal.jsonl`, a line at once.
+again. The record is one. Every `*.jsonl` of the folder is read besides, so that what another
+machine has found is merged by copying its file there; this one writes `journal.jsonl`, a line at
+once.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -55,30 +56,28 @@ class Result:
 class Journal:
     """All that was ever found, of which `known` gives what still holds.
 
-    patience: what a timeout must have been given at least. hints: by ID, tests that killed once,
-    of which no verdict is known here: they are likely to kill again.
+    patience: what a timeout must have been given at least. record: lines of an earlier journal;
+    what killed there is likely to kill again, whether it holds or not.
     """
 
     def __init__(
-        self, folder: Path, evidence: Evidence, patience: float = 0.0,
-        hints: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+        self, folder: Path, evidence: Evidence, patience: float = 0.0, record: Iterable[str] = ()
+    ) -> None:
         self.path, self.evidence, self.patience = folder / NAME, evidence, patience
         # By ID; by file and stack, of which the last counts.
         self.results: dict[str, dict[tuple[str, str], Result]] = {}
         # By (file, scope) and test: how often it was the one that killed.
         self.kills: dict[tuple[str, str], Counter[str]] = {}
-        for name, test in (hints or {}).items():  # of no text: none of them holds
-            self._enter(folder, Result(name, "", "killed", test))
+        self._read("", record)
         for path in sorted(folder.glob("*.jsonl")):
-            self._read(path)
+            text = path.read_text()
+            if text and not text.endswith("\n") and path == self.path:
+                with path.open("a") as file:  # the end of a run that was killed
+                    file.write("\n")
+            self._read(path.name, text.splitlines())
 
-    def _read(self, path: Path) -> None:
-        text = path.read_text()
-        if text and not text.endswith("\n") and path == self.path:
-            with path.open("a") as file:  # the end of a run that was killed
-                file.write("\n")
-        for line in text.splitlines():
+    def _read(self, name: str, lines: Iterable[str]) -> None:
+        for line in lines:
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:  # the end of a run that was killed
@@ -86,18 +85,24 @@ class Journal:
             if "calls" in entry and "stack" in entry:
                 self.evidence.calls.setdefault(entry["stack"], {})[entry["of"]] = entry["calls"]
             elif "key" in entry and "id" in entry:
-                self._enter(path, Result(**entry))
+                self._enter(name, Result(**entry))
 
-    def learn(self, baseline: Baseline, part: bool = False) -> None:
-        """Note which functions tests call now, on this stack.
+    def lines(self, mutants: Iterable[Mutant]) -> Iterator[str]:
+        """Of a journal that has what holds of these mutants, and no more."""
+        found = [r for m in mutants if (r := self.known(m)) is not None]
+        stacks = {r.stack for r in found}
+        for stack, of in sorted(self.evidence.calls.items()):
+            for tests, calls in sorted(of.items()) if stack in stacks else ():
+                yield json.dumps({"of": tests, "stack": stack, "calls": calls})
+        for result in sorted(found, key=lambda r: r.id):
+            yield json.dumps(asdict(result))
 
-        part: not all files of tests were looked at. What one calls when it is imported may then
-        have fallen to others, so that what is known stays and what is new is added.
-        """
+    def learn(self, baseline: Baseline) -> None:
+        """Note which functions tests call now, on this stack."""
         stack = covered.stack()
-        for tests, lines in baseline.executed().items():
+        for tests, lines in baseline.executed.items():
             before = self.evidence.calls.get(stack, {}).get(tests)
-            self.evidence.learn(tests, lines, stack, more=part)
+            self.evidence.learn(tests, lines, stack)
             now = self.evidence.calls[stack][tests]
             if now != before:
                 self._write({"of": tests, "stack": stack, "calls": now})
@@ -107,7 +112,7 @@ class Journal:
         stack = covered.stack()
         key = self.evidence.key(result.outcome, mutant.file, result.by, stack)
         result = replace(result, key=key, stack=stack)
-        self._enter(self.path, result)
+        self._enter(self.path.name, result)
         self._write(asdict(result))
 
     def known(self, mutant: Mutant) -> Result | None:
@@ -137,8 +142,8 @@ class Journal:
                 found[old.by.removesuffix(" (ci)")] += 10**6
         return found
 
-    def _enter(self, path: Path, result: Result) -> None:
-        self.results.setdefault(result.id, {})[path.name, result.stack] = result
+    def _enter(self, name: str, result: Result) -> None:
+        self.results.setdefault(result.id, {})[name, result.stack] = result
         if "::" in result.by:
             file, test = result.id.partition(":")[0], result.by.removesuffix(" (ci)")
             for place in {(file, ""), (file, _scope(result.id))}:

@@ -1,31 +1,27 @@
-"""The record of mutants, benchmarks/records/mutants.md and .json: all stacks in one.
+"""The record of mutants, benchmarks/records/mutants.md: all stacks in one.
 
-The JSON holds a row for each mutant that was tried, by file and by function:operator. It names
-outcomes, tests and stacks once: thousands of rows stay a small file.
+The journal behind it lies beside it, packed: a run anywhere goes on from it, as from its own.
 """
 
 from __future__ import annotations
 
-import json
+import lzma
 import subprocess
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import click
 
 from . import table
-from .mutant import ROOT, Mutant
+from .mutant import ROOT
 
 FOLDER = ROOT / "benchmarks" / "records"
-COLUMNS = ["number in its function, or null", "outcome", "by: a place in tests", "stack"]
 TEXT = """# Mutants
 
 `python -m property_tests.mutants --save` writes this of all that its journal knows, at commit \
-{commit}; mutants.json beside it has every mutant that was tried.
+{commit}; mutants.jsonl.xz beside it is that journal, from which any later run goes on.
 
 Every verdict holds at that commit: a kill rests on the mutated file, the killing test's file, the \
-helpers and the functions that this file of tests calls, and nothing of that has changed since; a \
+helpers and the modules and functions that this file of tests executes, and nothing of that has \
+changed since; a \
 survivor rests on every test and source. Each was reached on one of the stacks below. Of a mutant \
 with several verdicts the strongest counts: a test that fails on one stack has noticed it.
 
@@ -38,71 +34,25 @@ in the ci profile. open: what is named below passes, and no more was run. untrie
 """
 
 
-def save(made: table.Table) -> list[Path]:
+def save(made: table.Table, journal: Iterable[str]) -> list[Path]:
     """Write both files."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    data, text = _data(), FOLDER / "mutants.md"
-    rows, told = _rows(made), markdown(made)  # both name the commit, which a new file makes unclean
-    data.write_text(rows)
+    text = FOLDER / "mutants.md"
+    packed = lzma.compress("".join(f"{line}\n" for line in journal).encode())
+    told = markdown(made)  # which names the commit: a new file makes that unclean
+    _journal().write_bytes(packed)
     text.write_text(told)
-    return [data, text]
+    return [text, _journal()]
 
 
-def _parts(mutant: Mutant) -> tuple[str, str, int | None]:
-    """File or family, function:operator or name, number: an ID."""
-    head, _, rest = mutant.id.partition(":")
-    group, _, number = rest.rpartition(":")
-    return (head, group, int(number)) if group else (head, rest, None)
+def journal() -> list[str]:
+    """The lines of the journal; none where there is no record."""
+    path = _journal()
+    return lzma.decompress(path.read_bytes()).decode().splitlines() if path.exists() else []
 
 
-def _rows(made: table.Table) -> str:
-    tried = made.tried()
-    tests = sorted({made.results[m.id].by for m in tried})
-    stacks = sorted({made.results[m.id].stack for m in tried})
-    rows: dict[str, dict[str, list[Any]]] = {}
-    for m in tried:
-        head, group, number = _parts(m)
-        found = made.results[m.id]
-        rows.setdefault(head, {}).setdefault(group, []).append([
-            number, table.COLUMNS.index(made.outcome(m)), tests.index(found.by),
-            stacks.index(found.stack),
-        ])  # fmt: skip
-    head = json.dumps(
-        {"commit": _commit(), "outcomes": table.COLUMNS, "stacks": stacks, "tests": tests,
-         "columns": COLUMNS},
-        indent=1,
-    )[:-2]  # fmt: skip
-    lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v, separators=(',', ':'))}"
-                       for k, v in rows.items())  # fmt: skip
-    return f'{head},\n "mutants": {{\n{lines}\n}}\n}}\n'
-
-
-def recorded(outcomes: Collection[str]) -> set[str]:
-    """IDs that the record has with one of these outcomes."""
-    if not _data().exists():
-        raise click.ClickException(f"there is no record of mutants: {_data()}")
-    return {name for name, outcome, _ in _recorded() if outcome in outcomes}
-
-
-def killers() -> dict[str, str]:
-    """By ID: the test that killed a mutant, in the record."""
-    return {name: test for name, _, test in _recorded() if "::" in test}
-
-
-def _data() -> Path:
-    return FOLDER / "mutants.json"
-
-
-def _recorded() -> Iterator[tuple[str, str, str]]:
-    """ID, outcome and test of each mutant in the record; of none where there is no record."""
-    if not _data().exists():
-        return
-    read = json.loads(_data().read_text())
-    for head, of in read["mutants"].items():
-        for group, rows in of.items():
-            for n, outcome, test, _ in rows:
-                name = ":".join([head, group, *([] if n is None else [str(n)])])
-                yield name, read["outcomes"][outcome], read["tests"][test]
+def _journal() -> Path:
+    return FOLDER / "mutants.jsonl.xz"
 
 
 def markdown(made: table.Table) -> str:

@@ -10,15 +10,19 @@ What the kernels compute is judged by the tests; here they only have to run to t
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from unittest import mock
 
+import pytest
 import torch
 
 import quest
 from quest import compression, fused, lowbit, operands, ops, prologue
-from quest.kernels import cuda, product, sparse
+from quest.kernels import cuda, hopper, product, sparse
 from quest.packed import packed_product
 from quest.sparse_product import sparse_product
 
@@ -55,10 +59,11 @@ def _names(name: str) -> tuple[str, str]:
 
 
 def _product(
-    name: str, tiles: product.Shape, bias: torch.dtype | None = None, width: int = 640
-) -> Launch:
+    name: str, tiles: product.Shape, bias: torch.dtype | None = None, width: int = 640,
+    rows: int = 300,
+) -> Launch:  # fmt: skip
     def run() -> object:
-        a, b = _encoded(name, _normal(300, width), _normal(600, width))
+        a, b = _encoded(name, _normal(rows, width), _normal(600, width))
         added = None if bias is None else _normal(1, 600, bias)[0]
         with product.only(tiles):
             return lowbit.product(
@@ -68,16 +73,37 @@ def _product(
     return run
 
 
-def _sparse(tiles: sparse.Shape, bias: torch.dtype | None = None) -> Launch:
+def _accumulators(tiles: product.Shape) -> Launch:
+    def run() -> object:
+        a, b = _encoded("w4a4", _normal(300, 640), _normal(600, 640))
+        with product.only(tiles):
+            return lowbit.accumulate(a[0], b[0])
+
+    return run
+
+
+def _sparse(tiles: sparse.Shape, bias: torch.dtype | None = None, width: int = 640) -> Launch:
     def run() -> object:
         name = "w4a4-2:4"
-        a, b = _encoded(name, _normal(300, 640), _normal(600, 640))
+        a, b = _encoded(name, _normal(300, width), _normal(600, width))
         kept = compression.compress(b[0])
         added = None if bias is None else _normal(1, 600, bias)[0]
         with sparse.only(tiles):
             return sparse_product(
-                a[0], *kept, a[1], b[1], a[2], b[2], added, *_names(name), 640, torch.bfloat16
+                a[0], *kept, a[1], b[1], a[2], b[2], added, *_names(name), width, torch.bfloat16
             )
+
+    return run
+
+
+def _sparse_accumulators() -> Launch:
+    """Several turns of a cluster; tokens that leave an odd count of spans."""
+
+    def run() -> object:
+        a, b = _encoded("w4a4-2:4", _normal(5, 256), _normal(600, 256))
+        values, metadata = compression.compress(b[0])
+        with mock.patch.object(cuda, "processors", return_value=2), sparse.only(sparse.NARROW):
+            return sparse.product(values, metadata, a[0], torch.int32, epilogue=hopper.RAW)
 
     return run
 
@@ -89,6 +115,16 @@ def _blocks(name: str, width: int, dtype: torch.dtype) -> Launch:
         made = quest.recipe(name).activation
         encoded = lowbit.encode(x, made.spec, _kind(name))
         return encoded, lowbit.launch_encode_saved(x, made, _kind(name)), made(x)
+
+    return run
+
+
+def _in_turns(launch: Launch) -> Launch:
+    """As where there is one multiprocessor: its blocks take several turns."""
+
+    def run() -> object:
+        with mock.patch.object(cuda, "processors", return_value=1):
+            return launch()
 
     return run
 
@@ -117,25 +153,24 @@ def _prologues(name: str, width: int, dtype: torch.dtype) -> Launch:
         spec, kind = quest.recipe(name).activation.spec, _kind(name)
         if not prologue.has_kernel(spec, x, True):
             raise RuntimeError(f"there is no kernel with a prologue for {name}, {width}, {dtype}")
-        with mock.patch.object(cuda, "processors", return_value=1):
-            gates = [
-                gated(x, other, spec, kind)
-                for gated in (prologue.gated_encode, prologue.gated_encode_shown)
-            ]
-            gates.append(prologue.launch_encode_gated(x, other, ops.quantizer(spec), kind, True))
-            norms = [
-                normed(x, residual, weight, 1e-5, spec, kind)
-                for normed in (prologue.normed_encode, prologue.normed_encode_shown)
-                for residual in (None, other)
-            ]
+        gates: list[tuple[torch.Tensor, ...]] = [
+            gated(x, other, spec, kind)
+            for gated in (prologue.gated_encode, prologue.gated_encode_shown)
+        ]
+        gates.append(prologue.launch_encode_gated(x, other, ops.quantizer(spec), kind, True))
+        norms = [
+            normed(x, residual, weight, 1e-5, spec, kind)
+            for normed in (prologue.normed_encode, prologue.normed_encode_shown)
+            for residual in (None, other)
+        ]
         return gates, norms
 
-    return run
+    return _in_turns(run)
 
 
-def _few(name: str, rows: int, width: int) -> Launch:
+def _few(name: str, rows: int, width: int, columns: int = 130) -> Launch:
     def run() -> object:
-        w = _normal(130, width)
+        w = _normal(columns, width)
         a, b = _encoded(name, _normal(rows, width), w)
         packed = quest.recipe(name).weight.pack(w).codes
         return packed_product(
@@ -178,15 +213,22 @@ def launches() -> Iterator[tuple[str, Launch]]:
         for told, tiles in (("wide", product.WIDE[binary]), ("narrow", product.NARROW)):
             yield f"product {name} {told}", _product(name, tiles)
     yield "product w4a4 middle", _product("w4a4", product.MIDDLE)
+    yield "product w4a4 40 rows", _product("w4a4", product.NARROW, rows=40)  # less than a tile
+    yield "product int32", _accumulators(product.NARROW)
     for told, shape in (("wide", sparse.WIDE), ("narrow", sparse.NARROW)):
         yield f"sparse {told}", _sparse(shape)
+    yield "sparse 512 entries", _sparse(sparse.NARROW, width=512)  # an even count of blocks
+    yield "sparse int32", _sparse_accumulators()
     for bias in ops.DTYPES:
         for name in ("w1a1", "w4a4"):
             yield f"product {name} bias {bias}", _product(name, product.NARROW, bias)
         yield f"sparse bias {bias}", _sparse(sparse.NARROW, bias)
     for dtype in (torch.bfloat16, torch.float32):
         yield f"blocks w2a2 4096 {dtype}", _blocks("w2a2", 4096, dtype)  # saved in 2 bits
+    # The widest row: as many warps as a block may have.
+    yield "blocks w4a4 49152 in turns", _in_turns(_blocks("w4a4", 49152, torch.bfloat16))
     yield "prologues w2a2 4096", _prologues("w2a2", 4096, torch.bfloat16)
+    yield "rows w4a4 17408", _rows("w4a4", 17408, torch.bfloat16)  # two turns of a row
     for name in ("w1a1", "w4a4", "w8a8"):
         for width in (256, 4096, 11008):
             for dtype in (torch.bfloat16, torch.float32):
@@ -200,12 +242,38 @@ def launches() -> Iterator[tuple[str, Launch]]:
     for name in ("w1a1", "w4a4"):
         for rows in (5, 40):
             yield f"few {name} {rows} rows", _few(name, rows, 1152)
+        # The last tile's upper half ends where the weights do; several turns of a warp in a tile.
+        yield f"few {name} 140 columns", _few(name, 5, 1152, 140)
+        yield f"few {name} 4224 wide", _few(name, 5, 4224)
         for rows, width in ((1, 1152), (5, 4096), (16, 4096)):
             for settled in (False, True):
                 yield (
                     f"few fused {name} {rows}x{width} {settled}",
                     _fused(name, rows, width, settled),
                 )
+
+
+def check(tool: str, wanted: tuple[str, ...], **environment: str) -> None:
+    """A test: fails where the tool finds a fault, or a launch does not come to its end.
+
+    Skips where there is no compute-sanitizer or no Hopper GPU.
+    """
+    found = shutil.which("compute-sanitizer")
+    if found is None:
+        pytest.skip("compute-sanitizer is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    reason = hopper.unavailable(torch.device("cuda", torch.cuda.current_device()))
+    if reason is not None:
+        pytest.skip(reason)
+    done = subprocess.run(
+        [found, "--report-api-errors", "no", "--tool", tool, "--error-exitcode", "9",
+         sys.executable, "-m", "property_tests.sanitized", *wanted],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        env=os.environ | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert all(launch in done.stdout for launch in wanted)
 
 
 def main(wanted: list[str]) -> None:

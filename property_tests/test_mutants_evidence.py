@@ -24,8 +24,11 @@ FILES = {
     "kernels/k.cu": "int x;\n",
     "reference/r.py": "",
     "property_tests/test_a.py": "def test_f(): ...\n",
-    "property_tests/test_b.py": "def test_g(): ...\n",
-    "property_tests/conftest.py": "",
+    "property_tests/test_b.py": "from property_tests import aid\n\n\ndef test_g(): ...\n",
+    "property_tests/aid.py": "import property_tests.further\n",
+    "property_tests/further.py": "",
+    "property_tests/conftest.py": "from property_tests.ground import X\n",
+    "property_tests/ground.py": "",
     "conftest.py": "",
     "pyproject.toml": "",
 }
@@ -75,12 +78,16 @@ def edit(root: Path, name: str, old: str, new: str) -> None:
         ("kernels/cuda.py", "def", "N = 1\n\n\ndef", {"kill by a"}),
         ("quest/a.py", "return 2", "return 3", {"refused"}),
         ("quest/c.py", "", "", KILLS | {"refused"}),
-        # Tests: the killing one's own file, another's, and helpers.
+        # Tests: the killing one's own file, and another's.
         ("property_tests/test_a.py", "...", "1", {"kill by b", "refused"}),
         ("property_tests/test_b.py", "...", "1", {"kill by a", "refused"}),
         ("property_tests/test_c.py", "", "def test(): ...\n", KILLS | {"refused"}),
         ("property_tests/conftest.py", "", "X = 1\n", {"refused"}),
-        ("property_tests/help.py", "", "X = 1\n", {"refused"}),
+        # Helpers: of all tests, of none, of one, and of that one's helper.
+        ("property_tests/ground.py", "", "X = 1\n", {"refused"}),
+        ("property_tests/unused.py", "", "X = 1\n", KILLS | {"refused"}),
+        ("property_tests/aid.py", "", "X = 1\n", {"kill by a", "refused"}),
+        ("property_tests/further.py", "", "X = 1\n", {"kill by a", "refused"}),
         ("pyproject.toml", "", "[tool]\n", {"refused"}),
         # Data count for all; CUDA C++ where it is compiled.
         ("quest/ratios.json", "{}", "[]", set()),

@@ -39,20 +39,32 @@ def tests(root: Path) -> list[Path]:
 def beside(root: Path, test: Path | None = None) -> list[Path]:
     """What a file of tests needs besides what is tested: itself, helpers, settings, examples.
 
-    Some files of tests import benchmarks, and name them. None: of all files of tests.
+    Of helpers conftest.py and those that it names, or that a file names which it needs. Some files
+    of tests import benchmarks, and name them. None: of all files of tests.
     """
     folder = root / "property_tests"
-    helpers = [p for p in folder.glob("*.py") if not p.name.startswith("test_")]
+    helpers = {p for p in folder.glob("*.py") if not p.name.startswith("test_")}
     settings = [p for p in (root / "conftest.py", root / "pyproject.toml") if p.exists()]
-    found = {
-        *helpers,
-        *settings,
-        *folder.glob("*.json"),
-        *(tests(root) if test is None else [test]),
-    }
-    if test is None or re.search(r"\bbenchmarks\b", test.read_text()):
+    found = {*settings, *folder.glob("*.json")}
+    if test is None:
+        needed, named = {*tests(root), *helpers}, True
+    else:
+        needed = _closure(test, helpers)
+        named = re.search(r"\bbenchmarks\b", test.read_text()) is not None
+    if named:
         found |= {*(root / "benchmarks").glob("*.py")}
-    return sorted(found)
+    return sorted(found | needed)
+
+
+def _closure(test: Path, helpers: set[Path]) -> set[Path]:
+    """A file of tests and the helpers that it needs."""
+    needed = {test}
+    new = needed | {p for p in helpers if p.stem == "conftest"}
+    while new:
+        needed |= new
+        words = {w for p in new for w in re.findall(r"\w+", p.read_text())}
+        new = {p for p in helpers - needed if p.stem in words}
+    return needed
 
 
 def digest(parts: Iterable[str]) -> str:

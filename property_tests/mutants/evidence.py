@@ -5,9 +5,9 @@ which that process executes anything, this is the code of the module itself and 
 any test of the same file of tests calls (values may be cached between them), as the baseline saw
 them without a fault; besides, files of tests and helpers, settings and data. So
 
-- a kill (a test failed, died or hung) holds while the mutated file, the killing test's file, all
-  helpers and those modules and functions are the same. Comments, docstrings, functions that this
-  file of tests never calls and modules that it never imports may change.
+- a kill (a test failed, died or hung) holds while the mutated file, the killing test's file, the
+  helpers that it names and those modules and functions are the same. Comments, docstrings,
+  functions that this file of tests never calls and modules that it never imports may change.
 - that a mutant survives, or that nothing runs it, is a claim about all tests: it holds while
   nothing at all has changed, in any test or source. So does a kill by an import, by the sums over
   a run, and in the ci profile, whose calls no baseline has seen.

@@ -20,10 +20,10 @@ TEXT = """# Mutants
 {commit}; mutants.jsonl.xz beside it is that journal, from which any later run goes on.
 
 Every verdict holds at that commit: a kill rests on the mutated file, the killing test's file, the \
-helpers and the modules and functions that this file of tests executes, and nothing of that has \
-changed since; a \
-survivor rests on every test and source. Each was reached on one of the stacks below. Of a mutant \
-with several verdicts the strongest counts: a test that fails on one stack has noticed it.
+helpers that it names and the modules and functions that it executes, and nothing of that has \
+changed since; a survivor rests on every test and source. Each was reached on one of the stacks \
+below. Of a mutant with several verdicts the strongest counts: a test that fails on one stack has \
+noticed it.
 
 Dead: killed (a test failed), crash (the process died), timeout. equivalent: not dead, and proven \
 to change nothing. by rule: not dead, and of a kind that is proven to change speed alone, or to \

@@ -1,0 +1,189 @@
+"""Edges of the quantizer in CUDA C++: special rows, sums, turns, and what lies beside its outputs.
+
+A variant or two each: what `test_blocks` and `test_prologue_kernel` meet among many parameters.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from property_tests.ledger import LEDGER
+from quest import lowbit, operands, ops, paths, prologue
+from quest.conformance import examine, inputs, judges
+from quest.conformance.lanes import Lane
+from quest.kernels import blocks, cuda
+from quest.quantizer import parse
+
+pytestmark = pytest.mark.whole
+
+LANE = Lane("triton-cuda", "cuda", "dispatch")
+SIGNS = "uniform1/hadamard128/ste/dense"
+FOUR = "uniform4/hadamard128/ste/dense"
+TERNARY = "ternary/hadamard128/ste/dense"
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def _needs_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    reason = cuda.unavailable(torch.device("cuda", torch.cuda.current_device()))
+    if reason is not None:
+        pytest.skip(reason)
+    # An operand without a mask, of the kernel for many rows, however few they are.
+    monkeypatch.setattr(paths, "has_few_rows", lambda _: False)
+
+
+def _kind(spec: str) -> str:
+    return (operands.kinds(parse(spec), parse(spec)) or ("",))[0]
+
+
+def _judge(x: Tensor, spec: str, told: str) -> None:
+    """T2, T3 and T0 of an operand; rows at the ends of a range may hold many near ties."""
+    found = examine.operand(LANE, x, parse(spec), _kind(spec))
+    LEDGER.judge(LANE, found, f"{told}, {tuple(x.shape)} {x.dtype}, {spec}", conclusive=False)
+
+
+def _normal(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    return inputs.draw("gaussian", shape, torch.float64, seed)
+
+
+def _lost() -> Tensor:
+    """Rows of one number, the smallest: their scale is 0, and then so are their codes."""
+    x = torch.zeros(4, 256)
+    x[(0, 1, 2, 3), (0, 77, 128, 255)] = torch.tensor([1.0, -1.0, 1.0, -1.0]) * 2.0**-149
+    return x
+
+
+def _odd(dtype: torch.dtype) -> Tensor:
+    """Equal numbers with the last bit set: of their differences, which are 0, none is negative."""
+    return torch.full((2, 256), 1 + torch.finfo(dtype).eps, dtype=dtype)
+
+
+def _not_finite(dtype: torch.dtype, width: int) -> Tensor:
+    """A NaN or an infinity at each of the first places of a row's last block."""
+    bad = (float("nan"), float("inf"), float("-inf"))
+    x = _normal((16 * len(bad), width)).to(dtype)
+    for i, row in enumerate(x):
+        row[width - 128 + i // len(bad)] = bad[i % len(bad)]
+    return x
+
+
+def _far(dtype: torch.dtype) -> Tensor:
+    """Rows at the end of the range, and rows whose blocks are of unlike magnitudes."""
+    largest = torch.finfo(dtype).max
+    x = _normal((12, 256))
+    x[:4] *= 2.0**126
+    x[4:6] = 0.0
+    x[4, 3], x[5, 200] = largest, -largest
+    x[6:9, :128] *= 2.0**-100
+    x[6:9, 128:] *= 2.0**60
+    x[9:, :128] *= 2.0**-90
+    x[9:, 128:] *= 2.0**-60
+    return x.clamp(-largest, largest).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
+def test_signs_and_how_many(dtype: torch.dtype) -> None:
+    """One bit an entry: every word of a block, a 0 among the positive ones, and their sums."""
+    kinds = ("gaussian", "integers", "negative_zeros", "zeros", "non_finite", "one_hot")
+    for i, kind in enumerate(kinds):
+        _judge(inputs.draw(kind, (9, 256), dtype, i), SIGNS, kind)
+    _judge(_odd(dtype), SIGNS, "equal numbers")
+    if dtype == FULL:
+        _judge(_lost(), SIGNS, "a scale of 0")
+
+
+@pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
+def test_rows_that_are_computed_again(dtype: torch.dtype) -> None:
+    """Far from 1, or not finite: found in whichever chunk, block and warp of a row it lies."""
+    for width, step in ((256, 1), (384, 5), (4224, 7)):  # a part of a warp, a warp, a team
+        _judge(_not_finite(dtype, width)[::step], FOUR, "not finite")
+    _judge(_far(dtype), FOUR, "far from 1")
+    for i, kind in enumerate(("tiny", "subnormal", "huge", "mixed_rows", "zeros")):
+        _judge(inputs.draw(kind, (9, 256), dtype, i), FOUR, kind)
+    _judge(_odd(dtype), FOUR, "equal numbers")
+
+
+def test_sums_of_an_odd_grid() -> None:
+    for i, (kind, width) in enumerate(
+        [("gaussian", 128), ("heavy", 256), ("zeros", 128), ("outlier", 384)]
+    ):
+        _judge(inputs.draw(kind, (9, width), HALF, i), TERNARY, kind)
+
+
+# Three turns of 12 rows; two of 4; three of 6, of which a thread block has two.
+@pytest.mark.parametrize(("width", "rows"), [(384, 30), (8320, 5), (4224, 15)])
+def test_turns_of_a_multiprocessor(width: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row is left out, and none has the numbers of another, which differ much."""
+    monkeypatch.setattr(cuda, "processors", lambda _: 1)
+    powers = torch.arange(rows) * 37 % 41 - 20
+    x = _normal((rows, width)) * 2.0 ** powers[:, None].double()
+    _judge(x.to(HALF), FOUR, "rows of unlike magnitudes")
+
+
+def test_a_gate() -> None:
+    """silu over all of its range, to where exp leaves float32."""
+    gate = torch.linspace(-100, 100, 9 * 256).view(9, 256)
+    gate[4:] /= 20
+    gate, value = gate.to(HALF), inputs.draw("heavy", (9, 256), HALF, 1)
+    shown = prologue.gated_encode_shown(gate.cuda(), value.cuda(), FOUR, _kind(FOUR))[3]
+    LEDGER.judge(LANE, [judges.gated(gate, value, shown.cpu())], "a gate from -100 to 100")
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 128), (1, 256), (3, 512), (5, 384), (3, 4224)])
+def test_nothing_is_written_beside_the_outputs(rows: int, width: int) -> None:
+    """Addresses inside of larger tensors, as a prepared layer gives them; the last warp has room
+    for rows that there are not.
+    """
+    x = _normal((rows, width)).to("cuda", HALF)
+    program = ops.program(parse(FOUR), x)
+    operand, scale, _, sums, _ = blocks.quantize(
+        x, program, form=blocks.INTEGERS, sums=True, masked=False
+    )
+    around = 64
+    made = [
+        torch.full((around + t.numel() + around,), 77, dtype=t.dtype, device="cuda")
+        for t in (operand, scale, sums)
+    ]
+    at = [t[around:].data_ptr() for t in made]
+    blocks.launch(x, program, blocks.INTEGERS, 0, rows, width, at[0], at[1], 0, at[2])
+    for t, expected in zip(made, (operand, scale, sums), strict=True):
+        assert torch.equal(t[around:-around], expected.flatten())
+        assert (t[:around] == 77).all()
+        assert (t[-around:] == 77).all()
+
+
+def test_rows_without_a_scale() -> None:
+    """What plain PyTorch makes of them."""
+    q = parse(FOUR)
+    for dtype in (HALF, FULL):
+        x = torch.cat((_not_finite(dtype, 256), torch.zeros(3, 256, dtype=dtype)))
+        made = lowbit.launch_operand(x.cuda(), q, _kind(FOUR))
+        for t, expected in zip(made, lowbit.eager_operand(x, q, _kind(FOUR)), strict=True):
+            torch.testing.assert_close(t.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_is_lost_beside_the_largest() -> None:
+    """Numbers below half of the smallest, once their row's largest is brought near 1, are 0.
+
+    All sums are exact: the arithmetic of plain PyTorch gives the same bits.
+    """
+    x = torch.zeros(2, 256, dtype=HALF)
+    x[:, 5] = 2.0**127
+    x[0, 128:], x[1, 128:] = -(2.0**-24), -(2.0**-20)
+    q = parse(FOUR)
+    made = lowbit.launch_operand(x.cuda(), q, _kind(FOUR))
+    for t, expected in zip(made, lowbit.eager_operand(x, q, _kind(FOUR)), strict=True):
+        assert torch.equal(t.cpu().view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_the_same_numbers_in_float32() -> None:
+    """All is computed in float32, whatever the dtype: rows of usual magnitudes have its bits."""
+    q = parse(FOUR)
+    x = (_normal((40, 256)) * 2.0 ** -torch.arange(40)[:, None].double()).to("cuda", HALF)
+    made = lowbit.launch_operand(x, q, _kind(FOUR))
+    for t, expected in zip(made, lowbit.launch_operand(x.float(), q, _kind(FOUR)), strict=True):
+        assert torch.equal(t.view(torch.uint8), expected.view(torch.uint8))

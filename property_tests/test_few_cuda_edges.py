@@ -1,0 +1,236 @@
+"""few.cu at its edges: blocks without work, long lists of tiles, memory of another launch.
+
+How work is split changes no bit of a sum. Here one cluster runs at a time, or a cluster has a given
+size: small shapes then have many tiles of a cluster, and need no variant of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+import quest
+from quest import lowbit, operands, packing
+from quest.conformance import inputs, judges
+from quest.fused import few_linear_shown
+from quest.kernels import cuda, few, hopper, outputs
+from quest.packed import packed_product
+
+HOPPER = torch.cuda.is_available() and hopper.unavailable(torch.device("cuda")) is None
+pytestmark = [
+    pytest.mark.whole,
+    pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU and cuda-core"),
+]
+MARGIN = 4096
+
+
+@contextmanager
+def _split(
+    shares: tuple[int, ...] = few.SHARES, clusters: tuple[int, ...] = few.CLUSTERS, groups: int = 1
+) -> Iterator[None]:
+    """Warps that may share a tile, blocks that a cluster may have, clusters that run at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(few, "SHARES", shares)
+        patch.setattr(few, "CLUSTERS", clusters)
+        if groups:  # 0: as many as there are
+            patch.setattr(cuda, "clusters", lambda kernel, size: groups)
+        few._ready.cache_clear()
+        try:
+            yield
+        finally:
+            few._ready.cache_clear()
+
+
+def _width(bits: int, steps: int) -> int:
+    """Entries of so many steps: 64 bytes of a row of W each."""
+    return steps * 512 // bits
+
+
+def _between(t: Tensor) -> Tensor:
+    """A vector on the GPU, between values that are none of its own."""
+    edge = t.new_full((MARGIN,), 77)
+    return torch.cat((edge, t, edge)).cuda()[MARGIN:-MARGIN]
+
+
+def _operands(
+    bits: int, rows: int, columns: int, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(a, w, integers of a, integers of w); the first two on the GPU."""
+    g = torch.Generator().manual_seed(rows + columns + width)
+    codes = torch.randint(0, 2**bits, (columns, width), generator=g)
+    half = 2 ** (3 if bits > 1 else 0)  # odd integers from -15 to 15, or signs
+    integers = 2 * torch.randint(-half, half, (rows, width), generator=g) + 1
+    a = packing.pack(integers > 0, 1) if bits == 1 else integers.to(torch.int8)
+    return a.cuda(), packing.pack(codes, bits).cuda(), integers, 2 * codes - (2**bits - 1)
+
+
+def _exact(
+    bits: int,
+    shape: tuple[int, int, int],
+    out: torch.dtype = torch.float32,
+    bias: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Sums, plus a bias, that `out` holds exactly or rounds once; scales are powers of two."""
+    rows, columns, width = shape
+    a, w, *integers = _operands(bits, *shape)
+    a_scale, w_scale = scales or (torch.ones(rows), torch.ones(columns))
+    vectors = [_between(t) for t in (a_scale, w_scale, *(i.sum(1).int() for i in integers))]
+    with outputs.poisoned(0xFF):  # NaN
+        y = few.product(
+            a, w, bits, out,
+            factor=1.0, length=width, a_scale=vectors[0], w_scale=vectors[1], a_sum=vectors[2],
+            w_sum=vectors[3], bias=None if bias is None else _between(bias),
+        )  # fmt: skip
+    # Sums of integers below 2^53 are exact in float64.
+    expected = integers[0].double() @ integers[1].double().T
+    expected *= a_scale[:, None].double() * w_scale.double()
+    if bias is not None:
+        expected += bias.double()
+    assert torch.equal(y.cpu(), expected.to(out)), f"{shape}, {bits} bits, {out}"
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_block_that_waits_for_another(steps: int) -> None:
+    """The second block has no step of K, or fewer: its columns' sums are the first one's."""
+    for share in (16, 1):
+        with _split((share,), (2,)):
+            _exact(4, (5, 2000, _width(4, steps)))
+            _exact(4, (8, 40, _width(4, steps)))
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_more_columns_than_threads(bits: int) -> None:
+    """Scales, sums and biases of any dtype are those of their columns."""
+    g = torch.Generator().manual_seed(bits)
+    bias = torch.randint(-128, 128, (1100,), generator=g)  # exact in 16 bits, and in the sum
+    with _split():
+        for dtype in (torch.bfloat16, torch.float32, torch.float16):
+            _exact(bits, (3, 1100, 512), bias=bias.to(dtype))
+        w_scale = torch.tensor([2.0 ** (i % 5) for i in range(1100)])
+        _exact(bits, (3, 1100, 512), scales=(torch.ones(3), w_scale))
+
+
+def test_a_warp_with_many_tiles() -> None:
+    """Its list of units goes on from one tile to the next at any place of the ring."""
+    # Warps of a tile, tiles, steps: of two tiles a warp at first, then of more.
+    cases = [(1, 32, 3), (16, 2, 48), (2, 16, 6), (16, 3, 20), (4, 19, 9), (1, 75, 4), (2, 70, 2),
+             (1, 120, 1)]  # fmt: skip
+    for share, tiles, steps in cases:
+        with _split((share,)):
+            _exact(4, (5, 16 * tiles, _width(4, steps)))
+            _exact(4, (5, 16 * tiles - 7, _width(4, steps)))
+
+
+def test_large_scales_round_as_in_the_product() -> None:
+    """On both sides of 2^64 and beside a bias: bit for bit what the other kernel makes of them."""
+    made, rows, columns, width = quest.recipe("w4a4"), 8, 200, 256
+    pair = (made.activation, made.weight)
+    kinds = operands.kinds(*pair) or ("", "")
+    x, w = (inputs.draw("gaussian", (n, width), torch.float32, n).cuda() for n in (rows, columns))
+    a, _, _, a_sums = lowbit.encode(x, pair[0].spec, kinds[0])
+    b, b_scale, _, b_sums = lowbit.encode(w, pair[1].spec, kinds[1])
+    # The last below 2^64, 2^64 itself, and what lies above.
+    scale = torch.tensor([1 - 2.0**-24, 1.0, 1 + 2.0**-23, 1.7, 5.3, 11.0, 15.9, 77.0]) * 2.0**64
+    bias = 30 * inputs.draw("gaussian", (columns,), torch.float32, 0).cuda()
+    rest = (
+        scale[:, None].cuda(), b_scale * 2.0**-64, a_sums, b_sums, bias,
+        ",".join(q.require_grid().name for q in pair), ",".join(kinds), width, torch.float32,
+    )  # fmt: skip
+    packed = packing.pack((b.cpu().long() + 15) // 2, 4).cuda()  # b: 2 code - 15
+    y = packed_product(a, packed, *rest)
+    assert y.isfinite().all()
+    assert torch.equal(y, lowbit.product(a, b, *rest))
+
+
+def test_scales_that_are_powers_of_two() -> None:
+    """Nothing is rounded, however large they are."""
+    a_scale = torch.tensor([2.0**n for n in (0, 20, 63, 64, 65, 68, 90, 126)])
+    w_scale = torch.tensor([2.0 ** -(60 + i % 7) for i in range(300)])
+    with _split(groups=0):
+        _exact(4, (8, 300, 512), scales=(a_scale, w_scale))
+
+
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.float16], ids=str)
+def test_outputs_of_16_bits(out: torch.dtype) -> None:
+    """Sums of up to 17 bits are rounded to the nearest."""
+    with _split(groups=0):
+        _exact(4, (8, 300, 512), out)
+        _exact(4, (3, 130, 128), out, torch.arange(130).to(out))
+
+
+def test_rows_that_another_launch_had() -> None:
+    """Shared memory still holds them: they are no part of what fewer rows give."""
+    columns, width = 4224, 640
+    a, w, *integers = _operands(4, 32, columns, width)
+    ones = torch.ones(columns, device="cuda")
+    a_sum, w_sum = (i.sum(1).int().cuda() for i in integers)
+    expected = integers[0].double() @ integers[1].double().T
+    made = []
+    with _split(groups=0):
+        # One launch right after another: all rows, and some of them.
+        for rows in (32, 25, 32, 17, 32, 31):
+            y = few.product(
+                a[:rows], w, 4, torch.float32, factor=1.0, length=width, a_scale=ones[:rows],
+                w_scale=ones, a_sum=a_sum[:rows], w_sum=w_sum,
+            )  # fmt: skip
+            made.append(y)
+    for y in made:
+        assert torch.equal(y.cpu().double(), expected[: y.shape[0]])
+
+
+def test_two_blocks_quantize() -> None:
+    """Both have begun before either writes to the other; the second may have nothing to do."""
+    made = quest.recipe("w4a4")
+    kinds = operands.kinds(made.activation, made.weight)
+    assert kinds is not None
+    units = [
+        operands.form(q.require_grid(), kind).unit
+        for q, kind in zip((made.activation, made.weight), kinds, strict=True)
+    ]
+    names = (made.activation.spec, made.weight.require_grid().name)
+    for rows, columns, width in ((5, 1000, 128), (8, 300, 640), (8, 257, 4096)):
+        g = torch.Generator().manual_seed(columns)
+        codes = torch.randint(0, 16, (columns, width), generator=g)
+        whole, scale = 2 * codes - 15, torch.rand(columns, 1, generator=g) + 0.5
+        sums = whole.sum(1, keepdim=True).int()
+        weight = (packing.pack(codes, 4).cuda(), scale.cuda(), sums.cuda())
+        x = inputs.draw("gaussian", (rows, width), torch.bfloat16, rows)
+        for share in (16, 1):
+            with _split((share,), (2,)), outputs.poisoned(0xFF):
+                found = few_linear_shown(x.cuda(), *weight, None, *names, torch.float32)
+            y, a, a_scale, a_sums = (t.cpu() for t in found)
+            integers = judges.whole(a, kinds[0], width)
+            shown = torch.from_numpy((integers - 1) // 2).to(torch.int8)
+            for verdict in (
+                judges.scaled(x, a_scale, 128),
+                judges.coded(x, made.activation, shown, a_scale, conclusive=False),
+                judges.exact("sums", a_sums.numpy(), integers.sum(-1, keepdims=True)),
+                judges.multiplied(
+                    (integers, whole.numpy()), (units[0], units[1]), (a_scale, scale), None, y
+                ),
+            ):
+                verdict.require()
+
+
+def test_more_columns_than_fit_16_times() -> None:
+    """16 times their number leaves int32, and nothing is counted so."""
+    columns, width = 2**27 + 24, 128
+    if torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of free memory")
+    w = torch.full((columns, width // 8), 0xFF, dtype=torch.uint8, device="cuda")
+    sums = torch.full((columns,), width, dtype=torch.int32, device="cuda")
+    scale = torch.ones(columns, device="cuda")
+    with outputs.poisoned(0xFF), _split(groups=0):
+        y = few.product(
+            w[:1], w, 1, torch.bfloat16,
+            factor=1.0, length=width, a_scale=scale[:1], w_scale=scale, a_sum=sums[:1], w_sum=sums,
+        )  # fmt: skip
+    found = (y.amin().item(), y.amax().item())  # NaN is propagated
+    del w, sums, scale, y
+    torch.cuda.empty_cache()
+    assert found == (width, width)

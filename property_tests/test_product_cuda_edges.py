@@ -1,0 +1,206 @@
+"""What few products show of their kernel: edges of tiles, of memory and of launches that overlap.
+
+Operands are made on the CPU wherever that does: a test then compiles one variant of product.cu.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch import Tensor
+
+import quest
+from property_tests.walled import walled
+from quest import lowbit, operands
+from quest.conformance import inputs, judges
+from quest.kernels import cuda, hopper, outputs, product
+from quest.packed import packed_product
+from quest.quantizer import Quantizer
+
+pytestmark = [
+    pytest.mark.whole,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _hopper() -> None:
+    reason = hopper.unavailable(torch.device("cuda", torch.cuda.current_device()))
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def _sides(name: str) -> tuple[tuple[Quantizer, str], tuple[Quantizer, str]]:
+    """The quantizers of a recipe's activation and weight, and the kinds of their operands."""
+    made = quest.recipe(name)
+    kinds = operands.kinds(made.activation, made.weight)
+    assert kinds is not None
+    return (made.activation, kinds[0]), (made.weight, kinds[1])
+
+
+def _names(name: str) -> tuple[str, str]:
+    sides = _sides(name)
+    return ",".join(q.require_grid().name for q, _ in sides), ",".join(kind for _, kind in sides)
+
+
+def _operands(name: str, x: Tensor, w: Tensor) -> list[Tensor]:
+    """a, b, their scales and their sums, on the CPU."""
+    made = [
+        lowbit.encode(t, q.spec, kind) for t, (q, kind) in zip((x, w), _sides(name), strict=True)
+    ]
+    return [side[part] for part in (0, 1, 3) for side in made]
+
+
+def _judged(name: str, made: list[Tensor], bias: Tensor | None, width: int) -> Tensor:
+    """The product in float32, by its judge; 0xFF: NaN wherever nothing is written."""
+    added = None if bias is None else bias.cuda()
+    with outputs.poisoned(0xFF):
+        y: Tensor = lowbit.product(
+            *(t.cuda() for t in made), added, *_names(name), width, torch.float32
+        ).cpu()  # fmt: skip
+    sides = _sides(name)
+    whole = [judges.whole(t, kind, width) for t, (_, kind) in zip(made[:2], sides, strict=True)]
+    units = [operands.form_of(q, kind).unit for q, kind in sides]
+    judges.multiplied(
+        (whole[0], whole[1]), (units[0], units[1]), (made[2], made[3]), bias, y
+    ).require()  # fmt: skip
+    return y
+
+
+def test_a_last_group_of_tiles_and_rows_at_odd_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cluster for all tiles: nine pairs of rows of tiles, of which eight are a group."""
+    monkeypatch.setattr(cuda, "processors", lambda _: 2)
+    for seed, (rows, columns, width) in enumerate(((1025, 300, 144), (70, 129, 400), (3, 257, 16))):
+        a, b = (inputs.integers("random", n, width, seed) for n in (rows, columns))
+        with outputs.poisoned(0x55), product.only(product.NARROW):
+            acc = lowbit.accumulate(a.cuda(), b.cuda()).cpu()
+        judges.accumulated(a, b, acc).require()
+
+
+def test_nothing_is_written_beside_the_rows() -> None:
+    """Rows that fill a part of a tile, of whole vectors and not: others' memory lies around."""
+    device = torch.cuda.current_device()
+    other = 0x5A5A5A5A  # more than any sum
+    for columns in (16, 13):
+        b = inputs.integers("random", columns, 32, 0)
+        on_device = b.cuda()
+        for rows in range(1, 66):
+            a = inputs.integers("random", rows, 32, rows)
+            held, around = a.cuda(), torch.full((rows + 32, columns), other).int().cuda()
+            with product.only(product.NARROW):
+                product.launch(
+                    around[16:].data_ptr(), held.data_ptr(), on_device.data_ptr(), rows, columns,
+                    32, device, torch.int32, False, hopper.RAW, 0, 1.0, 0, 0, 0, 0, 0, False, 0,
+                )  # fmt: skip
+            made = around.cpu()
+            judges.accumulated(a, b, made[16:-16]).require()
+            assert (made[:16] == other).all()
+            assert (made[-16:] == other).all()
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a4"])
+def test_one_half_of_a_team_has_less_to_write(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is ahead by what the other writes, and both read the same columns' scales and sums.
+
+    61 entries: where it is odd, the sum of codes and halves ends in a quarter.
+    """
+    monkeypatch.setattr(cuda, "processors", lambda _: 2)
+    x, w = (inputs.draw("gaussian", (n, 61), torch.float32, n) for n in (60, 1537))
+    w *= 2.0 ** (torch.arange(1537) % 9)[:, None]  # scales of neighbours, and of tiles, differ
+    with product.only(product.WIDE[False]):
+        _judged(name, _operands(name, x, w), None, 61)
+
+
+def test_sums_of_one_side_alone() -> None:
+    """Codes beside integers: what the other side's sums would correct is not there."""
+    for seed, (name, width) in enumerate((("w8a1.58", 72), ("w1a8", 72), ("w8a8", 13))):
+        x, w = (inputs.draw("gaussian", (n, width), torch.float32, seed) for n in (5, 24))
+        with product.only(product.NARROW):
+            _judged(name, _operands(name, x, w), None, width)
+
+
+@pytest.mark.parametrize("scales", ["the first", "mixed"])
+def test_the_first_scale_that_is_large(scales: str) -> None:
+    """2^64 is, and others around it; as few.cu has it, in the same roundings, with a bias too."""
+    q = _sides("w4a4")[1][0]
+    x, w = (inputs.draw("gaussian", (n, 256), torch.float32, n) for n in (5, 24))
+    made = _operands("w4a4", x, w)
+    first = 2.0**64
+    values = [first] * 5 if scales == "the first" else [first, 1.3 * first, 3e20, 1e25, 1.0]
+    made[2] = torch.tensor(values)[:, None]
+    made[3] = made[3] * 2.0**-64
+    bias = 30 * inputs.draw("gaussian", (24,), torch.float32, 0)
+    with product.only(product.NARROW):
+        y = _judged("w4a4", made, bias, 256)
+    codes = q.pack(w).codes
+    rest = [t.cuda() for t in (codes, *made[2:], bias)]
+    few = packed_product(made[0].cuda(), *rest, *_names("w4a4"), 256, torch.float32)
+    assert torch.equal(y, few.cpu())
+
+
+@pytest.mark.parametrize("late", ["a", "b"])
+def test_what_the_kernel_before_makes_is_waited_for(
+    late: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quantizer lets the product start at once; here it has one multiprocessor's blocks only."""
+    (q, kind), _ = _sides("w4a4")
+    few = inputs.draw("gaussian", (256, 1024), torch.bfloat16, 0)
+    small = tuple(t.cuda() for t in lowbit.operand(few, q.spec, kind))
+
+    def multiply(large: tuple[Tensor, ...]) -> Tensor:
+        pair = (large, small) if late == "a" else (small, large)
+        parts = [side[part] for part in range(3) for side in pair]
+        with product.only(product.NARROW):
+            y: Tensor = lowbit.product(*parts, None, *_names("w4a4"), 1024, torch.float32)
+        return y
+
+    for seed in (1, 2):  # the second has nothing to compile, and the first one's memory
+        x = seed * inputs.draw("gaussian", (4096, 1024), torch.bfloat16, seed).cuda()
+        torch.cuda.synchronize()
+        torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]  # 10 ms: both are queued
+        with monkeypatch.context() as one:
+            one.setattr(cuda, "processors", lambda _: 1)
+            large = lowbit.operand(x, q.spec, kind)
+        y = multiply(large)
+        torch.cuda.synchronize()
+        assert torch.equal(y, multiply(large))
+        del large, y
+
+
+def test_a_settled_weight_is_asked_for_at_once() -> None:
+    """Again and again: before the other block of a cluster has its barriers, nothing may come."""
+    a, b = (inputs.integers("random", n, 1040, n) for n in (130, 300))
+    pair = (a.cuda(), b.cuda())
+    torch.cuda.synchronize()
+    with product.only(product.NARROW):
+        made = [
+            product.product(*pair, torch.int32, epilogue=hopper.RAW, settled=True)
+            for _ in range(100)
+        ]
+    judges.accumulated(a, b, made[0].cpu()).require()
+    assert all(torch.equal(each, made[0]) for each in made)
+
+
+@pytest.mark.parametrize("front", [False, True], ids=["behind", "before"])
+@pytest.mark.parametrize("rows", [40, 1])
+def test_nothing_is_read_beside_scales_and_sums(rows: int, front: bool) -> None:
+    """Rows and columns that fill a part of a tile; a block of a cluster that has no rows."""
+    g = torch.Generator().manual_seed(rows)
+    a, b = (torch.randint(-128, 128, (n, 32), generator=g, dtype=torch.int8) for n in (rows, 100))
+    scales = [torch.rand(n, generator=g) + 0.5 for n in (rows, 100)]
+    sums = [(2 * t.int() + 1).sum(-1).int() for t in (a, b)]
+    pair, y = (a.cuda(), b.cuda()), torch.empty(rows, 100, device="cuda")
+    with ExitStack() as memory, product.only(product.NARROW):
+        edged = [memory.enter_context(walled(t, front)) for t in (*scales, *sums)]
+        at = [t.data_ptr() for t in edged]
+        product.launch(
+            y.data_ptr(), pair[0].data_ptr(), pair[1].data_ptr(), rows, 100, 32,
+            torch.cuda.current_device(), torch.float32, False, hopper.CORRECTED, 32, 1.0,
+            at[0], at[1], 0, at[2], at[3], False, 0,
+        )  # fmt: skip
+        torch.cuda.synchronize()
+    whole = (judges.whole(a, "codes", 32), judges.whole(b, "codes", 32))
+    column = (scales[0][:, None], scales[1][:, None])
+    judges.multiplied(whole, (0.5, 0.5), column, None, y.cpu()).require()

@@ -1,0 +1,174 @@
+"""Sparse products where tiles, turns, scales and memory end; operands are drawn, not quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from property_tests.walled import walled
+from quest import compression
+from quest.conformance import judges
+from quest.kernels import cuda, hopper, outputs, product, sparse
+
+pytestmark = [
+    pytest.mark.whole,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+TILES = {"wide": sparse.WIDE, "narrow": sparse.NARROW}
+BIG = 2.0**64  # a token's scale from here on is divided by it
+
+
+@pytest.fixture(autouse=True)
+def _require_product() -> None:
+    reason = hopper.unavailable(torch.device("cuda", torch.cuda.current_device()))
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """x (tokens, width) and w (features, width) int8, w 2:4 sparse, and what dequantizes."""
+
+    x: torch.Tensor
+    w: torch.Tensor
+    token_scale: torch.Tensor
+    feature_scale: torch.Tensor
+    bias: torch.Tensor
+
+
+def _draw(tokens: int, features: int, width: int, added: torch.dtype = torch.float32) -> Operands:
+    g = torch.Generator().manual_seed(tokens + features)
+    x, w = (torch.randint(-128, 128, (n, width), generator=g).to(torch.int8)
+            for n in (tokens, features))  # fmt: skip
+    places = torch.rand((features, width // 4, 4), generator=g).argsort(-1).argsort(-1)
+    # Neighbours differ by more than 16 bits hide; what is made fits float16.
+    of_tokens, of_features = (
+        torch.exp2(torch.randint(-9, -4, (n,), generator=g)) * (1 + torch.rand(n, generator=g))
+        for n in (tokens, features)
+    )
+    bias = 10 * torch.randn(features, generator=g)
+    kept = w * (places < 2).reshape(w.shape)
+    return Operands(x, kept, of_tokens, of_features, bias.to(added))
+
+
+def _made(
+    o: Operands, tiles: str, out: torch.dtype, epilogue: int, metadata: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The product, in memory that held NaN; metadata: that of w, where it lies elsewhere."""
+    values, words = compression.compress(o.w)
+    rest: dict[str, Any] = {}
+    if epilogue != hopper.RAW:
+        rest = {
+            "feature_scale": o.feature_scale.cuda(), "token_scale": o.token_scale.cuda(),
+            "bias": o.bias.cuda(),
+        }  # fmt: skip
+    if epilogue == hopper.CORRECTED:
+        rest["feature_sum"] = 2 * o.w.sum(-1, dtype=torch.int32).cuda()
+    with sparse.only(TILES[tiles]), outputs.poisoned(0xFF):
+        return sparse.product(
+            values.cuda(), words.cuda() if metadata is None else metadata, o.x.cuda(), out,
+            epilogue=epilogue, **rest,
+        )  # fmt: skip
+
+
+def _judge(o: Operands, y: torch.Tensor, epilogue: int) -> None:
+    """T0, or T6; codes are each 1/2 less than what they stand for."""
+    if epilogue == hopper.RAW:
+        judges.accumulated(o.x, o.w, y.cpu()).require()
+        return
+    codes = epilogue == hopper.CORRECTED
+    whole = (judges.whole(o.x, "codes" if codes else "integers", o.x.shape[1]),
+             judges.whole(o.w, "integers", o.w.shape[1]))  # fmt: skip
+    scales = (o.token_scale[:, None], o.feature_scale[:, None])
+    units = (0.5 if codes else 1.0, 1.0)
+    judges.multiplied(whole, units, scales, o.bias, y.cpu()).require()
+
+
+def test_many_tokens() -> None:
+    """Tiles are counted, and there are few of them: 2^31 / 256 would be too many."""
+    o = _draw(33000, 8, 64)
+    _judge(o, _made(o, "wide", torch.float32, hopper.PLAIN), hopper.PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "epilogue", "out", "shape"),
+    [
+        ("wide", hopper.PLAIN, torch.float32, (300, 2100, 640)),
+        ("narrow", hopper.PLAIN, torch.float32, (300, 601, 512)),
+        ("wide", hopper.CORRECTED, torch.bfloat16, (300, 601, 512)),
+        ("narrow", hopper.CORRECTED, torch.float16, (200, 2100, 640)),
+        ("narrow", hopper.RAW, torch.int32, (20, 2100, 640)),
+    ],
+    ids=str,
+)
+def test_turns_of_one_cluster(
+    tiles: str, epilogue: int, out: torch.dtype, shape: tuple[int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What one turn writes to shared memory leaves alone what the next ones wait at and read.
+
+    More row tiles than share the L2 cache; a last tile that begins early; an odd count of blocks of
+    256 entries, and an even one; rows of y that begin at no vector.
+    """
+    monkeypatch.setattr(cuda, "processors", lambda _: 2)
+    o = _draw(*shape, torch.float16 if out == torch.bfloat16 else torch.bfloat16)
+    _judge(o, _made(o, tiles, out, epilogue), epilogue)
+
+
+@pytest.mark.parametrize("tiles", list(TILES))
+def test_one_large_scale_anywhere_in_a_tile(tiles: str) -> None:
+    """Every thread learns of it, whichever token has it, and only that token's row changes."""
+    tokens = TILES[tiles].columns
+    o = _draw(tokens, 70, 64)
+    everywhere = Operands(o.x, o.w, torch.full((tokens,), 1e25), o.feature_scale, o.bias)
+    plain, large = (_made(each, tiles, torch.float32, hopper.PLAIN) for each in (o, everywhere))
+    _judge(o, plain, hopper.PLAIN)
+    _judge(everywhere, large, hopper.PLAIN)
+    values, metadata = (t.cuda() for t in compression.compress(o.w))
+    x, scale, of_features, bias = (t.cuda() for t in (o.x, o.token_scale, o.feature_scale, o.bias))
+    for token in range(tokens):
+        one, expected = scale.clone(), plain.clone()
+        one[token], expected[token] = 1e25, large[token]
+        with sparse.only(TILES[tiles]):
+            y = sparse.product(
+                values, metadata, x, torch.float32, epilogue=hopper.PLAIN,
+                feature_scale=of_features, token_scale=one, bias=bias,
+            )  # fmt: skip
+        assert torch.equal(y, expected), token
+
+
+@pytest.mark.parametrize("tiles", list(TILES))
+def test_the_least_large_scale(tiles: str) -> None:
+    """It is 1 once it is divided, and its row is rounded as the dense product rounds it."""
+    tokens = TILES[tiles].columns
+    o = _draw(tokens, 130, 64)
+    scale = o.token_scale.clone()
+    scale[-31:] = BIG
+    scale[:31] = torch.tensor(BIG).nextafter(torch.tensor(0.0))
+    # Large rows are then as large as the bias.
+    o = Operands(o.x, o.w, scale, o.feature_scale / 2**60, 100 * o.bias)
+    y = _made(o, tiles, torch.float32, hopper.PLAIN)
+    _judge(o, y, hopper.PLAIN)
+    dense = product.product(
+        o.x.cuda(), o.w.cuda(), torch.float32, epilogue=hopper.PLAIN, row_scale=scale.cuda(),
+        column_scale=o.feature_scale.cuda(), bias=o.bias.cuda(),
+    )  # fmt: skip
+    assert torch.equal(y, dense)
+
+
+# The last: what reads out of bounds takes the device away from all that follow.
+@pytest.mark.parametrize("width", [256, 512, 640])
+def test_metadata_at_the_end_of_memory(width: int) -> None:
+    """It is asked for ahead, and for rows of a tile below the last: never for more than there is.
+
+    For one block, an even count of them and an odd one.
+    """
+    o = _draw(40, 600, width)
+    with walled(compression.compress(o.w)[1]) as metadata:
+        y = _made(o, "narrow", torch.float32, hopper.PLAIN, metadata)
+        torch.cuda.synchronize()
+    _judge(o, y, hopper.PLAIN)

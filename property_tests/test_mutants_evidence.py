@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from property_tests.mutants import baseline, covered
-from property_tests.mutants.evidence import Evidence, Outline
+from property_tests.mutants.evidence import Evidence, Outline, _dump
 from property_tests.mutants.journal import Journal
 from property_tests.mutants.mutant import Mutant
 from property_tests.mutants.runner import Result
@@ -116,6 +116,18 @@ def test_every_version_of_python_makes_the_same_digests(monkeypatch: pytest.Monk
     monkeypatch.setattr(ast.FunctionDef, "_fields", (*ast.FunctionDef._fields, "type_params"))
     monkeypatch.setattr(ast.FunctionDef, "type_params", [], raising=False)
     assert Outline(source).digest(None) == before
+
+
+def test_constants_of_an_f_string_may_be_cut_anywhere() -> None:
+    """As versions of Python do."""
+
+    def f_string(*parts: str | ast.expr) -> ast.JoinedStr:
+        return ast.JoinedStr([ast.Constant(p) if isinstance(p, str) else p for p in parts])
+
+    value = ast.FormattedValue(ast.Name("x", ast.Load()), -1, f_string(".", "2f"))
+    whole = ast.parse('f"a{{b {x:.2f}"', mode="eval").body
+    assert _dump(f_string("a{", "b ", value, "")) == _dump(whole)
+    assert _dump(f_string("a", value, "b")) != _dump(f_string("ab", value))
 
 
 @pytest.mark.parametrize("name", [

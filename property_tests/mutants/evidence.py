@@ -154,10 +154,28 @@ def _is_docstring(node: ast.stmt) -> bool:
 
 
 def _dump(node: object) -> str:
-    """A syntax tree as text: `ast.dump` prints other empty fields in each version of Python."""
+    """A syntax tree as text.
+
+    `ast.dump` prints other empty fields in each version of Python, and each cuts the constant parts
+    of an f-string in another way.
+    """
     if isinstance(node, list):
         return f"[{', '.join(map(_dump, node))}]"
     if not isinstance(node, ast.AST):
         return repr(node)
     fields = [f"{n}={_dump(v)}" for n, v in ast.iter_fields(node) if v is not None and v != []]
+    if isinstance(node, ast.JoinedStr):
+        fields = [f"values={_dump(_joined(node.values))}"]
     return f"{type(node).__name__}({', '.join(fields)})"
+
+
+def _joined(parts: list[ast.expr]) -> list[ast.expr]:
+    """The parts of an f-string: one constant between two that are none, and no empty one."""
+    made: list[ast.expr] = []
+    for part in parts:
+        before = made[-1] if made else None
+        if isinstance(part, ast.Constant) and isinstance(before, ast.Constant):
+            made[-1] = ast.Constant(before.value + part.value)
+        elif not (isinstance(part, ast.Constant) and part.value == ""):
+            made.append(part)
+    return made

@@ -209,6 +209,26 @@ def test_gate_and_up_of_two_widths(fused: list[bool]) -> None:
     assert told[0] == told[1]
 
 
+def test_an_error_leaves_no_checkpoint_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It passes through none, of which some versions would go on; in the backward it may."""
+    layers, returned = [nn.Linear(WIDTH, n) for n in (HIDDEN, 2 * HIDDEN)], []
+
+    def noted(call: Any, *given: Any, use_reentrant: bool) -> Tensor:
+        returned.append(call(*given))
+        return returned[-1]
+
+    monkeypatch.setattr(mlp, "checkpoint", noted)
+    with pytest.raises(ValueError, match="gate and up must have one shape"):
+        quest.swiglu(torch.ones(3, WIDTH), *layers, nn.Linear(HIDDEN, OUT), recompute=True)
+    assert len(returned) == 1
+    monkeypatch.undo()
+    whole = [nn.Linear(WIDTH, HIDDEN), nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, OUT)]
+    y = quest.swiglu(torch.ones(3, WIDTH), *whole, recompute=True)
+    monkeypatch.setattr(mlp, "gated", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        y.sum().backward()
+
+
 def test_under_autocast(fused: list[bool]) -> None:
     """x is rounded to its dtype, y has that, and gradients those of what they are of."""
     layers = _layers()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -282,6 +282,17 @@ def test_likely_killers(tmp_path: Path) -> None:
     assert made.killers(MUTANT) == {A: 11, B: 2}
     made.add(MUTANT, Result(MUTANT.id, MUTANT.what, "killed", f"{B} (ci)"))
     assert made.killers(MUTANT).most_common(1)[0][0] == B
+    # What was left open has passed them, but for what killed itself elsewhere.
+    nine = "quest/a.py:f:constant:9"
+    made.add(replace(MUTANT, id=nine), Result(nine, "", "killed", A))
+    for name, likely in (("quest/a.py:f:constant:8", {}), (nine, {A: 10**6})):
+        of = replace(MUTANT, id=name)
+        assert made.killers(of).total() > 0
+        made = Journal(tmp_path / "elsewhere", Evidence(tmp_path), record=[
+            *(tmp_path / "journal.jsonl").read_text().splitlines(),
+            json.dumps(asdict(Result(name, "", "open", passed="first tests", stack="another"))),
+        ])  # fmt: skip
+        assert made.killers(of) == likely
 
 
 def test_a_record_is_a_journal_of_what_holds(tmp_path: Path) -> None:

@@ -237,7 +237,31 @@ def swiglu(
     live = _live(x, gate, up, down)
     if live is not None:
         return live
-    y: Tensor = checkpoint(_composed, x, gate, up, down, use_reentrant=False)
+    return _checkpointed(x, gate, up, down)
+
+
+def _checkpointed(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
+    """`_composed`, called again in the backward.
+
+    What it raises is raised behind the checkpoint: up to PyTorch 2.12 one that is left by an error
+    goes on to take whatever other layers save.
+    """
+    raised: list[Exception] = []
+    again = False
+
+    def call(*given: Any) -> Tensor:
+        try:
+            return _composed(*given)
+        except Exception as error:
+            if again:
+                raise
+            raised.append(error)
+            return x
+
+    y: Tensor = checkpoint(call, x, gate, up, down, use_reentrant=False)
+    again = True
+    if raised:
+        raise raised[0]
     return y
 
 

@@ -130,14 +130,19 @@ class Journal:
         return result.key == key
 
     def killers(self, mutant: Mutant) -> Counter[str]:
-        """Tests that are likely to kill, by weight: the one that did, those that killed others."""
+        """Tests that are likely to kill, by weight: the one that did, those that killed others.
+
+        Those have been tried on a mutant that was left open: then its file's own order is better.
+        """
         scope = _scope(mutant.id)
         found = Counter[str]()
-        for test, n in self.kills.get((mutant.file, ""), Counter()).items():
-            found[test] += n
-        for test, n in self.kills.get((mutant.file, scope), Counter()).items():
-            found[test] += 10 * n
-        for old in self.results.get(mutant.id, {}).values():
+        before = self.results.get(mutant.id, {}).values()
+        if not any(old.outcome == "open" for old in before):
+            for test, n in self.kills.get((mutant.file, ""), Counter()).items():
+                found[test] += n
+            for test, n in self.kills.get((mutant.file, scope), Counter()).items():
+                found[test] += 10 * n
+        for old in before:
             if "::" in old.by:
                 found[old.by.removesuffix(" (ci)")] += 10**6
         return found

@@ -11,7 +11,9 @@ them without a fault; besides, files of tests and helpers, settings and data. So
 - that a mutant survives, or that nothing runs it, is a claim about all tests: it holds while
   nothing at all has changed, in any test or source. So does a kill by an import, by the sums over
   a run, and in the ci profile, whose calls no baseline has seen.
-- what NVRTC says of a mutant holds while no CUDA C++, and no Python beside it, has changed.
+- that NVRTC refuses a mutant holds while no CUDA C++, and no Python beside it, has changed; that
+  all variants are what they were, while nothing has on which a kill by any file of tests that
+  compiles variants would rest.
 
 The stack (device and versions) is no part of it: a verdict says on which stack it was reached.
 Digests are the same under every version of Python.
@@ -28,6 +30,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from . import covered
+from .baseline import COMPILES
 from .covered import digest as _digest
 from .mutant import ROOT
 
@@ -107,6 +110,8 @@ class Evidence:
         tests = by.partition("::")[0]
         if outcome == "refused":
             return self._once("compiled", "", "", self._of_binaries)
+        if outcome == "identical":
+            return self._once("variants", file, stack, lambda: self._of_variants(file, stack))
         calls = self.calls.get(stack, {}).get(tests)
         if "::" in by and not by.endswith(")") and calls is not None and tests in self._tests:
             return self._once(file, tests, stack, lambda: self._of_kill(file, tests, calls))
@@ -137,6 +142,13 @@ class Evidence:
             f"{n} {d}" for n, d in self._data.items() if compiles or not n.startswith("kernels/")
         ]
         return _digest(parts)
+
+    def _of_variants(self, file: str, stack: str) -> str:
+        compile_ = [n for n, p in self._tests.items() if COMPILES in p.read_text()]
+        calls = self.calls.get(stack, {})
+        if not all(name in calls for name in compile_):
+            return self._of_all()
+        return _digest(self._of_kill(file, name, calls[name]) for name in compile_)
 
     def _of_all(self) -> str:
         parts = [f"{n} {o.digest(None)}" for n, o in self.outlines.items()]

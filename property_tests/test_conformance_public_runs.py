@@ -17,6 +17,7 @@ from quest.conformance import plugin as court_plugin
 from quest.conformance.public import adapter
 
 ROOT = Path(__file__).resolve().parents[1]
+PATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 # A right transform, packing with swapped nibbles, an unpacking that fails only where it is listed.
 USER = """
@@ -61,7 +62,7 @@ def court(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *loaded, "--pyargs",
          *named, "--max-examples=5", *arguments],
         cwd=where, capture_output=True, text=True, timeout=300, check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
@@ -112,7 +113,7 @@ def test_the_smallest_example_and_its_snippet(judged: tuple[Path, Any, str]) -> 
     # The snippet runs where the adapter is, and says the same.
     done = subprocess.run([sys.executable, "-c", failure["snippet"]], cwd=where, check=True,
                           capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+                          env=os.environ | {"PYTHONPATH": PATH})  # fmt: skip
     assert failure["told"] in done.stdout
 
 

@@ -119,7 +119,7 @@ def test_every_unusual_sum_is_declared() -> None:
     assert len(declared) == 6
     undeclared = [dataclasses.replace(r, sums=lambda order: BUTTERFLY) for r in declared]
     judged = false_alarms.judge(
-        range(9, 14),
+        range(9, 14),  # each of the six bites within these
         [
             false_alarms.Implementation(
                 r.name, functools.partial(false_alarms._transform, rotation=r)

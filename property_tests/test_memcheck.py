@@ -9,7 +9,8 @@ import pytest
 
 from property_tests import sanitized
 
-# Every tile with a bias, whose last columns and rows lie beyond what there is; all packings.
+# Tiles whose last columns and rows lie beyond what there is, with a bias and without; outputs of
+# each form. The tool sees no bulk copies, of which the operands of products come.
 LAUNCHES = {
     "rows": (
         "blocks w1a1 11008 torch.float32",

@@ -20,6 +20,7 @@ import torch
 
 from property_tests.mutants import baseline, child, choice, covered, interpreter, pool, runner
 from property_tests.mutants.choice import quick
+from property_tests.mutants.evidence import Outline
 from property_tests.mutants.mutant import ROOT, Mutant, read
 from quest.kernels import blocks, few, rows
 
@@ -242,6 +243,17 @@ def test_every_variant_is_known_and_not_those_that_the_quick_profile_draws(tmp_p
     assert counts["few.cu"] == some * (3 + 1 + 1) + 2
     assert len(known["property_tests/test_few.py"]["variants"]) == counts["few.cu"]
     assert len(known["property_tests/test_rows.py"]["variants"]) == counts["rows.cu"] > 10
+
+
+def test_what_is_imported_before_any_test_counts_for_each_file(tmp_path: Path) -> None:
+    """The constants of a module that conftest.py and pytest's plugins import, too."""
+    with pool.workshop() as folder:
+        seen = baseline.measure(folder, tmp_path / "b.json", 1, print, frozenset({"packing"}))
+    assert seen is not None
+    seen_of = seen.executed["property_tests/test_packing.py"]
+    assert {"quest/constants.py", "quest/conformance/lanes.py", "quest/packing.py"} <= set(seen_of)
+    calls = Outline(read("quest/grids.py").decode()).called(seen_of["quest/grids.py"])
+    assert "lloyd_max" not in calls
 
 
 def test_a_test_that_compiles_several_variants_names_them_all() -> None:

@@ -41,6 +41,8 @@ def walled(t: torch.Tensor, front: bool = False) -> Iterator[torch.Tensor]:
             undo.callback(d.cuMemUnmap, base + page, held)
             done(d.cuMemSetAccess(base + page, held, [access], 1))
         except RuntimeError as error:
+            if "not supported" not in str(error) and "not permitted" not in str(error):
+                raise
             pytest.skip(f"memory can't be mapped: {error}")
         at = base + page + (0 if front else held - t.nbytes)
         yield (

@@ -237,15 +237,9 @@ def swiglu(
     live = _live(x, gate, up, down)
     if live is not None:
         return live
-    return _checkpointed(x, gate, up, down)
 
-
-def _checkpointed(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
-    """`_composed`, called again in the backward.
-
-    What it raises is raised behind the checkpoint: up to PyTorch 2.12 one that is left by an error
-    goes on to take whatever other layers save.
-    """
+    # What it raises is raised behind the checkpoint: one that an error leaves goes on, in PyTorch
+    # 2.11, to take whatever other layers save.
     raised: list[Exception] = []
     again = False
 
@@ -261,7 +255,7 @@ def _checkpointed(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) ->
     y: Tensor = checkpoint(call, x, gate, up, down, use_reentrant=False)
     again = True
     if raised:
-        raise raised[0]
+        raise raised.pop()  # no part of `call` then: the error holds all that was computed
     return y
 
 

@@ -147,6 +147,11 @@ def run(job: Job) -> None:
     if not job.trace:  # until the first test has a limit of its own
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, IMPORTS + job.patience)
+    if job.trace:  # before pytest imports plugins and conftest.py, and these the project
+        from property_tests.mutants import trace
+
+        watch.mark = trace.Mark(folder)
+        trace.start(folder, root.resolve())
     status = pytest.main(arguments, plugins=[watch])
     sys.stdout.flush()
     sys.stderr.flush()
@@ -167,6 +172,7 @@ class Watch:
         self.job, self.root, self.number = job, root, 0
         self.report = job.report.open("w", buffering=1)
         self.names: dict[str, int] = {}
+        self.mark: Any = None
 
     def say(self, **event: Any) -> None:
         self.report.write(json.dumps(event) + "\n")
@@ -197,12 +203,6 @@ class Watch:
         phases = (Phase.explicit, Phase.reuse, Phase.generate)
         settings.register_profile(name, settings.get_profile(name), phases=phases, print_blob=False)
         settings.load_profile(name)
-        if self.job.trace:
-            from property_tests.mutants import trace
-
-            folder = self.job.folder / "trace"
-            self.mark = trace.Mark(folder)
-            trace.start(folder, self.root.resolve())
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:

@@ -39,8 +39,8 @@ def tests(root: Path) -> list[Path]:
 def beside(root: Path, test: Path | None = None) -> list[Path]:
     """What a file of tests needs besides what is tested: itself, helpers, settings, examples.
 
-    Of helpers conftest.py and those that it names, or that a file names which it needs. Some files
-    of tests import benchmarks, and name them. None: of all files of tests.
+    Of helpers conftest.py, and each whose name stands in the test or in a helper taken already.
+    Where one of those names benchmarks, these too. None: of all files of tests.
     """
     folder = root / "property_tests"
     helpers = {p for p in folder.glob("*.py") if not p.name.startswith("test_")}
@@ -50,7 +50,7 @@ def beside(root: Path, test: Path | None = None) -> list[Path]:
         needed, named = {*tests(root), *helpers}, True
     else:
         needed = _closure(test, helpers)
-        named = re.search(r"\bbenchmarks\b", test.read_text()) is not None
+        named = any(re.search(r"\bbenchmarks\b", p.read_text()) for p in needed)
     if named:
         found |= {*(root / "benchmarks").glob("*.py")}
     return sorted(found | needed)

@@ -116,8 +116,12 @@ class Journal:
         self._write(asdict(result))
 
     def known(self, mutant: Mutant) -> Result | None:
-        """The best that is known of this mutant and still holds; of equals, this stack's."""
-        found = [r for r in self.results.get(mutant.id, {}).values() if self._holds(mutant, r)]
+        """The best that is known of this mutant and still holds; of equals, this stack's.
+
+        What this journal has found counts before what the record says of the same stack.
+        """
+        of = {k: r for k, r in self.results.get(mutant.id, {}).items() if self._holds(mutant, r)}
+        found = [r for (name, s), r in of.items() if name or (self.path.name, s) not in of]
         here = covered.stack()
         return max(found, key=lambda r: (r.strength, r.stack == here), default=None)
 
@@ -132,7 +136,7 @@ class Journal:
     def killers(self, mutant: Mutant) -> Counter[str]:
         """Tests that are likely to kill, by weight: the one that did, those that killed others.
 
-        Those have been tried on a mutant that was left open: then its file's own order is better.
+        A mutant that was left open has met the likely ones of its time: its file's own order then.
         """
         scope = _scope(mutant.id)
         found = Counter[str]()

@@ -27,10 +27,11 @@ noticed it.
 
 Dead: killed (a test failed), crash (the process died), timeout. equivalent: not dead, and proven \
 to change nothing. by rule: not dead, and of a kind that is proven to change speed alone, or to \
-raise. identical: NVRTC makes the same machine code of it, in every variant that the tests \
-compile. refused: NVRTC does not compile it. not run: no test on this stack executes the line, or \
-launches the CUDA C++. survived: every test in the quick profile passes, and those about the file \
-in the ci profile. open: what is named below passes, and no more was run. untried: nothing is known.
+raise. identical: NVRTC makes the same machine code of it, in every variant that tests compile \
+without a GPU. refused: NVRTC does not compile it. not run: no test on this stack executes the \
+line, or launches the CUDA C++. survived: every test in the quick profile passes, and those about \
+the file in the ci profile. open: what is named below passes, and no more was run. untried: \
+nothing is known.
 """
 
 

@@ -81,6 +81,8 @@ def edit(root: Path, name: str, old: str, new: str) -> None:
         ("kernels/cuda.py", "def", "N = 1\n\n\ndef", {"kill by a"}),
         ("quest/a.py", "return 2", "return 3", {"refused"}),
         ("quest/c.py", "", "", KILLS | {"refused"}),
+        ("property_tests/test_b.py", "...", "...  # why", set(OUTCOMES)),
+        ("property_tests/ground.py", "", '"""Text."""\n', set(OUTCOMES)),
         # Tests: the killing one's own file, and another's.
         ("property_tests/test_a.py", "...", "1", BY_B | {"refused"}),
         ("property_tests/test_b.py", "...", "1", {"kill by a", "refused"}),

@@ -7,7 +7,8 @@ them without a fault; besides, files of tests and helpers, settings and data. So
 
 - a kill (a test failed, died or hung) holds while the mutated file, the killing test's file, the
   helpers that it names and those modules and functions are the same. Comments, docstrings,
-  functions that this file of tests never calls and modules that it never imports may change.
+  functions that this file of tests never calls and modules that it never imports may change;
+  comments and docstrings of tests and helpers, too.
 - that a mutant survives, or that nothing runs it, is a claim about all tests: it holds while
   nothing at all has changed, in any test or source. So does a kill by an import, by the sums over
   a run, and in the ci profile, whose calls no baseline has seen.
@@ -132,7 +133,15 @@ class Evidence:
             "beside",
             tests,
             "",
-            lambda: covered.of_files(self.root, covered.beside(self.root, path)),
+            lambda: _digest(map(self._of_file, covered.beside(self.root, path))),
+        )
+
+    def _of_file(self, path: Path) -> str:
+        name = str(path.relative_to(self.root))
+        if path.suffix != ".py":
+            return covered.of_files(self.root, [path])
+        return self._once(
+            "file", name, "", lambda: f"{name} {Outline(path.read_text()).digest(None)}"
         )
 
     def _of_kill(self, file: str, tests: str, calls: Mapping[str, Collection[str]]) -> str:

@@ -273,10 +273,11 @@ def test_a_table_tells_what_was_not_tried() -> None:
 def test_tests_that_execute_the_line_come_first() -> None:
     m = dataclasses.replace(KNOWN["quest/packing.py:pack:remove:0"], lines=(18, 19))
     names = [f"property_tests/test_{n}.py::t" for n in ("packing", "api", "train", "errors")]
-    tests = dict(zip(names, (2.0, 1.0, 3.0, 0.5), strict=True))
+    tests = dict(zip(names, (2.0, 1.0, 13.0, 0.5), strict=True))
     of = {18: {names[0], names[1]}, 22: {names[2]}}
     planned = stages(m, Baseline(tests, {m.file: of}, []))
-    # Its own tests before cheaper ones; then what touches the file; never what does not.
+    # Its own tests before cheaper ones; then what touches the file and is too long for a first part;
+    # never what does not touch it.
     assert [list(part.tests) for part in planned] == [[names[0], names[1]], [names[2]], []]
     assert planned[-1] == Part("ci", ("property_tests/test_packing.py",), {})
     assert [part.passed for part in planned] == ["first tests", "quick profile", ""]
@@ -311,6 +312,16 @@ def test_likely_killers_come_before_all_others() -> None:
     killers = Counter({names[1]: 8, names[2]: 1, "property_tests/test_gone.py::t": 9})
     found = [t for part in stages(m, seen, killers) for t in part.tests]
     assert found == [names[1], names[2], names[0]]
+
+
+def test_a_few_likely_killers_are_enough() -> None:
+    """Where many tests have killed others, the file's own first ones are not left for last."""
+    m = dataclasses.replace(KNOWN["quest/packing.py:pack:remove:0"], lines=(18, 19))
+    own = "property_tests/test_packing.py::t"
+    others = {f"property_tests/test_train.py::t{n}": 0.1 + n / 100 for n in range(40)}
+    seen = Baseline({own: 9.0, **others}, {m.file: {18: {own, *others}}}, [])
+    found = list(stages(m, seen, Counter(dict.fromkeys(others, 1)))[0].tests)
+    assert found[: choice.LIKELY + 1] == [*list(others)[: choice.LIKELY], own]
 
 
 def test_a_header_is_launched_by_those_who_include_it() -> None:

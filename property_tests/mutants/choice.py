@@ -8,7 +8,7 @@ The quick profile takes one in 16 parameters of a test. What survives it meets t
 the files that are about the mutated one: a mutant that only this kills is told apart.
 
 What killed other mutants of the same function, or file, goes first of all: there one test often
-kills most. The cheapest for its kills is the first of them.
+kills most. The cheapest for its kills is the first of them, and a few are enough.
 """
 
 from __future__ import annotations
@@ -240,7 +240,8 @@ HELPERS = (
 # that could notice, in the quick profile. What passes those and the ci profile has survived.
 PASSED = FIRST, OWN_TESTS, QUICK = "first tests", "own tests", "quick profile"
 # A first process stays small: what it imports and runs is paid by every mutant.
-FIRST_FILES, FIRST_SECONDS = 2, 15.0
+FIRST_FILES, FIRST_SECONDS = 3, 15.0
+LIKELY = 8  # that killed others go first: behind as many the file's own order finds more
 
 
 @functools.cache
@@ -320,7 +321,7 @@ def _order(mutant: Mutant, baseline: Baseline, killers: Counter[str]) -> list[st
     for group in groups:
         likely = sorted(
             (t for t in group if killers[t]), key=lambda t: (baseline.tests[t] / killers[t], t)
-        )
+        )[:LIKELY]
         ranked = sorted(
             group, key=lambda t: (own.get(test_file(t), len(own)), baseline.tests[t], t)
         )

@@ -276,7 +276,7 @@ def test_tests_that_execute_the_line_come_first() -> None:
     tests = dict(zip(names, (2.0, 1.0, 13.0, 0.5), strict=True))
     of = {18: {names[0], names[1]}, 22: {names[2]}}
     planned = stages(m, Baseline(tests, {m.file: of}, []))
-    # Its own tests before cheaper ones; then what touches the file and is too long for a first part;
+    # Its own tests before cheaper ones; then what touches the file, too long for a first part;
     # never what does not touch it.
     assert [list(part.tests) for part in planned] == [[names[0], names[1]], [names[2]], []]
     assert planned[-1] == Part("ci", ("property_tests/test_packing.py",), {})

@@ -157,6 +157,7 @@ def test_vectors_that_several_programs_multiply_with_a_base() -> None:
     # Sylvester's signs: the parity of the bits that two indices share.
     shared = {i: np.bitwise_count(np.arange(order) & i).astype(int) for i in at}
     expected = sum(v * (-1.0) ** shared[i] for i, v in at.items()) * order**-0.5
+    # Sums of 1, 2 and 4 are exact; factors and products of the norm round, four at most of 2^-24.
     torch.testing.assert_close(y[0].double(), torch.as_tensor(expected), rtol=1e-6, atol=0)
 
 
@@ -278,6 +279,7 @@ def test_few_rows_in_one_operator() -> None:
     shown = fused.few_linear_shown(x, packed, scale, sums, *said)
     assert torch.equal(y, shown[0])
     expected = FOUR(x).double() @ FOUR(weight).double().T
+    # bfloat16 rounds by 2^-9; of 128 terms near 1 the float32 factors are off by 2^-23 each.
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-4)
     with FakeTensorMode() as mode:
         rows, w, w_scale, w_sums = (mode.from_tensor(t) for t in (x, packed, scale, sums))

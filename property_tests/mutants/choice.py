@@ -24,6 +24,8 @@ from .baseline import IMPORT, Baseline
 from .mutant import ROOT, Mutant, read
 from .trace import WATCHED
 
+# Of few.cu, and of the header with its PTX.
+_FEW = ("few_cuda_edges", "few", "packed_product", "fused", "frozen", "races", "memcheck")
 # The tests that are about a file.
 OWN = {
     "kernels/recorded.py": ("driver_calls", "launches", "direct"),
@@ -63,24 +65,8 @@ OWN = {
         "product",
     ),
     "kernels/few.py": ("launch_edges", "few_launches", "launch_rules", "few"),
-    "kernels/few.cu": (
-        "few_cuda_edges",
-        "few",
-        "packed_product",
-        "fused",
-        "frozen",
-        "races",
-        "memcheck",
-    ),
-    "kernels/few_ptx.cuh": (
-        "few_cuda_edges",
-        "few",
-        "packed_product",
-        "fused",
-        "frozen",
-        "races",
-        "memcheck",
-    ),
+    "kernels/few.cu": _FEW,
+    "kernels/few_ptx.cuh": _FEW,
     "kernels/few_rows.cuh": (
         "rows_cuda_edges",
         "fused",

@@ -114,6 +114,46 @@ def test_what_a_verdict_outlives(
     assert {k for k in keys if keys[k] == now[k]} == left
 
 
+@pytest.mark.parametrize(
+    ("file", "changed", "left"),
+    [
+        ("kernels/k.cu", "kernels/k.cu", set()),
+        ("kernels/k.cu", "kernels/h.cuh", {"kill by a"}),
+        ("kernels/k.cu", "kernels/deep.cuh", {"kill by a"}),
+        # A kernel that the same tests may launch, and what only that includes.
+        ("kernels/k.cu", "kernels/other.cu", KILLS | {"refused"}),
+        ("kernels/k.cu", "kernels/apart.cuh", KILLS | {"refused"}),
+        # A header rests on all that includes it, and on what these include besides.
+        ("kernels/deep.cuh", "kernels/k.cu", {"kill by a"}),
+        ("kernels/deep.cuh", "kernels/beside.cuh", {"kill by a"}),
+        ("kernels/deep.cuh", "kernels/other.cu", KILLS | {"refused"}),
+        # Of a fault in Python, on all.
+        ("quest/b.py", "kernels/other.cu", {"kill by a"}),
+    ],
+)
+def test_a_fault_in_a_text_rests_on_what_is_compiled_with_it(
+    tmp_path: Path, file: str, changed: str, left: set[str]
+) -> None:
+    project(tmp_path)
+    for name, included in {
+        "k.cu": "h.cuh beside.cuh", "h.cuh": "deep.cuh", "other.cu": "apart.cuh",
+        "deep.cuh": "", "beside.cuh": "", "apart.cuh": "",
+    }.items():  # fmt: skip
+        lines = [f'#include "{i}"\n' for i in included.split()]
+        (tmp_path / "kernels" / name).write_text("".join(lines))
+
+    def keys() -> dict[str, str]:
+        now = Evidence(tmp_path)
+        for tests, lines in LINES.items():
+            now.learn(tests, lines, "s")
+        return {k: now.key(outcome, file, by, "s") for k, (outcome, by) in OUTCOMES.items()}
+
+    before = keys()
+    edit(tmp_path, changed, "", "int y;\n")
+    after = keys()
+    assert {k for k in before if before[k] == after[k]} == left
+
+
 def test_every_version_of_python_makes_the_same_digests(monkeypatch: pytest.MonkeyPatch) -> None:
     source = "def f(x):\n    return g(x)\n"
     before = Outline(source).digest(None)

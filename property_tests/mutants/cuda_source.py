@@ -39,13 +39,32 @@ def is_cuda(file: str) -> bool:
 
 def holders(file: str, root: Path) -> list[str]:
     """The .cu files that a text is part of: by itself, or as a header of theirs or of others."""
-    kernels = {f"kernels/{p.name}": p.read_text() for p in (root / "kernels").glob("*.cu*")}
+    includes = _includes(root)
     found, before = {file}, set[str]()
     while found != before:
         before = set(found)
-        names = "|".join(re.escape(f.removeprefix("kernels/")) for f in found)
-        found |= {f for f, t in kernels.items() if re.search(f'(?m)^#include "({names})"', t)}
+        found |= {f for f, headers in includes.items() if headers & found}
     return sorted(f for f in found if f.endswith(".cu"))
+
+
+def together(file: str, root: Path) -> list[str]:
+    """The texts of every binary that a text is part of: its holders, and all that these include."""
+    includes = _includes(root)
+    found, before = set(holders(file, root)), set[str]()
+    while found != before:
+        before = set(found)
+        found |= {h for f in before for h in includes.get(f, ())}
+    return sorted(found)
+
+
+def _includes(root: Path) -> dict[str, set[str]]:
+    """The headers of ours that each text names."""
+    return {
+        f"kernels/{p.name}": {
+            f"kernels/{h}" for h in re.findall(r'(?m)^#include "(.*)"', p.read_text())
+        }
+        for p in (root / "kernels").glob("*.cu*")
+    }
 
 
 def mutants(file: str, source: bytes) -> list[Mutant]:

@@ -8,13 +8,14 @@ them without a fault; besides, files of tests and helpers, settings and data. So
 - a kill (a test failed, died or hung) holds while the mutated file, the killing test's file, the
   helpers that it names and those modules and functions are the same. Comments, docstrings,
   functions that this file of tests never calls and modules that it never imports may change;
-  comments and docstrings of tests and helpers, too.
+  comments and docstrings of tests and helpers, too. Of CUDA C++, a fault in a text rests on those
+  that are compiled into one binary with it; a fault in Python, where a test compiles any, on all.
 - that a mutant survives, or that nothing runs it, is a claim about all tests: it holds while
   nothing at all has changed, in any test or source. So does a kill by an import, by the sums over
   a run, and in the ci profile, whose calls no baseline has seen.
-- that NVRTC refuses a mutant holds while no CUDA C++, and no Python beside it, has changed; that
+- that NVRTC refuses a mutant holds while its texts, and all Python beside them, are the same; that
   the variants are what they were, which tests with `compiles_without_a_gpu` in their names compile,
-  while nothing has on which a kill by any file of such tests would rest.
+  while nothing has changed on which a kill by any file of such tests would rest.
 
 The stack (device and versions) is no part of it: a verdict says on which stack it was reached.
 Digests are the same under every version of Python.
@@ -27,12 +28,13 @@ those are.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 from . import covered
 from .baseline import COMPILES
 from .covered import digest as _digest
+from .cuda_source import is_cuda, together
 from .mutant import ROOT
 
 # Tests that start processes of which nothing is seen: the gate's, in worktrees.
@@ -114,7 +116,7 @@ class Evidence:
         if tests in UNSEEN:
             return self._once("", "", "", self._of_all)
         if outcome == "refused":
-            return self._once("compiled", "", "", self._of_binaries)
+            return self._once("compiled", file, "", lambda: self._of_binaries(file))
         if outcome == "identical":
             return self._once("variants", file, stack, lambda: self._of_variants(file, stack))
         calls = self.calls.get(stack, {}).get(tests)
@@ -149,12 +151,16 @@ class Evidence:
         for name, outline in self.outlines.items():
             if name == file or name in calls:
                 parts.append(f"{name} {outline.digest(None if name == file else calls[name])}")
-        # Binaries are made of all texts, by the one file that compiles.
-        compiles = bool(calls.get("kernels/cuda.py"))
-        parts += [
-            f"{n} {d}" for n, d in self._data.items() if compiles or not n.startswith("kernels/")
-        ]
-        return _digest(parts)
+        # Binaries are made of the texts by the one file that compiles.
+        return _digest([*parts, *self._of_data(file, bool(calls.get("kernels/cuda.py")))])
+
+    def _of_data(self, file: str, compiles: bool = True) -> Iterator[str]:
+        """Data; where tests compile them, texts: of a text, those in one binary with it, else all."""
+        texts = {n for n in self._data if n.startswith("kernels/")}
+        wanted = set(together(file, self.root)) if is_cuda(file) else texts
+        for name, digest in self._data.items():
+            if name not in texts or (compiles and name in wanted):
+                yield f"{name} {digest}"
 
     def _of_variants(self, file: str, stack: str) -> str:
         compile_ = [n for n, p in self._tests.items() if COMPILES in p.read_text()]
@@ -167,10 +173,10 @@ class Evidence:
         parts = [f"{n} {o.digest(None)}" for n, o in self.outlines.items()]
         return _digest([self._beside(), *parts, *(f"{n} {d}" for n, d in self._data.items())])
 
-    def _of_binaries(self) -> str:
+    def _of_binaries(self, file: str) -> str:
         names = [n for n in self.outlines if n.startswith("kernels/")]
         parts = [f"{n} {self.outlines[n].digest(None)}" for n in names]
-        return _digest([*parts, *(f"{n} {d}" for n, d in self._data.items())])
+        return _digest([*parts, *self._of_data(file)])
 
 
 def _is_docstring(node: ast.stmt) -> bool:

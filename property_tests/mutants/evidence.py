@@ -155,7 +155,7 @@ class Evidence:
         return _digest([*parts, *self._of_data(file, bool(calls.get("kernels/cuda.py")))])
 
     def _of_data(self, file: str, compiles: bool = True) -> Iterator[str]:
-        """Data; where tests compile them, texts: of a text, those in one binary with it, else all."""
+        """Data, and texts where tests compile them: of a text those in its binaries, else all."""
         texts = {n for n in self._data if n.startswith("kernels/")}
         wanted = set(together(file, self.root)) if is_cuda(file) else texts
         for name, digest in self._data.items():

@@ -105,7 +105,7 @@ def test_what_a_verdict_outlives(
 ) -> None:
     before = project(tmp_path)
     for tests, lines in LINES.items():
-        before.learn(tests, lines, "s")
+        before.learn(tests, before.called(lines), "s")
     keys = {k: before.key(outcome, "quest/a.py", by, "s") for k, (outcome, by) in OUTCOMES.items()}
     edit(tmp_path, name, old, new)
     after = Evidence(tmp_path)
@@ -145,7 +145,7 @@ def test_a_fault_in_a_text_rests_on_what_is_compiled_with_it(
     def keys() -> dict[str, str]:
         now = Evidence(tmp_path)
         for tests, lines in LINES.items():
-            now.learn(tests, lines, "s")
+            now.learn(tests, now.called(lines), "s")
         return {k: now.key(outcome, file, by, "s") for k, (outcome, by) in OUTCOMES.items()}
 
     before = keys()
@@ -200,7 +200,7 @@ def test_benchmarks_count_for_tests_that_import_them(
     def keys() -> list[str]:
         now = Evidence(tmp_path)
         for tests, lines in LINES.items():
-            now.learn(tests, lines, "s")
+            now.learn(tests, now.called(lines), "s")
         kills = [now.key("killed", "quest/a.py", by, "s") for by in (A, B)]
         return [*kills, *(baseline._key(by.partition("::")[0]) for by in (A, B))]
 
@@ -279,12 +279,17 @@ def test_a_journal_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert journal(tmp_path).killers(MUTANT).most_common(1)[0][0] == A
 
 
-def test_a_kill_is_void_where_its_tests_call_something_else_now(tmp_path: Path) -> None:
+def test_a_kill_is_void_where_its_tests_call_something_besides_now(tmp_path: Path) -> None:
     project(tmp_path)
     first = journal(tmp_path)
     first.learn(Seen())  # type: ignore[arg-type]
     first.add(MUTANT, Result(MUTANT.id, MUTANT.what, "killed", A, 1.0))
-    for lines, holds in ((LINES, True), ({A.partition("::")[0]: {"quest/a.py": {7}}}, False)):
+    tests = A.partition("::")[0]
+    for lines, holds in (
+        (LINES, True),
+        ({tests: {"quest/a.py": {7}}}, True),  # it rests on that and more
+        ({tests: LINES[tests] | {"quest/b.py": {1, 4, 5, 9}}}, False),
+    ):
         later = journal(tmp_path)
         later.known(MUTANT)  # what it was asked before counts no more
         later.learn(Seen(lines))  # type: ignore[arg-type]

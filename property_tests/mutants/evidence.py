@@ -102,13 +102,17 @@ class Evidence:
         self._tests = {str(p.relative_to(root)): p for p in covered.tests(root)}
         self._keys: dict[tuple[str, ...], str] = {}
 
-    def learn(self, tests: str, lines: Mapping[str, Collection[int]], stack: str) -> None:
-        """Note which functions a file of tests calls on a stack, given the lines it executes."""
-        self._keys.clear()
-        self.calls.setdefault(stack, {})[tests] = {
+    def called(self, lines: Mapping[str, Collection[int]]) -> dict[str, list[str]]:
+        """The functions of each file that is executed at all, by the lines that are."""
+        return {
             file: self.outlines[file].called(ran) for file, ran in sorted(lines.items())
             if file in self.outlines and ran
         }  # fmt: skip
+
+    def learn(self, tests: str, calls: Mapping[str, list[str]], stack: str) -> None:
+        """Note which functions a file of tests calls on a stack."""
+        self._keys.clear()
+        self.calls.setdefault(stack, {})[tests] = dict(calls)
 
     def key(self, outcome: str, file: str, by: str, stack: str) -> str:
         """What this outcome of a mutant of `file` rests on; by: the test that killed it."""

@@ -98,13 +98,16 @@ class Journal:
             yield json.dumps(asdict(result))
 
     def learn(self, baseline: Baseline) -> None:
-        """Note which functions tests call now, on this stack."""
+        """Note which functions tests call now, on this stack.
+
+        Where an earlier look saw those and more, verdicts go on to rest on what it saw.
+        """
         stack = covered.stack()
         for tests, lines in baseline.executed.items():
-            before = self.evidence.calls.get(stack, {}).get(tests)
-            self.evidence.learn(tests, lines, stack)
-            now = self.evidence.calls[stack][tests]
-            if now != before:
+            before = self.evidence.calls.get(stack, {}).get(tests, {})
+            now = self.evidence.called(lines)
+            if not all(f in before and {*of} <= {*before[f]} for f, of in now.items()):
+                self.evidence.learn(tests, now, stack)
                 self._write({"of": tests, "stack": stack, "calls": now})
 
     def add(self, mutant: Mutant, result: Result) -> None:

@@ -334,6 +334,19 @@ def test_a_header_is_launched_by_those_who_include_it() -> None:
         assert [t for part in stages(m, seen)[:1] for t in part.tests] == expected
 
 
+def test_tests_about_a_text_that_launch_nothing_come_behind_those_that_do() -> None:
+    """They may read it, or compile it."""
+    m = next(m for m in KNOWN.values() if m.file == "kernels/sparse.cu")
+    lines = read("kernels/sparse.py").decode().splitlines()
+    launch = next(n for n, line in enumerate(lines, 1) if ".launch(" in line)
+    launches, reads, other = (
+        f"property_tests/test_{n}.py::t" for n in ("sparse_product", "product_launches", "few")
+    )
+    tests = {launches: 9.0, reads: 1.0, other: 1.0}
+    seen = Baseline(tests, {"kernels/sparse.py": {launch: {launches}}}, [])
+    assert [t for part in stages(m, seen) for t in part.tests] == [launches, reads]
+
+
 def test_a_sample_and_an_order_give_each_file_its_share() -> None:
     chosen = [m for m in KNOWN.values() if m.file in ("quest/packing.py", "quest/sparsity.py")]
     some = _sampled(chosen, None, 5, 0)

@@ -115,7 +115,15 @@ OWN = {
     "kernels/outputs.py": ("launch_edges", "outputs", "api", "errors"),
     "kernels/pack.py": ("launch_edges", "packed_tiles", "launch_rules", "packed_operand"),
     "kernels/product.py": ("product_launches", "launch_rules", "product", "product_errors"),
-    "kernels/product.cu": ("product_cuda_edges", "product", "layer", "frozen", "races", "memcheck"),
+    "kernels/product.cu": (
+        "product_launches",
+        "product_cuda_edges",
+        "product",
+        "layer",
+        "frozen",
+        "races",
+        "memcheck",
+    ),
     "kernels/product.cuh": (
         "product_cuda_edges",
         "product",
@@ -133,7 +141,13 @@ OWN = {
     ),
     "kernels/rows.cu": ("rows_cuda_edges", "rows", "frozen", "races", "memcheck"),
     "kernels/rows.py": ("few_launches", "launch_rules", "rows"),
-    "kernels/sparse.cu": ("sparse_cuda_edges", "sparse_product", "races", "memcheck"),
+    "kernels/sparse.cu": (
+        "product_launches",
+        "sparse_cuda_edges",
+        "sparse_product",
+        "races",
+        "memcheck",
+    ),
     "kernels/sparse.py": ("launch_edges", "product_launches", "launch_rules", "sparse_product"),
     "kernels/whole.py": ("launch_rules", "quantizer", "hadamard"),
     "quest/compression.py": (
@@ -303,6 +317,8 @@ def _order(mutant: Mutant, baseline: Baseline, killers: Counter[str]) -> list[st
     groups = [covering - {IMPORT}, baseline.touching(mutant.file)]
     if IMPORT in covering:  # all, of which only its own are likely to look
         groups = [{t for t in baseline.tests if test_file(t) in own}, *groups, {*baseline.tests}]
+    elif cuda_source.is_cuda(mutant.file):  # which tests read a text, or compile it, is not seen
+        groups.append({t for t in baseline.tests if test_file(t) in own})
     order: dict[str, None] = {}
     for group in groups:
         likely = sorted(

@@ -317,7 +317,7 @@ def _order(mutant: Mutant, baseline: Baseline, killers: Counter[str]) -> list[st
     groups = [covering - {IMPORT}, baseline.touching(mutant.file)]
     if IMPORT in covering:  # all, of which only its own are likely to look
         groups = [{t for t in baseline.tests if test_file(t) in own}, *groups, {*baseline.tests}]
-    elif cuda_source.is_cuda(mutant.file):  # which tests read a text, or compile it, is not seen
+    elif mutant.file.startswith("kernels/"):  # which tests read a text or compile it is not seen
         groups.append({t for t in baseline.tests if test_file(t) in own})
     order: dict[str, None] = {}
     for group in groups:

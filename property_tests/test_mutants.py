@@ -334,17 +334,22 @@ def test_a_header_is_launched_by_those_who_include_it() -> None:
         assert [t for part in stages(m, seen)[:1] for t in part.tests] == expected
 
 
-def test_tests_about_a_text_that_launch_nothing_come_behind_those_that_do() -> None:
+def test_tests_about_a_kernel_that_don_t_run_it_come_behind_those_that_do() -> None:
     """They may read it, or compile it."""
-    m = next(m for m in KNOWN.values() if m.file == "kernels/sparse.cu")
+    text = next(m for m in KNOWN.values() if m.file == "kernels/sparse.cu")
     lines = read("kernels/sparse.py").decode().splitlines()
     launch = next(n for n, line in enumerate(lines, 1) if ".launch(" in line)
-    launches, reads, other = (
-        f"property_tests/test_{n}.py::t" for n in ("sparse_product", "product_launches", "few")
-    )
-    tests = {launches: 9.0, reads: 1.0, other: 1.0}
-    seen = Baseline(tests, {"kernels/sparse.py": {launch: {launches}}}, [])
-    assert [t for part in stages(m, seen) for t in part.tests] == [launches, reads]
+    triton = KNOWN["kernels/quantize.py:_emit:constant:26"]
+    launcher = next(m for m in KNOWN.values() if m.file == "kernels/sparse.py" and m.lines[0] > 50)
+    for mutant, seen_at, names, kept in (
+        (text, ("kernels/sparse.py", launch), ("sparse_product", "product_launches"), 2),
+        (triton, (triton.file, triton.lines[0]), ("quantizer", "quantize_launches"), 2),
+        (launcher, (launcher.file, launcher.lines[0]), ("sparse_product", "product_launches"), 1),
+    ):
+        runs, reads, other = (f"property_tests/test_{n}.py::t" for n in (*names, "few"))
+        seen = Baseline({runs: 9.0, reads: 1.0, other: 1.0}, {seen_at[0]: {seen_at[1]: {runs}}}, [])
+        found = [t for part in stages(mutant, seen) for t in part.tests]
+        assert found == [runs, reads][:kept], mutant.id
 
 
 def test_a_sample_and_an_order_give_each_file_its_share() -> None:

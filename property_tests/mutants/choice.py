@@ -25,7 +25,10 @@ from .mutant import ROOT, Mutant, read
 from .trace import WATCHED
 
 # Of few.cu, and of the header with its PTX.
-_FEW = ("few_cuda_edges", "few", "packed_product", "fused", "frozen", "races", "memcheck")
+_FEW = (
+    "few_cuda_edges", "few", "packed_product", "fused", "frozen", "launch_rules", "few_launches",
+    "races", "memcheck",
+)  # fmt: skip
 # The tests that are about a file.
 OWN = {
     "kernels/recorded.py": ("driver_calls", "launches", "direct"),
@@ -44,6 +47,8 @@ OWN = {
         "prologue",
         "product",
         "layer",
+        "launch_rules",
+        "block_launches",
         "races",
         "memcheck",
     ),
@@ -52,6 +57,7 @@ OWN = {
         "blocks",
         "rows",
         "prologue_kernel",
+        "launch_rules",
         "races",
         "memcheck",
     ),
@@ -73,6 +79,8 @@ OWN = {
         "few",
         "packed_product",
         "frozen",
+        "launch_rules",
+        "few_launches",
         "races",
         "memcheck",
     ),
@@ -83,6 +91,7 @@ OWN = {
         "rows",
         "few",
         "fused",
+        "launch_rules",
         "races",
         "memcheck",
     ),
@@ -101,6 +110,7 @@ OWN = {
         "product",
         "sparse_product",
         "frozen",
+        "launch_rules",
         "races",
         "memcheck",
     ),
@@ -139,12 +149,21 @@ OWN = {
         "quantizer",
         "product",
     ),
-    "kernels/rows.cu": ("rows_cuda_edges", "rows", "frozen", "races", "memcheck"),
+    "kernels/rows.cu": (
+        "rows_cuda_edges",
+        "rows",
+        "frozen",
+        "launch_rules",
+        "few_launches",
+        "races",
+        "memcheck",
+    ),
     "kernels/rows.py": ("few_launches", "launch_rules", "rows"),
     "kernels/sparse.cu": (
         "product_launches",
         "sparse_cuda_edges",
         "sparse_product",
+        "launch_rules",
         "races",
         "memcheck",
     ),
@@ -317,7 +336,7 @@ def _order(mutant: Mutant, baseline: Baseline, killers: Counter[str]) -> list[st
     groups = [covering - {IMPORT}, baseline.touching(mutant.file)]
     if IMPORT in covering:  # all, of which only its own are likely to look
         groups = [{t for t in baseline.tests if test_file(t) in own}, *groups, {*baseline.tests}]
-    elif mutant.file.startswith("kernels/"):  # which tests read a text or compile it is not seen
+    elif _is_compiled(mutant.file):  # which tests read a text, or only compile it, is not seen
         groups.append({t for t in baseline.tests if test_file(t) in own})
     order: dict[str, None] = {}
     for group in groups:
@@ -332,6 +351,12 @@ def _order(mutant: Mutant, baseline: Baseline, killers: Counter[str]) -> list[st
     if mutant.family == "court":
         chosen = [t for t in chosen if test_file(t) in (*HELPERS, *own)]
     return chosen
+
+
+@functools.cache
+def _is_compiled(file: str) -> bool:
+    """Whether a file holds a kernel, in CUDA C++ or for Triton."""
+    return cuda_source.is_cuda(file) or b"@triton.jit" in read(file)
 
 
 @functools.cache

@@ -212,7 +212,8 @@ def launches() -> Iterator[tuple[str, Launch]]:
         binary = name == "w1a1"
         for told, tiles in (("wide", product.WIDE[binary]), ("narrow", product.NARROW)):
             yield f"product {name} {told}", _product(name, tiles)
-    yield "product w4a4 middle", _product("w4a4", product.MIDDLE)
+    # More threads than columns of a tile.
+    yield "product w4a4 middle", _product("w4a4", product.MIDDLE, torch.float32)
     yield "product w4a4 40 rows", _product("w4a4", product.NARROW, rows=40)  # less than a tile
     yield "product int32", _accumulators(product.NARROW)
     for told, shape in (("wide", sparse.WIDE), ("narrow", sparse.NARROW)):
@@ -251,6 +252,9 @@ def launches() -> Iterator[tuple[str, Launch]]:
                     f"few fused {name} {rows}x{width} {settled}",
                     _fused(name, rows, width, settled),
                 )
+    # One block has all of the rows: warps leave sums to others, and two of them scale rows.
+    yield "few fused w4a4 40x256", _fused("w4a4", 40, 256, False)
+    yield "few clusters", _few("w4a4", 40, 4096)  # more of A than a block of threads can hold
 
 
 def check(tool: str, wanted: tuple[str, ...], **environment: str) -> None:

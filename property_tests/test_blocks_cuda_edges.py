@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from property_tests.ledger import LEDGER
+from property_tests.walled import walled
 from quest import lowbit, operands, ops, paths, prologue
 from quest.conformance import examine, inputs, judges
 from quest.conformance.lanes import Lane
@@ -22,6 +23,8 @@ LANE = Lane("triton-cuda", "cuda", "dispatch")
 SIGNS = "uniform1/hadamard128/ste/dense"
 FOUR = "uniform4/hadamard128/ste/dense"
 TERNARY = "ternary/hadamard128/ste/dense"
+CLIPPED = "uniform4/hadamard128/clip0.5/dense"
+TRUSTED = "ternary/hadamard128/trust1.0/dense"
 HALF, FULL = torch.bfloat16, torch.float32
 
 
@@ -114,6 +117,16 @@ def test_sums_of_an_odd_grid() -> None:
         _judge(inputs.draw(kind, (9, width), HALF, i), TERNARY, kind)
 
 
+@pytest.mark.parametrize(("dtype", "spec"), [(HALF, CLIPPED), (FULL, TRUSTED)], ids=str)
+def test_values_and_masks(dtype: torch.dtype, spec: str) -> None:
+    """Of each word of a block; of zeros, which lie within any limit, and of an infinity."""
+    x = _normal((11, 256)).to(dtype)
+    x[:8] *= 2.0 ** torch.arange(-4, 4)[:, None]  # a limit is a product, not a sum
+    x[8], x[9, 140] = 0.0, float("inf")
+    found = examine.quantizer(LANE, x, parse(spec), conclusive=False)
+    LEDGER.judge(LANE, found, f"{dtype}, {spec}", conclusive=False)
+
+
 # Three turns of 12 rows; two of 4; three of 6, of which a thread block has two.
 @pytest.mark.parametrize(("width", "rows"), [(384, 30), (8320, 5), (4224, 15)])
 def test_turns_of_a_multiprocessor(width: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,24 +137,54 @@ def test_turns_of_a_multiprocessor(width: int, rows: int, monkeypatch: pytest.Mo
     _judge(x.to(HALF), FOUR, "rows of unlike magnitudes")
 
 
+def test_turns_of_the_widest_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three turns of a row of as many warps as there may be; of equal numbers all is exact."""
+    monkeypatch.setattr(cuda, "processors", lambda _: 1)
+    x = (2.0 ** torch.arange(3)[:, None].repeat(1, 49152)).to("cuda", HALF)
+    program = ops.program(parse(FOUR), x)
+    operand, scale, _, sums, _ = blocks.quantize(x, program, form=blocks.INTEGERS, sums=True)
+    # Of a block's transform the first number is far beyond the grid, and the others are 0.
+    expected = torch.ones(3, 384, 128, dtype=torch.int8)
+    expected[..., 0] = 15
+    assert torch.equal(operand.cpu().view(3, 384, 128), expected)
+    assert scale.flatten().tolist() == [1, 2, 4]
+    assert sums.flatten().tolist() == 3 * [384 * (15 + 127)]
+
+
+def test_turns_of_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three turns of 4 rows, each with sums of two kinds that its two warps exchange."""
+    monkeypatch.setattr(cuda, "processors", lambda _: 1)
+    powers = torch.arange(9) * 37 % 41 - 20
+    x = (_normal((9, 4224)) * 2.0 ** powers[:, None].double()).to(HALF)
+    weight = _normal((4224,), 1).to(HALF)
+    q, kind = parse(FOUR), _kind(FOUR)
+    found = examine.normed(LANE, x, None, weight, 1e-5, q, kind, conclusive=False)
+    LEDGER.judge(LANE, found, "norms of rows of unlike magnitudes", conclusive=False)
+
+
 def test_a_gate() -> None:
-    """silu over all of its range, to where exp leaves float32."""
-    gate = torch.linspace(-100, 100, 9 * 256).view(9, 256)
-    gate[4:] /= 20
-    gate, value = gate.to(HALF), inputs.draw("heavy", (9, 256), HALF, 1)
+    """silu over all of its range, to where exp leaves float32; 16 rows a warp, and what is left."""
+    gate = torch.linspace(-100, 100, 33 * 256).view(33, 256)
+    gate[15:] /= 20
+    gate, value = gate.to(HALF), inputs.draw("heavy", (33, 256), HALF, 1)
     shown = prologue.gated_encode_shown(gate.cuda(), value.cuda(), FOUR, _kind(FOUR))[3]
     LEDGER.judge(LANE, [judges.gated(gate, value, shown.cpu())], "a gate from -100 to 100")
 
 
+@pytest.mark.parametrize(
+    ("spec", "form", "bits"), [(FOUR, blocks.INTEGERS, 0), (SIGNS, blocks.PACKED, 1)]
+)
 @pytest.mark.parametrize(("rows", "width"), [(1, 128), (1, 256), (3, 512), (5, 384), (3, 4224)])
-def test_nothing_is_written_beside_the_outputs(rows: int, width: int) -> None:
+def test_nothing_is_written_beside_the_outputs(
+    rows: int, width: int, spec: str, form: int, bits: int
+) -> None:
     """Addresses inside of larger tensors, as a prepared layer gives them; the last warp has room
     for rows that there are not.
     """
     x = _normal((rows, width)).to("cuda", HALF)
-    program = ops.program(parse(FOUR), x)
+    program = ops.program(parse(spec), x)
     operand, scale, _, sums, _ = blocks.quantize(
-        x, program, form=blocks.INTEGERS, sums=True, masked=False
+        x, program, form=form, bits=bits, sums=True, masked=False
     )
     around = 64
     made = [
@@ -149,17 +192,29 @@ def test_nothing_is_written_beside_the_outputs(rows: int, width: int) -> None:
         for t in (operand, scale, sums)
     ]
     at = [t[around:].data_ptr() for t in made]
-    blocks.launch(x, program, blocks.INTEGERS, 0, rows, width, at[0], at[1], 0, at[2])
+    blocks.launch(x, program, form, bits, rows, width, at[0], at[1], 0, at[2])
     for t, expected in zip(made, (operand, scale, sums), strict=True):
         assert torch.equal(t[around:-around], expected.flatten())
         assert (t[:around] == 77).all()
         assert (t[-around:] == 77).all()
 
 
+@pytest.mark.parametrize(("rows", "width"), [(1, 128), (3, 384)])
+def test_nothing_is_read_beside_the_inputs(rows: int, width: int) -> None:
+    """Neither blocks that a warp has room for nor rows of the next turn."""
+    x = _normal((rows, width)).to("cuda", HALF)
+    program, form = ops.program(parse(FOUR), x), blocks.INTEGERS
+    plain = blocks.quantize(x, program, form=form)[0]
+    gated = blocks.gated(x, x, program, form=form).out
+    with walled(x) as t:
+        assert torch.equal(blocks.quantize(t, program, form=form)[0], plain)
+        assert torch.equal(blocks.gated(t, t, program, form=form).out, gated)
+
+
 def test_rows_without_a_scale() -> None:
     """What plain PyTorch makes of them."""
     q = parse(FOUR)
-    for dtype in (HALF, FULL):
+    for dtype in (HALF, torch.float16, FULL):
         x = torch.cat((_not_finite(dtype, 256), torch.zeros(3, 256, dtype=dtype)))
         made = lowbit.launch_operand(x.cuda(), q, _kind(FOUR))
         for t, expected in zip(made, lowbit.eager_operand(x, q, _kind(FOUR)), strict=True):

@@ -6,14 +6,16 @@ size: small shapes then have many tiles of a cluster, and need no variant of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
 import quest
+from property_tests.walled import walled
 from quest import lowbit, operands, packing
 from quest.conformance import inputs, judges
 from quest.fused import few_linear_shown
@@ -74,13 +76,19 @@ def _exact(
     out: torch.dtype = torch.float32,
     bias: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
+    edged: bool = False,
 ) -> None:
-    """Sums, plus a bias, that `out` holds exactly or rounds once; scales are powers of two."""
+    """Sums, plus a bias, that `out` holds exactly or rounds once; scales are powers of two.
+
+    edged: behind a and w no memory is mapped.
+    """
     rows, columns, width = shape
     a, w, *integers = _operands(bits, *shape)
     a_scale, w_scale = scales or (torch.ones(rows), torch.ones(columns))
     vectors = [_between(t) for t in (a_scale, w_scale, *(i.sum(1).int() for i in integers))]
-    with outputs.poisoned(0xFF):  # NaN
+    with ExitStack() as memory, outputs.poisoned(0xFF):  # NaN
+        if edged:
+            a, w = (memory.enter_context(walled(t)) for t in (a, w))
         y = few.product(
             a, w, bits, out,
             factor=1.0, length=width, a_scale=vectors[0], w_scale=vectors[1], a_sum=vectors[2],
@@ -101,6 +109,7 @@ def test_a_block_that_waits_for_another(steps: int) -> None:
         with _split((share,), (2,)):
             _exact(4, (5, 2000, _width(4, steps)))
             _exact(4, (8, 40, _width(4, steps)))
+            _exact(4, (1, 16000, _width(4, steps)))  # it has long to wait
 
 
 @pytest.mark.parametrize("bits", [1, 4])
@@ -113,6 +122,16 @@ def test_more_columns_than_threads(bits: int) -> None:
             _exact(bits, (3, 1100, 512), bias=bias.to(dtype))
         w_scale = torch.tensor([2.0 ** (i % 5) for i in range(1100)])
         _exact(bits, (3, 1100, 512), scales=(torch.ones(3), w_scale))
+
+
+@pytest.mark.parametrize(("bits", "width"), [(1, 640), (4, 384)])
+def test_operands_that_end_where_memory_does(bits: int, width: int) -> None:
+    """Nothing is read behind the last rows, or where a row's last step has no more chunks."""
+    # A warp has all steps of a tile. Of the last, with 1 bit, a lane in four has a chunk: zeros of
+    # A would hide what the others read. W ends in the lower half of a tile, and in the upper.
+    with _split((1,)):
+        _exact(bits, (5, 130, width), edged=True)
+        _exact(bits, (5, 140, width), edged=True)
 
 
 def test_a_warp_with_many_tiles() -> None:
@@ -215,6 +234,30 @@ def test_two_blocks_quantize() -> None:
                 ),
             ):
                 verdict.require()
+
+
+def test_nothing_is_written_beside_an_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor beside what is shown of the rows: each lies between bytes that are none of its own."""
+    made, around = quest.recipe("w4a4"), []
+
+    def between(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        held = torch.full((MARGIN + size + MARGIN,), 77, dtype=torch.uint8, device=device)
+        around.append((held, size))
+        return held[MARGIN : MARGIN + size].view(dtype).view(tuple(shape))
+
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (20, 256), generator=g)
+    sums = (2 * codes - 15).sum(1, keepdim=True).int()
+    weight = (packing.pack(codes, 4).cuda(), torch.ones(20, 1, device="cuda"), sums.cuda())
+    x = inputs.draw("gaussian", (5, 256), torch.bfloat16, 0).cuda()
+    names = (made.activation.spec, made.weight.require_grid().name)
+    monkeypatch.setattr(outputs, "empty", between)
+    few_linear_shown(x, *weight, None, *names, torch.float32)
+    assert len(around) == 4
+    for held, size in around:
+        beside = torch.cat((held[:MARGIN], held[MARGIN + size :]))
+        assert (beside == 77).all()
 
 
 def test_more_columns_than_fit_16_times() -> None:

@@ -79,6 +79,44 @@ def test_a_last_group_of_tiles_and_rows_at_odd_addresses(monkeypatch: pytest.Mon
         judges.accumulated(a, b, acc).require()
 
 
+def test_tiles_of_as_many_steps_as_there_are_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While consumers write a tile, the next one fills the ring: what is asked for too early takes
+    the place of what they have yet to read. Rows of odd lengths take them longest to write.
+    """
+    monkeypatch.setattr(cuda, "processors", lambda _: 2)
+    for seed, tiles in enumerate((product.WIDE[False], product.NARROW)):
+        sizes = (2 * tiles.rows, 5 * tiles.columns + 13)
+        a, b = (inputs.integers("random", n, product.TILE_K * tiles.stages, seed) for n in sizes)
+        with outputs.poisoned(0x55), product.only(tiles):
+            acc = lowbit.accumulate(a.cuda(), b.cuda()).cpu()
+        judges.accumulated(a, b, acc).require()
+
+
+def test_no_stage_is_read_before_it_has_come() -> None:
+    """All multiprocessors multiply faster than the L2 cache brings what they ask for at once."""
+    rows, columns, width = 1408, 768, 8192  # 66 pairs of tiles
+    g = torch.Generator(device="cuda").manual_seed(0)
+    b = torch.randint(-128, 128, (columns, width), generator=g, device="cuda", dtype=torch.int8)
+    one = torch.randint(width, (rows,), generator=g, device="cuda")
+    a = torch.zeros(rows, width, dtype=torch.int8, device="cuda")
+    a[torch.arange(rows, device="cuda"), one] = 1
+    with outputs.poisoned(0x55), product.only(product.NARROW):
+        acc = lowbit.accumulate(a, b)
+    assert torch.equal(acc, b[:, one].T.int())
+
+
+def test_the_tiles_of_very_many_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32767 of one cluster, of one step each: 128 times as many leave int32, or take minutes."""
+    monkeypatch.setattr(cuda, "processors", lambda _: 2)
+    g = torch.Generator(device="cuda").manual_seed(0)
+    b = torch.randint(-128, 128, (32767 * 128, 16), generator=g, device="cuda", dtype=torch.int8)
+    a = torch.zeros(2, 16, dtype=torch.int8, device="cuda")
+    a[0, 3], a[1, 5] = 1, -1
+    with outputs.poisoned(0x55), product.only(product.MIDDLE):
+        acc = lowbit.accumulate(a, b)
+    assert torch.equal(acc, torch.stack((b[:, 3].int(), -b[:, 5].int())))
+
+
 def test_nothing_is_written_beside_the_rows() -> None:
     """Rows that fill a part of a tile, of whole vectors and not: others' memory lies around."""
     device = torch.cuda.current_device()
@@ -186,21 +224,22 @@ def test_a_settled_weight_is_asked_for_at_once() -> None:
 @pytest.mark.parametrize("front", [False, True], ids=["behind", "before"])
 @pytest.mark.parametrize("rows", [40, 1])
 def test_nothing_is_read_beside_scales_and_sums(rows: int, front: bool) -> None:
-    """Rows and columns that fill a part of a tile; a block of a cluster that has no rows."""
+    """Nor beside a bias. Rows and columns fill a part of a tile; a block may have no rows."""
     g = torch.Generator().manual_seed(rows)
     a, b = (torch.randint(-128, 128, (n, 32), generator=g, dtype=torch.int8) for n in (rows, 100))
     scales = [torch.rand(n, generator=g) + 0.5 for n in (rows, 100)]
     sums = [(2 * t.int() + 1).sum(-1).int() for t in (a, b)]
+    bias = 1000 * torch.randn(100, generator=g)
     pair, y = (a.cuda(), b.cuda()), torch.empty(rows, 100, device="cuda")
     with ExitStack() as memory, product.only(product.NARROW):
-        edged = [memory.enter_context(walled(t, front)) for t in (*scales, *sums)]
+        edged = [memory.enter_context(walled(t, front)) for t in (*scales, bias, *sums)]
         at = [t.data_ptr() for t in edged]
         product.launch(
             y.data_ptr(), pair[0].data_ptr(), pair[1].data_ptr(), rows, 100, 32,
             torch.cuda.current_device(), torch.float32, False, hopper.CORRECTED, 32, 1.0,
-            at[0], at[1], 0, at[2], at[3], False, 0,
+            at[0], at[1], at[2], at[3], at[4], False, hopper.bias_type(bias),
         )  # fmt: skip
         torch.cuda.synchronize()
     whole = (judges.whole(a, "codes", 32), judges.whole(b, "codes", 32))
     column = (scales[0][:, None], scales[1][:, None])
-    judges.multiplied(whole, (0.5, 0.5), column, None, y.cpu()).require()
+    judges.multiplied(whole, (0.5, 0.5), column, bias, y.cpu()).require()

@@ -9,8 +9,9 @@ import pytest
 
 from property_tests import sanitized
 
-# Of `sanitized`: rows that share a warp, have one and have a team; the quickest of the tiles; rows
-# that are quantized on the way. The tool takes ten seconds to start.
+# Of `sanitized`: rows that share a warp, have one and have a team; the quickest of the tiles, and
+# what has fewer columns than threads; rows that are quantized on the way. The tool takes ten
+# seconds to start.
 LAUNCHES = {
     "rows": (
         "blocks w4a4 256 torch.bfloat16",
@@ -21,8 +22,19 @@ LAUNCHES = {
         "rows w4a4 17408",
     ),
     "prologues": ("prologues w4a4 256 torch.bfloat16", "prologues w1a1 11008 torch.bfloat16"),
-    "products": ("product w4a4 narrow", "product w1a1 wide", "sparse narrow", "sparse int32"),
-    "few": ("few fused w4a4 5x4096 True", "few w1a1 40 rows"),
+    "products": (
+        "product w4a4 narrow",
+        "product w4a4 middle",
+        "product w1a1 wide",
+        "sparse narrow",
+        "sparse int32",
+    ),
+    "few": (
+        "few fused w4a4 5x4096 True",
+        "few fused w4a4 40x256",
+        "few w1a1 40 rows",
+        "few clusters",
+    ),
 }
 
 

@@ -14,6 +14,7 @@ import torch
 import quest
 from property_tests.ledger import LEDGER
 from property_tests.prologues import on_hopper
+from property_tests.walled import walled
 from quest import operands, packing
 from quest.conformance import examine, inputs, judges
 from quest.conformance.lanes import Lane
@@ -186,6 +187,39 @@ def test_groups_of_blocks(recipe: str) -> None:
     for seed, shape in enumerate(SHAPES[recipe]):
         for name in ("gaussian", "mixed_rows"):
             _fused(inputs.draw(name, shape, torch.bfloat16, seed), recipe)
+
+
+@on_hopper
+def test_rows_that_end_where_memory_does() -> None:
+    """Nothing is asked for of the blocks that a group lacks: the ninth is alone in its own."""
+    with walled(inputs.draw("gaussian", (3, 384), torch.bfloat16, 0)) as rows:
+        _fused(rows, "w4a4")
+
+
+@on_hopper
+def test_the_largest_block_has_more_before_it_than_lanes() -> None:
+    """Lanes look for a row's power in turns; one that is too low makes its sum infinite."""
+    x = inputs.draw("gaussian", (3, 4224), torch.bfloat16, 0)
+    for row, block in enumerate((31, 32, 0)):
+        x[row, 128 * block : 128 * block + 128] *= 2.0**100
+    _fused(x, "w4a4")
+
+
+@on_hopper
+def test_a_row_that_another_warp_has_summed() -> None:
+    """Warp 1 scales row 32, which warp 0 sums in its third turn: warp 1 has two, and waits.
+
+    Shared memory may still hold what the same rows left there: these are others each time.
+    """
+    for seed in range(2):
+        _fused(inputs.draw("gaussian", (33, 384), torch.bfloat16, seed), "w4a4")
+
+
+@on_hopper
+def test_a_cluster_of_two() -> None:
+    """Each block needs the other's sums, and not those that earlier rows left in its memory."""
+    for seed in range(4):
+        _fused(inputs.draw("mixed_rows", (8, 4096), torch.bfloat16, seed), "w4a4")
 
 
 @on_hopper

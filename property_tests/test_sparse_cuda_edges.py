@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
+import quest
 from property_tests.walled import walled
-from quest import compression
-from quest.conformance import judges
+from quest import compression, lowbit, operands
+from quest.conformance import inputs, judges
 from quest.kernels import cuda, hopper, outputs, product, sparse
 
 pytestmark = [
@@ -119,11 +121,20 @@ def test_turns_of_one_cluster(
     _judge(o, _made(o, tiles, out, epilogue), epilogue)
 
 
+@pytest.mark.parametrize("others", ["drawn", "1"])
 @pytest.mark.parametrize("tiles", list(TILES))
-def test_one_large_scale_anywhere_in_a_tile(tiles: str) -> None:
-    """Every thread learns of it, whichever token has it, and only that token's row changes."""
+def test_one_large_scale_anywhere_in_a_tile(
+    tiles: str, others: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every thread learns of it, whichever token has it, and only that token's row changes.
+
+    In two turns: at the second, scales of 1 lie all around, and look like those of no large token.
+    """
+    monkeypatch.setattr(cuda, "processors", lambda _: 2)
     tokens = TILES[tiles].columns
-    o = _draw(tokens, 70, 64)
+    o = _draw(tokens, 330, 64)
+    if others == "1":
+        o = Operands(o.x, o.w, torch.ones(tokens), o.feature_scale, o.bias)
     everywhere = Operands(o.x, o.w, torch.full((tokens,), 1e25), o.feature_scale, o.bias)
     plain, large = (_made(each, tiles, torch.float32, hopper.PLAIN) for each in (o, everywhere))
     _judge(o, plain, hopper.PLAIN)
@@ -160,7 +171,81 @@ def test_the_least_large_scale(tiles: str) -> None:
     assert torch.equal(y, dense)
 
 
-# The last: what reads out of bounds takes the device away from all that follow.
+@pytest.mark.parametrize(
+    ("tiles", "epilogue", "out"),
+    [("wide", hopper.CORRECTED, torch.bfloat16), ("narrow", hopper.PLAIN, torch.float32)],
+    ids=str,
+)
+def test_nothing_lies_in_local_memory(tiles: str, epilogue: int, out: torch.dtype) -> None:
+    """Consumers have registers for all they hold. An array would take gigabytes besides.
+
+    So much does the driver set aside, for every thread that the GPU can hold at a time.
+    """
+    from cuda.bindings import driver as d
+
+    o = _draw(5, 8, 64)
+    _judge(o, _made(o, tiles, out, epilogue), epilogue)
+    kernel = sparse._kernel(epilogue, out, TILES[tiles], torch.cuda.current_device())
+    size = d.CUfunction_attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
+    assert cuda.done(d.cuFuncGetAttribute(size, kernel.function)) == 0
+
+
+def test_what_the_kernel_before_makes_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quantizer lets the product start at once; here it has one multiprocessor's blocks only."""
+    made = quest.recipe("w4a4-2:4")
+    kinds = operands.kinds(made.activation, made.weight)
+    assert kinds is not None
+    values, metadata = (t.cuda() for t in compression.compress(_draw(8, 256, 1024).w))
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        with sparse.only(sparse.NARROW):
+            return sparse.product(values, metadata, x, torch.int32, epilogue=hopper.RAW)
+
+    for seed in (1, 2):  # the second has nothing to compile, and the first one's memory
+        x = seed * inputs.draw("gaussian", (4096, 1024), torch.bfloat16, seed).cuda()
+        torch.cuda.synchronize()
+        torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]  # 10 ms: both are queued
+        with monkeypatch.context() as one:
+            one.setattr(cuda, "processors", lambda _: 1)
+            late = lowbit.operand(x, made.activation.spec, kinds[0])[0]
+        y = multiply(late)
+        torch.cuda.synchronize()
+        assert torch.equal(y, multiply(late))
+        del late, y
+
+
+# The last: what goes out of bounds takes the device away from all that follow.
+@pytest.mark.parametrize(
+    ("tiles", "epilogue", "out"),
+    [
+        ("wide", hopper.PLAIN, torch.float32),
+        ("wide", hopper.CORRECTED, torch.bfloat16),
+        ("narrow", hopper.CORRECTED, torch.float16),
+        ("narrow", hopper.RAW, torch.int32),
+    ],
+    ids=str,
+)
+def test_one_token_and_one_more_than_a_tile(tiles: str, epilogue: int, out: torch.dtype) -> None:
+    """Each is written, in rows shorter than a vector, which begin at none."""
+    for tokens in (1, TILES[tiles].columns + 1):
+        o = _draw(tokens, 3, 64)
+        _judge(o, _made(o, tiles, out, epilogue), epilogue)
+
+
+def test_vectors_at_the_end_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read behind scales or a bias, or written behind y, of a tile that hangs over."""
+    o = _draw(40, 600, 64)
+    with ExitStack() as memory:
+        placed = [
+            memory.enter_context(walled(t))
+            for t in (o.token_scale, o.feature_scale, o.bias, torch.full((40, 600), torch.nan))
+        ]
+        monkeypatch.setattr(outputs, "empty", lambda *_: placed[3])
+        made = Operands(o.x, o.w, *placed[:3])
+        y = _made(made, "narrow", torch.float32, hopper.PLAIN).cpu()
+    _judge(o, y, hopper.PLAIN)
+
+
 @pytest.mark.parametrize("width", [256, 512, 640])
 def test_metadata_at_the_end_of_memory(width: int) -> None:
     """It is asked for ahead, and for rows of a tile below the last: never for more than there is.

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
 
-from quest.models import SIZES, Llama, Size
+import quest
+from quest.models import SIZES, Llama, Size, llama
 from quest.train import (
     Request,
     TrainConfig,
@@ -133,6 +135,25 @@ def test_both_recipes_learn_from_the_same_batches(request_: Request) -> None:
         assert [r["tokens"] for r in part] == [64 * step for step in range(1, 21)]
         assert [r["lr"] for r in part] == [learning_rate(s, 20, 3e-3) for s in range(20)]
     assert written[0]["loss"] != written[20]["loss"]
+
+
+def test_what_the_backward_makes_again_has_the_same_numbers(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def swiglu(*given: Any, recompute: bool) -> torch.Tensor:
+        asked.append(recompute)
+        return quest.swiglu(*given, recompute=recompute)
+
+    monkeypatch.setattr(llama, "swiglu", swiglu)
+    both = replace(request_, recipes=["bf16", "w1a1"])
+    again = replace(both, out=tmp_path / "again", recompute=True)
+    for request in (both, again):
+        quietly(request)
+        assert set(asked) == {request.recompute}
+        asked.clear()
+    assert rows(both.out) == rows(again.out)
 
 
 def test_recipes_start_from_the_same_weights(request_: Request) -> None:

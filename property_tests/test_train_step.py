@@ -245,21 +245,28 @@ def test_a_step_is_captured_on_a_gpu(
 
 
 @pytest.mark.parametrize(
-    ("options", "graph"), [((), True), (("--graph",), True), (("--no-graph",), False)]
+    ("options", "graph", "recompute"),
+    [
+        ((), True, False),
+        (("--graph",), True, False),
+        (("--no-graph",), False, False),
+        (("--recompute",), True, True),
+    ],
 )
-def test_the_command_says_whether_to_capture(
-    options: tuple[str, ...], graph: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[bool] = []
+def test_the_command_says_whether_to_capture_and_to_make_again(
+    options: tuple[str, ...], graph: bool, recompute: bool, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    seen: list[tuple[bool, bool]] = []
 
     def stepper(model: Any, optimizer: Any, job: Any) -> None:
-        seen.append(job.graph)
+        seen.append((job.graph, job.recompute))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "stepper", stepper)
     out = ["--out", str(tmp_path / "run"), "--steps", "1", "--device", "cpu"]
     assert main(["train", "--recipe", "w4a4", *out, *options]) != 0
-    assert seen == [graph]
+    assert seen == [(graph, recompute)]
 
 
 @cuda

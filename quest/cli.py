@@ -152,6 +152,12 @@ def verify(
     show_default=True,
     help="On a GPU: capture the step as CUDA graphs, and replay them. The same numbers.",
 )
+@click.option(
+    "--recompute",
+    is_flag=True,
+    help="Make an MLP's wide activations again in the backward: less memory, more time. "
+    "The same numbers.",
+)
 def train(
     recipes: tuple[str, ...],
     out: Path,
@@ -163,6 +169,7 @@ def train(
     device: str,
     compile_: bool,
     graph: bool,
+    recompute: bool,
     **settings: Any,
 ) -> int:
     """Train a Llama on real text and draw its loss.
@@ -184,6 +191,7 @@ def train(
             device=device,
             compile=compile_,
             graph=graph,
+            recompute=recompute,
             resume=resume,
             overwrite=overwrite,
         )

@@ -28,7 +28,7 @@ class Request:
 
     ``data`` are files, folders and globs (none: the standard library's source), ``tokenizer`` a
     Hugging Face file or None for bytes, ``device`` a name that torch knows or "auto". ``graph``
-    captures the step on a GPU and changes nothing on a CPU.
+    captures the step on a GPU and changes nothing on a CPU. ``recompute`` is `quest.swiglu`'s.
     """
 
     recipes: Sequence[str]
@@ -39,6 +39,7 @@ class Request:
     device: str = "auto"
     compile: bool = False
     graph: bool = True
+    recompute: bool = False
     resume: bool = False
     overwrite: bool = False
 
@@ -89,7 +90,9 @@ def run(request: Request, console: Console) -> list[loop.Outcome]:
     folder.open(recipes, about, resume=request.resume)
     metrics = Metrics(folder.metrics, finished)
     _announce(console, request, data, device, text.files, len(text.skipped))
-    job = loop.Job(config, data, folder, metrics, device, request.compile, request.graph)
+    job = loop.Job(
+        config, data, folder, metrics, device, request.compile, request.graph, request.recompute
+    )
     watcher = progress.watcher(console)
     outcomes = []
     for name in recipes:

@@ -49,6 +49,7 @@ class Job:
     device: torch.device
     compile: bool
     graph: bool = True
+    recompute: bool = False
 
     @property
     def architecture(self) -> LlamaConfig:
@@ -80,7 +81,7 @@ def build(job: Job, recipe: str) -> Llama:
         quantize_(model, recipe)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return model.to(job.device)
+    return model.to(job.device).recompute_(job.recompute)
 
 
 def token_loss(model: nn.Module, windows: Tensor, device: torch.device) -> Tensor:

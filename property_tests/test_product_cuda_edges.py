@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import quest
+from property_tests import overlapped
 from property_tests.walled import walled
 from quest import lowbit, operands
 from quest.conformance import inputs, judges
@@ -179,10 +180,7 @@ def test_the_first_scale_that_is_large(scales: str) -> None:
 
 
 @pytest.mark.parametrize("late", ["a", "b"])
-def test_what_the_kernel_before_makes_is_waited_for(
-    late: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A quantizer lets the product start at once; here it has one multiprocessor's blocks only."""
+def test_what_the_kernel_before_makes_is_waited_for(late: str) -> None:
     (q, kind), _ = _sides("w4a4")
     few = inputs.draw("gaussian", (256, 1024), torch.bfloat16, 0)
     small = tuple(t.cuda() for t in lowbit.operand(few, q.spec, kind))
@@ -194,13 +192,7 @@ def test_what_the_kernel_before_makes_is_waited_for(
             y: Tensor = lowbit.product(*parts, None, *_names("w4a4"), 1024, torch.float32)
         return y
 
-    for seed in (1, 2):  # the second has nothing to compile, and the first one's memory
-        x = seed * inputs.draw("gaussian", (4096, 1024), torch.bfloat16, seed).cuda()
-        torch.cuda.synchronize()
-        torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]  # 10 ms: both are queued
-        with monkeypatch.context() as one:
-            one.setattr(cuda, "processors", lambda _: 1)
-            large = lowbit.operand(x, q.spec, kind)
+    for large in overlapped.operands(q.spec, kind):
         y = multiply(large)
         torch.cuda.synchronize()
         assert torch.equal(y, multiply(large))

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import quest
+from property_tests import overlapped
 from property_tests.walled import walled
-from quest import compression, lowbit, operands
-from quest.conformance import inputs, judges
+from quest import compression, operands
+from quest.conformance import judges
 from quest.kernels import cuda, hopper, outputs, product, sparse
 
 pytestmark = [
@@ -190,8 +191,7 @@ def test_nothing_lies_in_local_memory(tiles: str, epilogue: int, out: torch.dtyp
     assert cuda.done(d.cuFuncGetAttribute(size, kernel.function)) == 0
 
 
-def test_what_the_kernel_before_makes_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quantizer lets the product start at once; here it has one multiprocessor's blocks only."""
+def test_what_the_kernel_before_makes_is_waited_for() -> None:
     made = quest.recipe("w4a4-2:4")
     kinds = operands.kinds(made.activation, made.weight)
     assert kinds is not None
@@ -201,16 +201,10 @@ def test_what_the_kernel_before_makes_is_waited_for(monkeypatch: pytest.MonkeyPa
         with sparse.only(sparse.NARROW):
             return sparse.product(values, metadata, x, torch.int32, epilogue=hopper.RAW)
 
-    for seed in (1, 2):  # the second has nothing to compile, and the first one's memory
-        x = seed * inputs.draw("gaussian", (4096, 1024), torch.bfloat16, seed).cuda()
+    for late in overlapped.operands(made.activation.spec, kinds[0]):
+        y = multiply(late[0])
         torch.cuda.synchronize()
-        torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]  # 10 ms: both are queued
-        with monkeypatch.context() as one:
-            one.setattr(cuda, "processors", lambda _: 1)
-            late = lowbit.operand(x, made.activation.spec, kinds[0])[0]
-        y = multiply(late)
-        torch.cuda.synchronize()
-        assert torch.equal(y, multiply(late))
+        assert torch.equal(y, multiply(late[0]))
         del late, y
 
 

@@ -29,6 +29,8 @@ _FEW = (
     "few_cuda_edges", "few", "packed_product", "fused", "frozen", "launch_rules", "few_launches",
     "races", "memcheck",
 )  # fmt: skip
+# Of product.cu, and of its header.
+_PRODUCT = ("product_cuda_edges", "product", "layer", "frozen", "races", "memcheck")
 # The tests that are about a file.
 OWN = {
     "kernels/recorded.py": ("driver_calls", "launches", "direct"),
@@ -125,23 +127,8 @@ OWN = {
     "kernels/outputs.py": ("launch_edges", "outputs", "api", "errors"),
     "kernels/pack.py": ("launch_edges", "packed_tiles", "launch_rules", "packed_operand"),
     "kernels/product.py": ("product_launches", "launch_rules", "product", "product_errors"),
-    "kernels/product.cu": (
-        "product_launches",
-        "product_cuda_edges",
-        "product",
-        "layer",
-        "frozen",
-        "races",
-        "memcheck",
-    ),
-    "kernels/product.cuh": (
-        "product_cuda_edges",
-        "product",
-        "layer",
-        "frozen",
-        "races",
-        "memcheck",
-    ),
+    "kernels/product.cu": ("product_launches", *_PRODUCT),
+    "kernels/product.cuh": _PRODUCT,
     "kernels/quantize.py": (
         "launch_edges",
         "quantize_launches",

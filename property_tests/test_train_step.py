@@ -275,14 +275,19 @@ def test_the_command_says_whether_to_capture_and_to_make_again(
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores for float32 matrix multiplication")
 @pytest.mark.parametrize("recipe", ["w1a1", "w4a4", "w8a8", "fp4", "bf16"])
 @pytest.mark.parametrize("micro_batch", [5, 2])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recompute"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_cuda_graph_is_the_plain_step(recipe: str, micro_batch: int, compiled: bool) -> None:
+def test_a_cuda_graph_is_the_plain_step(
+    recipe: str, micro_batch: int, compiled: bool, recompute: bool
+) -> None:
     """Losses, norms, weights and the optimizer's state, bit for bit, over captured steps.
 
     256 tokens a sequence: two take the integers' path on Hopper, and one that of the values.
     """
     torch.compiler.reset()
     step = _step(recipe, "cuda")
+    if recompute:
+        step.model.recompute_()
     # Compiled once: a second time the compiler may choose sums in another order.
     for block in step.model.layers if compiled else ():
         block.compile()

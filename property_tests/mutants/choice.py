@@ -27,10 +27,10 @@ from .trace import WATCHED
 # Of few.cu, and of the header with its PTX.
 _FEW = (
     "few_cuda_edges", "few", "packed_product", "fused", "frozen", "launch_rules", "few_launches",
-    "races", "memcheck",
+    "races", "memcheck", "barriers",
 )  # fmt: skip
 # Of product.cu, and of its header.
-_PRODUCT = ("product_cuda_edges", "product", "layer", "frozen", "races", "memcheck")
+_PRODUCT = ("product_cuda_edges", "product", "layer", "frozen", "races", "memcheck", "barriers")
 # The tests that are about a file.
 OWN = {
     "kernels/recorded.py": ("driver_calls", "launches", "direct"),
@@ -53,6 +53,7 @@ OWN = {
         "block_launches",
         "races",
         "memcheck",
+        "barriers",
     ),
     "kernels/codes.cuh": (
         "blocks_cuda_edges",
@@ -62,6 +63,7 @@ OWN = {
         "launch_rules",
         "races",
         "memcheck",
+        "barriers",
     ),
     "kernels/cuda.py": ("driver_calls", "launches", "launch_rules", "product", "few", "blocks"),
     "kernels/compress.py": ("compress_cases", "compress"),
@@ -85,8 +87,17 @@ OWN = {
         "few_launches",
         "races",
         "memcheck",
+        "barriers",
     ),
-    "kernels/bias.cuh": ("few_cuda_edges", "product", "few", "sparse_product", "races", "memcheck"),
+    "kernels/bias.cuh": (
+        "few_cuda_edges",
+        "product",
+        "few",
+        "sparse_product",
+        "races",
+        "memcheck",
+        "barriers",
+    ),
     "kernels/halves.cuh": (
         "blocks_cuda_edges",
         "blocks",
@@ -96,6 +107,7 @@ OWN = {
         "launch_rules",
         "races",
         "memcheck",
+        "barriers",
     ),
     "kernels/hadamard.py": (
         "launch_edges",
@@ -115,6 +127,7 @@ OWN = {
         "launch_rules",
         "races",
         "memcheck",
+        "barriers",
     ),
     "kernels/hopper.py": (
         "product_launches",
@@ -144,6 +157,7 @@ OWN = {
         "few_launches",
         "races",
         "memcheck",
+        "barriers",
     ),
     "kernels/rows.py": ("few_launches", "launch_rules", "rows"),
     "kernels/sparse.cu": (
@@ -153,6 +167,7 @@ OWN = {
         "launch_rules",
         "races",
         "memcheck",
+        "barriers",
     ),
     "kernels/sparse.py": ("launch_edges", "product_launches", "launch_rules", "sparse_product"),
     "kernels/whole.py": ("launch_rules", "quantizer", "hadamard"),

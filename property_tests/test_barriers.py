@@ -1,0 +1,30 @@
+"""compute-sanitizer's synccheck over small launches of each CUDA C++ kernel that names barriers.
+
+A barrier of a number that there is not, or that some threads of a warp never meet, need not hang.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from property_tests import sanitized
+
+# Tiles that two teams of consumers compute in turns, and that one does; the widest rows.
+LAUNCHES = (
+    "product w4a4 narrow",
+    "product w4a4 middle",
+    "product w1a1 wide",
+    "sparse narrow",
+    "sparse int32",
+    "blocks w4a4 49152 in turns",
+    "few clusters",
+)
+
+
+def test_the_launches_are_there() -> None:
+    assert set(LAUNCHES) <= {told for told, _ in sanitized.launches()}
+
+
+@pytest.mark.whole
+def test_barriers_are_met_as_they_must_be() -> None:
+    sanitized.check("synccheck", LAUNCHES)

@@ -79,6 +79,7 @@ OWN = {
     "kernels/few_ptx.cuh": _FEW,
     "kernels/few_rows.cuh": (
         "rows_cuda_edges",
+        "far_blocks_cuda_edges",
         "fused",
         "few",
         "packed_product",

@@ -21,7 +21,11 @@ LAUNCHES = {
         "rows w4a4 4096 torch.bfloat16",
         "rows w4a4 17408",
     ),
-    "prologues": ("prologues w4a4 256 torch.bfloat16", "prologues w1a1 11008 torch.bfloat16"),
+    "prologues": (
+        "prologues w4a4 128",
+        "prologues w4a4 256 torch.bfloat16",
+        "prologues w1a1 11008 torch.bfloat16",
+    ),
     "products": (
         "product w4a4 narrow",
         "product w4a4 middle",

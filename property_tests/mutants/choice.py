@@ -51,6 +51,7 @@ OWN = {
         "layer",
         "launch_rules",
         "block_launches",
+        "many_blocks",
         "races",
         "memcheck",
         "barriers",

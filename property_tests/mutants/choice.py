@@ -27,10 +27,19 @@ from .trace import WATCHED
 # Of few.cu, and of the header with its PTX.
 _FEW = (
     "few_cuda_edges", "few", "packed_product", "fused", "frozen", "launch_rules", "few_launches",
-    "races", "memcheck", "barriers",
+    "cuda_texts", "races", "memcheck", "barriers",
 )  # fmt: skip
 # Of product.cu, and of its header.
-_PRODUCT = ("product_cuda_edges", "product", "layer", "frozen", "races", "memcheck", "barriers")
+_PRODUCT = (
+    "product_cuda_edges",
+    "product",
+    "layer",
+    "frozen",
+    "cuda_texts",
+    "races",
+    "memcheck",
+    "barriers",
+)
 # The tests that are about a file.
 OWN = {
     "kernels/recorded.py": ("driver_calls", "launches", "direct"),
@@ -52,6 +61,7 @@ OWN = {
         "launch_rules",
         "block_launches",
         "many_blocks",
+        "cuda_texts",
         "races",
         "memcheck",
         "barriers",
@@ -62,6 +72,7 @@ OWN = {
         "rows",
         "prologue_kernel",
         "launch_rules",
+        "cuda_texts",
         "races",
         "memcheck",
         "barriers",
@@ -87,6 +98,7 @@ OWN = {
         "frozen",
         "launch_rules",
         "few_launches",
+        "cuda_texts",
         "races",
         "memcheck",
         "barriers",
@@ -96,6 +108,7 @@ OWN = {
         "product",
         "few",
         "sparse_product",
+        "cuda_texts",
         "races",
         "memcheck",
         "barriers",
@@ -107,6 +120,7 @@ OWN = {
         "few",
         "fused",
         "launch_rules",
+        "cuda_texts",
         "races",
         "memcheck",
         "barriers",
@@ -127,6 +141,7 @@ OWN = {
         "sparse_product",
         "frozen",
         "launch_rules",
+        "cuda_texts",
         "races",
         "memcheck",
         "barriers",
@@ -157,6 +172,7 @@ OWN = {
         "frozen",
         "launch_rules",
         "few_launches",
+        "cuda_texts",
         "races",
         "memcheck",
         "barriers",
@@ -167,6 +183,7 @@ OWN = {
         "sparse_cuda_edges",
         "sparse_product",
         "launch_rules",
+        "cuda_texts",
         "races",
         "memcheck",
         "barriers",

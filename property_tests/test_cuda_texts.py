@@ -37,7 +37,10 @@ BINDING: list[tuple[str, ...]] = [
     ("||",), ("&&",), ("|",), ("^",), ("&",), ("==", "!="), ("<", ">", "<=", ">="), ("<<", ">>"),
     ("+", "-"), ("*", "/", "%"),
 ]  # fmt: skip
-PYTHON = {"||": "({} or {})", "&&": "({} and {})", "/": "cut({}, {})", "%": "rest({}, {})"}
+PYTHON = {
+    "||": "int(bool({} or {}))", "&&": "int(bool({} and {}))", "/": "cut({}, {})",
+    "%": "rest({}, {})", "~": "(-1 - {})", "!": "int(not {})",
+}  # fmt: skip
 HEAD = re.compile(r"(if|for|while)(?: constexpr)? \(")
 LEAVES = re.compile(r" \{? ?(?:return|continue|break)\b")
 LAMBDA = re.compile(r"\[[&=]?\](?: ?\([^()]*\))? \{")
@@ -80,7 +83,7 @@ def _code(c: str) -> CodeType:
 
     def unary() -> str:
         if sign := take("-", "+", "~", "!"):
-            return f"({'not ' if sign == '!' else sign}{unary()})"
+            return PYTHON.get(sign, f"({sign}{{}})").format(unary())
         if take("("):
             inner = choice()
             return inner if take(")") else "?"
@@ -349,9 +352,10 @@ def test_named_barriers_are_there_and_apart(source: str) -> None:
             number, threads = (given[int(o[1:])] if o[0] == "%" else o for o in found.group(1, 2))
             together = value(threads, text.names)
             assert together % 32 == variant.consumers % together == 0
-            (group,) = {*re.findall(WORD, number)} - {*text.names}
+            group = {*re.findall(WORD, number)} - {*text.names}
+            assert len(group) <= 1, number
             groups = range(variant.consumers // together)
-            met = [value(number, {**text.names, group: g}) for g in groups]
+            met = [value(number, {**text.names, **dict.fromkeys(group, g)}) for g in groups]
             assert len({*met}) == len(met) > 0, (number, met)
             assert {*met} <= {*range(1, 16)}, (number, met)
 
@@ -367,7 +371,7 @@ def _places(source: str, names: Names, count: int, shape: tuple[int, int]) -> li
     count: its template argument, if it has one.
     """
     promise = PROMISE.search(cuda._text(source))
-    assert promise is not None
+    assert promise is not None, f"no function of {source} promises different banks"
     body = " ".join(promise[4].split())
     ((line, around),) = (s for s in statements(body) if s[0].startswith("return "))
     of = line.removeprefix("return ")

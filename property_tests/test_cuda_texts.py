@@ -93,7 +93,7 @@ def _code(c: str) -> CodeType:
         return f"names[{token!r}]" if re.match(WORD, token) else "?"
 
     made = choice() if whole and tokens else "?"
-    return compile(f"names[{c!r}]" if tokens or "?" in made else made, c, "eval")
+    return compile(f"names[{c!r}]" if tokens or "?" in made else made, "<C>", "eval")
 
 
 def value(c: str, names: Names) -> int:

@@ -263,7 +263,10 @@ def launch(
 
 @dataclass(frozen=True)
 class Grid:
-    """A uniform grid of rows that are quantized: 2, 4 or 16 levels, and its step."""
+    """A uniform grid of rows that are quantized: 2, 4 or 16 levels, and its step, from 2^-6 to 1.
+
+    Outside of these codes do not fit 16 bits, or what rows are multiplied with float32.
+    """
 
     levels: int
     step: float

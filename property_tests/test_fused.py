@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import quest
 from property_tests.lane_marks import fewer
-from quest import lowbit, operands, packing
+from quest import fused, lowbit, operands, packing
 from quest.conformance import inputs, judges
 from quest.conformance.strategies import SEEDS
 from quest.fused import few_linear, few_linear_shown
@@ -255,6 +255,9 @@ def test_a_chain_that_overlaps(recipe: str, rows: int) -> None:
         (5, "uniform8/hadamard128/trust1.0/dense", ValueError, "one kernel quantizes and multip"),
         (5, "uniform4/hadamard64/trust1.0/dense", ValueError, "one kernel quantizes and multip"),
         (5, "uniform4/identity/trust1.0/dense", ValueError, "one kernel quantizes and multiplies"),
+        (5, "uniform4:7.5/hadamard128/ste/dense", ValueError, r"with a step from 2\^-6 to 1, got"),
+        (5, "uniform4:0.117/hadamard128/ste/dense", ValueError, "one kernel quantizes and mult"),
+        (5, "uniform2:1.5/hadamard128/ste/dense", ValueError, "one kernel quantizes and multipl"),
         (6, "uniform1", ValueError, "with 1 bit on both sides or uniform grids of 2 and 4 bits"),
         (6, "ternary", ValueError, "one kernel quantizes and multiplies"),
         (7, torch.float64, TypeError, "dtype must be float32, bfloat16 or float16"),
@@ -270,6 +273,26 @@ def test_errors(
     moved = [t.to(device) if isinstance(t, torch.Tensor) else t for t in arguments]
     with pytest.raises(error, match=told):
         few_linear(*moved)
+
+
+@pytest.mark.parametrize(
+    ("grid", "kind"),
+    [
+        ("uniform4:0.1171875", "integers"), ("uniform4:0.1171874", None), ("uniform4:7.5", None),
+        ("uniform4:7.499", "integers"), ("uniform2:1.499", "integers"), ("uniform2:1.5", None),
+        ("uniform1:256.0", "bits"), ("uniform1:0.00390625", "bits"), ("ternary:0.5", None),
+    ],
+)  # fmt: skip
+def test_steps_of_the_kernel(grid: str, kind: str | None) -> None:
+    """From 2^-6 to 1; of single bits any, since their signs alone count."""
+    q = quest.quantizer.parse(f"{grid}/hadamard128/ste/dense")
+    weight = "uniform1" if kind == "bits" else "uniform4"
+    assert fused.pairs(q, quest.grids.parse(weight)) == kind
+    if kind == "bits":
+        parts = fused._parts(q.spec, weight)
+        assert parts[3].step == 0.5
+        unit = quest.grids.parse(weight).points[1]
+        assert parts[2] == q.require_grid().points[1] * unit
 
 
 @on_hopper

@@ -308,7 +308,8 @@ def test_few_rows_in_one_kernel(
             made = fused.unchecked(x, w, *vectors, *said, settled)
             assert int(made) == 0
             keywords = _seen(kernels, x, w, vectors, bits, settled, False)
-            assert keywords["grid"] == few.Grid(len(grid.points), 2 * _half(q))
+            step = 0.5 if kind == "bits" else 2 * _half(q)
+            assert keywords["grid"] == few.Grid(len(grid.points), step)
             assert keywords["factor"] == _half(q) * _half(weight)
 
 

@@ -81,9 +81,9 @@ def _uniform(levels: int, alpha: float, name: str) -> Grid:
 
 
 def _alpha(alpha: float) -> float:
-    if not (scalars.is_number(alpha) and 2.0**-64 <= alpha <= 2.0**64):
+    if not (scalars.is_number(alpha) and 2.0**-8 <= alpha <= 2.0**8):
         raise ValueError(
-            f"alpha must be a number from 2^-64 to 2^64, got {scalars.shown(alpha)}: it is in "
+            f"alpha must be a number from 2^-8 to 2^8, got {scalars.shown(alpha)}: it is in "
             "units of a row's RMS, and kernels compute in float32"
         )
     return float(alpha)
@@ -92,7 +92,7 @@ def _alpha(alpha: float) -> float:
 def uniform(bits: int, alpha: float | None = None) -> Grid:
     """2**bits equidistant points from -alpha to alpha, bits 1 to 8; by default MSE-optimal.
 
-    Here and below ValueError for an alpha outside 2^-64 to 2^64.
+    Here and below ValueError for an alpha outside 2^-8 to 2^8.
     """
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
         raise ValueError(f"bits must be an integer from 1 to 8, got {bits!r}")

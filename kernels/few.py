@@ -265,7 +265,8 @@ def launch(
 class Grid:
     """A uniform grid of rows that are quantized: 2, 4 or 16 levels, and its step, from 2^-6 to 1.
 
-    Outside of these codes do not fit 16 bits, or what rows are multiplied with float32.
+    With smaller ones codes may not fit 16 bits; with larger ones what a block is multiplied with
+    may be less than float32 has.
     """
 
     levels: int

@@ -1,4 +1,4 @@
-"""compute-sanitizer's synccheck over small launches of each CUDA C++ kernel that names barriers.
+"""compute-sanitizer's synccheck over small launches of CUDA C++ kernels whose warps meet.
 
 A barrier of a number that there is not, or that some threads of a warp never meet, need not hang.
 """

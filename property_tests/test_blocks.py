@@ -105,9 +105,11 @@ def test_every_gate_that_is_trained_compiles_without_a_gpu(
     assert b"quantize" in made.code
 
 
-def test_a_prologue_of_float32_does_not_compile() -> None:
+@pytest.mark.whole
+@pytest.mark.parametrize("prologue", [blocks.GATED, blocks.NORMED, blocks.ADDED])
+def test_a_prologue_of_float32_does_not_compile(prologue: int) -> None:
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
-    macros = blocks.macros(torch.float32, 16, False, blocks.INTEGERS, 0, blocks.GATED)
+    macros = blocks.macros(torch.float32, 16, False, blocks.INTEGERS, 0, prologue)
     with pytest.raises(RuntimeError, match="a prologue takes 16 bits"):
         cuda.compile_("blocks.cu", "sm_90a", macros, cached=False)
 
@@ -131,10 +133,17 @@ def test_every_variant_that_saves_compiles_without_a_gpu(
     assert b"quantize" in made.code
 
 
-@pytest.mark.parametrize(("form", "saved"), [(blocks.CODES, 4), (blocks.INTEGERS, 3)])
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("form", "saved"),
+    [
+        *((blocks.INTEGERS, n) for n in (1, 3, 5, 6, 8)),
+        *((form, n) for form in (blocks.VALUES, blocks.PACKED, blocks.CODES) for n in (2, 4)),
+    ],
+)
 def test_what_is_not_saved_does_not_compile(form: int, saved: int) -> None:
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
-    macros = blocks.macros(torch.bfloat16, 4, True, form, 0, saved=saved)
+    macros = blocks.macros(torch.bfloat16, 4, True, form, 1, saved=saved)
     with pytest.raises(RuntimeError, match="integers are saved in 2 or 4 bits"):
         cuda.compile_("blocks.cu", "sm_90a", macros, cached=False)
 

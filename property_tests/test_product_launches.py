@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from property_tests.cuda_reader import read
 from quest.kernels import cuda, hopper, product, sparse
 
 real = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
@@ -34,16 +35,6 @@ def parameters(source: str, entry: str) -> dict[str, str]:
         each.split()[-1].strip("*"): "P" if "*" in each else letters[each.split()[-2]]
         for each in found[1].split(",")
     }
-
-
-def shared(source: str, **macros: int) -> dict[str, int]:
-    """What a source computes of these macros: where things lie in shared memory."""
-    text = re.sub(r"//.*", "", (Path(cuda.__file__).parent / source).read_text())
-    found: dict[str, Any] = dict(macros)
-    for line in re.findall(r"(?m)^constexpr (?:int|u32) ([^;]*);", text):
-        for name, value in re.findall(r"(\w+) = ([^,]*)", line):
-            found[name] = eval(value.replace("/", "//"), {}, found)
-    return found
 
 
 @dataclass
@@ -284,9 +275,14 @@ def test_a_product_of_addresses(driver: Driver) -> None:
 @pytest.mark.parametrize("out_size", [2, 4])
 def test_that_shared_memory_holds_what_the_sources_lay_out(out_size: int) -> None:
     """For outputs of 16 and of 32 bits, and little more than the larger of both."""
+
+    def constants(source: str, **macros: int) -> dict[str, int]:
+        return read(source, tuple(macros.items())).names
+
+    out = hopper.OUT[torch.bfloat16 if out_size == 2 else torch.float32]
     for one in (*product.WIDE.values(), product.MIDDLE, product.NARROW):
-        at = shared(
-            "product.cu", OUT_SIZE=out_size, TILE_N=one.columns, TILE_K=128, TEAM=one.team,
+        at = constants(
+            "product.cu", OUT=out, TILE_N=one.columns, TILE_K=128, TEAM=one.team,
             STAGES=one.stages, CLUSTER=2, CONSUMERS=2,
         )  # fmt: skip
         needed = at["TURN_AT"] + 8 * at["TEAMS"]
@@ -294,8 +290,8 @@ def test_that_shared_memory_holds_what_the_sources_lay_out(out_size: int) -> Non
         assert needed <= one.shared
         assert one.shared - needed < 16 or out_size == 2
     for tile in (sparse.WIDE, sparse.NARROW, sparse.Shape(3, 128, 4, 1)):
-        at = shared(
-            "sparse.cu", OUT_SIZE=out_size, TILE_N=tile.columns, STAGES=tile.stages,
+        at = constants(
+            "sparse.cu", OUT=out, TILE_N=tile.columns, STAGES=tile.stages,
             CLUSTER=tile.cluster, CONSUMERS=tile.consumers,
         )  # fmt: skip
         needed = at["EMPTY_AT"] + 8 * tile.stages

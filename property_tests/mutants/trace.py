@@ -47,7 +47,8 @@ def start(folder: Path, root: Path) -> None:
 
     def watched(name: str) -> str | None:
         path = Path(os.path.realpath(name))
-        inside = path.is_relative_to(root) and path.relative_to(root).parts[0] in WATCHED
+        # A name that is no path, as of code made from a string, may lead to the root itself.
+        inside = any(path.is_relative_to(root / folder) for folder in WATCHED)
         return str(path.relative_to(root)) if inside else None
 
     def call(frame: FrameType, event: str, argument: Any) -> Any:

@@ -263,7 +263,7 @@ def launch(
 
 @dataclass(frozen=True)
 class Grid:
-    """A uniform grid of rows that are quantized: 2, 4 or 16 levels, and its step, from 2^-6 to 1.
+    """A uniform grid of rows that are quantized: 2, 4 or 16 levels, its step from 2^-6 and below 1.
 
     With smaller ones codes may not fit 16 bits; with larger ones what a block is multiplied with
     may be less than float32 has.

@@ -34,7 +34,7 @@ from quest.kernels import blocks, cuda, few, hopper, product, rows, sparse
 
 pytestmark = pytest.mark.whole
 
-HALF, FLOAT = torch.bfloat16, torch.float32
+SIXTEEN, FLOAT = torch.bfloat16, torch.float32
 
 
 class Variant(NamedTuple):
@@ -55,23 +55,23 @@ def _variants() -> Iterator[Variant]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "compile_", lambda *told, cached: (told[0], tuple(told[2].items())))
         for bits, tiles, cluster in itertools.product((1, 2, 4), few.TILES, few.CLUSTERS):
-            for dtype in (None, HALF):
-                yield made(*few.compile_(bits, tiles, cluster, HALF, dtype), cluster)
-        for out, epilogue in ((torch.int32, hopper.RAW), (HALF, hopper.CORRECTED)):
+            for dtype, out in ((None, FLOAT), (SIXTEEN, SIXTEEN), (torch.float16, torch.float16)):
+                yield made(*few.compile_(bits, tiles, cluster, out, dtype), cluster)
+        for out, epilogue in ((torch.int32, hopper.RAW), (SIXTEEN, hopper.CORRECTED)):
             for one in (*product.WIDE.values(), product.MIDDLE, product.NARROW):
                 asked = product.compile_(one == product.WIDE[True], epilogue, out, 2, one)
                 yield made(*asked, product.CLUSTER, product.THREADS - 128, one.shared)
             for tile in (sparse.WIDE, sparse.NARROW):
                 asked = sparse.compile_(epilogue, out, tile)
                 yield made(*asked, tile.cluster, tile.threads - 128, tile.shared)
-    for dtype, prologue in ((FLOAT, blocks.PLAIN), *((HALF, n) for n in range(4))):
+    for dtype, prologue in ((FLOAT, blocks.PLAIN), *((SIXTEEN, n) for n in range(4))):
         for form, bits, saved in (
             (blocks.VALUES, 0, 0), (blocks.PACKED, 1, 0), (blocks.PACKED, 4, 0),
             (blocks.CODES, 0, 0), (blocks.INTEGERS, 0, 2), (blocks.INTEGERS, 0, 4),
         ):  # fmt: skip
             macros = blocks.macros(dtype, 4, True, form, bits, prologue, saved=saved)
             yield made("blocks.cu", tuple(macros.items()))
-    for dtype, kind in itertools.product((HALF, FLOAT), blocks.OPERANDS):
+    for dtype, kind in itertools.product((SIXTEEN, FLOAT), blocks.OPERANDS):
         yield made("rows.cu", tuple(rows.macros(dtype, 2, kind).items()))
 
 
@@ -111,7 +111,9 @@ def test_named_barriers_are_there_and_apart(source: str) -> None:
     __syncthreads; threads that meet by themselves need others, each group its own.
     """
     for variant, text in _of(source):
-        for found in NAMED.finditer(text.code):
+        named = [*NAMED.finditer(text.code)]
+        assert bool(named) == bool(variant.consumers)
+        for found in named:
             given = re.findall(r'"\w*" ?\(([^()]*)\)', found[3])
             number, threads = (given[int(o[1:])] if o[0] == "%" else o for o in found.group(1, 2))
             together = value(threads, text.names)

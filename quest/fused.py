@@ -51,8 +51,8 @@ def pairs(activation: Quantizer, weight: grids.Grid) -> str | None:
     if grid.step is not None and grid.levels == weight.levels == 2:
         return "bits"
     # Codes of 2^16 entries, of which one block is not 0, are 2^8 / step at the most, and fit 16
-    # bits. From 1 on, what a block is multiplied with may be below 2^-150, and so 0, where others
-    # are 2^146 times as large.
+    # bits. From about 1.001 on, what a block is multiplied with may be 2^-150 or less, and so 0,
+    # where others are 2^146 times as large; below 1 there is room for its roundings.
     fits = grid.step is not None and 2.0**-6 <= grid.step < 1
     return "integers" if fits and odd(grid) and odd(weight) else None
 
@@ -67,8 +67,8 @@ def _parts(activation: str, weight_grid: str) -> tuple[str, int, float, Grid]:
     if kind is None:
         raise ValueError(
             "one kernel quantizes and multiplies in Hadamard blocks of 128, with 1 bit on both "
-            "sides or uniform grids of 2 and 4 bits, that of the input with a step from 2^-6 to 1, "
-            f"got {activation!r} and {weight_grid!r}"
+            "sides or uniform grids of 2 and 4 bits, that of the input with a step from 2^-6 and "
+            f"below 1, got {activation!r} and {weight_grid!r}"
         )
     grid = q.require_grid()
     assert grid.step is not None  # `pairs` has seen it

@@ -19,8 +19,6 @@ typedef unsigned long long u64;
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
 constexpr int OUT_SIZE = OUT >= BFLOAT16 ? 2 : 4;
-// A scale from here on is divided by it until the other scale has brought a product back.
-constexpr float BIG = 18446744073709551616.0f;  // 2^64
 
 __device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count));

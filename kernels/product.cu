@@ -84,15 +84,15 @@ struct Fetched {
     }
   }
 
-  // The rows' parts; whether a scale is from BIG on.
+  // The rows' parts; whether one is far.
   __device__ __forceinline__ bool own(const Arguments &g, Row (&rows)[2]) const {
-    bool large = false;
+    bool far = false;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       rows[h] = row_of(g, row_scale[h], row_sum[h]);
-      large |= row_scale[h] >= BIG;
+      far |= rows[h].scale.far != 0.0f;
     }
-    return large;
+    return far;
   }
 };
 
@@ -102,7 +102,7 @@ __device__ __forceinline__ void meet(int team) {
 
 // Writes a warp's 16 x TILE_N accumulators, SPAN columns at a time, through its own shared memory, so
 // that rows are written 16 bytes a thread and 128 bytes a row.
-template <bool LARGE>
+template <bool FAR>
 __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, const Row (&rows)[2], const Columns &columns, char *stage, int row0, int column0) {
   const int lane = threadIdx.x % 32;
   // Whole vectors of 16 bytes, where every row begins at one.
@@ -129,8 +129,8 @@ __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, 
         if (EPILOGUE == RAW) {
           *(int2 *)at = make_int2(low, high);
         } else {
-          float y0 = finish<LARGE>(low, sum[j].x, rows[h], scale[j].x, bias[j].x);
-          float y1 = finish<LARGE>(high, sum[j].y, rows[h], scale[j].y, bias[j].y);
+          float y0 = finish<FAR>(low, sum[j].x, g.factor, rows[h], scale[j].x, bias[j].x);
+          float y1 = finish<FAR>(high, sum[j].y, g.factor, rows[h], scale[j].y, bias[j].y);
           if (OUT_SIZE == 2) *(u32 *)at = pair_of(y0, y1);
           else *(float2 *)at = make_float2(y0, y1);
         }
@@ -182,8 +182,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_sync();
-  const int pairs = (g.rows + CLUSTER * TILE_M - 1) / (CLUSTER * TILE_M);
-  const int across = (g.columns + TILE_N - 1) / TILE_N, steps = (g.bytes + TILE_K - 1) / TILE_K;
+  // Not rounded up by a sum, which may leave int32; neither is 0.
+  const int pairs = (g.rows - 1) / (CLUSTER * TILE_M) + 1;
+  const int across = (g.columns - 1) / TILE_N + 1, steps = (g.bytes + TILE_K - 1) / TILE_K;
   const int first = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
   if (group == CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -266,15 +267,15 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       if (lane < CLUSTER) barrier_arrive(base + EMPTY_AT + 8 * last, lane);
       at += (TEAMS - 1) * steps;
       Row own[2] = {};
-      bool large = false;
+      bool far = false;
       if (EPILOGUE != RAW) {
         meet(team);  // all have read the columns of the tile before
         fetched.put(columns);
-        large = fetched.own(g, own);
+        far = fetched.own(g, own);
         meet(team);  // the columns stand
       }
       char *staging = raw + OUT_AT + warp * STAGING;
-      if (__any_sync(0xFFFFFFFF, large)) write<true>(d, g, own, columns, staging, row0, column * TILE_N);
+      if (__any_sync(0xFFFFFFFF, far)) write<true>(d, g, own, columns, staging, row0, column * TILE_N);
       else write<false>(d, g, own, columns, staging, row0, column * TILE_N);
     }
   }

@@ -16,6 +16,7 @@
 #define BIAS 0
 #endif
 #include "hopper.cuh"
+#include "scales.cuh"
 
 #if BINARY
 #define WGMMA(N) "wgmma.mma_async.sync.aligned.m64n" #N "k256.s32.b1.b1.and.popc "
@@ -51,18 +52,16 @@ struct Arguments {
   float factor;
 };
 
-// What a row brings to an element. A row's scale from BIG on would take a product out of float32's
-// range where the column's scale brings it back: it is then divided by BIG, and `up` is BIG.
-struct Row { float scale, up; int sum; };
+// What a row brings to an element.
+struct Row { Scale scale; int sum; };
 
 // A sum of products of signs is below 2^22 in size: beside 1.5 * 2^23 it stands in a float's last
 // bits, which saves a conversion at a quarter of the rate.
 constexpr int WHOLE = 0x4B400000;
 
-// LARGE: some row of the warp may be large. Another rounds as it would beside any rows: two tiles may
-// have it, beside different ones.
-template <bool LARGE>
-__device__ __forceinline__ float finish(int acc, int column_sum, const Row &row, float column, float bias) {
+// FAR: some row of the warp may be far.
+template <bool FAR>
+__device__ __forceinline__ float finish(int acc, int column_sum, float factor, const Row &row, float column, float bias) {
   float p;
   if (EPILOGUE == CORRECTED && BINARY) {
     p = __int_as_float(4 * acc + (row.sum - column_sum)) - 12582912.0f;
@@ -73,11 +72,9 @@ __device__ __forceinline__ float finish(int acc, int column_sum, const Row &row,
   } else {
     p = (float)acc;
   }
-  if (LARGE && row.up != 1.0f) return fmaf(p * row.scale * column, row.up, bias);
-  return fmaf(p * row.scale, column, bias);
+  return scaled<FAR>(p, factor, row.scale, column, bias);
 }
 
 __device__ __forceinline__ Row row_of(const Arguments &g, float scale, int sum) {
-  const bool big = scale >= BIG;
-  return {g.factor * (big ? scale / BIG : scale), big ? BIG : 1.0f, BINARY ? WHOLE - sum - g.length : sum - g.length};
+  return {scale_of(g.factor, scale), BINARY ? WHOLE - sum - g.length : sum - g.length};
 }

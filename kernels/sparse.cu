@@ -19,6 +19,7 @@
 //   CORRECTED  p = acc + feature_sum[j] / 4, for x of codes
 //   and y = float(p) * (factor * token_scale[i]) * feature_scale[j] + bias[j]
 #include "hopper.cuh"
+#include "scales.cuh"
 #include "bias.cuh"
 
 // TILE_N, STAGES, CLUSTER and CONSUMERS come from sparse.py.
@@ -83,18 +84,16 @@ __device__ __forceinline__ int first_token(int column, int tokens) {
   return min(column * TILE_N, max(tokens - TILE_N, 0));
 }
 
-// A token's scale from BIG on would take a product out of float32's range where the feature's scale
-// brings it back: it is then divided by BIG, and `up` is BIG.
-struct Tokens { float scale[TILE_N], up[TILE_N]; };
+// A `Scale` of each token.
+struct Tokens { float near[TILE_N], far[TILE_N]; };
 struct Feature { float scale, bias; int sum; };
 
-// LARGE: some token of the tile may be large; another rounds as it would beside any, as in product.cuh.
-template <bool LARGE>
-__device__ __forceinline__ float finish(int acc, const Feature &f, float scale, float up) {
+// FAR: some token of the tile may be far.
+template <bool FAR>
+__device__ __forceinline__ float finish(int acc, float factor, const Feature &f, float near, float far) {
   float p = (float)acc;
   if (EPILOGUE == CORRECTED) p = (float)(acc + (f.sum >> 2)) + 0.25f * (float)(f.sum & 3);
-  if (LARGE && up != 1.0f) return fmaf(p * scale * f.scale, up, f.bias);
-  return fmaf(p * scale, f.scale, f.bias);
+  return scaled<FAR>(p, factor, {near, far}, f.scale, f.bias);
 }
 
 __device__ __forceinline__ void meet(int group) {
@@ -103,7 +102,7 @@ __device__ __forceinline__ void meet(int group) {
 
 // Writes a warpgroup's 64 features x TILE_N tokens, SPAN tokens at a time, through shared memory: a
 // lane holds two tokens of a feature, and a row of y is contiguous in the features.
-template <bool LARGE>
+template <bool FAR>
 __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, const Feature (&features)[2], const Tokens &tokens, char *staging, int group, int feature0, int token0) {
   constexpr int PIECE = 16 / OUT_SIZE, PIECES = 64 / PIECE, ROWS = 128 / PIECES;
   const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
@@ -117,16 +116,16 @@ __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, 
 #pragma unroll
     for (int j = 0; j < SPAN / 8; j++) {
       const int at = c * SPAN + 8 * j + 2 * (lane % 4);
-      float2 scale = make_float2(0.0f, 0.0f), up = scale;
-      if (EPILOGUE != RAW) scale = *(const float2 *)&tokens.scale[at];
-      if (LARGE) up = *(const float2 *)&tokens.up[at];
+      float2 near = make_float2(0.0f, 0.0f), far = near;
+      if (EPILOGUE != RAW) near = *(const float2 *)&tokens.near[at];
+      if (FAR) far = *(const float2 *)&tokens.far[at];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int i = 4 * (c * (SPAN / 8) + j) + 2 * h;
         int y0 = d[i], y1 = d[i + 1];
         if (EPILOGUE != RAW) {
-          const float low = finish<LARGE>(y0, features[h], scale.x, up.x);
-          const float high = finish<LARGE>(y1, features[h], scale.y, up.y);
+          const float low = finish<FAR>(y0, g.factor, features[h], near.x, far.x);
+          const float high = finish<FAR>(y1, g.factor, features[h], near.y, far.y);
           if (OUT_SIZE == 2) packed[2 * (j % 2) + h] = pair_of(low, high);
           y0 = __float_as_int(low), y1 = __float_as_int(high);
         }
@@ -207,8 +206,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   }
   cluster_sync();
   wait_for_previous();  // which may have made x
-  const int down = (g.features + CLUSTER * TILE_M - 1) / (CLUSTER * TILE_M);
-  const int across = (g.tokens + TILE_N - 1) / TILE_N;
+  // Not rounded up by a sum, which may leave int32; neither is 0.
+  const int down = (g.features - 1) / (CLUSTER * TILE_M) + 1, across = (g.tokens - 1) / TILE_N + 1;
   const int first = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
   if (group == CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 3 ? 32 : 40));
@@ -269,20 +268,20 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       }
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
       if (lane < CLUSTER) barrier_arrive(base + EMPTY_AT + 8 * ring.last, lane);
-      bool large = false;
+      bool far = false;
       meet(group);  // all have read the scales and the spans of the tile before
       if (EPILOGUE != RAW) {
 #pragma unroll
         for (int i = 0; i < TILE_N / 128; i++) {
-          const bool big = scale[i] >= BIG;
-          scales.scale[128 * i + threadIdx.x % 128] = g.factor * (big ? scale[i] / BIG : scale[i]);
-          scales.up[128 * i + threadIdx.x % 128] = big ? BIG : 1.0f;
+          const Scale each = scale_of(g.factor, scale[i]);
+          scales.near[128 * i + threadIdx.x % 128] = each.near;
+          scales.far[128 * i + threadIdx.x % 128] = each.far;
         }
         meet(group);  // the scales stand
-        for (int i = 0; i < TILE_N / 32; i++) large |= scales.up[32 * i + lane] != 1.0f;
+        for (int i = 0; i < TILE_N / 32; i++) far |= scales.far[32 * i + lane] != 0.0f;
       }
       char *staging = raw + OUT_AT + group * STAGING;
-      if (__any_sync(0xFFFFFFFF, large)) write<true>(d, g, own, scales, staging, group, feature0, token0);
+      if (__any_sync(0xFFFFFFFF, far)) write<true>(d, g, own, scales, staging, group, feature0, token0);
       else write<false>(d, g, own, scales, staging, group, feature0, token0);
     }
   }

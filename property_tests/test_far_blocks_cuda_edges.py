@@ -43,6 +43,18 @@ def test_signs_of_a_block_far_below_its_row(grid: str, large: float) -> None:
 
 
 @on_hopper
+@pytest.mark.parametrize("grid", ["uniform1", "uniform4", "uniform2"])
+def test_signs_of_a_block_that_meets_subnormal_numbers(grid: str) -> None:
+    """Brought to 2^100 below its row, the most that is done, it is the least that bfloat16 has."""
+    x = torch.full((1, 256), 2.0**126, dtype=torch.bfloat16)
+    x[:, 128:] = -(2.0**-107)
+    recipe = {"uniform1": "w1a1", "uniform2": "w2a2"}.get(grid, "w4a4")
+    found = _integers(x, f"{grid}/hadamard128/ste/dense", recipe)[0, 128:]
+    assert found[0] == -1
+    assert (found[1:] == 1).all()
+
+
+@on_hopper
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize(("grid", "most"), [("uniform4:0.1171875", 15), ("uniform2:0.0234375", 3)])
 def test_codes_far_beyond_the_levels(grid: str, most: int, sign: float) -> None:

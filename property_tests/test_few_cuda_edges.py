@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import quest
+from property_tests import far_scales
 from property_tests.walled import walled
 from quest import lowbit, operands, packing
 from quest.conformance import inputs, judges
@@ -145,19 +146,35 @@ def test_a_warp_with_many_tiles() -> None:
             _exact(4, (5, 16 * tiles - 7, _width(4, steps)))
 
 
-def test_large_scales_round_as_in_the_product() -> None:
-    """On both sides of 2^64 and beside a bias: bit for bit what the other kernel makes of them."""
+@pytest.mark.parametrize("factor", [1.0, far_scales.FACTOR])
+def test_scales_near_and_far(factor: float) -> None:
+    rows, columns, width = 8, 200, 256
+    a, w, *integers = _operands(4, rows, columns, width)
+    p = (integers[0] @ integers[1].T).numpy()
+    a_sum, w_sum = (i.sum(1).int().cuda() for i in integers)
+    column = far_scales.columns(columns)
+    for row in far_scales.rows(factor).split(rows):
+        n = len(row)
+        with outputs.poisoned(0xFF):
+            y = few.product(
+                a[:n], w, 4, torch.float32, factor=factor, length=width, a_scale=row.cuda(),
+                w_scale=column.cuda(), a_sum=a_sum[:n], w_sum=w_sum,
+            )  # fmt: skip
+        assert torch.equal(y.cpu(), far_scales.dequantized(p[:n], factor, row, column))
+
+
+def test_far_rows_round_as_in_the_product() -> None:
+    """Beside a bias, near ones among them: bit for bit what the other kernel makes of them."""
     made, rows, columns, width = quest.recipe("w4a4"), 8, 200, 256
     pair = (made.activation, made.weight)
     kinds = operands.kinds(*pair) or ("", "")
     x, w = (inputs.draw("gaussian", (n, width), torch.float32, n).cuda() for n in (rows, columns))
     a, _, _, a_sums = lowbit.encode(x, pair[0].spec, kinds[0])
     b, b_scale, _, b_sums = lowbit.encode(w, pair[1].spec, kinds[1])
-    # The last below 2^64, 2^64 itself, and what lies above.
-    scale = torch.tensor([1 - 2.0**-24, 1.0, 1 + 2.0**-23, 1.7, 5.3, 11.0, 15.9, 77.0]) * 2.0**64
+    scale = torch.tensor([2.0**-90, 1e-20, 1 + 2.0**-23, 1.7, 5.3, 11.0, 15.9, 77.0]) * 2.0**100
     bias = 30 * inputs.draw("gaussian", (columns,), torch.float32, 0).cuda()
     rest = (
-        scale[:, None].cuda(), b_scale * 2.0**-64, a_sums, b_sums, bias,
+        scale[:, None].cuda(), b_scale * 2.0**-100, a_sums, b_sums, bias,
         ",".join(q.require_grid().name for q in pair), ",".join(kinds), width, torch.float32,
     )  # fmt: skip
     packed = packing.pack((b.cpu().long() + 15) // 2, 4).cuda()  # b: 2 code - 15
@@ -167,11 +184,12 @@ def test_large_scales_round_as_in_the_product() -> None:
 
 
 def test_scales_that_are_powers_of_two() -> None:
-    """Nothing is rounded, however large they are."""
-    a_scale = torch.tensor([2.0**n for n in (0, 20, 63, 64, 65, 68, 90, 126)])
-    w_scale = torch.tensor([2.0 ** -(60 + i % 7) for i in range(300)])
+    """Nothing is rounded, however large or small they are."""
+    a_scale = torch.tensor([2.0**n for n in (-130, -20, 0, 20, 64, 90, 91, 126)])
+    w_scale = torch.tensor([2.0 ** (i % 7) for i in range(300)])
     with _split(groups=0):
-        _exact(4, (8, 300, 512), scales=(a_scale, w_scale))
+        for power in (-60, 60):  # infinite in places
+            _exact(4, (8, 300, 512), scales=(a_scale, w_scale * 2.0**power))
 
 
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.float16], ids=str)

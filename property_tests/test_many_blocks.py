@@ -5,10 +5,10 @@ A row that stands for all of them takes no memory: its stride is 0.
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from property_tests.prologues import SPECS, on_hopper
+from property_tests.room import room
 from quest import prologue
 from quest.conformance import inputs
 from quest.kernels import outputs
@@ -20,15 +20,13 @@ ROOM = 40 * 2**30  # 32 GiB of single bits, one of scales and sums, and what the
 @on_hopper
 def test_blocks_beyond_32_bits() -> None:
     """Of equal rows every one becomes what a few of them become."""
-    if torch.cuda.mem_get_info()[0] < ROOM:
-        pytest.skip("needs 40 GiB of free GPU memory")
     spec, kind = SPECS["w1a1"]
     gate, value = inputs.draw("gaussian", (2, WIDTH), torch.bfloat16, 0).cuda()
     few, many = ((gate.expand(n, WIDTH), value.expand(n, WIDTH)) for n in (40, ROWS))
-    with outputs.poisoned(0xFF):
+    with room(ROOM), outputs.poisoned(0xFF):
         expected = [t[0] for t in prologue.gated_encode(*few, spec, kind)]
         found = prologue.gated_encode(*many, spec, kind)
-    for t, row in zip(found, expected, strict=True):
-        for part in t.split(2**22):
-            assert torch.equal(part, row.expand_as(part))
+        for t, row in zip(found, expected, strict=True):
+            for part in t.split(2**22):
+                assert torch.equal(part, row.expand_as(part))
     assert expected[2] != -1  # what poison would be

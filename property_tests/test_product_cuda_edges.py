@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import quest
-from property_tests import overlapped
+from property_tests import far_scales, overlapped
 from property_tests.walled import walled
 from quest import lowbit, operands
 from quest.conformance import inputs, judges
@@ -160,16 +161,30 @@ def test_sums_of_one_side_alone() -> None:
             _judged(name, _operands(name, x, w), None, width)
 
 
-@pytest.mark.parametrize("scales", ["the first", "mixed"])
-def test_the_first_scale_that_is_large(scales: str) -> None:
-    """2^64 is, and others around it; as few.cu has it, in the same roundings, with a bias too."""
+@pytest.mark.parametrize("factor", [1.0, far_scales.FACTOR])
+def test_scales_near_and_far(factor: float) -> None:
+    """Each row is rounded as it would be by itself, in one warp with others."""
+    a, b = (inputs.integers("random", n, 256, n) for n in (36, 300))
+    row, column = far_scales.rows(factor), far_scales.columns(300)
+    with outputs.poisoned(0xFF), product.only(product.NARROW):
+        y = product.product(
+            a.cuda(), b.cuda(), torch.float32, epilogue=hopper.PLAIN, factor=factor,
+            row_scale=row.cuda(), column_scale=column.cuda(),
+        )  # fmt: skip
+    p = a.numpy().astype(np.int64) @ b.numpy().astype(np.int64).T
+    assert torch.equal(y.cpu(), far_scales.dequantized(p, factor, row, column))
+
+
+@pytest.mark.parametrize("scales", ["far", "mixed"])
+def test_far_rows_with_a_bias(scales: str) -> None:
+    """They are rounded as few.cu does it."""
     q = _sides("w4a4")[1][0]
     x, w = (inputs.draw("gaussian", (n, 256), torch.float32, n) for n in (5, 24))
     made = _operands("w4a4", x, w)
-    first = 2.0**64
-    values = [first] * 5 if scales == "the first" else [first, 1.3 * first, 3e20, 1e25, 1.0]
+    far = 2.0**100
+    values = [far] * 5 if scales == "far" else [far, 1.3 * far, 3e20, 1e36, 1.0]
     made[2] = torch.tensor(values)[:, None]
-    made[3] = made[3] * 2.0**-64
+    made[3] = made[3] * 2.0**-100
     bias = 30 * inputs.draw("gaussian", (24,), torch.float32, 0)
     with product.only(product.NARROW):
         y = _judged("w4a4", made, bias, 256)

@@ -6,11 +6,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import quest
-from property_tests import overlapped
+from property_tests import far_scales, overlapped
 from property_tests.walled import walled
 from quest import compression, operands
 from quest.conformance import judges
@@ -22,7 +23,6 @@ pytestmark = [
 ]
 
 TILES = {"wide": sparse.WIDE, "narrow": sparse.NARROW}
-BIG = 2.0**64  # a token's scale from here on is divided by it
 
 
 @pytest.fixture(autouse=True)
@@ -124,27 +124,27 @@ def test_turns_of_one_cluster(
 
 @pytest.mark.parametrize("others", ["drawn", "1"])
 @pytest.mark.parametrize("tiles", list(TILES))
-def test_one_large_scale_anywhere_in_a_tile(
+def test_one_far_token_anywhere_in_a_tile(
     tiles: str, others: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every thread learns of it, whichever token has it, and only that token's row changes.
 
-    In two turns: at the second, scales of 1 lie all around, and look like those of no large token.
+    In two turns: at the second, scales of 1 lie all around, and look like those of no far token.
     """
     monkeypatch.setattr(cuda, "processors", lambda _: 2)
     tokens = TILES[tiles].columns
     o = _draw(tokens, 330, 64)
     if others == "1":
         o = Operands(o.x, o.w, torch.ones(tokens), o.feature_scale, o.bias)
-    everywhere = Operands(o.x, o.w, torch.full((tokens,), 1e25), o.feature_scale, o.bias)
-    plain, large = (_made(each, tiles, torch.float32, hopper.PLAIN) for each in (o, everywhere))
+    everywhere = Operands(o.x, o.w, torch.full((tokens,), 1e30), o.feature_scale, o.bias)
+    plain, far = (_made(each, tiles, torch.float32, hopper.PLAIN) for each in (o, everywhere))
     _judge(o, plain, hopper.PLAIN)
-    _judge(everywhere, large, hopper.PLAIN)
+    _judge(everywhere, far, hopper.PLAIN)
     values, metadata = (t.cuda() for t in compression.compress(o.w))
     x, scale, of_features, bias = (t.cuda() for t in (o.x, o.token_scale, o.feature_scale, o.bias))
     for token in range(tokens):
         one, expected = scale.clone(), plain.clone()
-        one[token], expected[token] = 1e25, large[token]
+        one[token], expected[token] = 1e30, far[token]
         with sparse.only(TILES[tiles]):
             y = sparse.product(
                 values, metadata, x, torch.float32, epilogue=hopper.PLAIN,
@@ -154,15 +154,15 @@ def test_one_large_scale_anywhere_in_a_tile(
 
 
 @pytest.mark.parametrize("tiles", list(TILES))
-def test_the_least_large_scale(tiles: str) -> None:
-    """It is 1 once it is divided, and its row is rounded as the dense product rounds it."""
+def test_far_tokens_with_a_bias(tiles: str) -> None:
+    """The least of them, and the largest that is near, are rounded as the dense product does it."""
     tokens = TILES[tiles].columns
     o = _draw(tokens, 130, 64)
     scale = o.token_scale.clone()
-    scale[-31:] = BIG
-    scale[:31] = torch.tensor(BIG).nextafter(torch.tensor(0.0))
-    # Large rows are then as large as the bias.
-    o = Operands(o.x, o.w, scale, o.feature_scale / 2**60, 100 * o.bias)
+    scale[:31] = far_scales.HIGH
+    scale[-31:] = torch.tensor(far_scales.HIGH).nextafter(torch.tensor(torch.inf))
+    # Such rows are then as large as the bias.
+    o = Operands(o.x, o.w, scale, o.feature_scale * 2.0**-86, 100 * o.bias)
     y = _made(o, tiles, torch.float32, hopper.PLAIN)
     _judge(o, y, hopper.PLAIN)
     dense = product.product(
@@ -170,6 +170,21 @@ def test_the_least_large_scale(tiles: str) -> None:
         column_scale=o.feature_scale.cuda(), bias=o.bias.cuda(),
     )  # fmt: skip
     assert torch.equal(y, dense)
+
+
+@pytest.mark.parametrize("factor", [1.0, far_scales.FACTOR])
+def test_scales_near_and_far(factor: float) -> None:
+    """Each token is rounded as it would be by itself, in one tile with others."""
+    o = _draw(36, 130, 256)
+    token, feature = far_scales.rows(factor), far_scales.columns(130)
+    values, metadata = (t.cuda() for t in compression.compress(o.w))
+    with sparse.only(sparse.NARROW), outputs.poisoned(0xFF):
+        y = sparse.product(
+            values, metadata, o.x.cuda(), torch.float32, epilogue=hopper.PLAIN, factor=factor,
+            feature_scale=feature.cuda(), token_scale=token.cuda(),
+        )  # fmt: skip
+    p = o.x.numpy().astype(np.int64) @ o.w.numpy().astype(np.int64).T
+    assert torch.equal(y.cpu(), far_scales.dequantized(p, factor, token, feature))
 
 
 @pytest.mark.parametrize(

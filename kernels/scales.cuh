@@ -1,0 +1,23 @@
+// y = p (factor scale) column + bias for a sum p, below 2^31 in size and no smaller than 1/4, or 0.
+//
+// A row is far where factor times its scale is so large or so small that p times it may leave
+// float32's normal range, though the column's scale brings it back. It is then multiplied in double.
+struct Scale {
+  float near;  // factor times the scale
+  float far;   // the scale itself, of a row that is far; else 0
+};
+
+__device__ __forceinline__ Scale scale_of(float factor, float scale) {
+  const float near = factor * scale;
+  const bool inside = near >= 0x1p-100f && near <= 0x1p+90f;
+  return {near, inside ? 0.0f : scale};
+}
+
+// FAR: some row may be far. Another rounds as it would beside any rows: it may be multiplied by two
+// blocks, beside different ones.
+template <bool FAR>
+__device__ __forceinline__ float scaled(float p, float factor, Scale scale, float column, float bias) {
+  if (FAR && scale.far != 0.0f)
+    return (float)fma((double)p * ((double)factor * (double)scale.far), (double)column, (double)bias);
+  return fmaf(p * scale.near, column, bias);
+}

@@ -1,0 +1,51 @@
+"""What kernels/scales.cuh promises, bit for bit: rows near and far, and sums to try it with.
+
+Near, where factor times scale lies from 2^-100 to 2^90, products are rounded to float32 one by one;
+far, only the last one is, after float64.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+LOW, HIGH = 2.0**-100, 2.0**90
+# One that is no power of two; of bits it has all, so that products with it are rounded.
+FACTOR = float(np.float32(9.5186e-4))
+
+
+def rows(factor: float) -> torch.Tensor:
+    """Scales (36,) float32: those on both sides of what is near, and the ends of float32."""
+    ends = []
+    for end in (LOW, HIGH):
+        at = np.float32(end / factor)
+        # Past the end on either side, whichever way factor times scale is rounded.
+        below = above = at
+        for _ in range(4):
+            below, above = np.nextafter(below, np.float32(0)), np.nextafter(above, np.float32(np.inf))
+            ends += [below, above]
+        ends.append(at)
+    more = [2.0 ** p * m for p in (-149, -140, -126, -70, 0, 64, 100, 126) for m in (1.0, 1.999999)]
+    return torch.tensor([*ends, *more, 0.0, 3.4028234663852886e38], dtype=torch.float32)
+
+
+def columns(n: int) -> torch.Tensor:
+    """Scales (n,) float32 of all powers of two, subnormal ones too."""
+    g = torch.Generator().manual_seed(n)
+    power = torch.randint(-149, 128, (n,), generator=g).double()
+    return ((1 + torch.rand(n, generator=g)).double() * torch.exp2(power - 1)).float()
+
+
+def dequantized(
+    p: NDArray[np.int64], factor: float, row: torch.Tensor, column: torch.Tensor
+) -> torch.Tensor:
+    """y (M, N) float32 of sums p (M, N) below 2^24 in size, and scales (M,), (N,) float32."""
+    scale, of_column = row.numpy()[:, None], column.numpy().astype(np.float64)
+    with np.errstate(over="ignore", under="ignore"):
+        near = np.float32(factor) * scale
+        inside = (near >= np.float32(LOW)) & (near <= np.float32(HIGH))
+        # Two float32 have a product in float64 that is exact, or below what float32 has.
+        y = ((p.astype(np.float32) * near).astype(np.float64) * of_column).astype(np.float32)
+        exact = p * (np.float64(np.float32(factor)) * scale.astype(np.float64))
+        return torch.from_numpy(np.where(inside, y, (exact * of_column).astype(np.float32)))

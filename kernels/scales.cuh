@@ -2,6 +2,8 @@
 //
 // A row is far where factor times its scale is so large or so small that p times it may leave
 // float32's normal range, though the column's scale brings it back. It is then multiplied in double.
+constexpr float LEAST_NEAR = 7.888609052210118e-31f, MOST_NEAR = 1.2379400392853803e27f;  // 2^-100, 2^90
+
 struct Scale {
   float near;  // factor times the scale
   float far;   // the scale itself, of a row that is far; else 0
@@ -9,7 +11,7 @@ struct Scale {
 
 __device__ __forceinline__ Scale scale_of(float factor, float scale) {
   const float near = factor * scale;
-  const bool inside = near >= 0x1p-100f && near <= 0x1p+90f;
+  const bool inside = near >= LEAST_NEAR && near <= MOST_NEAR;
   return {near, inside ? 0.0f : scale};
 }
 

@@ -16,7 +16,7 @@ FACTOR = float(np.float32(9.5186e-4))
 
 
 def rows(factor: float) -> torch.Tensor:
-    """Scales (36,) float32: those on both sides of what is near, and the ends of float32."""
+    """Scales (64,) float32: those on both sides of what is near, the ends of float32, far ones alone."""
     ends = []
     for end in (LOW, HIGH):
         at = np.float32(end / factor)
@@ -27,7 +27,8 @@ def rows(factor: float) -> torch.Tensor:
             ends += [below, above]
         ends.append(at)
     more = [2.0 ** p * m for p in (-149, -140, -126, -70, 0, 64, 100, 126) for m in (1.0, 1.999999)]
-    return torch.tensor([*ends, *more, 0.0, 3.4028234663852886e38], dtype=torch.float32)
+    far = [2.0**100] * 28  # all rows of a warp
+    return torch.tensor([*ends, *more, 0.0, 3.4028234663852886e38, *far], dtype=torch.float32)
 
 
 def columns(n: int) -> torch.Tensor:

@@ -164,7 +164,7 @@ def test_sums_of_one_side_alone() -> None:
 @pytest.mark.parametrize("factor", [1.0, far_scales.FACTOR])
 def test_scales_near_and_far(factor: float) -> None:
     """Each row is rounded as it would be by itself, in one warp with others."""
-    a, b = (inputs.integers("random", n, 256, n) for n in (36, 300))
+    a, b = (inputs.integers("random", n, 256, n) for n in (64, 300))
     row, column = far_scales.rows(factor), far_scales.columns(300)
     with outputs.poisoned(0xFF), product.only(product.NARROW):
         y = product.product(

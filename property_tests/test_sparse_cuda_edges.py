@@ -157,7 +157,7 @@ def test_one_far_token_anywhere_in_a_tile(
 def test_far_tokens_with_a_bias(tiles: str) -> None:
     """The least of them, and the largest that is near, are rounded as the dense product does it."""
     tokens = TILES[tiles].columns
-    o = _draw(tokens, 130, 64)
+    o = _draw(tokens, 257, 64)
     scale = o.token_scale.clone()
     scale[:31] = far_scales.HIGH
     scale[-31:] = torch.tensor(far_scales.HIGH).nextafter(torch.tensor(torch.inf))
@@ -175,7 +175,7 @@ def test_far_tokens_with_a_bias(tiles: str) -> None:
 @pytest.mark.parametrize("factor", [1.0, far_scales.FACTOR])
 def test_scales_near_and_far(factor: float) -> None:
     """Each token is rounded as it would be by itself, in one tile with others."""
-    o = _draw(36, 130, 256)
+    o = _draw(64, 130, 256)
     token, feature = far_scales.rows(factor), far_scales.columns(130)
     values, metadata = (t.cuda() for t in compression.compress(o.w))
     with sparse.only(sparse.NARROW), outputs.poisoned(0xFF):

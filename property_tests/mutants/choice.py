@@ -27,7 +27,7 @@ from .trace import WATCHED
 # Of few.cu, and of the header with its PTX.
 _FEW = (
     "few_cuda_edges", "few", "packed_product", "fused", "frozen", "launch_rules", "few_launches",
-    "cuda_texts", "races", "memcheck", "barriers",
+    "cuda_texts", "races", "memcheck", "barriers", "many_rows",
 )  # fmt: skip
 # Of product.cu, and of its header.
 _PRODUCT = (
@@ -39,6 +39,7 @@ _PRODUCT = (
     "races",
     "memcheck",
     "barriers",
+    "many_rows",
 )
 # The tests that are about a file.
 OWN = {
@@ -178,6 +179,12 @@ OWN = {
         "barriers",
     ),
     "kernels/rows.py": ("few_launches", "launch_rules", "rows"),
+    "kernels/scales.cuh": (
+        "product_cuda_edges",
+        "few_cuda_edges",
+        "sparse_cuda_edges",
+        "cuda_texts",
+    ),
     "kernels/sparse.cu": (
         "product_launches",
         "sparse_cuda_edges",
@@ -187,6 +194,7 @@ OWN = {
         "races",
         "memcheck",
         "barriers",
+        "many_rows",
     ),
     "kernels/sparse.py": ("launch_edges", "product_launches", "launch_rules", "sparse_product"),
     "kernels/whole.py": ("launch_rules", "quantizer", "hadamard"),

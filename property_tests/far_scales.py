@@ -16,17 +16,10 @@ FACTOR = float(np.float32(9.5186e-4))
 
 
 def rows(factor: float) -> torch.Tensor:
-    """Scales (64,) float32: those on both sides of what is near, the ends of float32, far ones alone."""
-    ends = []
-    for end in (LOW, HIGH):
-        at = np.float32(end / factor)
-        # Past the end on either side, whichever way factor times scale is rounded.
-        below = above = at
-        for _ in range(4):
-            below, above = np.nextafter(below, np.float32(0)), np.nextafter(above, np.float32(np.inf))
-            ends += [below, above]
-        ends.append(at)
-    more = [2.0 ** p * m for p in (-149, -140, -126, -70, 0, 64, 100, 126) for m in (1.0, 1.999999)]
+    """Scales (64,) float32: both sides of what is near, the ends of float32, and far ones alone."""
+    # Past both ends on either side, whichever way factor times scale is rounded.
+    ends = [end / factor * (1 + n * 2.0**-23) for end in (LOW, HIGH) for n in range(-4, 5)]
+    more = [2.0**p * m for p in (-149, -140, -126, -70, 0, 64, 100, 126) for m in (1.0, 1.999999)]
     far = [2.0**100] * 28  # all rows of a warp
     return torch.tensor([*ends, *more, 0.0, 3.4028234663852886e38, *far], dtype=torch.float32)
 

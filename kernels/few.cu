@@ -157,7 +157,7 @@ __launch_bounds__(THREADS, 1)
   const char *from;
   bool second;  // is the lane's second row inside?
   auto begin = [&] {
-    const int row = (cluster * tiles + next_tile) * 16 + lane / 4;
+    const int row = (cluster * tiles + next_tile) * 16 + lane / 4;  // of a tile below `here`, or of no use
     from = w + ((i64)row * row_bytes + first_byte);
     byte = turns && next_tile < here && row < columns ? first_byte : row_bytes;
     second = row + 8 < columns;

@@ -1,7 +1,8 @@
 // y = p (factor scale) column + bias for a sum p, below 2^31 in size and no smaller than 1/4, or 0.
 //
-// A row is far where factor times its scale is so large or so small that p times it may leave
-// float32's normal range, though the column's scale brings it back. It is then multiplied in double.
+// Where factor times scale is very large or small, p times it may leave float32's normal range, though
+// the column's scale brings it back. Such a row is far, well before that, and multiplied in double. So
+// are those of negative scales and of NaN; one of 0 is not.
 constexpr float LEAST_NEAR = 7.888609052210118e-31f, MOST_NEAR = 1.2379400392853803e27f;  // 2^-100, 2^90
 
 struct Scale {

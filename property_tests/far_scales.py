@@ -20,12 +20,14 @@ def rows(factor: float) -> torch.Tensor:
     # Past both ends on either side, whichever way factor times scale is rounded.
     ends = [end / factor * (1 + n * 2.0**-23) for end in (LOW, HIGH) for n in range(-4, 5)]
     more = [2.0**p * m for p in (-149, -140, -126, -70, 0, 64, 100, 126) for m in (1.0, 1.999999)]
-    far = [2.0**100] * 28  # all rows of a warp
+    far = [
+        1.9999998 * 2.0**126
+    ] * 28  # all rows of a warp; as powers of two they would show nothing
     return torch.tensor([*ends, *more, 0.0, 3.4028234663852886e38, *far], dtype=torch.float32)
 
 
 def columns(n: int) -> torch.Tensor:
-    """Scales (n,) float32 of all powers of two, subnormal ones too."""
+    """Scales (n,) float32 of any power of two, subnormal ones too."""
     g = torch.Generator().manual_seed(n)
     power = torch.randint(-149, 128, (n,), generator=g).double()
     return ((1 + torch.rand(n, generator=g)).double() * torch.exp2(power - 1)).float()
@@ -39,7 +41,7 @@ def dequantized(
     with np.errstate(over="ignore", under="ignore"):
         near = np.float32(factor) * scale
         inside = (near >= np.float32(LOW)) & (near <= np.float32(HIGH))
-        # Two float32 have a product in float64 that is exact, or below what float32 has.
+        # In float64 the product of two float32 is exact.
         y = ((p.astype(np.float32) * near).astype(np.float64) * of_column).astype(np.float32)
-        exact = p * (np.float64(np.float32(factor)) * scale.astype(np.float64))
-        return torch.from_numpy(np.where(inside, y, (exact * of_column).astype(np.float32)))
+        wide = p * (np.float64(np.float32(factor)) * scale.astype(np.float64)) * of_column
+        return torch.from_numpy(np.where(inside, y, wide.astype(np.float32)))

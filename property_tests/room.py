@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import fcntl
+import gc
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 SPARE = 12 * 2**30  # left to tests that run beside it, in other processes
+Room = Callable[[int], None]
 
 
-@contextmanager
-def room(size: int) -> Iterator[None]:
-    """Skips where the GPU has not so many bytes free besides `SPARE`, or loses them meanwhile."""
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0]
-    if free < size + SPARE:
-        pytest.skip(f"needs {(size + SPARE) >> 30} GiB of free GPU memory, there are {free >> 30}")
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        pytest.skip(f"others took the memory: {error}")
-    finally:
+@pytest.fixture(name="room")
+def only_one() -> Iterator[Room]:
+    """Skips a test where the GPU has not so many bytes free besides `SPARE`, for it alone."""
+    with (Path(tempfile.gettempdir()) / "quest-room").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one such test at a time
+
+        def require(size: int) -> None:
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info()[0]
+            if free < size + SPARE:
+                pytest.skip(
+                    f"needs {(size + SPARE) >> 30} GiB of free GPU memory, there are {free >> 30}"
+                )
+
+        yield require
+        gc.collect()
         torch.cuda.empty_cache()

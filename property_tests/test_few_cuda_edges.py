@@ -171,7 +171,9 @@ def test_far_rows_round_as_in_the_product() -> None:
     x, w = (inputs.draw("gaussian", (n, width), torch.float32, n).cuda() for n in (rows, columns))
     a, _, _, a_sums = lowbit.encode(x, pair[0].spec, kinds[0])
     b, b_scale, _, b_sums = lowbit.encode(w, pair[1].spec, kinds[1])
-    scale = torch.tensor([2.0**-90, 1e-20, 1 + 2.0**-23, 1.7, 5.3, 11.0, 15.9, 77.0]) * 2.0**100
+    near = torch.tensor([1.3, 1.7, 1.9]) * 2.0**94  # as large as can be
+    far = torch.tensor([1 + 2.0**-23, 1.7, 5.3, 15.9, 77.0]) * 2.0**100
+    scale = torch.cat((near, far))
     bias = 30 * inputs.draw("gaussian", (columns,), torch.float32, 0).cuda()
     rest = (
         scale[:, None].cuda(), b_scale * 2.0**-100, a_sums, b_sums, bias,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from property_tests.prologues import SPECS, on_hopper
-from property_tests.room import room
+from property_tests.room import Room, only_one  # noqa: F401 - the fixture `room`
 from quest import prologue
 from quest.conformance import inputs
 from quest.kernels import outputs
@@ -18,12 +18,13 @@ ROOM = 40 * 2**30  # 32 GiB of single bits, one of scales and sums, and what the
 
 
 @on_hopper
-def test_blocks_beyond_32_bits() -> None:
+def test_blocks_beyond_32_bits(room: Room) -> None:
     """Of equal rows every one becomes what a few of them become."""
     spec, kind = SPECS["w1a1"]
     gate, value = inputs.draw("gaussian", (2, WIDTH), torch.bfloat16, 0).cuda()
     few, many = ((gate.expand(n, WIDTH), value.expand(n, WIDTH)) for n in (40, ROWS))
-    with room(ROOM), outputs.poisoned(0xFF):
+    room(ROOM)
+    with outputs.poisoned(0xFF):
         expected = [t[0] for t in prologue.gated_encode(*few, spec, kind)]
         found = prologue.gated_encode(*many, spec, kind)
         for t, row in zip(found, expected, strict=True):

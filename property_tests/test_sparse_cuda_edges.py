@@ -122,20 +122,20 @@ def test_turns_of_one_cluster(
     _judge(o, _made(o, tiles, out, epilogue), epilogue)
 
 
-@pytest.mark.parametrize("others", ["drawn", "1"])
+@pytest.mark.parametrize("others", ["drawn", "0"])
 @pytest.mark.parametrize("tiles", list(TILES))
 def test_one_far_token_anywhere_in_a_tile(
     tiles: str, others: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every thread learns of it, whichever token has it, and only that token's row changes.
 
-    In two turns: at the second, scales of 1 lie all around, and look like those of no far token.
+    In two turns: at the second, scales of 0 lie all around, and look like those of no far token.
     """
     monkeypatch.setattr(cuda, "processors", lambda _: 2)
     tokens = TILES[tiles].columns
     o = _draw(tokens, 330, 64)
-    if others == "1":
-        o = Operands(o.x, o.w, torch.ones(tokens), o.feature_scale, o.bias)
+    if others == "0":
+        o = Operands(o.x, o.w, torch.zeros(tokens), o.feature_scale, o.bias)
     everywhere = Operands(o.x, o.w, torch.full((tokens,), 1e30), o.feature_scale, o.bias)
     plain, far = (_made(each, tiles, torch.float32, hopper.PLAIN) for each in (o, everywhere))
     _judge(o, plain, hopper.PLAIN)
@@ -155,12 +155,12 @@ def test_one_far_token_anywhere_in_a_tile(
 
 @pytest.mark.parametrize("tiles", list(TILES))
 def test_far_tokens_with_a_bias(tiles: str) -> None:
-    """The least of them, and the largest that is near, are rounded as the dense product does it."""
+    """The least of them, and the largest near ones, are rounded as the dense product does it."""
     tokens = TILES[tiles].columns
     o = _draw(tokens, 257, 64)
     scale = o.token_scale.clone()
-    scale[:31] = far_scales.HIGH
-    scale[-31:] = torch.tensor(far_scales.HIGH).nextafter(torch.tensor(torch.inf))
+    end = torch.tensor(far_scales.HIGH)  # near; as a power of two it would show nothing
+    scale[:31], scale[-31:] = end.nextafter(torch.zeros(())), end.nextafter(torch.tensor(torch.inf))
     # Such rows are then as large as the bias.
     o = Operands(o.x, o.w, scale, o.feature_scale * 2.0**-86, 100 * o.bias)
     y = _made(o, tiles, torch.float32, hopper.PLAIN)

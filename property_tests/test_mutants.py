@@ -268,6 +268,11 @@ def test_a_table_tells_what_was_not_tried() -> None:
     assert told["median s"] == "2.0"
     assert mine.problems() == []
     assert made[1].id not in record.markdown(mine)
+    # But for what is proven, which need meet no test.
+    proven = table.Table(made, results, Proofs({made[1].id: (made[1].what, "why")}))
+    told = dict(zip(table.HEAD, proven.totals(lambda m: m.file)[-1][1:], strict=True))
+    assert (told["killed"], told["equivalent"], told["untried"]) == ("1", "1", "0")
+    assert f"| {made[1].id} |" in record.markdown(proven)
 
 
 def test_tests_that_execute_the_line_come_first() -> None:

@@ -112,3 +112,22 @@ def test_the_record_gives_back_what_was_found(
         ["| H100", "1"],
         [f"| {HERE}", "3"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "runs"), [([], False), (["--proofs"], True), (["--only", "proven"], True)]
+)
+def test_what_is_proven_is_left_out(
+    arguments: list[str], runs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it is asked for: then a test may refute the proof."""
+    made = [m for m in all_mutants() if m.file == "quest/packing.py"][:2]
+    proven = Proofs({made[1].id: (made[1].what, "why")})
+    monkeypatch.setattr(command, "all_mutants", lambda: made)
+    monkeypatch.setattr(command.proofs, "read", lambda: proven)
+    asked = []
+    monkeypatch.setattr(command, "_run", lambda console, missing, *_: asked.extend(missing))
+    named = [made[1].id if a == "proven" else a for a in arguments]
+    CliRunner().invoke(command.main, ["--work", str(tmp_path), "--fresh", *named])
+    assert (made[1] in asked) == runs
+    assert (made[0] in asked) == ("--only" not in arguments)

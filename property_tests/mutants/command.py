@@ -84,6 +84,9 @@ def all_mutants() -> list[Mutant]:
               help="No ci profile for survivors: later, --again survived.")  # fmt: skip
 @click.option("--first", is_flag=True,
               help="Only the first tests, 15 s of them: what they leave is open.")  # fmt: skip
+@click.option("--proofs", "proven_too", is_flag=True,
+              help="Proven ones, too, which are left out otherwise, unless --only names them: a "
+              "test that kills one refutes its proof.")  # fmt: skip
 @click.option("--fresh", is_flag=True, help="Forget what earlier runs have found.")
 @click.option("--list", "listed", is_flag=True, help="Print the chosen mutants and run nothing.")
 @click.option("--work", type=click.Path(path_type=Path, file_okay=False),
@@ -106,6 +109,7 @@ def main(
     again: tuple[str, ...],
     quick: bool,
     first: bool,
+    proven_too: bool,
     fresh: bool,
     listed: bool,
     work: Path,
@@ -140,7 +144,8 @@ def main(
     record = journal_.Journal(work, Evidence(), patience, () if fresh else record_.journal())
     narrow = own or all(cuda_source.is_cuda(m.file) for m in chosen)
     plan = _Plan(jobs, quick, first, narrow, seed, minutes is not None, patience, until)
-    missing = [m for m in chosen if plan.wants(record.known(m), again)]
+    asked = [m for m in chosen if proven_too or m.id in ids or not proven.because(m)]
+    missing = [m for m in asked if plan.wants(record.known(m), again)]
     if missing and minutes != 0:
         try:
             _run(console, missing, record, work, plan)

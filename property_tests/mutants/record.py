@@ -27,11 +27,11 @@ noticed it.
 
 Dead: killed (a test failed), crash (the process died), timeout. equivalent: not dead, and proven \
 to change nothing. by rule: not dead, and of a kind that is proven to change speed alone, or to \
-raise. identical: NVRTC makes the same machine code of it, in every variant that tests compile \
-without a GPU. refused: NVRTC does not compile it. not run: no test on this stack executes the \
-line, or launches the CUDA C++. survived: every test in the quick profile passes, and those about \
-the file in the ci profile. open: what is named below passes, and no more was run. untried: \
-nothing is known.
+raise. What is proven meets tests only where a run is asked for it (`--proofs`). identical: NVRTC \
+makes the same machine code of it, in every variant that tests compile without a GPU. refused: \
+NVRTC does not compile it. not run: no test on this stack executes the line, or launches the CUDA \
+C++. survived: every test in the quick profile passes, and those about the file in the ci profile. \
+open: what is named below passes, and no more was run. untried: nothing is known.
 """
 
 
@@ -71,9 +71,10 @@ def markdown(made: table.Table) -> str:
             head = ["mutant", "bug", "outcome", "by", "s"]
             parts += [f"## {family.capitalize()}\n", _markdown(head, rows)]
     left = [
-        [m.id, f"`{m.what}`", made.outcome(m), made.results[m.id].passed,
+        [m.id, f"`{m.what}`", made.outcome(m),
+         made.results[m.id].passed if m.id in made.results else "",
          made.proofs.one.get(m.id, ("", ""))[1]]
-        for m in made.tried() if made.outcome(m) in ("survived", "equivalent", "by rule", "open")
+        for m in made.mutants if made.outcome(m) in ("survived", "equivalent", "by rule", "open")
     ]  # fmt: skip
     if left:
         head = ["mutant", "change", "outcome", "passed", "proof"]

@@ -31,10 +31,8 @@ class Table:
 
     def outcome(self, mutant: Mutant) -> str:
         """One of COLUMNS."""
-        if mutant.id not in self.results:
-            return "untried"
-        found = self.results[mutant.id].outcome
-        if found in ("survived", "open"):
+        found = self.results[mutant.id].outcome if mutant.id in self.results else "untried"
+        if found in ("survived", "open", "untried"):
             if mutant.id in self.proofs.one:
                 return "equivalent"
             if self.proofs.rule(mutant):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -14,14 +15,15 @@ from quest import Recipe, frozen, paths
 from quest.conformance import examine
 from quest.conformance.lanes import Lane
 from quest.conformance.verdict import Verdict
+from quest.gate.clock import input_sets, size
 
-from . import cases, gate
+from . import cases, ceilings, gate
 from .timed import Timed
 
 GATE_FEATURES = 48  # rectangular, and a multiple of 16 like every size that is timed
 
 
-def _layers(
+def layers(
     inside: int, outside: int, made: Recipe, bias: bool = False
 ) -> tuple[quest.Linear, nn.Linear]:
     torch.manual_seed(0)
@@ -85,12 +87,12 @@ def path_of(tokens: int, inside: int, made: Recipe) -> str:
     return paths.choose(torch.empty(tokens, inside, device=cases.DEVICE, dtype=cases.DTYPE), made)
 
 
-@pytest.mark.parametrize(("tokens", "inside", "outside", "recipe"), cases.layers())
+@pytest.mark.parametrize(("tokens", "inside", "outside", "recipe"), cases.layers() + cases.live())
 def test_forward(timed: Timed, tokens: int, inside: int, outside: int, recipe: str) -> None:
     """y = Q(x H) Q(w H)^T, no gradient kept; the weight is quantized each time, as in training."""
     made = quest.recipe(recipe)
     path = path_of(tokens, inside, made)
-    ours, dense = _layers(inside, outside, made)
+    ours, dense = layers(inside, outside, made)
 
     timed(
         spec=made.spec,
@@ -102,6 +104,7 @@ def test_forward(timed: Timed, tokens: int, inside: int, outside: int, recipe: s
         baseline=lambda x: _forward(dense, x),
         constant=(dense.weight.detach(),),
         operations=2.0 * tokens * inside * outside,
+        ceiling=ceilings.of(made) if path == "integers" else 0.0,
     )
 
 
@@ -115,7 +118,7 @@ def _time_frozen(
 ) -> None:
     """shape: (tokens, in_features, out_features). run: so many calls of a layer."""
     made, (tokens, inside, outside) = quest.recipe(recipe), shape
-    ours, dense = _layers(inside, outside, made, bias)
+    ours, dense = layers(inside, outside, made, bias)
     held = frozen.freeze(ours.freeze().weight, made)
     timed(
         spec=made.spec,
@@ -127,6 +130,7 @@ def _time_frozen(
         baseline=lambda x: run(dense, x),
         constant=held.read(),
         operations=2.0 * math.prod(shape),
+        ceiling=ceilings.of(made, held.form(tokens, inside) == "compressed"),
         calls=calls,
     )
 
@@ -146,14 +150,62 @@ def test_frozen_eager(
     The time is the host's where it can't queue calls as fast as the device makes them.
     """
 
-    def calls(layer: nn.Linear, x: Tensor) -> Tensor:
+    _time_frozen(
+        timed, (tokens, inside, outside), recipe, in_a_row(_forward), cases.EAGER_CALLS, bias
+    )
+
+
+def in_a_row(call: Callable[..., Any]) -> Callable[..., Any]:
+    """EAGER_CALLS calls, before which the host waits for the device."""
+
+    def calls(*arguments: Any) -> Any:
         if cases.CUDA:
             torch.cuda.synchronize()
         for _ in range(cases.EAGER_CALLS):
-            y = _forward(layer, x)
+            y = call(*arguments)
         return y
 
-    _time_frozen(timed, (tokens, inside, outside), recipe, calls, cases.EAGER_CALLS, bias)
+    return calls
+
+
+@pytest.mark.parametrize(("tokens", "inside", "outside", "recipe"), cases.graphs())
+def test_frozen_graph(timed: Timed, tokens: int, inside: int, outside: int, recipe: str) -> None:
+    """A call of such layers in turn, whose weights the cache can't hold, as one CUDA graph."""
+    made = quest.recipe(recipe)
+    ours, dense = layers(inside, outside, made)
+    held = frozen.freeze(ours.freeze().weight, made)
+    many = input_sets(size(held.read()), cases.DEVICE)
+    pairs = [(ours, dense), *(layers(inside, outside, made) for _ in range(many - 1))]
+    mine, theirs = zip(*((one.freeze(), other) for one, other in pairs), strict=True)
+    x = torch.randn(tokens, inside, device=cases.DEVICE, dtype=cases.DTYPE)
+
+    def captured(chain: Sequence[nn.Linear]) -> Callable[[Tensor], Tensor]:
+        for layer in chain:
+            _forward(layer, x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            made = [_forward(layer, x) for layer in chain]
+
+        def replay(_: Tensor) -> Tensor:
+            graph.replay()
+            return made[-1]
+
+        return replay
+
+    timed(
+        spec=made.spec,
+        shape=(tokens, inside, outside),
+        draw=((tokens, inside),),
+        key=("frozen", made.spec, tokens, inside, outside),
+        judge=judge_of_frozen(tokens, inside, outside, made),
+        run=captured(mine),
+        baseline=captured(theirs),
+        constant=held.read(),
+        operations=2.0 * tokens * inside * outside,
+        ceiling=ceilings.of(made, held.form(tokens, inside) == "compressed"),
+        calls=many,
+    )
 
 
 @pytest.mark.parametrize(("tokens", "inside", "outside", "recipe"), cases.layers())
@@ -163,7 +215,7 @@ def test_forward_backward(
     """Forward, and the gradients of input and weight."""
     made = quest.recipe(recipe)
     path = path_of(tokens, inside, made)
-    ours, dense = _layers(inside, outside, made)
+    ours, dense = layers(inside, outside, made)
 
     def step(layer: nn.Linear, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
         x = x.detach().requires_grad_()

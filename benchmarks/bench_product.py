@@ -17,7 +17,7 @@ from quest.conformance.verdict import Verdict
 from quest.sparse_product import sparse_product
 from quest.sparsity import NM
 
-from . import cases, gate
+from . import cases, ceilings, gate
 from .timed import Timed
 
 GATE_ROWS, GATE_COLUMNS = 140, 264  # more than one tile each way, and none of them whole
@@ -71,4 +71,5 @@ def test_product(timed: Timed, rows: int, width: int, columns: int, recipe: str)
         constant=(*weight, b_scale),
         prepare=prepare,
         operations=2.0 * rows * width * columns,
+        ceiling=ceilings.of(made, compressed),
     )

@@ -24,6 +24,9 @@ ROWS = 16384 if CUDA else 256
 WIDTH = 4096 if CUDA else 1024
 # Llama widths, and 13696 = 107 * 128, which no power of two divides into equal tiles.
 OTHER_WIDTHS = (2048, 14336, 13696) if CUDA else (4096, 1664)
+# Further ones of the transform alone, and of grids beside uniform4.
+TRANSFORMED = (1024, 8192, 16384) if CUDA else ()
+OTHER_GRIDS, AT_WIDTHS = ("uniform1", "uniform2", "uniform8"), ((2048, 14336) if CUDA else ())
 # Orders other than 128: smaller, larger, and 28 * 64, whose matrix is not symmetric.
 ORDERS = ((WIDTH, 32), (WIDTH, 1024), (14336 if CUDA else 3584, 1792))
 GRIDS = ("uniform1", "uniform2", "uniform4", "uniform8", "ternary", "e2m1", "lloyd_max4")
@@ -45,15 +48,17 @@ def _size(*shape: int) -> str:
 
 def transforms() -> list[Any]:
     """(width, order) of the Hadamard transform, on ROWS rows."""
-    pairs = [(w, BLOCK) for w in (WIDTH, *OTHER_WIDTHS)] + list(ORDERS)
+    pairs = [(w, BLOCK) for w in (WIDTH, *OTHER_WIDTHS, *TRANSFORMED)] + list(ORDERS)
     return [pytest.param(w, order, id=f"{_size(ROWS, w)}-order{order}") for w, order in pairs]
 
 
 def quantizers() -> list[Any]:
-    """(rows, width, grid, pattern): grids at one width, one grid at others, sparse weights."""
+    """(rows, width, grid, pattern): grids at one width, some at others, weights."""
     made = [(ROWS, WIDTH, grid, "dense") for grid in GRIDS]
     made += [(ROWS, width, "uniform4", "dense") for width in OTHER_WIDTHS]
+    made += [(ROWS, width, grid, "dense") for width in AT_WIDTHS for grid in OTHER_GRIDS]
     made += [(*shape, "uniform4", pattern) for shape in WEIGHTS for pattern in PATTERNS]
+    made += [(*shape, grid, "dense") for shape in WEIGHTS for grid in ("uniform1", "uniform4")]
     return [
         pytest.param(*case, id="-".join((_size(*case[:2]), *(p for p in case[2:] if p != "dense"))))
         for case in made
@@ -64,6 +69,16 @@ def layers() -> list[Any]:
     """(tokens, in_features, out_features, recipe)."""
     made = [(*LAYER, recipe) for recipe in RECIPES]
     made += [(*layer, recipe) for layer in (LARGE_LAYER, FEW_TOKENS) for recipe in OTHER_RECIPES]
+    return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made]
+
+
+def live() -> list[Any]:
+    """The same, of few tokens: there the weight takes as long to quantize as the product."""
+    made = [
+        (tokens, *LAYER[1:], recipe)
+        for tokens in ((1, 64, 512, 2048) if CUDA else (8,))
+        for recipe in ("w1a1", "w4a4")
+    ]
     return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made]
 
 
@@ -89,8 +104,9 @@ def decoded_operands() -> list[Any]:
 # (out_features, in_features) of a 7B Llama; the numbers of tokens that a frozen layer is timed at.
 FROZEN = ((4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008)) if CUDA else ((256, 512),)
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384) if CUDA else (1, 64)
-# Larger ones, with few tokens.
+# Larger ones, with few tokens; and a small one: of the 1.6B-class model's attention.
 WIDER = ((14336, 4096), (4096, 14336)) if CUDA else ()
+SMALL = ((2048, 2048),) if CUDA else ()
 PRODUCTS = ((8192, 8192, 8192), LAYER, LARGE_LAYER, (16384, 14336, 4096))
 
 
@@ -105,11 +121,20 @@ def frozen() -> list[Any]:
     """(tokens, in_features, out_features, recipe) of a layer whose weight is frozen."""
     made = [
         (tokens, inside, outside, recipe)
-        for shapes, counts in ((FROZEN, TOKENS), (WIDER, (1, 4, 16)))
+        for shapes, counts in (
+            (FROZEN, TOKENS),
+            (WIDER, (1, 4, 16)),
+            (FROZEN[:1], (4, 32, 128, 512, 2048) if CUDA else ()),
+            (SMALL, (1, 16, 32, 64, 256, 1024, 4096)),
+        )
         for outside, inside in shapes
         for recipe in ("w1a1", "w4a4")
         for tokens in counts
     ]
+    if CUDA:
+        others = [("w2a2", tokens) for tokens in (1, 16, 64)]
+        others += [("w4a4-2:4", tokens) for tokens in (512, 4096, 16384)]
+        made += [(tokens, *LAYER[1:], recipe) for recipe, tokens in others]
     return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made]
 
 
@@ -130,6 +155,24 @@ def eager() -> list[Any]:
     return [
         pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}{'-bias' * case[4]}") for case in made
     ]
+
+
+def graphs() -> list[Any]:
+    """(tokens, in_features, out_features, recipe) of frozen layers in a CUDA graph."""
+    made = [
+        (tokens, inside, outside, recipe)
+        for outside, inside in (FROZEN[0], *WIDER, *SMALL)
+        for recipe in ("w1a1", "w2a2", "w4a4")
+        for tokens in (1, 16, 64)
+        if CUDA
+    ]
+    return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made]
+
+
+def around() -> list[Any]:
+    """(tokens, recipe) of frozen layers with something around them, in eager mode."""
+    made = [(t, r) for t in ((1, 16, 64, 1024) if CUDA else (4,)) for r in ("w1a1", "w4a4")]
+    return [pytest.param(*case, id=f"{case[0]}-{case[1]}") for case in made]
 
 
 def peers() -> list[Any]:

@@ -20,7 +20,7 @@ def lines(
     results: Mapping[str, Mapping[str, Any]], before: Mapping[str, float] | None
 ) -> Iterator[str]:
     """The table's lines for extra_info by full name; before: a record's ratios by full name."""
-    yield _line("", "time", "vs torch", "95%", "was", "of copy", "TOP/s", "gate")
+    yield _line("", "time", "vs torch", "95%", "was", "of bound", "TOP/s", "gate")
     for fullname, info in results.items():
         was = None if before is None else before.get(fullname)
         yield _line(
@@ -29,10 +29,16 @@ def lines(
             f"{info['ratio_to_baseline']:.2f}x",
             f"{info['ratio_low']:.2f}-{info['ratio_high']:.2f}",
             "" if before is None else "new" if was is None else f"{was:.2f}x",
-            f"{info['fraction_of_copy']:.3f}",
+            _bound(info),
             f"{info['tera_operations']:.0f}" if info.get("tera_operations") else "",
             f"{info['worst_ratio']:.2f}",
         )
+
+
+def _bound(info: Mapping[str, Any]) -> str:
+    """The fraction of the bound that is nearer: that of copying, or the tensor cores'."""
+    copy, rate = info["fraction_of_copy"], info.get("fraction_of_rate", 0.0)
+    return f"{copy:.3f} c" if copy >= rate else f"{rate:.3f} t"
 
 
 def memory(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -47,7 +53,8 @@ def memory(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 LEGEND = (
     "vs torch: torch's time over ours, in turn (above 1 ours is faster); 95%: its interval;",
-    "was: in the record; of copy: time to copy the bytes that must move, over ours;",
+    "was: in the record; of bound: the nearer of two, over ours: c, the time to copy the bytes",
+    "that must move; t, that of the operations at the tensor cores' rate (ceilings.py);",
     "TOP/s: 10^12 multiplications and additions of the product a second;",
     "gate: worst error over its bound, 1 is the limit. benchmarks/NOTES.md has the rest.",
 )

@@ -56,6 +56,7 @@ class Timed:
         constant: tuple[Tensor, ...] = (),
         prepare: Callable[..., tuple[Tensor, ...]] | None = None,
         operations: float = 0.0,
+        ceiling: float = 0.0,
         memory: tuple[int, int] = (0, 0),
         calls: int = 1,
     ) -> None:
@@ -64,9 +65,10 @@ class Timed:
         spec: what is computed; shape: on what. key, judge: see `gate.open_for`. draw: the shapes of
         one set of inputs, by default (shape,). constant: what `run` reads in every call besides.
         prepare: what `run` and `baseline` get after the inputs, made of them beforehand; `run` then
-        reads that alone. operations: multiplications and additions of a call. memory: the
-        most bytes that `run` and `baseline` held, where that was measured. calls: what `run` and
-        `baseline` do so many times in a row; reported is the time of one.
+        reads that alone. operations: multiplications and additions of a call. ceiling: TOP/s that
+        the tensor cores can do, see `ceilings`. memory: the most bytes that `run` and `baseline`
+        held, where that was measured. calls: what `run` and `baseline` do so many times in a row;
+        reported is the time of one.
         Bytes moved at the least: inputs and constants read once, outputs of `run` written once.
         """
         __tracebackhide__ = True
@@ -91,6 +93,9 @@ class Timed:
             self.benchmark.pedantic(run, args=first)
             return
         self._report(spec, shape, passed, times, moved, operations)
+        if ceiling:
+            self.info["fraction_of_rate"] = self.info["tera_operations"] / ceiling
+            self.benchmark.extra_info.update(self.info)
         if all(memory):
             self.info |= {"peak_bytes": memory[0], "memory_ratio": memory[0] / memory[1]}
             self.benchmark.extra_info.update(self.info)

@@ -108,26 +108,26 @@ def test_forward(timed: Timed, tokens: int, inside: int, outside: int, recipe: s
     )
 
 
-def _time_frozen(
+def time_frozen(
     timed: Timed,
-    shape: tuple[int, int, int],
-    recipe: str,
-    run: Callable[[nn.Linear, Tensor], Tensor],
+    made: Recipe,
+    layer: quest.Linear,
+    tokens: int,
+    run: Callable[..., object],
+    baseline: Callable[..., object],
     calls: int = 1,
-    bias: bool = False,
 ) -> None:
-    """shape: (tokens, in_features, out_features). run: so many calls of a layer."""
-    made, (tokens, inside, outside) = quest.recipe(recipe), shape
-    ours, dense = layers(inside, outside, made, bias)
-    held = frozen.freeze(ours.freeze().weight, made)
+    """Both run so many calls of a frozen layer, on one input of so many tokens."""
+    (outside, inside), bias = layer.weight.shape, layer.bias is not None
+    shape, held = (tokens, inside, outside), frozen.freeze(layer.weight, made)
     timed(
         spec=made.spec,
         shape=shape,
         draw=((tokens, inside),),
         key=("frozen", made.spec, *shape, *(["bias"] if bias else [])),
         judge=judge_of_frozen(*shape, made, bias=bias),
-        run=lambda x: run(ours, x),
-        baseline=lambda x: run(dense, x),
+        run=run,
+        baseline=baseline,
         constant=held.read(),
         operations=2.0 * math.prod(shape),
         ceiling=ceilings.of(made, held.form(tokens, inside) == "compressed"),
@@ -138,7 +138,12 @@ def _time_frozen(
 @pytest.mark.parametrize(("tokens", "inside", "outside", "recipe"), cases.frozen())
 def test_frozen(timed: Timed, tokens: int, inside: int, outside: int, recipe: str) -> None:
     """The forward of a layer whose weight is frozen: inference."""
-    _time_frozen(timed, (tokens, inside, outside), recipe, _forward)
+    made = quest.recipe(recipe)
+    ours, dense = layers(inside, outside, made)
+    ours.freeze()
+    time_frozen(
+        timed, made, ours, tokens, lambda x: _forward(ours, x), lambda x: _forward(dense, x)
+    )
 
 
 @pytest.mark.parametrize(("tokens", "inside", "outside", "recipe", "bias"), cases.eager())
@@ -150,9 +155,13 @@ def test_frozen_eager(
     The time is the host's where it can't queue calls as fast as the device makes them.
     """
 
-    _time_frozen(
-        timed, (tokens, inside, outside), recipe, in_a_row(_forward), cases.EAGER_CALLS, bias
-    )
+    made, calls = quest.recipe(recipe), in_a_row(_forward)
+    ours, dense = layers(inside, outside, made, bias)
+    ours.freeze()
+    time_frozen(
+        timed, made, ours, tokens, lambda x: calls(ours, x), lambda x: calls(dense, x),
+        cases.EAGER_CALLS,
+    )  # fmt: skip
 
 
 def in_a_row(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -173,8 +182,7 @@ def test_frozen_graph(timed: Timed, tokens: int, inside: int, outside: int, reci
     """A call of such layers in turn, whose weights the cache can't hold, as one CUDA graph."""
     made = quest.recipe(recipe)
     ours, dense = layers(inside, outside, made)
-    held = frozen.freeze(ours.freeze().weight, made)
-    many = input_sets(size(held.read()), cases.DEVICE)
+    many = input_sets(size(frozen.freeze(ours.weight, made).read()), cases.DEVICE)
     pairs = [(ours, dense), *(layers(inside, outside, made) for _ in range(many - 1))]
     mine, theirs = zip(*((one.freeze(), other) for one, other in pairs), strict=True)
     x = torch.randn(tokens, inside, device=cases.DEVICE, dtype=cases.DTYPE)
@@ -185,27 +193,15 @@ def test_frozen_graph(timed: Timed, tokens: int, inside: int, outside: int, reci
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            made = [_forward(layer, x) for layer in chain]
+            ys = [_forward(layer, x) for layer in chain]
 
         def replay(_: Tensor) -> Tensor:
             graph.replay()
-            return made[-1]
+            return ys[-1]
 
         return replay
 
-    timed(
-        spec=made.spec,
-        shape=(tokens, inside, outside),
-        draw=((tokens, inside),),
-        key=("frozen", made.spec, tokens, inside, outside),
-        judge=judge_of_frozen(tokens, inside, outside, made),
-        run=captured(mine),
-        baseline=captured(theirs),
-        constant=held.read(),
-        operations=2.0 * tokens * inside * outside,
-        ceiling=ceilings.of(made, held.form(tokens, inside) == "compressed"),
-        calls=many,
-    )
+    time_frozen(timed, made, ours, tokens, captured(mine), captured(theirs), many)
 
 
 @pytest.mark.parametrize(("tokens", "inside", "outside", "recipe"), cases.layers())

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import quest
-from quest import frozen
 
 from . import cases
-from .bench_linear import judge_of_frozen
+from .bench_linear import time_frozen
 from .timed import Timed
 
 
@@ -38,14 +37,4 @@ def test_torchao_int8(timed: Timed, tokens: int, inside: int, outside: int) -> N
             y: Tensor = layer(x)
         return y
 
-    timed(
-        spec=made.spec,
-        shape=(tokens, inside, outside),
-        draw=((tokens, inside),),
-        key=("frozen", made.spec, tokens, inside, outside),
-        judge=judge_of_frozen(tokens, inside, outside, made),
-        run=lambda x: forward(ours, x),
-        baseline=lambda x: forward(peer, x),
-        constant=frozen.freeze(ours.weight, made).read(),
-        operations=2.0 * tokens * inside * outside,
-    )
+    time_frozen(timed, made, ours, tokens, lambda x: forward(ours, x), lambda x: forward(peer, x))

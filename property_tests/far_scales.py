@@ -20,9 +20,8 @@ def rows(factor: float) -> torch.Tensor:
     # Past both ends on either side, whichever way factor times scale is rounded.
     ends = [end / factor * (1 + n * 2.0**-23) for end in (LOW, HIGH) for n in range(-4, 5)]
     more = [2.0**p * m for p in (-149, -140, -126, -70, 0, 64, 100, 126) for m in (1.0, 1.999999)]
-    far = [
-        1.9999998 * 2.0**126
-    ] * 28  # all rows of a warp; as powers of two they would show nothing
+    # All rows of a warp; as powers of two they would show nothing.
+    far = [1.9999998 * 2.0**126] * 28
     return torch.tensor([*ends, *more, 0.0, 3.4028234663852886e38, *far], dtype=torch.float32)
 
 

@@ -193,6 +193,29 @@ def test_ties_are_exact() -> None:
     assert failures("exact", Even())
 
 
+@pytest.mark.parametrize("estimator", ["trust1.0", "trust0.5"])
+def test_thresholds_are_exact(estimator: str) -> None:
+    """One that leaves out values on them passes where they are only bounded."""
+
+    class Strict(Paper):
+        def mask(self, x: torch.Tensor, format: formats.Format) -> torch.Tensor:
+            t, _, sigma = self._places(x, format)
+            inner = (self._points(self.quantize(x, format)[0], format) - t).abs()
+            outside = t.abs() < format.points[-1] + format.parameter * format.half_gap
+            near = outside if format.parameter >= 1 else inner < format.parameter * format.half_gap
+            return torch.where(sigma > 0, near, sigma == 0)
+
+    x = inputs.draw("gaussian", (9, 384), torch.float32, 0)
+    q = quest.quantizer.parse(f"uniform4/hadamard16/{estimator}/dense")
+    apart = properties.mask(implementation(Strict()), x, q)
+    assert all(v.failure is None for v in apart), "only thresholds tell them apart"
+    exact = torch.from_numpy(exact_rows.rows(1, 32, 16, 0)).float()
+    q = quest.quantizer.parse(f"uniform2:0.375/identity/{estimator}/dense")
+    for impl, wrong in ((Paper(), False), (Strict(), True)):
+        found = properties.exact_mask(implementation(impl), exact, q)
+        assert any(v.failure for v in found) == wrong
+
+
 class Rude(Paper):
     """Breaks what holds for every function."""
 

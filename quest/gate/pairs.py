@@ -20,8 +20,9 @@ SLOWER = 1.03  # the lower bound of the ratio that a change must not exceed
 SEEN = 1.05  # the slowdown that a comparison is to tell from none
 PRECISION = 0.005  # half of the interval's width at which there is no need of more pairs
 FEWEST, MOST = 20, 150  # pairs
+TELLING = 98  # pairs in which a slowdown of 5% is found, by `power`; time ends none sooner
 STEP = 26  # pairs between two looks at the precision
-BUDGET = 8.0  # seconds for the pairs of a case, once the fewest are there
+BUDGET = 8.0  # seconds for the pairs of a case, once TELLING are there
 RESAMPLES = 1000
 LEVEL = 0.95
 # Where its memory lies can make one process a few percent slower than another of the same code.
@@ -62,7 +63,7 @@ class Comparison:
 
 
 def compare(base: Turn, change: Turn, most: int = MOST, budget: float = BUDGET) -> Comparison:
-    """Take pairs until the interval is narrow, `most` are there or `budget` seconds are over.
+    """Take pairs until the interval is narrow, `most` are there, or TELLING and time is over.
 
     The width alone ends it, and not the verdict: to stop at the first look that says "slower"
     would raise the false alarms.
@@ -83,5 +84,6 @@ def compare(base: Turn, change: Turn, most: int = MOST, budget: float = BUDGET) 
             continue
         found = interval([y / x for x, y in zip(a, b, strict=True)])
         narrow = math.log(found[2] / found[1]) / 2 <= PRECISION
-        if narrow or len(a) >= most or time.perf_counter() - started > budget:
+        late = len(a) >= TELLING and time.perf_counter() - started > budget
+        if narrow or late or len(a) >= most:
             return Comparison(tuple(a), tuple(b), *found)

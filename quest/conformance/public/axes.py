@@ -14,6 +14,7 @@ DECLARES = {
     "block": "blocks",
     "grid": "grids",
     "tied": "grids",
+    "trust": "estimators",
     "estimator": "estimators",
     "pattern": "sparsities",
     "bits": "bits",

@@ -139,6 +139,16 @@ def mask(impl: Implementation, x: Tensor, q: Quantizer) -> list[Verdict]:
     return [judges.masked(x, q, out["codes"], out["scale"], made, sums=sums)]
 
 
+def exact_mask(impl: Implementation, x: Tensor, q: Quantizer) -> list[Verdict]:
+    """T0 of the gradient's mask, for rows whose arithmetic is exact: thresholds are inside."""
+    made = impl.call("mask", x, q=q)["mask"]
+    form = judges.form("mask", made, tuple(x.shape), torch.bool)
+    if form.failure:
+        return [form]
+    expected = quantize.quantize(oracle.lift(x), **oracle.arguments(q, x.shape[-1]))
+    return [judges.exact("exact mask", lift(made), expected.mask)]
+
+
 def selection(impl: Implementation, x: Tensor, q: Quantizer) -> list[Verdict]:
     """T5 of the entries that a sparse operand keeps."""
     made = impl.call("select", x, q=q)["keep"]

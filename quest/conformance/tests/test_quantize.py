@@ -82,12 +82,31 @@ def test_ties(court: Court, dtype: str, grid: str, data: st.DataObject) -> None:
 @given(seed=SEEDS)
 def test_every_tie(court: Court, dtype: str, tied: str, seed: int) -> None:
     """Dyadic scales and steps, values on every midpoint and on the outer points."""
+    _exact(court, properties.exact, dtype, tied, quest.STE(), 8, seed)
+
+
+@pytest.mark.judges("mask", declares=("any_outer",), dtype=DTYPES, tied=TIED_GRIDS,
+                    trust=("trust1.0", "trust0.5"))  # fmt: skip
+@given(seed=SEEDS)
+def test_every_threshold(court: Court, dtype: str, tied: str, trust: str, seed: int) -> None:
+    """Values on every threshold of the gradient's mask, at half a step from a point or a quarter:
+    they are inside.
+    """
+    made = quest.estimators.parse(trust)
+    _exact(court, properties.exact_mask, dtype, tied, made, 16, seed)
+
+
+def _exact(
+    court: Court, property_: Callable[..., Any], dtype: str, tied: str, made: Any, unit: int,
+    seed: int,
+) -> None:  # fmt: skip
+    """Of rows of integers with an RMS of so many units; a step is a quarter of the RMS."""
     levels, step = quest.grids.parse(tied).levels, 0.25
-    q = quest.Quantizer(quest.grids.parse(f"{tied}:{step * (levels - 1) / 2!r}"),
-                        quest.Identity(), quest.STE())  # fmt: skip
-    x = torch.from_numpy(exact_rows.rows(1, 32, 8, seed)).to(drawing.dtype_of(dtype))
-    makes = f"torch.from_numpy(exact_rows.rows(1, 32, 8, {seed})).to(torch.{dtype})"
-    court.judge(properties.exact, {"x": makes}, (x, q), drawing.quantizer(q.spec))
+    grid = quest.grids.parse(f"{tied}:{step * (levels - 1) / 2!r}")
+    q = quest.Quantizer(grid, quest.Identity(), made)
+    x = torch.from_numpy(exact_rows.rows(1, 32, unit, seed)).to(drawing.dtype_of(dtype))
+    makes = f"torch.from_numpy(exact_rows.rows(1, 32, {unit}, {seed})).to(torch.{dtype})"
+    court.judge(property_, {"x": makes}, (x, q), drawing.quantizer(q.spec))
 
 
 @pytest.mark.judges("quantize", declares=("blocks", "grids"), dtype=DTYPES, family=tuple(INPUTS))

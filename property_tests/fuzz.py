@@ -2,9 +2,10 @@
 
 Each round, Hypothesis draws entries for one target in one lane and steers, with `target()`, towards
 large error ratios and many ambiguous elements; rounds take turns with fresh seeds until the time is
-over. The corpus (`--corpus`) keeps what failed and what came nearest, for the next search. What
-fails is shrunk and promoted: it goes into `promoted.json`, which every run of the property tests
-replays first, in all lanes.
+over. `--seed` says where they begin, at random by default, so that short searches come to every
+target in time. The corpus (`--corpus`) keeps what failed and what came nearest, for the next
+search. What fails is shrunk and promoted: it goes into `promoted.json`, which every run of the
+property tests replays first, in all lanes.
 
 An entry is plain JSON: what a target needs to make its inputs again.
 """
@@ -13,7 +14,9 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,7 +32,7 @@ from hypothesis import strategies as st
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 import quest
-from quest.conformance import examine, inputs, oracle
+from quest.conformance import examine, inputs, oracle, report
 from quest.conformance.lanes import Lane
 from quest.conformance.strategies import (
     DTYPES,
@@ -197,6 +200,11 @@ class Search:
     ambiguous: int = 0
     found: list[tuple[Entry, str]] = field(default_factory=list)
 
+    @property
+    def folder(self) -> Path:
+        """Where its part of the corpus lies."""
+        return self.corpus / self.name / self.lane.name
+
     def round(self, examples: int, until: float) -> None:
         """Draw up to `examples` entries, none after `until`; enter what fails, shrunk."""
         self.rounds += 1
@@ -205,7 +213,7 @@ class Search:
         @settings(
             max_examples=examples,
             derandomize=False,
-            database=DirectoryBasedExampleDatabase(self.corpus / self.name / self.lane.name),
+            database=DirectoryBasedExampleDatabase(self.folder),
             phases=(Phase.reuse, Phase.generate, Phase.target, Phase.shrink),
             deadline=None,
             report_multiple_bugs=False,
@@ -277,8 +285,53 @@ def promote(search: Search, path: Path = PROMOTED) -> int:
     return len(kept) - before
 
 
+def _finite(context: click.Context, option: click.Parameter, value: float) -> float:
+    # A range lets infinity pass, and NaN, with which no time would ever be left.
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number")
+    return value
+
+
+def _check_corpus(corpus: Path, searches: list[Search]) -> None:
+    """Make the folders that Hypothesis is to keep entries in; it says nothing where it can't."""
+    for search in searches:
+        try:
+            search.folder.mkdir(parents=True, exist_ok=True)
+            # The only sure way to know.
+            with tempfile.TemporaryFile(dir=search.folder):
+                pass
+        except OSError as error:
+            told = f"{corpus}: {search.folder} can't be written: {error.strerror}"
+            raise click.BadParameter(told, param_hint="--corpus") from None
+
+
+def _check_promoted(path: Path) -> None:
+    """What is found must not be lost at the end: can it be added to this file?"""
+    hint = "--promote-to"
+    try:
+        report.check(hint, path)
+    except ValueError as error:
+        told = str(error).removeprefix(f"{hint} ")
+        raise click.BadParameter(told, param_hint=hint) from None
+    try:
+        kept: Any = promoted(path) if path.exists() else []
+        if not all({"target", "entry"} <= entry.keys() for entry in kept):
+            raise ValueError("an entry lacks its target")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        told = f"{path} holds no list of promoted entries: {error}"
+        raise click.BadParameter(told, param_hint=hint) from None
+
+
+def turned(searches: list[Search], seed: int) -> list[Search]:
+    """Another one first for each seed in a row; the others follow in their order."""
+    start = seed % len(searches)
+    return searches[start:] + searches[:start]
+
+
 @click.command()
-@click.option("--minutes", default=10.0, show_default=True, type=click.FloatRange(min=0))
+@click.option(
+    "--minutes", default=10.0, show_default=True, type=click.FloatRange(min=0), callback=_finite
+)
 @click.option("--lane", "names", multiple=True, help="Only this lane (repeatable).")
 @click.option(
     "--target", "targets", multiple=True, type=click.Choice(tuple(TARGETS)), help="(repeatable)"
@@ -292,6 +345,12 @@ def promote(search: Search, path: Path = PROMOTED) -> int:
     help="Examples in a round; the second half of them climbs.",
 )
 @click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    help="Which target and lane comes first: the next one for the next seed. Default: at random, "
+    "so that short searches come to all of them in time. What is drawn is random in any case.",
+)
+@click.option(
     "--corpus",
     default=Path(".hypothesis/fuzz"),
     show_default=True,
@@ -301,8 +360,8 @@ def promote(search: Search, path: Path = PROMOTED) -> int:
     "--promote-to", "path", default=PROMOTED, type=click.Path(dir_okay=False, path_type=Path)
 )
 def main(
-    minutes: float, names: tuple[str, ...], targets: tuple[str, ...], size: int, corpus: Path,
-    path: Path,
+    minutes: float, names: tuple[str, ...], targets: tuple[str, ...], size: int,
+    seed: int | None, corpus: Path, path: Path,
 ) -> None:  # fmt: skip
     """Search for inputs that a lane gets wrong, and promote what is found."""
     from quest.conformance.verify import choose
@@ -311,12 +370,13 @@ def main(
         chosen = choose(names)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--lane") from None
-    if not path.parent.is_dir():
-        told = f"{path}: the folder {path.parent} does not exist"
-        raise click.BadParameter(told, param_hint="--promote-to")
+    _check_promoted(path)
+    made = [Search(t, lane, corpus) for lane in chosen for t in targets or TARGETS]
+    _check_corpus(corpus, made)
+    seed = random.SystemRandom().randrange(len(made)) if seed is None else seed
+    searches = turned(made, seed)
     torch.set_num_threads(1)
     until = time.monotonic() + 60 * minutes
-    searches = [Search(t, lane, corpus) for lane in chosen for t in targets or TARGETS]
     new = 0
     while time.monotonic() < until and not new:
         for search in searches:
@@ -333,7 +393,7 @@ def main(
     for s in searches:
         for entry, told in s.found:
             click.echo(f"FOUND {s.name}: {told}\n  {json.dumps(entry)}")
-    click.echo(f"{new} new in {path}; the corpus is in {corpus}")
+    click.echo(f"{new} new in {path}; the corpus is in {corpus}; --seed {seed} begins alike")
     sys.exit(bool(any(s.found for s in searches)))
 
 

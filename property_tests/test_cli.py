@@ -63,6 +63,8 @@ def refuses(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2
         (["train", "--lr", "inf"], "'--lr': inf is not a finite number"),
         (["train", "--lr", "1e999"], "'--lr': inf is not a finite number"),
         (["train", "--lr", "-inf"], "'--lr': -inf is not in the range x>0"),
+        (["train", "--seed", "-1"], "'--seed': -1 is not in the range x>=0"),
+        (["train", "--seed", str(2**64)], f"seed must be from 0 to 2^64 - 1, got {2**64}"),
         (["train", "--size", "huge"], "quest train: size is 'huge': must be one of demo, 30M"),
     ],
 )
@@ -76,6 +78,7 @@ def test_usage_errors(
     ("more", "expected"),
     [
         (["--data", "missing.txt"], "missing.txt: no such file or folder"),
+        (["--data", ""], "the name of a text is empty: need a file, folder or glob"),
         (["--data", "*.md"], "*.md: no file matches"),
         (["--data", "empty.txt"], "empty.txt is empty"),
         (["--data", "binary.txt"], "binary.txt is binary (it holds NUL bytes)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -337,3 +338,39 @@ def test_values_without_codes_bite(fault: Any) -> None:
     x = inputs.draw("gaussian", (7, 96), torch.float32, 0)
     assert propagated.valued(x, q, q(x)).failure is None
     assert propagated.valued(x, q, fault(x, q(x), q)).failure is not None
+
+
+@pytest.mark.parametrize(("missing", "stale"), [(None, 2), ("it is not installed", 0)])
+def test_lists_are_checked_where_something_is_asked(missing: str | None, stale: int) -> None:
+    impl = dataclasses.replace(implementation(Paper()), missing=missing)
+    given = (lists.Listed("--skips", "a", ("x", "y")), lists.Listed("--xfails", "b", ("z",)))
+    found = results.Results(impl, *given)
+    assert found.skips.match("x")
+    assert [found.skips.option, found.xfails.origin] == ["--skips", "b"]
+    assert len([*found.skips.stale(), *found.xfails.stale()]) == stale
+
+
+def test_a_list_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "list").write_bytes(b"\xff\xfe")
+    with pytest.raises(lists.ListError, match=r"--xfails .*list: it is no text: 'utf-8'"):
+        lists.read("--xfails", str(tmp_path / "list"))
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        ("departures = 5", "Mine.departures must be a list of sentences, got 5"),
+        ("departures = 'one'", "Mine.departures must be a list of sentences, got 'one'"),
+        ("departures = [1]", r"Mine.departures must be a list of sentences, got \[1\]"),
+        ("unavailable = lambda self: 1 // 0", r"unavailable\(\) raised ZeroDivisionError"),
+    ],
+)
+def test_what_an_adapter_says_of_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: str, told: str
+) -> None:
+    name = f"adapter_{tmp_path.name}"
+    text = "from quest.conformance.adapters.published import Paper\n"
+    (tmp_path / f"{name}.py").write_text(f"{text}class Mine(Paper):\n    {made}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(capabilities.AdapterError, match=told):
+        adapter.load(f"{name}:Mine")

@@ -265,3 +265,16 @@ def test_report_paths_are_checked_before_the_run(path: str, told: str) -> None:
     config = SimpleNamespace(getoption=lambda name, *default: values.get(name))
     with pytest.raises(pytest.UsageError, match=f"--report-html {path}.*{told}"):
         court_plugin._start(config, "quest.conformance.adapters.published:Paper")
+
+
+def test_no_list_is_checked_where_the_adapter_can_t_run(tmp_path: Path) -> None:
+    """Nothing was asked of it: what its lists say of it elsewhere is not wrong."""
+    absent = USER + "    def unavailable(self):\n        return 'its library is absent'\n"
+    (tmp_path / "mine.py").write_text(absent)
+    (tmp_path / "xfails").write_text("test_packing.py::test_pack\n")
+    (tmp_path / "skips").write_text("test_hadamard.py::test_transform[16-float32]\n")
+    done = court(tmp_path, "--impl=mine:Adapter", "--xfails=xfails", "--skips=skips")
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout + done.stderr
+    assert "nothing is covered: its library is absent" in done.stdout
+    assert "is no property that this adapter covers" not in done.stdout + done.stderr
+    assert " not covered in " in done.stdout.splitlines()[-1]

@@ -193,3 +193,88 @@ def test_an_error_before_any_entry_is_no_finding(
     )  # fmt: skip
     assert isinstance(made.exception, ZeroDivisionError)
     assert not path.exists() or json.loads(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("corpus", "told"),
+    [
+        ("file", "is a file"),
+        ("file/below", "can't be written: Not a directory"),
+        ("/proc/corpus", "can't be written: No such file or directory"),
+        ("x" * 300, "can't be written: File name too long"),
+        ("taken", "taken/transform/torch-cpu can't be written: Not a directory"),
+    ],
+)
+def test_a_corpus_that_can_t_be_kept_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: str, told: str
+) -> None:
+    """Hypothesis itself says nothing of it, and keeps nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fuzz.Search, "round", lambda *_: pytest.fail("it searched"))
+    for name in ("file", "taken/transform"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    done = run("--target", "transform", "--corpus", corpus, "--promote-to", "p", "--minutes", "1")
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit)
+    assert "--corpus" in done.output
+    assert told in done.output.replace(str(tmp_path) + "/", "")
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--promote-to", "/proc/found.json"), "/proc/found.json: it can't be written"),
+        (("--promote-to", "dict.json"), "dict.json holds no list of promoted entries"),
+        (("--promote-to", "text.json"), "text.json holds no list of promoted entries: Expecting"),
+        (("--promote-to", "bytes.json"), "bytes.json holds no list of promoted entries: 'utf-8'"),
+        (("--promote-to", "part.json"), "part.json holds no list of promoted entries: an entry"),
+        (("--minutes", "nan"), "nan is not a finite number"),
+        (("--minutes", "inf"), "inf is not a finite number"),
+        (("--seed", "-1"), "-1 is not in the range"),
+    ],
+)
+def test_what_would_be_found_out_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fuzz.Search, "round", lambda *_: pytest.fail("it searched"))
+    made = {"dict": b'{"a": 1}', "text": b"?", "bytes": b"\xff", "part": b"[{}]"}
+    for name, contents in made.items():
+        Path(f"{name}.json").write_bytes(contents)
+    done = run("--corpus", "corpus", "--promote-to", "p", *options)
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit)
+    assert told in done.output
+
+
+def test_the_seed_says_which_target_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With time for one round alone, seeds in a row come to each target."""
+    began: list[str] = []
+
+    def one(self: fuzz.Search, examples: int, until: float) -> None:
+        began.append(self.name)
+        monkeypatch.setattr(time, "monotonic", lambda: until)
+
+    monkeypatch.setattr(fuzz.Search, "round", one)
+    line = ("--corpus", str(tmp_path / "corpus"), "--promote-to", str(tmp_path / "p"))
+    for seed in range(5):
+        monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+        done = run(*line, "--seed", str(seed))
+        assert done.exit_code == 0, done.output
+        assert f"--seed {seed} begins alike" in done.output
+    assert began == [*fuzz.TARGETS, next(iter(fuzz.TARGETS))]
+    # Without one it is at random: 40 times the same has a probability of 4**-39.
+    began.clear()
+    for _ in range(40):
+        monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+        run(*line)
+    assert len(set(began)) > 1
+    # All others follow, each once.
+    searches = [fuzz.Search(name, CPU, tmp_path) for name in fuzz.TARGETS]
+    assert [s.name for s in fuzz.turned(searches, 2)] == [*began_at(2), *began_at(0)[:2]]
+
+
+def began_at(start: int) -> list[str]:
+    return list(fuzz.TARGETS)[start:]

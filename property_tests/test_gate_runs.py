@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from quest.cli import main
-from quest.gate import benchmarks, pairs, text, worktrees
+from quest.gate import benchmarks, correctness, pairs, power, text, worktrees
 from quest.gate.benchmarks import Bench, Row
 from quest.gate.side import Side, SideError
 
@@ -300,3 +300,94 @@ def test_an_interrupt_leaves_nothing(repository: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
+
+
+@pytest.mark.parametrize(
+    ("changed", "expression", "told"),
+    [
+        (False, "hadamrad", "matches no benchmark: there are double, triple"),
+        (True, "256 and triple", "matches no benchmark: there are double, triple"),
+        (True, "double triple", "can't collect benchmarks with -k 'double triple'; it takes names"),
+    ],
+)
+def test_a_filter_that_selects_nothing_is_refused_before_anything_slow(
+    repository: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    changed: bool,
+    expression: str,
+    told: str,
+) -> None:
+    monkeypatch.setattr(correctness, "verify", lambda *_: pytest.fail("it came to quest verify"))
+    if changed:
+        (repository / "ratio.txt").write_text("0.6")
+    assert main(["gate", "--base", "HEAD", "--filter", expression]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"quest gate: --filter {expression!r}")
+    assert told in err
+    assert len(err.splitlines()) == 1
+    assert out == ""
+
+
+NEW = Row("x", note="new")
+
+
+def test_a_filter_may_select_what_one_side_alone_has(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of base alone: it is missing in the change, which is a fault and no typing error."""
+    there = repository / "benchmarks/bench_plain.py"
+    there.write_text(BENCH.replace("test_triple", "test_other"))
+    monkeypatch.setattr(Bench, "run", lambda self: benchmarks.Result([NEW], [], 0, "cpu"))
+    assert main(["gate", "--base", "HEAD", "--filter", "triple", "--allow-old-base"]) == 0
+    # What can't be collected is told as a fault of the change, after quest verify as ever.
+    there.write_text("import nothing_of_this_name")
+    assert benchmarks.unmatched(repository, repository, "hadamrad") is None
+    # A base without benchmarks has none that the filter could mean.
+    there.write_text(BENCH)
+    assert benchmarks.unmatched(repository, repository.parent, "hadamrad") == ["double", "triple"]
+
+
+# A verify that knows one lane, as quest's own refuses others: at once, with status 2.
+CHOOSY = """
+import sys
+if "--lane=cpu" not in sys.argv:
+    print("quest verify: lane must be one of cpu, got 'nonsense'", file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+def test_a_lane_that_there_is_not_is_a_usage_error_and_no_red_change(
+    repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (repository / "quest/cli.py").write_text(CHOOSY + VERIFY)
+    line = ["gate", "--base", "HEAD", "--allow-old-base"]
+    assert main([*line, "--lane", "nonsense"]) == 2
+    out, err = capsys.readouterr()
+    assert "verify --quick --lane=nonsense: lane must be one of cpu, got 'nonsense'" in err
+    assert len(err.splitlines()) == 1
+    assert "FAIL" not in out
+    monkeypatch.setattr(Bench, "run", lambda self: benchmarks.Result([NEW], [], 0, "cpu"))
+    assert main([*line, "--lane", "cpu"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--base", "HEAD"], "--base"),
+        (["--json", "power.json"], "--json"),
+        (["--aa", "3", "--filter", "x"], "--filter, --aa"),
+        (["--change", "HEAD", "--lane", "x", "--full"], "--change, --full, --lane"),
+        (["--rounds", "150", "--allow-old-base", "--limit", "1"], "--rounds, --allow-old-base"),
+    ],
+)
+def test_power_takes_no_other_options(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, more: list[str], told: str
+) -> None:
+    """Even of their defaults: they would be ignored."""
+    monkeypatch.setattr(power, "measure", lambda: pytest.fail("it simulated"))
+    assert main(["gate", "--power", *more]) == 2
+    out, err = capsys.readouterr()
+    assert f"quest gate: --power simulates and compares nothing: it can't go with {told}" in err
+    assert len(err.splitlines()) == 1
+    assert out == ""

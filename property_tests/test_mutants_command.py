@@ -131,3 +131,24 @@ def test_what_is_proven_is_left_out(
     CliRunner().invoke(command.main, ["--work", str(tmp_path), "--fresh", *named])
     assert (made[1] in asked) == runs
     assert (made[0] in asked) == ("--only" not in arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--minutes", "nan"], "nan is not a finite number"),
+        (["--minutes", "inf"], "inf is not a finite number"),
+        (["--patience", "inf"], "inf is not a finite number"),
+        (["--work", "file/below"], "file/below can't be made: Not a directory"),
+    ],
+)
+def test_options_that_can_t_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr(command, "_run", lambda *_: pytest.fail("it ran"))
+    line = ["--file", "quest/packing.py", "--fresh", "--work", "work", *options]
+    done = CliRunner().invoke(command.main, line)
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit), done.output
+    assert told in done.output

@@ -57,6 +57,13 @@ def all_mutants() -> list[Mutant]:
     return made
 
 
+def _finite(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    # A range lets infinity pass, and NaN, with which no time would ever be left.
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number")
+    return value
+
+
 @click.command()
 @click.option("--family", "families", type=click.Choice(FAMILIES), multiple=True,
               help="Only mutants of this family; may be repeated.")  # fmt: skip
@@ -71,11 +78,12 @@ def all_mutants() -> list[Mutant]:
     is_flag=True,
     help="Only the tests about the mutants' files, as of CUDA C++ in any case.",
 )
-@click.option("--minutes", type=click.FloatRange(0),
+@click.option("--minutes", type=click.FloatRange(0), callback=_finite,
               help="Stop then, whatever is under way; what still runs has no verdict. Cheap ones "
               "first. 0: only the table of what is known.")  # fmt: skip
 @click.option("--patience", type=click.FloatRange(0, min_open=True), default=30.0,
-              show_default=True, help="Seconds that any test may take.")  # fmt: skip
+              callback=_finite, show_default=True,
+              help="Seconds that any test may take.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True,
               help="Processes side by side.")  # fmt: skip
 @click.option("--again", type=click.Choice(runner.OUTCOMES), multiple=True,
@@ -147,6 +155,11 @@ def main(
     asked = [m for m in chosen if proven_too or m.id in ids or not proven.because(m)]
     missing = [m for m in asked if plan.wants(record.known(m), again)]
     if missing and minutes != 0:
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            told = f"{work} can't be made: {error.strerror}"
+            raise click.BadParameter(told, param_hint="--work") from None
         try:
             _run(console, missing, record, work, plan)
         except runner.HarnessError as error:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from . import correctness, pairs
 from .side import LIMIT, Side, SideError
+from .text import short
 
 TURN = 0.02  # seconds of a turn, so that switching processes is a small part of it
 MOST_CALLS = 15
@@ -151,6 +152,34 @@ class Bench:
                 self.told(count - i, f"{name}, base against itself")
                 made.append(_looked_again(Row(name), one, other, self.most))
         return made
+
+
+def unmatched(
+    change: Path, base: Path | None, expression: str, limit: float = LIMIT
+) -> list[str] | None:
+    """The names of all benchmarks where `expression` selects none of them on either side.
+
+    None where it selects some, or where the change's can't be collected: that is told in its turn.
+    It costs a process for each side that is asked, seconds. base: None where it need not be asked.
+    Raises SideError, "usage", for what is no expression.
+    """
+    names: set[str] = set()
+    for tree, side in ((change, "change"), (base, "base")):
+        if tree is None:
+            continue
+        try:
+            with Side(tree, expression, side, limit) as worker:
+                found = worker.ask("hello")
+        except SideError as error:
+            if error.status == "usage":
+                raise
+            if side == "change":
+                return None
+            break  # base has none that the gate can drive
+        if found["cases"]:
+            return None
+        names.update(short(name).partition("[")[0] for name in found["left_out"])
+    return sorted(names)
 
 
 def _slower(row: Row) -> bool:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -18,6 +20,7 @@ from .side import SideError
 from .text import short
 
 WIDTH = 100  # of the table where there is no terminal
+USAGE = 2  # the exit status of `quest verify` for options that it can't use
 
 
 class UnusableError(ValueError):
@@ -68,12 +71,31 @@ class _Gate:
     def say(self, line: str, style: str = "") -> None:
         self.console.print(line, style=style, highlight=False, markup=False)
 
+    def select(self) -> None:
+        """UnusableError where --filter selects nothing: said before minutes of verify."""
+        asked = self.request.expression
+        if not asked:
+            return
+        base = None if self.base.tree == self.change.tree else self.base.path
+        with self.console.status("collecting benchmarks"):
+            try:
+                names = benchmarks.unmatched(self.change.path, base, asked, self.request.limit)
+            except SideError as error:
+                told = f"--filter {asked!r}: {error}; it takes names with and, or, not"
+                raise UnusableError(told) from None
+        if names is not None:
+            there = f"there are {', '.join(names)}" if names else "there are none at all"
+            raise UnusableError(f"--filter {asked!r} matches no benchmark: {there}")
+
     def verify(self, tree: worktrees.Tree, side: str) -> correctness.Verified:
         line = " ".join(("quest verify", *self.request.verify))
         with self.console.status(f"{line} in {side}"):
             found = correctness.verify(
                 tree.path, self.request.verify, tree.path.parent / f"{side}.json"
             )
+        if side == "change" and found.status == USAGE:  # a lane that there is not, for one
+            told = _last(found.output).removeprefix("quest verify: ")
+            raise UnusableError(f"change {tree.label}: {line}: {told}")
         self.say(f"{line} in {side}: {_last(found.output)}")
         return found
 
@@ -144,6 +166,7 @@ def run(request: Request) -> int:
         worktrees.checked_out(Path.cwd(), request.base, request.change) as (base, change),
     ):
         gate = _Gate(request, base, change, console)
+        gate.select()
         gate.say(f"base: {base.label}\nchange: {change.label}")
         if base.tree == change.tree:
             gate.say("both hold the same files: this compares base with itself")
@@ -197,8 +220,28 @@ def run(request: Request) -> int:
     return 1 if gate.faults else 0
 
 
+def _alone(option: str) -> None:
+    """click.UsageError where the command line has more than this option."""
+    context = click.get_current_context(silent=True)
+    if context is None:  # called from Python
+        return
+    others = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if option not in parameter.opts
+        and context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+    ]
+    if others:
+        told = f"{option} simulates and compares nothing: it can't go with {', '.join(others)}"
+        raise click.UsageError(told, context)
+
+
 def run_power() -> int:
-    """Simulate, print; 0 where the figures are those that the gate promises, else 1."""
+    """Simulate, print; 0 where the figures are those that the gate promises, else 1.
+
+    Raises click.UsageError where the command line has other options: all would be ignored.
+    """
+    _alone("--power")
     console = _console()
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),

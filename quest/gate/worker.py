@@ -64,10 +64,11 @@ class Refused(Exception):
 
 
 class _Collected:
-    """A plugin of pytest's that keeps what was collected, and the errors."""
+    """A plugin of pytest's that keeps what was collected, what -k left out, and the errors."""
 
     def __init__(self) -> None:
         self.items: dict[str, Any] = {}
+        self.left_out: list[str] = []
         self.errors: list[str] = []
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
@@ -75,12 +76,18 @@ class _Collected:
             last = report.longreprtext.strip().splitlines()[-1:]
             self.errors.append(f"{report.nodeid}: {' '.join(last)}")
 
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        self.left_out += [item.nodeid for item in items]
+
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.items = {item.nodeid: item for item in session.items}
 
 
-def collect(expression: str) -> dict[str, Any]:
-    """pytest's items by node id; Refused where the worktree has no benchmarks that it can read."""
+def collect(expression: str) -> tuple[dict[str, Any], list[str]]:
+    """(pytest's items by node id, ids that `expression` left out).
+
+    Refused where the worktree has no benchmarks that it can read.
+    """
     if not Path("benchmarks/cases.py").is_file() or not Path("benchmarks/gate.py").is_file():
         raise Refused("old", "it has no benchmarks that the gate can drive (benchmarks/cases.py)")
     found = _Collected()
@@ -90,7 +97,7 @@ def collect(expression: str) -> dict[str, Any]:
         raise Refused("broken", f"its benchmarks can't be collected: {'; '.join(found.errors)}")
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise Refused("usage", f"pytest can't collect benchmarks with -k {expression!r}")
-    return found.items
+    return found.items, found.left_out
 
 
 class _Recorder:
@@ -199,7 +206,7 @@ class Worker:
     """Answers requests."""
 
     def __init__(self, expression: str) -> None:
-        self.items = collect(expression)
+        self.items, self.left_out = collect(expression)
         from benchmarks import cases
 
         # CPU times are those of one thread, as in the benchmarks.
@@ -215,8 +222,13 @@ class Worker:
         self.case: Case | None = None
 
     def hello(self) -> dict[str, Any]:
-        """What is there."""
-        return {"cases": list(self.items), "device": self.device, "torch": torch.__version__}
+        """What is there, and what -k left out of it."""
+        return {
+            "cases": list(self.items),
+            "left_out": self.left_out,
+            "device": self.device,
+            "torch": torch.__version__,
+        }
 
     def open(self, case: str) -> dict[str, Any]:
         """Pass the gate of a case, measure its memory, and say how long a round of it takes."""

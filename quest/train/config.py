@@ -10,6 +10,7 @@ from quest.train.errors import UserError
 
 EVALUATIONS = 12  # in a run, unless one says how often
 CHECKPOINTS = 5
+SEEDS = 2**64  # that torch's generators take
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,12 @@ class TrainConfig:
         """The settings of ``size`` (a key of ``quest.models.SIZES``), where none are given.
 
         Without ``steps`` the run sees the tokens that its size was published with, whatever the
-        batch. Raises `UserError` for an unknown size.
+        batch. Raises `UserError` for an unknown size and a seed that torch does not take.
         """
         if size not in SIZES:
             raise UserError(f"size is {size!r}: must be one of {', '.join(SIZES)}")
+        if not 0 <= seed < SEEDS:
+            raise UserError(f"seed must be from 0 to 2^64 - 1, got {seed}")
         preset = SIZES[size]
         batch = batch or preset.batch
         seq = seq or preset.seq

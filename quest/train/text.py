@@ -59,6 +59,8 @@ def load_text(sources: Sequence[str], shortest: int) -> Text:
     skipped: list[Path] = []
     seen: set[Path] = set()
     for source in sources or [standard_library()]:
+        if not source:  # a variable of a shell that is not set, and not the current folder
+            raise UserError("the name of a text is empty: need a file, folder or glob")
         named = Path(source).is_file()
         found = 0
         for path in [Path(source)] if named else _listing(source):

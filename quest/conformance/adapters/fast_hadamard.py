@@ -1,8 +1,16 @@
 """The CUDA fast Hadamard transform, `fast_hadamard_transform.hadamard_transform`.
 
-Written from its documentation and not run: it needs a CUDA device and its own build. Its orders
-with a factor of 12, 20, 28 or 40 are not declared, since their matrices were not compared with the
-specification's; its backward there is known to apply H where H^T is due.
+Of Dao-AILab/fast-hadamard-transform 1.1.0, read at commit e7706fa and run on an H100. Its transform
+of powers of two is x H, H in Sylvester's order and without a factor: the adapter passes n^-1/2 as
+its `scale`, which is applied in float32 before the one rounding to the input's dtype. H is
+symmetric there, so that the backward may apply it again.
+
+Orders 12, 20, 28 and 40 times 2^k, 4 <= 2^k <= 1024, are functions of their own that the package
+does not export (`fast_hadamard_transform_interface.hadamard_transform_12N`, `..._20N`, `..._28N`,
+`..._40N`). They are not declared: they give x M^T with other Hadamard matrices M, kron(base,
+Sylvester) as the specification's but with another base, and the orders that the court asks of
+everyone (12, 20, 28, 40) are below their smallest. M of order 12 times 2^k is symmetric (Paley's
+second construction). The other three are not, and their backward applies M^T again where M is due.
 """
 
 from __future__ import annotations
@@ -19,12 +27,20 @@ class Adapter:
     capabilities: ClassVar[dict[str, Any]] = {
         "device": "cuda",
         "dtypes": ["float32", "bfloat16", "float16"],
-        # It pads a last axis below 8 with zeros.
-        "blocks": [2**k for k in range(3, 16)],
+        # Below 8 it pads with zeros and cuts the result: H_1, H_2 and H_4 are corners of H_8.
+        "blocks": [2**k for k in range(16)],
+        "inputs": ["non_finite", "axes", "layouts"],
         "deterministic": True,
     }
     departures: ClassVar[list[str]] = [
-        "orders 12, 20, 28 and 40 times 2^k: the backward applies H where H^T is due"
+        "a width that is no power of two is no error: the row is padded with zeros and the result "
+        "cut, which is no orthogonal transform",
+        "orders 12, 20, 28 and 40 times 2^k, by functions that are not exported, have other "
+        "matrices than the specification's; below 4 times 12, 20, 28 and 40 they pad and cut",
+        "the backward of orders 20, 28 and 40 times 2^k applies H where H^T is due; that of orders "
+        "12 times 2^k is right, since the matrix is symmetric",
+        "its build asks for --use_fast_math: subnormal float32 values become 0",
+        "a tensor without rows is an error of CUDA",
     ]
 
     def unavailable(self) -> str | None:

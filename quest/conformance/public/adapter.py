@@ -183,10 +183,14 @@ def load(spec: str) -> Implementation:
             f"{', '.join(FUNCTIONS.values())}"
         )
     departures = getattr(adapter, "departures", ())
-    if isinstance(departures, str):
-        raise AdapterError(f"{name}.departures must be a list of sentences, got a string")
+    if not isinstance(departures, list | tuple) or not all(isinstance(d, str) for d in departures):
+        raise AdapterError(f"{name}.departures must be a list of sentences, got {departures!r}")
+    try:
+        missing = _missing(adapter, capabilities)
+    except Exception as error:
+        raise AdapterError(f"--impl {spec}: unavailable() raised {_told(error)}") from error
     return Implementation(
-        spec, adapter, capabilities, _missing(adapter, capabilities),
+        spec, adapter, capabilities, missing,
         (*capabilities.departures(), *departures), unknown,
     )  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 A name is that of the summary, `test_hadamard.py::test_transform[float32-12]`; without the brackets
 it stands for all parameters. An entry that matches nothing that is covered is stale, and so is an
-expected failure that passes (pytest's strict xfail).
+expected failure that passes (pytest's strict xfail). Where the adapter can't run, nothing is asked
+of it, and no entry is held against that.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ class ListError(ValueError):
 
 @dataclass
 class Listed:
-    """The entries of one file, and which of them matched."""
+    """The entries of one file, and which of them matched. checked: whether others are stale."""
 
     option: str
     origin: str
     entries: tuple[str, ...]
     matched: set[str] = field(default_factory=set)
+    checked: bool = True
 
     def match(self, name: str) -> bool:
         """Whether a property is listed; notes the entries that say so."""
@@ -32,16 +34,16 @@ class Listed:
         return bool(found)
 
     def stale(self) -> list[str]:
-        """What to say of each entry that matched nothing."""
+        """What to say of each entry that matched nothing, where they are checked."""
         return [
             f"{self.option} {self.origin}: {e!r} is no property that this adapter covers"
             for e in self.entries
-            if e not in self.matched
+            if self.checked and e not in self.matched
         ]
 
 
 def read(option: str, given: str | None) -> Listed:
-    """The list of an option; empty where it was not given. ListError for a file that is not there.
+    """The list of an option; empty where it was not given. ListError for a file that can't be read.
 
     given: a path, or package:file for a file in an installed package.
     """
@@ -52,6 +54,8 @@ def read(option: str, given: str | None) -> Listed:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ListError(f"{option} {given}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ListError(f"{option} {given}: it is no text: {error}") from None
     lines = [line.partition("#")[0].strip() for line in text.splitlines()]
     entries = [line for line in lines if line]
     twice = sorted({e for e in entries if entries.count(e) > 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +28,14 @@ class Outcome:
 
 
 class Results:
-    """Outcomes of a run, by name. stale: what the workers of pytest-xdist say of both lists."""
+    """Outcomes of a run, by name. stale: what the workers of pytest-xdist say of both lists.
+
+    Their entries are not checked for an implementation that can't run here: nothing is covered.
+    """
 
     def __init__(self, impl: Implementation, skips: Listed, xfails: Listed) -> None:
+        asked = impl.missing is None
+        skips, xfails = (dataclasses.replace(given, checked=asked) for given in (skips, xfails))
         self.impl, self.skips, self.xfails = impl, skips, xfails
         self.outcomes: dict[str, Outcome] = {}
         self.stale: list[str] = []

@@ -1,14 +1,17 @@
 """Do the judges ever reject what is correct? `python -m property_tests.false_alarms [--seeds N]`.
 
 Each seed draws a shape, a dtype, a distribution, a format and an order for every implementation of
-`variants`, runs it and asks the judges that judge our own lanes. No failure is expected. The table
-names implementation and stage, with seeds, elements judged and the worst ratio of error to bound;
-the rules that need the whole (ambiguous share, one-sided flips) are applied to the sums.
+`variants` and `variant_rows`, runs it and asks the judges that judge our own lanes. No failure is
+expected. The table names implementation and stage, with seeds, elements judged and the worst ratio
+of error to bound; the rules that need the whole (ambiguous share, one-sided flips) are applied to
+the sums.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +24,8 @@ from rich.progress import track
 from torch import Tensor
 
 import quest
-from property_tests import variants
+from property_tests import variant_rows, variants
+from property_tests.variant_rows import Gate, Gradient, Norm
 from property_tests.variants import ROTATIONS, SCALINGS, SUMS, Rotation, Scaling
 from quest.conformance import inputs, judges, oracle
 from quest.conformance.strategies import ORDERS
@@ -38,6 +42,8 @@ FORMATS = (
     quest.grids.lloyd_max(3),
     quest.grids.lloyd_max(8),
 )
+# What the operators of gates and norms quantize to: grids that have an operand.
+UNIFORM = FORMATS[:9]
 ESTIMATORS = (quest.Trust(), quest.Trust(0.5), quest.Clip(1.3), quest.STE())
 SPARSITIES = (None, None, quest.NM(2, 4), quest.Pairwise(4, 8))
 
@@ -58,10 +64,14 @@ def _pick(options: tuple, g: torch.Generator):  # type: ignore[no-untyped-def, t
     return options[int(torch.randint(len(options), (), generator=g))]
 
 
-def _input(g: torch.Generator, order: int, group: int = 1, ties: bool = True) -> Tensor:
+def _shape(g: torch.Generator, order: int, group: int = 1) -> tuple[int, int]:
     step = order * group // int(np.gcd(order, group))
     turns = tuple(n for n in (1, 2, 3, 5, 7) if n * step <= max(400, step))
-    shape = (_pick((1, 2, 3, 5, 7), g), _pick(turns, g) * step)
+    return _pick((1, 2, 3, 5, 7), g), _pick(turns, g) * step
+
+
+def _input(g: torch.Generator, order: int, group: int = 1, ties: bool = True) -> Tensor:
+    shape = _shape(g, order, group)
     seed = int(torch.randint(2**31, (), generator=g))
     kind, dtype = _pick(KINDS, g), _pick(DTYPES, g)
     if not ties:
@@ -107,7 +117,9 @@ def _quantizer(
     return judged(x, q, variants.quantize(x, q, rotation, scaling, coding), sums)
 
 
-def judged(x: Tensor, q: quest.Quantizer, made: tuple[Tensor, ...], sums: Sums) -> list[Verdict]:
+def judged(
+    x: Tensor, q: quest.Quantizer, made: tuple[Tensor, ...], sums: Sums, conclusive: bool = True
+) -> list[Verdict]:
     """The stages of a quantizer, as `examine.quantizer` has them judged."""
     codes, sigma, mask, keep, values = made
     kept = None if q.sparsity is None else keep
@@ -117,10 +129,98 @@ def judged(x: Tensor, q: quest.Quantizer, made: tuple[Tensor, ...], sums: Sums) 
         found += [judges.selected(x, q, kept, sums), judges.pruned(q, codes, kept)]
     return [
         *found,
-        judges.coded(x, q, codes, sigma, kept, sums=sums),
+        judges.coded(x, q, codes, sigma, kept, conclusive=conclusive, sums=sums),
         judges.masked(x, q, codes, sigma, mask, kept, sums=sums),
         judges.dequantized(q, codes, sigma, kept, values),
     ]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Two inputs (n, d) of one dtype for a prologue, and the quantizer of its rows.
+
+    conclusive: whether the rows have no ties of their own. Gates of 0 and of infinity, and rows of
+    few values that are no longer integers of few bits, have codes that flip together.
+    """
+
+    pair: tuple[Tensor, Tensor]
+    q: quest.Quantizer
+    sums: Sums
+    conclusive: bool
+
+
+def _drawn(g: torch.Generator, rotation: Rotation) -> Drawn:
+    order, dtype = _pick(ORDERS, g), _pick(DTYPES, g)
+    plain = ("gaussian", "gaussian")
+    kinds = _pick((plain, (_pick(KINDS, g), _pick(KINDS, g))), g)
+    shape, seed = _shape(g, order), int(torch.randint(2**31, (), generator=g))
+    one, other = (inputs.draw(kind, shape, dtype, seed + i) for i, kind in enumerate(kinds))
+    sums = rotation.sums(order)
+    # As for a quantizer alone: formats for a dot product, and values whose sums need not be exact.
+    grids = UNIFORM if sums.roundings is None else UNIFORM[:4]
+    q = quest.Quantizer(_pick(grids, g), quest.Hadamard(order), _pick(ESTIMATORS, g))
+    conclusive = kinds == plain and (sums.last or dtype is torch.float32)
+    return Drawn((one, other), q, sums, conclusive)
+
+
+Parts = tuple[Rotation, Scaling, variants.Coding]
+
+
+def _parts(i: int) -> Parts:
+    """Every one comes up, in pairs that seldom meet."""
+    each = ROTATIONS, SCALINGS, variants.CODINGS
+    return each[0][i % len(each[0])], each[1][i % len(each[1])], each[2][i % len(each[2])]
+
+
+def _rows(x: Tensor, drawn: Drawn, parts: Parts) -> list[Verdict]:
+    """The stages of the quantizer and its operand, of a prologue's rows x (n, d).
+
+    Rows that are not finite have rules, and no rounding.
+    """
+    x, q = x[x.isfinite().all(-1)], drawn.q
+    if not len(x):
+        return []
+    made = variants.quantize(x, q, *parts)
+    kind, operand, total = variant_rows.operand(made[0], q.require_grid().levels)
+    found = judged(x, q, made, drawn.sums, drawn.conclusive)
+    found += judges.encoded(q, kind, made[0], None, operand, total)
+    if drawn.conclusive:
+        return found
+    # Nor may they count in the sums over all seeds.
+    return [dataclasses.replace(v, ambiguous=0, up=0, down=0) for v in found]
+
+
+def _gated(seed: int, gate: Gate, parts: Parts) -> list[Verdict]:
+    drawn = _drawn(torch.Generator().manual_seed(seed), parts[0])
+    g, v = drawn.pair
+    x = variant_rows.gated(g, v, gate)
+    stored = x.dtype if gate.stored else None
+    return [judges.gated(g, v, x, stored), *_rows(x, drawn, parts)]
+
+
+def _normed(seed: int, norm: Norm, parts: Parts) -> list[Verdict]:
+    g = torch.Generator().manual_seed(seed)
+    drawn = _drawn(g, parts[0])
+    # Halves, whose sum is in range.
+    h, residual = (t / 2 for t in drawn.pair)
+    weight = inputs.draw("gaussian", (h.shape[-1],), h.dtype, seed)
+    eps, add = _pick((1e-5, 1e-6, 1.0), g), _pick(tuple(variant_rows.ADDITIONS.values()), g)
+    found = []
+    if seed % 2:
+        x, h = h, add(h, residual)
+        found.append(judges.added(x, residual, h))
+    rows = variant_rows.normed(h, weight, eps, norm)
+    stored = h.dtype if norm.stored else None
+    found.append(judges.normed(h, weight, eps, rows, stored))
+    return found + _rows(rows, drawn, parts)
+
+
+def _gradients(seed: int, gradient: Gradient) -> list[Verdict]:
+    g = torch.Generator().manual_seed(seed)
+    gate, value = _drawn(g, ROTATIONS[0]).pair
+    grad = inputs.draw(_pick(KINDS, g), tuple(gate.shape), gate.dtype, seed)
+    made = variant_rows.gradients(grad, gate, value, gradient)
+    return judges.gated_backward(grad, gate, value, *made)
 
 
 def _layer(seed: int, add: variants.Add, fused: bool) -> list[Verdict]:
@@ -178,11 +278,11 @@ def implementations() -> Iterator[Implementation]:
         yield Implementation(f"backward: {r.name}", functools.partial(_backward, rotation=r))
     for s in SCALINGS:
         yield Implementation(f"scale: {s.name}", functools.partial(_scale, scaling=s))
-    # Every rotation, scaling and coding comes up, in pairs that seldom meet.
-    for i, r in enumerate(ROTATIONS):
-        s, c = SCALINGS[i % len(SCALINGS)], variants.CODINGS[i % len(variants.CODINGS)]
+    for i in range(len(ROTATIONS)):
+        r, s, c = _parts(i)
         part = functools.partial(_quantizer, rotation=r, scaling=s, coding=c)
         yield Implementation(f"quantizer: {r.name}; {s.name}; {c.name}", part)
+    yield from _prologues()
     for name, add in SUMS.items():
         for fused in (False, True):
             label = f"layer: sums {name}" + (", bias in the sum" if fused else "")
@@ -190,6 +290,20 @@ def implementations() -> Iterator[Implementation]:
     for i, name in enumerate(variants.EPILOGUES):
         part = functools.partial(_integers, epilogue=name, parts=(1, 2, 5)[i % 3])
         yield Implementation(f"product: K in {(1, 2, 5)[i % 3]}, {name}", part)
+
+
+def _prologues() -> Iterator[Implementation]:
+    """Gates and norms; the parts of the quantizers behind them take turns."""
+    turns = map(_parts, itertools.count(len(ROTATIONS)))
+    for gate in variant_rows.GATES:
+        part = functools.partial(_gated, gate=gate, parts=next(turns))
+        yield Implementation(f"gate: {gate.name}", part)
+    for norm in variant_rows.NORMS:
+        part = functools.partial(_normed, norm=norm, parts=next(turns))
+        yield Implementation(f"norm: {norm.name}", part)
+    for gradient in variant_rows.GRADIENTS:
+        part = functools.partial(_gradients, gradient=gradient)
+        yield Implementation(f"gate's gradients: {gradient.name}", part)
 
 
 @dataclass
@@ -217,15 +331,17 @@ def judge(seeds: range, chosen: list[Implementation]) -> dict[tuple[str, str], L
 
 def table(lines: dict[tuple[str, str], Line]) -> list[str]:
     """The table, its totals, and what failed."""
-    wide = max(len(name) for name, _ in lines)
-    head = f"{'implementation':<{wide}}  {'stage':<13}{'seeds':>6}{'elements':>12}{'worst r':>9}"
+    wide, stages = (max(map(len, names)) for names in zip(*lines, strict=True))
+    head = (
+        f"{'implementation':<{wide}}  {'stage':<{stages}}{'seeds':>6}{'elements':>12}{'worst r':>9}"
+    )
     told = [head + f"{'failures':>10}"]
     failures = []
     order = list(dict.fromkeys(name for name, _ in lines))
     for (name, stage), line in sorted(lines.items(), key=lambda item: order.index(item[0][0])):
         problems = line.tally.problems()
         told.append(
-            f"{name:<{wide}}  {stage:<13}{line.seeds:>6}{line.tally.elements:>12,}"
+            f"{name:<{wide}}  {stage:<{stages}}{line.seeds:>6}{line.tally.elements:>12,}"
             f"{line.tally.ratio:>9.3f}{len(problems):>10}"
         )
         failures += [f"{name}, {stage}: {p}" for p in problems]

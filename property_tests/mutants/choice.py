@@ -188,6 +188,7 @@ OWN = {
     "kernels/sparse.cu": (
         "product_launches",
         "sparse_cuda_edges",
+        "sparse_far_cuda_edges",
         "sparse_product",
         "launch_rules",
         "cuda_texts",

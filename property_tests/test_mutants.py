@@ -357,6 +357,33 @@ def test_tests_about_a_kernel_that_don_t_run_it_come_behind_those_that_do() -> N
         assert found == [runs, reads][:kept], mutant.id
 
 
+def test_tests_that_are_named_need_not_be_seen_to_run_it() -> None:
+    """A sanitizer's test starts a process, and nothing is seen of that. Others do not run."""
+    text = next(m for m in KNOWN.values() if m.file == "kernels/sparse.cu")
+    lines = read("kernels/sparse.py").decode().splitlines()
+    launch = next(n for n, line in enumerate(lines, 1) if ".launch(" in line)
+    runs, races, texts, other = (
+        f"property_tests/test_{n}.py::t" for n in ("sparse_product", "races", "cuda_texts", "few")
+    )
+    times = dict.fromkeys((runs, races, texts, other), 1.0)
+    seen = Baseline(times, {"kernels/sparse.py": {launch: {runs}}}, [])
+    # Of "few", which is not about this file, nothing runs.
+    for named, expected in (
+        (("races", "few"), [races]),
+        (("races", "cuda_texts"), [texts, races]),
+        (("few",), []),
+    ):
+        found = stages(text, seen, narrow=True, named=named)
+        assert [t for part in found for t in part.tests] == expected
+        assert {part.passed for part in found} <= {choice.FIRST}
+        assert [p.paths for p in found if p.profile == "ci"] == [
+            tuple(t.partition("::")[0] for t in expected)
+        ] * bool(expected)
+    assert [*stages(text, seen, Counter({races: 1}), True, ["races", "cuda_texts"])[0].tests] == [
+        races, texts,
+    ]  # fmt: skip
+
+
 def test_a_sample_and_an_order_give_each_file_its_share() -> None:
     chosen = [m for m in KNOWN.values() if m.file in ("quest/packing.py", "quest/sparsity.py")]
     some = _sampled(chosen, None, 5, 0)

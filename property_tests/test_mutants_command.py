@@ -26,6 +26,7 @@ def test_nothing_passes_more_than_it_was_asked() -> None:
     plans = {"": FULL, choice.QUICK: QUICK, choice.OWN_TESTS: NARROW, choice.FIRST: FIRST}
     for passed, plan in plans.items():
         assert plan.passes == passed
+    assert dataclasses.replace(NARROW, named=("races",)).passes == choice.FIRST
 
 
 @pytest.mark.parametrize(
@@ -140,6 +141,7 @@ def test_what_is_proven_is_left_out(
         (["--minutes", "inf"], "inf is not a finite number"),
         (["--patience", "inf"], "inf is not a finite number"),
         (["--work", "file/below"], "file/below can't be made: Not a directory"),
+        (["--tests", "race"], "must be about their files: errors, grids_and_transforms_edges, pac"),
     ],
 )
 def test_options_that_can_t_be_used(

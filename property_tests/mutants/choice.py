@@ -17,6 +17,7 @@ import ast
 import functools
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from . import covered, cuda_source
@@ -327,14 +328,19 @@ def launchers(file: str) -> list[str]:
 
 
 def stages(
-    mutant: Mutant, baseline: Baseline, killers: Counter[str] | None = None, narrow: bool = False
+    mutant: Mutant,
+    baseline: Baseline,
+    killers: Counter[str] | None = None,
+    narrow: bool = False,
+    named: Collection[str] = (),
 ) -> list[Part]:
     """What runs on a mutant until something kills it; nothing where no test executes its lines.
 
     killers: tests by how likely it is that they are the one; see `journal.Journal.killers`.
-    narrow: the baseline knows the tests about the file alone.
+    narrow: the baseline knows the tests about the file alone. named: of those only these, as in
+    OWN, whether or not they were seen to execute its lines: some read a text, or start a process.
     """
-    order = _order(mutant, baseline, killers or Counter())
+    order = _order(mutant, baseline, killers or Counter(), named)
     if not order:
         return []
     first: list[str] = []
@@ -354,6 +360,8 @@ def stages(
     text = cuda_source.is_cuda(mutant.file)
     # Without a GPU tests compile CUDA C++ and do not run it: nothing survives that.
     last = OWN_TESTS if narrow else QUICK if text and not covered.has_gpu() else ""
+    if named:
+        last = FIRST
     passed = [FIRST] * (len(parts) - 1) + [last]
     if len(parts) > 1 and own and not narrow:
         passed[-2] = QUICK
@@ -365,13 +373,18 @@ def quick(tests: dict[str, float]) -> Part:
     return Part("quick", tuple(dict.fromkeys(t.partition("::")[0] for t in tests)), tests)
 
 
-def _order(mutant: Mutant, baseline: Baseline, killers: Counter[str]) -> list[str]:
-    covering = _covering(mutant, baseline)
-    if not covering:
-        return []
+def _order(
+    mutant: Mutant, baseline: Baseline, killers: Counter[str], named: Collection[str]
+) -> list[str]:
     own = {f: i for i, f in enumerate(OWN.get(mutant.file, ()))}
+    covering = set() if named else _covering(mutant, baseline)
     groups = [covering - {IMPORT}, baseline.touching(mutant.file)]
-    if IMPORT in covering:  # all, of which only its own are likely to look
+    if named:
+        wanted = {f for f in named if f in own}
+        groups = [{t for t in baseline.tests if test_file(t) in wanted}]
+    elif not covering:
+        return []
+    elif IMPORT in covering:  # all, of which only its own are likely to look
         groups = [{t for t in baseline.tests if test_file(t) in own}, *groups, {*baseline.tests}]
     elif _is_compiled(mutant.file):  # which tests read a text, or only compile it, is not seen
         groups.append({t for t in baseline.tests if test_file(t) in own})

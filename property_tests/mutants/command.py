@@ -78,6 +78,13 @@ def _finite(context: click.Context, option: click.Parameter, value: float | None
     is_flag=True,
     help="Only the tests about the mutants' files, as of CUDA C++ in any case.",
 )
+@click.option(
+    "--tests",
+    "named",
+    multiple=True,
+    metavar="NAME",
+    help="Of those only these, by their names in choice.OWN, like races; repeatable.",
+)
 @click.option("--minutes", type=click.FloatRange(0), callback=_finite,
               help="Stop then, whatever is under way; what still runs has no verdict. Cheap ones "
               "first. 0: only the table of what is known.")  # fmt: skip
@@ -111,6 +118,7 @@ def main(
     each: int | None,
     seed: int,
     own: bool,
+    named: tuple[str, ...],
     minutes: float | None,
     patience: float,
     jobs: int,
@@ -137,6 +145,11 @@ def main(
     known = all_mutants()
     chosen = _choose(known, families, files, ids)
     chosen = _sampled(chosen, sample, each, seed)
+    about = {n for m in chosen for n in choice.OWN.get(m.file, ())}
+    for name in named:
+        if name not in about:
+            allowed = ", ".join(sorted(about))
+            raise click.BadParameter(f"--tests must be about their files: {allowed}; got {name!r}")
     if listed:
         for mutant in chosen:
             console.print(f"{mutant.id}  {mutant.what}", markup=False, highlight=False)
@@ -150,8 +163,8 @@ def main(
         for path in (*work.glob("*.jsonl"), *work.glob("*.json")):
             path.unlink(missing_ok=True)
     record = journal_.Journal(work, Evidence(), patience, () if fresh else record_.journal())
-    narrow = own or all(cuda_source.is_cuda(m.file) for m in chosen)
-    plan = _Plan(jobs, quick, first, narrow, seed, minutes is not None, patience, until)
+    narrow = own or bool(named) or all(cuda_source.is_cuda(m.file) for m in chosen)
+    plan = _Plan(jobs, quick, first, narrow, seed, minutes is not None, patience, until, named)
     asked = [m for m in chosen if proven_too or m.id in ids or not proven.because(m)]
     missing = [m for m in asked if plan.wants(record.known(m), again)]
     if missing and minutes != 0:
@@ -239,7 +252,7 @@ class Broken(click.ClickException):
 class _Plan:
     """How mutants are run. narrow: only tests about their files, by `choice.OWN`, are looked at.
 
-    cheap: the cheap ones first.
+    cheap: the cheap ones first. named: of the tests about their files, only these, if any.
     """
 
     jobs: int
@@ -250,11 +263,12 @@ class _Plan:
     cheap: bool
     patience: float
     until: float
+    named: tuple[str, ...] = ()
 
     @property
     def passes(self) -> str:
         """What an open mutant has passed when this plan is through with it; "": everything."""
-        if self.first or (self.narrow and self.quick):
+        if self.first or self.named or (self.narrow and self.quick):
             return choice.FIRST
         return choice.OWN_TESTS if self.narrow else choice.QUICK if self.quick else ""
 
@@ -280,7 +294,10 @@ def _run(
     with pool.workshop() as folder:
         names = baseline.ALL
         if plan.narrow:
-            names = frozenset(n for m in missing for n in choice.OWN.get(m.file, ()))
+            own = {n for m in missing for n in choice.OWN.get(m.file, ())}
+            names = frozenset(own & {*plan.named} if plan.named else own)
+            if not names:  # of what is left to run none has a test of these names
+                return
         elif all(m.family == "court" for m in missing):
             names = frozenset(n for m in missing for n in (*choice.HELPERS, *choice.OWN[m.file]))
         seen = baseline.measure(
@@ -315,7 +332,8 @@ def _run(
                     )
 
             def every(mutant: Mutant) -> list[choice.Part]:
-                found = choice.stages(mutant, seen, journal.killers(mutant), plan.narrow)
+                killers = journal.killers(mutant)
+                found = choice.stages(mutant, seen, killers, plan.narrow, plan.named)
                 if plan.quick:
                     return [p for p in found if p.profile == "quick"]
                 old = journal.known(mutant)
@@ -328,7 +346,7 @@ def _run(
             # What a mutant's first test takes; nothing of it is run where there is none.
             costs = {
                 m.id: next(iter(found[0].tests.values()))
-                for m in missing if (found := choice.stages(m, seen))
+                for m in missing if (found := choice.stages(m, seen, named=plan.named))
             }  # fmt: skip
             left = [m for m in missing if m.id in costs]
             # Known at once, wherever the run ends; a part of the tests can't tell.

@@ -228,7 +228,7 @@ def normed(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float,
     program: Program, *, form: int, bits: int = 0, show: bool = False,
 ) -> Made:  # fmt: skip
-    """The quantizer of rows = h weight / sqrt(mean(h^2) + eps), for inference: without a mask.
+    """The quantizer of rows = (h / sqrt(mean(h^2) + eps)) weight, for inference: without a mask.
 
     h = residual + x, rounded, is given back where there is a residual; else it is x, and None. x,
     residual: (rows, d) bfloat16 or float16, weight: (d,) of that dtype. The rest as in `gated`;

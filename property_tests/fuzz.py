@@ -315,9 +315,11 @@ def _check_promoted(path: Path) -> None:
         raise click.BadParameter(told, param_hint=hint) from None
     try:
         kept: Any = promoted(path) if path.exists() else []
+        if not isinstance(kept, list) or not all(isinstance(entry, dict) for entry in kept):
+            raise ValueError("it must be a list of objects")
         if not all({"target", "entry"} <= entry.keys() for entry in kept):
             raise ValueError("an entry lacks its target")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         told = f"{path} holds no list of promoted entries: {error}"
         raise click.BadParameter(told, param_hint=hint) from None
 
@@ -393,7 +395,9 @@ def main(
     for s in searches:
         for entry, told in s.found:
             click.echo(f"FOUND {s.name}: {told}\n  {json.dumps(entry)}")
-    click.echo(f"{new} new in {path}; the corpus is in {corpus}; --seed {seed} begins alike")
+    click.echo(
+        f"{new} new in {path}; the corpus is in {corpus}; --seed {seed} begins with the same target"
+    )
     sys.exit(bool(any(s.found for s in searches)))
 
 

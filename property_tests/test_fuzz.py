@@ -225,7 +225,16 @@ def test_a_corpus_that_can_t_be_kept_is_refused_at_the_start(
     ("options", "told"),
     [
         (("--promote-to", "/proc/found.json"), "/proc/found.json: it can't be written"),
-        (("--promote-to", "dict.json"), "dict.json holds no list of promoted entries"),
+        (("--promote-to", "dict.json"), "dict.json holds no list of promoted entries: it must be"),
+        (("--promote-to", "none.json"), "none.json holds no list of promoted entries: it must be"),
+        (
+            ("--promote-to", "empty.json"),
+            "empty.json holds no list of promoted entries: it must be",
+        ),
+        (
+            ("--promote-to", "texts.json"),
+            "texts.json holds no list of promoted entries: it must be",
+        ),
         (("--promote-to", "text.json"), "text.json holds no list of promoted entries: Expecting"),
         (("--promote-to", "bytes.json"), "bytes.json holds no list of promoted entries: 'utf-8'"),
         (("--promote-to", "part.json"), "part.json holds no list of promoted entries: an entry"),
@@ -239,7 +248,10 @@ def test_what_would_be_found_out_at_the_end(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fuzz.Search, "round", lambda *_: pytest.fail("it searched"))
-    made = {"dict": b'{"a": 1}', "text": b"?", "bytes": b"\xff", "part": b"[{}]"}
+    made = {
+        "dict": b'{"a": 1}', "none": b"{}", "empty": b'""', "texts": b'["target"]', "text": b"?",
+        "bytes": b"\xff", "part": b"[{}]",
+    }  # fmt: skip
     for name, contents in made.items():
         Path(f"{name}.json").write_bytes(contents)
     done = run("--corpus", "corpus", "--promote-to", "p", *options)
@@ -263,7 +275,7 @@ def test_the_seed_says_which_target_comes_first(
         monkeypatch.setattr(time, "monotonic", lambda: 0.0)
         done = run(*line, "--seed", str(seed))
         assert done.exit_code == 0, done.output
-        assert f"--seed {seed} begins alike" in done.output
+        assert f"--seed {seed} begins with the same target" in done.output
     assert began == [*fuzz.TARGETS, next(iter(fuzz.TARGETS))]
     # Without one it is at random: 40 times the same has a probability of 4**-39.
     began.clear()

@@ -343,8 +343,12 @@ def test_a_filter_may_select_what_one_side_alone_has(
     # What can't be collected is told as a fault of the change, after quest verify as ever.
     there.write_text("import nothing_of_this_name")
     assert benchmarks.unmatched(repository, repository, "hadamrad") is None
-    # A base without benchmarks has none that the filter could mean.
     there.write_text(BENCH)
+    settings = repository / "benchmarks/conftest.py"
+    settings.write_text("import nothing_of_this_name")
+    assert benchmarks.unmatched(repository, None, "triple") is None
+    settings.unlink()
+    # A base without benchmarks has none that the filter could mean.
     assert benchmarks.unmatched(repository, repository.parent, "hadamrad") == ["double", "triple"]
 
 

@@ -141,7 +141,10 @@ def test_what_is_proven_is_left_out(
         (["--minutes", "inf"], "inf is not a finite number"),
         (["--patience", "inf"], "inf is not a finite number"),
         (["--work", "file/below"], "file/below can't be made: Not a directory"),
-        (["--tests", "race"], "must be about their files: errors, grids_and_transforms_edges, pac"),
+        (
+            ["--tests", "race"],
+            "must be about the chosen files: errors, grids_and_transforms_edges, pac",
+        ),
     ],
 )
 def test_options_that_can_t_be_used(

@@ -1,6 +1,6 @@
 """Rows before a quantizer, by implementations that are correct and not ours: for `false_alarms`.
 
-Gate: silu(g) v = g s v, s the sigmoid of g. Norm: h w / sqrt(mean(h^2) + eps). In float32 where a
+Gate: silu(g) v = g s v, s the sigmoid of g. Norm: (h / sqrt(mean(h^2) + eps)) w. In float32 where a
 name does not say float64, and stored once in the inputs' dtype; one that also stores what stands
 before the last product says so to its judge (`stored`).
 
@@ -285,7 +285,7 @@ NORMS = (
 
 
 def normed(h: Tensor, weight: Tensor, eps: float, made: Norm) -> Tensor:
-    """h weight / sqrt(mean(h^2) + eps) of finite h (n, d) and weight (d,), as their dtype."""
+    """(h / sqrt(mean(h^2) + eps)) weight of finite h (n, d) and weight (d,), as their dtype."""
     _, power = near_one(h, h.shape[-1])
     power = (power / made.most).clamp(min=1)  # (n, 1) float64
 

@@ -281,7 +281,7 @@ def gated_backward(
 def normed(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(h, h / sqrt(mean(h^2) + eps) weight), the second in float32 and rounded once to h's dtype.
+    """(h, (h / sqrt(mean(h^2) + eps)) weight), the second in float32 and rounded once to h's dtype.
 
     h: residual + x, or x where there is none.
     """

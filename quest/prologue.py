@@ -5,9 +5,9 @@ quest::gated_encode_shown(gate, value, spec, kind) -> (operand, scale, sums, row
 quest::normed_encode(x, residual, weight, eps, spec, kind) -> (operand, scale, sums, h)
 quest::normed_encode_shown(...) -> (operand, scale, sums, h, rows)
 
-Rows are silu(gate) * value, or h / sqrt(mean(h^2) + eps) weight of h = residual + x, which is given
-back where there is a residual. They are computed in float32 and rounded once to the inputs' dtype,
-as inductor does it, and quantized as `lowbit.encode` does, without a mask. CPU: plain PyTorch.
+Rows are silu(gate) * value, or (h / sqrt(mean(h^2) + eps)) weight of h = residual + x, which is
+given back where there is a residual. They are computed in float32 and rounded once to the inputs'
+dtype, as inductor does it, and quantized as `lowbit.encode` does, without a mask. CPU: PyTorch.
 CUDA: one kernel for 16 bits, blocks of 128, uniform grids and no sparsity, which saves writing the
 rows and reading them again; else one after the other. Inputs may be columns of a wider tensor: no
 copy is made.
@@ -277,7 +277,7 @@ def gated_encode_shown(
 def normed_encode(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, spec: str, kind: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(operand, scale, sums, h) of rows = h / sqrt(mean(h^2) + eps) weight, h = residual + x.
+    """(operand, scale, sums, h) of rows = (h / sqrt(mean(h^2) + eps)) weight, h = residual + x.
 
     x, residual: (..., d) float32, bfloat16 or float16, alike; without a residual h is x, and what
     is given back in its place has shape (0,). weight: (d,) of that dtype. The rest as in

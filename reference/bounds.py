@@ -263,7 +263,7 @@ def squares_overflow(h: Float64) -> Bool:
 
 
 def normed(h: Float64, weight: Float64, eps: float, between: str | None = None) -> Float64:
-    """Bound of h / sqrt(mean(h^2) + eps) weight in float32, not yet stored; no overflow.
+    """Bound of (h / sqrt(mean(h^2) + eps)) weight in float32, not yet stored; no overflow.
 
     The weight comes last: h weight may be subnormal, or none, where the row is not.
     d squares and their sum: gamma_d, all terms positive, and MEAN_ROUNDINGS more; squares may be

@@ -2,7 +2,7 @@
 
 Gate (arXiv 2002.05202, section 2): x = silu(gate) * value, silu(g) = g / (1 + exp(-g)).
 Its gradients: of the gate grad value s (1 + g (1 - s)), s its sigmoid; of the value grad silu(g).
-Norm (arXiv 1910.07467, equation 4): x = h weight / sqrt(mean(h^2) + eps), along the last axis.
+Norm (arXiv 1910.07467, equation 4): x = (h / sqrt(mean(h^2) + eps)) weight, along the last axis.
 The fused operators compute x in float32 and round it once to the dtype of their inputs; the
 quantizer's definition then applies to that x.
 """
@@ -51,7 +51,7 @@ def gated_backward(
 
 
 def normed(h: npt.ArrayLike, weight: npt.ArrayLike, eps: float) -> Float64:
-    """h weight / sqrt(mean(h^2) + eps): real (..., d) and (d,) to float64 (..., d).
+    """(h / sqrt(mean(h^2) + eps)) weight: real (..., d) and (d,) to float64 (..., d).
 
     A row with an infinity is 0 but for NaN in its place; one with a NaN is NaN. Raises ValueError
     for a weight of another width, or an eps that is not positive.

@@ -184,6 +184,7 @@ OWN = {
         "product_cuda_edges",
         "few_cuda_edges",
         "sparse_cuda_edges",
+        "sparse_far_cuda_edges",
         "cuda_texts",
     ),
     "kernels/sparse.cu": (

@@ -149,7 +149,8 @@ def main(
     for name in named:
         if name not in about:
             allowed = ", ".join(sorted(about))
-            raise click.BadParameter(f"--tests must be about their files: {allowed}; got {name!r}")
+            told = f"must be about the chosen files: {allowed}; got {name!r}"
+            raise click.BadParameter(told, param_hint="--tests")
     if listed:
         for mutant in chosen:
             console.print(f"{mutant.id}  {mutant.what}", markup=False, highlight=False)
@@ -296,7 +297,8 @@ def _run(
         if plan.narrow:
             own = {n for m in missing for n in choice.OWN.get(m.file, ())}
             names = frozenset(own & {*plan.named} if plan.named else own)
-            if not names:  # of what is left to run none has a test of these names
+            if not names:
+                console.print("no test of these names is about a mutant that is left to run")
                 return
         elif all(m.family == "court" for m in missing):
             names = frozenset(n for m in missing for n in (*choice.HELPERS, *choice.OWN[m.file]))

@@ -163,7 +163,7 @@ def added(x: Tensor, residual: Tensor, h: Tensor) -> Verdict:
 def normed(
     h: Tensor, weight: Tensor, eps: float, rows: Tensor, between: torch.dtype | None = None
 ) -> Verdict:
-    """T1: rows = h weight / sqrt(mean(h^2) + eps), computed in float32 and stored in their dtype.
+    """T1: rows = (h / sqrt(mean(h^2) + eps)) weight, computed in float32 and stored in their dtype.
 
     between: the dtype that is stored in before the weight, where it is. A row of h that is not
     finite may hold any infinity and NaN; where squares leave float32, it may be 0 as a whole.

@@ -18,9 +18,11 @@ It imports nothing of quest's itself: that name is the worktree's.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import os
@@ -95,8 +97,16 @@ def collect(expression: str) -> tuple[dict[str, Any], list[str]]:
     status = pytest.main([*line, "-k", expression] if expression else line, plugins=[found])
     if found.errors:
         raise Refused("broken", f"its benchmarks can't be collected: {'; '.join(found.errors)}")
-    if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-        raise Refused("usage", f"pytest can't collect benchmarks with -k {expression!r}")
+    fine = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+    if status not in fine:
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):  # where pytest tells of a broken conftest.py
+            if expression and pytest.main(line) in fine:
+                raise Refused("usage", f"pytest can't collect benchmarks with -k {expression!r}")
+        last = (said.getvalue().strip().splitlines() or [f"pytest ends with {int(status)}"])[-1]
+        raise Refused(
+            "broken", f"its benchmarks can't be collected: {last.removeprefix('E ').strip()}"
+        )
     return found.items, found.left_out
 
 

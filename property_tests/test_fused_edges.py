@@ -7,6 +7,8 @@ import pytest
 import quest
 from quest import fused, grids
 
+pytestmark = pytest.mark.whole  # each of the few lines guards one end
+
 LESS = 1 - 2.0**-50  # two roundings do not take it away
 
 

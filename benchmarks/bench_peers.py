@@ -1,7 +1,14 @@
-"""Other people's low-bit layers, where they are installed; what is called "torch" is the peer here.
+"""Other people's kernels, where they are installed; what is called "torch" is the peer here.
 
-torchao's int8 layer (dynamic per-token activations, per-channel weights, absmax scales, no
-transform), compiled as its documentation asks. Ours is the frozen W8A8 layer, uncompiled.
+- torchao's int8 layer (dynamic per-token activations, per-channel weights, absmax scales, no
+  transform), compiled as its documentation asks. Ours is the frozen W8A8 layer, uncompiled.
+- gemlite's layer of packed weights: groups of 128 weights, no transform, activations and the
+  product in bfloat16, so that it spares the memory's traffic alone. Ours is the frozen layer whose
+  activations have so few bits, too. Configurations that gemlite does not ship it tunes when first
+  called.
+- The CUDA fast Hadamard transform (Dao-AILab): a block is one of its rows.
+
+What a peer computes is held against the same in torch, coarsely: a broken one has no time.
 """
 
 from __future__ import annotations
@@ -11,13 +18,28 @@ import torch
 from torch import Tensor, nn
 
 import quest
+from quest import ops
 
 from . import cases
+from .bench_hadamard import judge_of_transform
 from .bench_linear import time_frozen
 from .timed import Timed
 
+# Theirs, not ours.
+pytestmark = pytest.mark.filterwarnings(
+    *(f"ignore::{kind}Warning" for kind in ("Deprecation", "Future", "Syntax", "User"))
+)
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+GROUP = 128  # weights of a gemlite scale
+
+
+def _close(peer: Tensor, due: Tensor) -> None:
+    """ValueError unless they differ by bfloat16's roundings only."""
+    error = (peer.double() - due.double()).norm() / due.double().norm()
+    if not error < 1e-2:
+        raise ValueError(f"the peer's result is off by {float(error):.2g} of its norm")
+
+
 @pytest.mark.parametrize(("tokens", "inside", "outside"), cases.peers())
 def test_torchao_int8(timed: Timed, tokens: int, inside: int, outside: int) -> None:
     """The forward of an int8 layer: inference."""
@@ -38,3 +60,61 @@ def test_torchao_int8(timed: Timed, tokens: int, inside: int, outside: int) -> N
         return y
 
     time_frozen(timed, made, ours, tokens, lambda x: forward(ours, x), lambda x: forward(peer, x))
+
+
+def _grouped(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (out, in) uint8, scales and zeros (out * in / GROUP, 1): (code - zero) scale."""
+    groups = weight.float().reshape(-1, GROUP)
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    scale = (high - low) / (2**bits - 1)
+    codes = ((groups - low) / scale).round().to(torch.uint8)
+    return codes.reshape(weight.shape), scale.to(weight.dtype), (-low / scale).to(weight.dtype)
+
+
+@pytest.mark.parametrize(("tokens", "inside", "outside", "recipe"), cases.packed_peers())
+def test_gemlite(timed: Timed, tokens: int, inside: int, outside: int, recipe: str) -> None:
+    """The forward of a layer whose weights are packed: inference with few tokens."""
+    if cases.DEVICE != "cuda":
+        pytest.skip("gemlite needs a GPU")
+    helper = pytest.importorskip("gemlite.helper", exc_type=ImportError)
+    made = quest.recipe(recipe)
+    bits = made.weight.grid.bits
+    torch.manual_seed(0)
+    dense = nn.Linear(inside, outside, bias=False, device=cases.DEVICE, dtype=cases.DTYPE)
+    ours = quest.Linear.from_linear(dense, made).freeze()
+    codes, scale, zero = _grouped(dense.weight.detach(), bits)
+    packer = helper.A16Wn(device=cases.DEVICE, dtype=cases.DTYPE)
+    peer = packer.from_weights(codes, scale, zero, bits, GROUP)
+    held = ((codes.reshape(-1, GROUP).float() - zero) * scale).reshape(codes.shape)
+    x = torch.randn(tokens, inside, device=cases.DEVICE, dtype=cases.DTYPE)
+
+    def forward(layer: nn.Module, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y: Tensor = layer(x)
+        return y
+
+    _close(forward(peer, x), x.float() @ held.T)
+    time_frozen(timed, made, ours, tokens, lambda x: forward(ours, x), lambda x: forward(peer, x))
+
+
+@pytest.mark.parametrize(("width", "order"), cases.rotated_peers())
+def test_fast_hadamard(timed: Timed, width: int, order: int) -> None:
+    """y = x H."""
+    if cases.DEVICE != "cuda":
+        pytest.skip("fast_hadamard_transform needs a GPU")
+    library = pytest.importorskip("fast_hadamard_transform", exc_type=ImportError)
+
+    def peer(x: Tensor) -> Tensor:
+        y: Tensor = library.hadamard_transform(x.view(-1, order), scale=order**-0.5)
+        return y.view(x.shape)
+
+    x = torch.randn(16, width, device=cases.DEVICE, dtype=cases.DTYPE)
+    _close(peer(x), ops.hadamard(x, order, False))
+    timed(
+        spec=f"hadamard{order}",
+        shape=(cases.ROWS, width),
+        key=("hadamard", order, width),
+        judge=judge_of_transform(width, order),
+        run=lambda x: ops.hadamard(x, order, False),
+        baseline=peer,
+    )

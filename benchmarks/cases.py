@@ -185,6 +185,25 @@ def peers() -> list[Any]:
     return [pytest.param(*case, id=_size(*case)) for case in dict.fromkeys(made)]
 
 
+def packed_peers() -> list[Any]:
+    """(tokens, in_features, out_features, recipe) of a layer whose weights are packed."""
+    counts = {"w4a4": (1, 4, 16, 64), "w1a1": (1, 16)} if CUDA else {"w4a4": (1,)}
+    shapes = {"w4a4": (FROZEN[0], *WIDER), "w1a1": FROZEN[:1]}
+    made = [
+        (tokens, inside, outside, recipe)
+        for recipe, every in counts.items()
+        for outside, inside in shapes[recipe]
+        for tokens in every
+    ]
+    return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made]
+
+
+def rotated_peers() -> list[Any]:
+    """(width, order) of a Hadamard transform of powers of two, on ROWS rows."""
+    pairs = [(w, BLOCK) for w in (WIDTH, *OTHER_WIDTHS[:2])] + list(ORDERS[:2])
+    return [pytest.param(w, order, id=f"{_size(ROWS, w)}-order{order}") for w, order in pairs]
+
+
 # Sequences of so many tokens: the step of training, and each prefill.
 TRAINED = (SIZES["800M"].architecture(32000), 16, 512) if CUDA else (TINY, 2, 64)
 PREFILLED = (LlamaConfig(32000, 24, 2048, 16), 512) if CUDA else (TINY, 64)

@@ -34,9 +34,9 @@ GROUP = 128  # weights of a gemlite scale
 
 
 def _close(peer: Tensor, due: Tensor) -> None:
-    """ValueError unless they differ by bfloat16's roundings only."""
+    """ValueError unless they differ by bfloat16's roundings only: gemlite's weights have two."""
     error = (peer.double() - due.double()).norm() / due.double().norm()
-    if not error < 1e-2:
+    if not error < 5e-2:
         raise ValueError(f"the peer's result is off by {float(error):.2g} of its norm")
 
 
@@ -78,7 +78,7 @@ def test_gemlite(timed: Timed, tokens: int, inside: int, outside: int, recipe: s
         pytest.skip("gemlite needs a GPU")
     helper = pytest.importorskip("gemlite.helper", exc_type=ImportError)
     made = quest.recipe(recipe)
-    bits = made.weight.grid.bits
+    bits = (made.weight.grid.levels - 1).bit_length()
     torch.manual_seed(0)
     dense = nn.Linear(inside, outside, bias=False, device=cases.DEVICE, dtype=cases.DTYPE)
     ours = quest.Linear.from_linear(dense, made).freeze()

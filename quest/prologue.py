@@ -407,7 +407,9 @@ def normed(
     bias, outs = joined(plain, held, x), [layer.out_features for layer in plain]
     xs = (x,) if residual is None else (x, residual)
     unwatched = all(map(ops.direct, (*xs, weight)))
-    if unwatched and direct.fits(bias, x, sum(outs)) and direct.fits(weight, x, x.shape[-1]):
+    # A weight that lies off a multiple of 16 bytes is copied, to where no later call may look.
+    lies = direct.fits(weight, x, x.shape[-1]) and weight.data_ptr() % 16 == 0
+    if unwatched and direct.fits(bias, x, sum(outs)) and lies:
         made = direct.behind(xs, held, bias, (weight, norm.eps))
         if made is not None:
             return made[-1] if len(made) > 1 else x, tuple(torch.split(made[0], outs, -1))

@@ -150,10 +150,9 @@ def test_which_calls_are_made_again(
     expected = layer(X).detach()
     answer, asked = torch.zeros(3, 4), list[tuple[Any, Any, Any]]()
 
-    def again(held: Any, xs: Any, reads: Any) -> tuple[Tensor]:
-        (x,), (bias,) = xs, reads
+    def again(x: Tensor, held: Any, bias: Any) -> Tensor:
         asked.append((x, held, bias))
-        return (answer,)
+        return answer
 
     monkeypatch.setattr(direct, "again", again)
     held = layer._frozen

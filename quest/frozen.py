@@ -37,7 +37,7 @@ class Frozen:
     quantizer, without a mask. few: rows that `fused.few_linear` takes with it, at most. state: of
     the weight that it was made of; weight: that one, held so that no other gets its address. whole,
     place: the stack of several that this one's tensors are rows of, and which of them it is; see
-    `stack`. calls, biases: see `direct`.
+    `stack`. calls: see `direct`.
     """
 
     values: Tensor | None = None
@@ -56,7 +56,6 @@ class Frozen:
     whole: Stack | None = None
     place: int = 0
     calls: direct.Calls = field(default_factory=direct.Calls, init=False, repr=False)
-    biases: direct.Joined = field(default_factory=direct.Joined, init=False, repr=False)
 
     @property
     def path(self) -> str:
@@ -183,8 +182,13 @@ def _can_be_read(weight: Tensor, bits: int) -> bool:
     return few.supports(1, weight.shape[1], bits)
 
 
-def linear(x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe) -> Tensor:
-    """y (..., out) of x's dtype for x (..., in); no gradient."""
+def linear(
+    x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe, steady: bool = True
+) -> Tensor:
+    """y (..., out) of x's dtype for x (..., in); no gradient.
+
+    steady: the next call's bias will lie where this one's lies.
+    """
     dtype = x.dtype
     if frozen.operand is None:
         assert frozen.values is not None
@@ -192,28 +196,25 @@ def linear(x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe) -> Te
         b = None if bias is None else bias.to(dtype)
         return torch.nn.functional.linear(values, frozen.values.to(dtype), b)
     unwatched = ops.direct(x) and direct.fits(bias, x, frozen.operand.shape[0])
-    if unwatched and (made := direct.again(frozen, (x,), (bias,))) is not None:
-        return made[0]
-    run: Callable[[], tuple[Tensor] | None] | None = None
-    if unwatched:
-        run = functools.partial(direct.linear, x, frozen, bias, dtype)
+    steady = steady and unwatched
+    if steady and (made := direct.again(x, frozen, bias)) is not None:
+        return made
+    run: Callable[[], Tensor | None] | None = None
     if frozen.packed is not None and paths.fuses(x, frozen.few):
         assert frozen.scale is not None
         assert frozen.sums is not None
         # Settled: `freeze` has queued another kernel after that which wrote the codes.
-        few = functools.partial(
+        run = functools.partial(
             fused.unchecked if unwatched else fused.few_linear,
             x, frozen.packed, frozen.scale, frozen.sums, bias, frozen.spec,
             frozen.names.partition(",")[2], dtype, True,
         )  # fmt: skip
-        if not unwatched:
-            return few()
-        run = functools.partial(_alone, few)
+    elif unwatched:
+        run = functools.partial(direct.linear, x, frozen, bias, dtype)
     if run is not None:
-        # Rows that lie apart are copied first.
-        made = direct.recorded(frozen, (x,), (bias,), run) if x.is_contiguous() else run()
+        made = direct.recorded(x, frozen, bias, run) if steady else run()
         if made is not None:
-            return made[0]
+            return made
     rows, kind = lowbit.as_rows(x), frozen.kinds.partition(",")[0]
     if unwatched:
         quantized = lowbit.launch_operand(rows, ops.quantizer(frozen.spec), kind)
@@ -221,10 +222,6 @@ def linear(x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe) -> Te
         quantized = lowbit.operand(rows, frozen.spec, kind)
     y = multiply(quantized, frozen, bias, x.shape[-1], dtype, unwatched)
     return y.view(*x.shape[:-1], frozen.operand.shape[0])
-
-
-def _alone(run: Callable[[], Tensor]) -> tuple[Tensor]:
-    return (run(),)
 
 
 def multiply(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
-from . import direct, frozen, paths
+from . import frozen, paths
 from .linear import Linear
 from .lowbit_linear import low_bit_linear, saves
 
@@ -52,7 +52,8 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     one = frozen.stacked(held) if len(held) == len(plain) else None
     if one is None:
         return tuple(layer(x) for layer in plain)
-    y = frozen.linear(x, one, joined(plain, one, x), plain[0].recipe)
+    bias = joined(plain)
+    y = frozen.linear(x, one, bias, plain[0].recipe, steady=len(plain) == 1 or bias is None)
     return torch.split(y, [layer.out_features for layer in plain], -1)
 
 
@@ -72,19 +73,12 @@ def whole(layers: list[Linear]) -> frozen.Frozen | None:
     return held[0] if len(held) == 1 else frozen.stacked(held)
 
 
-def joined(layers: list[Linear], one: frozen.Frozen, x: Tensor) -> Tensor | None:
-    """The biases of layers in one, for the weights that lie stacked in `one`, and their input.
-
-    Where nothing watches they lie in the same memory at each call.
-    """
+def joined(layers: list[Linear]) -> Tensor | None:
+    """The biases of layers in one, for weights that lie stacked."""
     if len(layers) == 1:
         return layers[0].bias
     biases = biases_of(layers)
-    if not biases:
-        return None
-    if all(direct.fits(b, x, b.numel()) for b in biases) and direct.keeps(x):
-        return one.biases.of(biases)
-    return torch.cat(biases)
+    return torch.cat(biases) if biases else None
 
 
 def stack(layers: Sequence[nn.Module]) -> bool:

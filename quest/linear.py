@@ -125,8 +125,7 @@ class Linear(nn.Linear):
         # What is not among them is computed anew at each call, by a parametrization for one.
         if weight is None or "bias" not in own:
             return None
-        made = direct.again(held, (x,), (own["bias"],)) if held.is_of(weight) else None
-        return None if made is None else made[0]
+        return direct.again(x, held, own["bias"]) if held.is_of(weight) else None
 
     def _integers(self, x: Tensor) -> Tensor:
         specs = self.recipe.activation.spec, self.recipe.weight.spec

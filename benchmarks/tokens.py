@@ -20,6 +20,7 @@ from . import records
 
 Series = dict[str, list[tuple[int, float]]]
 Ratio = tuple[tuple[int, int, int], str, float]  # tokens, in_features, out_features; recipe; ratio
+COLUMNS = 4  # of panels
 _LINE = re.compile(r"frozen\[(\d+)x(\d+)x(\d+)-([^\]]+)\].*?([\d.]+)x ")
 _TITLE = re.compile(r"=+ (.+): against torch and the copy bound =+")
 
@@ -65,25 +66,45 @@ def draw(device: str, ratios: list[Ratio], path: Path) -> None:
     found = series(ratios)
     if not found:
         raise ValueError("there is no benchmark of a frozen layer (test_frozen)")
+    most = {
+        shape: max(points[-1][0] for points in lines.values()) for shape, lines in found.items()
+    }
+    shapes = sorted(found, key=lambda shape: (-most[shape], shape))  # timed with most tokens first
+    recipes = sorted({recipe for lines in found.values() for recipe in lines})
+    ticks = [4**i for i in range((most[shapes[0]].bit_length() + 1) // 2)]
+    rows, columns = -(-len(shapes) // COLUMNS), min(len(shapes), COLUMNS)
     figure, axes = plt.subplots(
-        1, len(found), figsize=(1 + 3.6 * len(found), 4), sharey=True, squeeze=False
+        rows,
+        columns,
+        figsize=(1 + 3.2 * columns, 1 + 3 * rows),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
-    for ax, ((inside, outside), lines) in zip(axes[0], sorted(found.items()), strict=True):
-        for recipe, points in sorted(lines.items()):
-            ax.plot(*zip(*points, strict=True), marker="o", label=recipe.upper())
-        ax.axhline(1.0, color="gray", linestyle="--", label="bf16")
-        tokens = sorted({t for points in lines.values() for t, _ in points})
+    named: dict[str, Any] = {}
+    for ax, (inside, outside) in zip(axes.flat, shapes, strict=False):
+        named["bf16"] = ax.axhline(1.0, color="gray", linestyle="--")
+        for recipe, points in sorted(found[inside, outside].items()):
+            color = f"C{recipes.index(recipe)}"
+            (named[recipe.upper()],) = ax.plot(
+                *zip(*points, strict=True), marker="o", markersize=4, color=color
+            )
         ax.set_xscale("log", base=2)
-        ax.set_xticks(tokens, [f"{t:,}" for t in tokens], rotation=45)
+        ax.set_xticks(ticks, [f"{t:,}" for t in ticks], rotation=45)
         ax.set_yscale("log", base=2)
         ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}x")
+        ax.tick_params(labelbottom=True)
         ax.set_title(f"{inside} to {outside} features")
         ax.set_xlabel("tokens")
         ax.grid(alpha=0.3)
-    axes[0][0].set_ylabel("speed, bf16 nn.Linear = 1")
-    axes[0][-1].legend()
+    for ax in axes.flat[len(shapes) :]:
+        ax.axis("off")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("speed, bf16 nn.Linear = 1")
+    names = sorted(named)
+    figure.legend([named[n] for n in names], names, loc="outside lower center", ncols=len(names))
     figure.suptitle(f"Frozen quest.Linear, quantization of the activations included; {device}")
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

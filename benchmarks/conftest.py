@@ -208,7 +208,13 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
 def _guard_saving(session: pytest.Session) -> None:
     # Outermost wrapper: pytest-benchmark saves inside the next one.
     run, plugin = session.config.stash[RUN], session.config.pluginmanager.get_plugin(PLUGIN)
-    if plugin is None or not (plugin.save or plugin.autosave):
+    if plugin is None:
+        return
+    if plugin.json and not (plugin.benchmarks or plugin.disabled):
+        # It would warn, which here is an error that hides why there is none.
+        run.note = "--benchmark-json wrote nothing, since no benchmark has a time"
+        plugin.json = None
+    if not (plugin.save or plugin.autosave):
         return
     if session.testsfailed:
         plugin.save = plugin.autosave = None

@@ -257,7 +257,7 @@ def table(columns: dict[str, Counter[str]], real: dict[str, int]) -> str:
 @click.option("--size", type=click.Choice(list(SIZES)), default="800M", show_default=True)
 @click.option("--sequences", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--length", type=click.IntRange(min=1), default=512, show_default=True)
-@click.option("--vocabulary", type=click.IntRange(min=1), default=32000, show_default=True)
+@click.option("--vocabulary", type=click.IntRange(1, 2**31 - 1), default=32000, show_default=True)
 @click.option(
     "--recipe", "recipes", multiple=True, default=("bf16", "w4a4", "w1a1"), show_default=True
 )

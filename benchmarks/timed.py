@@ -83,7 +83,8 @@ class Timed:
                 sets = _sets(shapes, input_sets(size(more or inputs), cases.DEVICE))
                 if prepare:
                     sets = [each + prepare(*each) for each in sets]
-                times = timing.measure(run, baseline, sets, moved, cases.DEVICE).of_one(calls)
+                times = timing.measure(run, baseline, sets, moved * calls, cases.DEVICE)
+                times = times.of_one(calls)
         except Exception:
             # A target that fails: pytest-benchmark records no time, and does not miss its call.
             with contextlib.suppress(_NoTimeError):

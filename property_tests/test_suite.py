@@ -6,10 +6,12 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from benchmarks import tokens
+from benchmarks import conftest, timing, tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,3 +78,31 @@ def test_a_table_and_a_record_are_drawn_alike() -> None:
     assert tokens.of_table(table) == expected
     with pytest.raises(ValueError, match="no benchmark of a frozen layer"):
         tokens.draw("", [], ROOT / "not.png")
+
+
+@pytest.mark.parametrize(
+    ("benchmarks", "disabled", "written"),
+    [([], False, False), ([], True, True), ([object()], False, True)],
+)
+def test_a_run_without_any_time_writes_no_json(
+    benchmarks: list[object], disabled: bool, written: bool
+) -> None:
+    """pytest-benchmark would warn of it, and a warning is an error here."""
+    plugin = SimpleNamespace(
+        save=None, autosave=None, json=Path("x.json"), benchmarks=benchmarks, disabled=disabled
+    )
+    stash, run = pytest.Stash(), conftest.Run()
+    stash[conftest.RUN] = run
+    manager = SimpleNamespace(get_plugin=lambda name: plugin)
+    session: Any = SimpleNamespace(
+        config=SimpleNamespace(stash=stash, pluginmanager=manager), testsfailed=1
+    )
+    conftest._guard_saving(session)
+    assert (plugin.json is not None) == written
+    assert bool(run.note) != written
+
+
+def test_times_of_one_of_several_calls() -> None:
+    """And of copying the bytes of one."""
+    times = timing.Times([2.0, 4.0], [6.0, 8.0], [4.0, 2.0], True)
+    assert times.of_one(2) == timing.Times([1.0, 2.0], [3.0, 4.0], [2.0, 1.0], True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from quest.cli import main, quest
@@ -190,6 +191,35 @@ def test_an_interrupted_run(
 
     monkeypatch.setattr("quest.train.run", interrupt)
     assert "interrupted: --resume goes on" in refuses(capsys, *LINE, status=130)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"),
+    ],
+    ids=["cuda", "cpu"],
+)
+def test_too_little_memory(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("quest.train.run", fail)
+    told = refuses(capsys, *LINE, status=1)
+    assert "too little memory: fewer sequences at once (--micro-batch)" in told
+    assert told.rstrip().endswith(str(error).partition("\n")[0])
+
+
+def test_what_no_user_can_mend_is_shown_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("the kernel is wrong")
+
+    monkeypatch.setattr("quest.train.run", fail)
+    with pytest.raises(RuntimeError, match="the kernel is wrong"):
+        main(list(LINE))
 
 
 def test_verify_hands_on_its_options(monkeypatch: pytest.MonkeyPatch) -> None:

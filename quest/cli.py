@@ -177,6 +177,7 @@ def train(
     With no options: a small one with 1-bit weights and activations, in minutes on two CPU cores.
     """
     from rich.console import Console
+    from torch import OutOfMemoryError
 
     from quest.train import Request, TrainConfig, UserError, run
     from quest.train.loop import DivergedError
@@ -200,6 +201,16 @@ def train(
         raise FailedError(str(error), USAGE) from error
     except (DivergedError, OSError) as error:
         raise FailedError(str(error), 1) from error
+    except RuntimeError as error:
+        # On a CPU torch has no class of its own for it.
+        if not isinstance(error, OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        told = str(error).partition("\n")[0]
+        raise FailedError(
+            "there is too little memory: fewer sequences at once (--micro-batch), shorter ones "
+            f"(--seq) and --recompute take less; torch says: {told}",
+            1,
+        ) from error
     except KeyboardInterrupt as error:
         raise FailedError(
             "interrupted: --resume goes on from the last checkpoint", INTERRUPTED

@@ -356,12 +356,29 @@ def test_a_list_that_is_no_text(tmp_path: Path) -> None:
         lists.read("--xfails", str(tmp_path / "list"))
 
 
+def test_what_an_expected_failure_raises(tmp_path: Path) -> None:
+    """Said of some parameters before all; a list of what is skipped has names alone."""
+    (tmp_path / "list").write_text("a.py::t ValueError  # told\n\na.py::t[1]\na.py::u KeyError\n")
+    found = lists.read("--xfails", str(tmp_path / "list"))
+    assert found.entries == ("a.py::t", "a.py::t[1]", "a.py::u")
+    names = ("a.py::t", "a.py::t[2]", "a.py::t[1]", "a.py::u[1]", "a.py::v")
+    expected = ["ValueError", "ValueError", None, "KeyError", None]
+    assert [found.raises(name) for name in names] == expected
+    with pytest.raises(lists.ListError, match=r"'a.py::t ValueError' is more than a name$"):
+        lists.read("--skips", str(tmp_path / "list"))
+    (tmp_path / "list").write_text("a.py::t ValueError KeyError\n")
+    with pytest.raises(lists.ListError, match=r"is more than a name, or a name and an exception$"):
+        lists.read("--xfails", str(tmp_path / "list"))
+
+
 @pytest.mark.parametrize(
     ("made", "told"),
     [
         ("departures = 5", "Mine.departures must be a list of sentences, got 5"),
         ("departures = 'one'", "Mine.departures must be a list of sentences, got 'one'"),
         ("departures = [1]", r"Mine.departures must be a list of sentences, got \[1\]"),
+        ("__init__ = lambda self: exit(3)", r"Mine\(\) raised SystemExit: 3"),
+        ("unavailable = lambda self: exit(3)", r"unavailable\(\) raised SystemExit: 3"),
         ("unavailable = lambda self: 1 // 0", r"unavailable\(\) raised ZeroDivisionError"),
     ],
 )

@@ -129,6 +129,42 @@ def test_what_is_told(judged: tuple[Path, Any, str]) -> None:
     assert not re.search(r'(src|href)="(?!#)', page.partition("<svg")[0]), "nothing from elsewhere"
 
 
+BROKEN = """
+class Adapter:
+    capabilities = {"arrays": "numpy", "dtypes": ["float32"], "bits": [4]}
+
+    def pack(self, codes, bits):
+        import no_such_library
+
+    def unpack(self, packed, bits, width):
+        return packed[:, :1].repeat(width, 1)
+"""
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_an_adapter_that_raises_is_no_expected_failure(wrong: bool, tmp_path: Path) -> None:
+    """Unless its entry names the exception; and that entry expects no wrong result."""
+    (tmp_path / "mine.py").write_text(BROKEN)
+    lines = ["test_packing.py::test_pack", "test_packing.py::test_unpack"]
+    lines[wrong] += " ModuleNotFoundError"
+    (tmp_path / "xfails").write_text("\n".join(lines))
+    done = court(
+        tmp_path, "--impl=mine:Adapter", "--xfails=xfails", "--report-json=out.json",
+        tests=("test_packing",),
+    )  # fmt: skip
+    found = outcomes(json.loads((tmp_path / "out.json").read_text()))
+    both = [found[f"test_packing.py::test_{name}[4]"]["outcome"] for name in ("pack", "unpack")]
+    if wrong:
+        assert done.returncode == 1
+        assert both == ["failed", "failed"]
+        assert "expected is a wrong result, and it was ModuleNotFoundError" in done.stdout
+        said = "expected is ModuleNotFoundError, as its entry says, and it was a wrong result"
+        assert said in done.stdout
+    else:
+        assert done.returncode == 0, done.stdout
+        assert both == ["expected failure"] * 2
+
+
 def test_stale_entries_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(USER)
     (tmp_path / "xfails").write_text("test_packing.py::test_pack[2]\n")
@@ -265,6 +301,15 @@ def test_report_paths_are_checked_before_the_run(path: str, told: str) -> None:
     config = SimpleNamespace(getoption=lambda name, *default: values.get(name))
     with pytest.raises(pytest.UsageError, match=f"--report-html {path}.*{told}"):
         court_plugin._start(config, "quest.conformance.adapters.published:Paper")
+
+
+def test_reports_of_one_file_are_refused(tmp_path: Path) -> None:
+    one = str(tmp_path / "a")
+    values = {"--report-json": one, "--report-html": f"{tmp_path}/../{tmp_path.name}/a"}
+    config = SimpleNamespace(getoption=lambda name: values.get(name))
+    with pytest.raises(pytest.UsageError, match=f"--report-json and --report-html are one.*{one}"):
+        court_plugin._start(config, "quest.conformance.adapters.scipy_hadamard:Adapter")
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_list_is_checked_where_the_adapter_can_t_run(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def _start(config: pytest.Config, spec: str) -> None:
     from quest.conformance import report
     from quest.conformance.public import adapter, capabilities, lists
     from quest.conformance.public.court import Court
+    from quest.conformance.public.expected import ExpectedFailures
     from quest.conformance.public.results import Results
 
     try:
@@ -81,6 +82,9 @@ def _start(config: pytest.Config, spec: str) -> None:
         skips, xfails = (lists.read(o, config.getoption(o)) for o in ("--skips", "--xfails"))
     except (capabilities.AdapterError, lists.ListError) as error:
         raise pytest.UsageError(str(error)) from None
+    reports = [config.getoption(option) for option in ("--report-json", "--report-html")]
+    if all(reports) and len({Path(path).resolve() for path in reports}) == 1:
+        raise pytest.UsageError(f"--report-json and --report-html are one file: {reports[0]}")
     for option in ("--report-json", "--report-html"):
         path = config.getoption(option)
         try:
@@ -96,7 +100,8 @@ def _start(config: pytest.Config, spec: str) -> None:
     if config.option.tbstyle == "auto":
         config.option.tbstyle = "short"  # the examples say more than the court's own source
     config.stash[COURT] = Court(impl)
-    config.stash[RESULTS] = Results(impl, skips, xfails)
+    config.stash[RESULTS] = results = Results(impl, skips, xfails)
+    config.pluginmanager.register(ExpectedFailures(results.xfails))
     config.stash[WRITTEN] = []
     _profile(config)
 

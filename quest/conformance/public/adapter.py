@@ -172,7 +172,7 @@ def load(spec: str) -> Implementation:
     target = _member(_module(path, spec), name, spec)
     try:
         adapter = target() if isinstance(target, type) else target
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise AdapterError(f"--impl {spec}: {name}() raised {_told(error)}") from error
     capabilities = check(getattr(adapter, "capabilities", None), name)
     public = [n for n in dir(adapter) if not n.startswith("_") and callable(getattr(adapter, n))]
@@ -187,7 +187,7 @@ def load(spec: str) -> Implementation:
         raise AdapterError(f"{name}.departures must be a list of sentences, got {departures!r}")
     try:
         missing = _missing(adapter, capabilities)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise AdapterError(f"--impl {spec}: unavailable() raised {_told(error)}") from error
     return Implementation(
         spec, adapter, capabilities, missing,
@@ -211,7 +211,7 @@ def _module(path: str, spec: str) -> Any:
                 f"--impl {spec}: no module {error.name!r} in {here} or where Python looks"
             ) from None
         raise AdapterError(f"--impl {spec}: importing {path} raised {_told(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise AdapterError(f"--impl {spec}: importing {path} raised {_told(error)}") from error
 
 

@@ -4,6 +4,9 @@ A name is that of the summary, `test_hadamard.py::test_transform[float32-12]`; w
 it stands for all parameters. An entry that matches nothing that is covered is stale, and so is an
 expected failure that passes (pytest's strict xfail). Where the adapter can't run, nothing is asked
 of it, and no entry is held against that.
+
+An expected failure is a wrong result. Behind its name may stand the class of an exception,
+`test_hadamard.py::test_inputs ValueError`: then that is what the adapter must raise.
 """
 
 from __future__ import annotations
@@ -19,11 +22,15 @@ class ListError(ValueError):
 
 @dataclass
 class Listed:
-    """The entries of one file, and which of them matched. checked: whether others are stale."""
+    """The entries of one file, and which of them matched. checked: whether others are stale.
+
+    errors: by entry, the name of the exception that is expected.
+    """
 
     option: str
     origin: str
     entries: tuple[str, ...]
+    errors: dict[str, str] = field(default_factory=dict)
     matched: set[str] = field(default_factory=set)
     checked: bool = True
 
@@ -32,6 +39,14 @@ class Listed:
         found = {e for e in self.entries if e in (name, name.partition("[")[0])}
         self.matched |= found
         return bool(found)
+
+    def raises(self, name: str) -> str | None:
+        """The exception that a property is to raise; None for a wrong result.
+
+        What is said of one with its parameters goes before what is said of all.
+        """
+        listed = name if name in self.entries else name.partition("[")[0]
+        return self.errors.get(listed)
 
     def stale(self) -> list[str]:
         """What to say of each entry that matched nothing, where they are checked."""
@@ -56,12 +71,18 @@ def read(option: str, given: str | None) -> Listed:
         raise ListError(f"{option} {given}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ListError(f"{option} {given}: it is no text: {error}") from None
-    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
-    entries = [line for line in lines if line]
+    lines = [line.partition("#")[0].split() for line in text.splitlines()]
+    most = 2 if option == "--xfails" else 1
+    wrong = next((line for line in lines if len(line) > most), None)
+    if wrong is not None:
+        kinds = "a name, or a name and an exception" if most == 2 else "a name"
+        raise ListError(f"{option} {given}: {' '.join(wrong)!r} is more than {kinds}")
+    entries = [line[0] for line in lines if line]
+    errors = {line[0]: line[1] for line in lines if len(line) == 2}
     twice = sorted({e for e in entries if entries.count(e) > 1})
     if twice:
         raise ListError(f"{option} {given}: {twice[0]!r} stands there twice")
-    return Listed(option, path.name, tuple(entries))
+    return Listed(option, path.name, tuple(entries), errors)
 
 
 def _path(option: str, given: str) -> Path:

@@ -76,7 +76,7 @@ def draw(device: str, ratios: list[Ratio], path: Path) -> None:
     figure, axes = plt.subplots(
         rows,
         columns,
-        figsize=(1 + 3.2 * columns, 1 + 3 * rows),
+        figsize=(max(1 + 3.2 * columns, 6), 1 + 3 * rows),
         sharex=True,
         sharey=True,
         squeeze=False,
@@ -104,7 +104,9 @@ def draw(device: str, ratios: list[Ratio], path: Path) -> None:
         ax.set_ylabel("speed, bf16 nn.Linear = 1")
     names = sorted(named)
     figure.legend([named[n] for n in names], names, loc="outside lower center", ncols=len(names))
-    figure.suptitle(f"Frozen quest.Linear, quantization of the activations included; {device}")
+    between = "; " if columns > 2 else "\n"  # fewer panels are too narrow for a line
+    told = ("Frozen quest.Linear, quantization of the activations included", device)
+    figure.suptitle(between.join(told))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -210,10 +210,11 @@ def _guard_saving(session: pytest.Session) -> None:
     run, plugin = session.config.stash[RUN], session.config.pluginmanager.get_plugin(PLUGIN)
     if plugin is None:
         return
-    if plugin.json and not (plugin.benchmarks or plugin.disabled):
+    writes = plugin.save or plugin.autosave or plugin.json
+    if writes and not (plugin.benchmarks or plugin.disabled):
         # It would warn, which here is an error that hides why there is none.
-        run.note = "--benchmark-json wrote nothing, since no benchmark has a time"
-        plugin.json = None
+        run.note = "nothing was saved, since no benchmark has a time"
+        plugin.save = plugin.autosave = plugin.json = None
     if not (plugin.save or plugin.autosave):
         return
     if session.testsfailed:

@@ -198,8 +198,10 @@ def test_an_interrupted_run(
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError("Unable to allocate 8.00 GiB for an array"),
     ],
-    ids=["cuda", "cpu"],
+    ids=["cuda", "cpu", "cublas", "numpy"],
 )
 def test_too_little_memory(
     error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

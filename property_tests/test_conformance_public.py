@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,18 @@ import quest
 from quest.conformance import exact_rows, inputs, lanes, propagated
 from quest.conformance.adapters.published import Paper
 from quest.conformance.lanes import GuardError
-from quest.conformance.public import adapter, capabilities, formats, lists, properties, results
+from quest.conformance.public import (
+    adapter,
+    capabilities,
+    expected,
+    formats,
+    lists,
+    properties,
+    results,
+)
 from quest.conformance.public.court import Court
 from quest.conformance.strategies import FORMATS
+from quest.conformance.verdict import Rejected
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -354,6 +364,54 @@ def test_a_list_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "list").write_bytes(b"\xff\xfe")
     with pytest.raises(lists.ListError, match=r"--xfails .*list: it is no text: 'utf-8'"):
         lists.read("--xfails", str(tmp_path / "list"))
+
+
+def test_parameters_with_spaces(tmp_path: Path) -> None:
+    """Declared values keep them."""
+    (tmp_path / "list").write_text("a.py::t[clip 1.7-float32]\na.py::u[clip 1.7]  KeyError # so\n")
+    found = lists.read("--xfails", str(tmp_path / "list"))
+    assert found.entries == ("a.py::t[clip 1.7-float32]", "a.py::u[clip 1.7]")
+    assert [found.raises(name) for name in found.entries] == [None, "KeyError"]
+
+
+def test_somebody_s_own_expected_failure_is_left_alone() -> None:
+    """A test of one name beside the court's; and one that failed in no call."""
+    listed = lists.Listed("--xfails", "list", ("a.py::t",), {"a.py::t": "ValueError"})
+    hook = expected.ExpectedFailures(implementation(Paper()), listed)
+
+    def outcome(of_court: bool, error: BaseException | None) -> Any:
+        item: Any = SimpleNamespace(
+            path=Path("a.py"), name="t", get_closest_marker=lambda name: of_court or None
+        )
+        call: Any = SimpleNamespace(excinfo=error and SimpleNamespace(value=error))
+        report = SimpleNamespace(outcome="skipped", wasxfail="", sections=[], user_properties=[])
+        run = hook.pytest_runtest_makereport(item, call)
+        next(run)
+        with pytest.raises(StopIteration) as ended:
+            run.send(report)  # type: ignore[arg-type]
+        assert ended.value.value is report
+        return report.outcome
+
+    assert outcome(True, Rejected("wrong")) == "failed"
+    assert outcome(False, Rejected("wrong")) == "skipped"
+    assert outcome(True, None) == "skipped"
+    group = ExceptionGroup("several", [ValueError(), ExceptionGroup("more", [Rejected("wrong")])])
+    hook.impl.raised[ValueError] = None
+    assert outcome(True, group) == "failed"
+    assert outcome(True, ExceptionGroup("several", [ValueError()])) == "skipped"
+
+
+class _Outer:
+    class Nested(OSError):
+        """Of another class."""
+
+
+@pytest.mark.parametrize(
+    "name", ["Nested", "_Outer.Nested", f"{__name__}._Outer.Nested", "OSError"]
+)
+def test_names_of_an_exception(name: str) -> None:
+    assert name in expected._names(_Outer.Nested)
+    assert name not in expected._names(KeyError)
 
 
 def test_what_an_expected_failure_raises(tmp_path: Path) -> None:

@@ -80,25 +80,27 @@ def test_a_table_and_a_record_are_drawn_alike() -> None:
         tokens.draw("", [], ROOT / "not.png")
 
 
+@pytest.mark.parametrize("option", ["save", "autosave", "json"])
 @pytest.mark.parametrize(
     ("benchmarks", "disabled", "written"),
     [([], False, False), ([], True, True), ([object()], False, True)],
 )
-def test_a_run_without_any_time_writes_no_json(
-    benchmarks: list[object], disabled: bool, written: bool
+def test_a_run_without_any_time_writes_nothing(
+    benchmarks: list[object], disabled: bool, written: bool, option: str
 ) -> None:
     """pytest-benchmark would warn of it, and a warning is an error here."""
-    plugin = SimpleNamespace(
-        save=None, autosave=None, json=Path("x.json"), benchmarks=benchmarks, disabled=disabled
-    )
+    given = dict.fromkeys(("save", "autosave", "json")) | {option: "x"}
+    plugin = SimpleNamespace(**given, benchmarks=benchmarks, disabled=disabled)
     stash, run = pytest.Stash(), conftest.Run()
     stash[conftest.RUN] = run
     manager = SimpleNamespace(get_plugin=lambda name: plugin)
     session: Any = SimpleNamespace(
-        config=SimpleNamespace(stash=stash, pluginmanager=manager), testsfailed=1
-    )
+        config=SimpleNamespace(
+            stash=stash, pluginmanager=manager, option=SimpleNamespace()
+        ), testsfailed=0,
+    )  # fmt: skip
     conftest._guard_saving(session)
-    assert (plugin.json is not None) == written
+    assert (getattr(plugin, option) is not None) == written
     assert bool(run.note) != written
 
 

@@ -17,6 +17,7 @@ import click
 from . import __version__
 
 USAGE = 2
+TOO_LITTLE_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
 INTERRUPTED = 130
 
 
@@ -201,9 +202,10 @@ def train(
         raise FailedError(str(error), USAGE) from error
     except (DivergedError, OSError) as error:
         raise FailedError(str(error), 1) from error
-    except RuntimeError as error:
-        # On a CPU torch has no class of its own for it.
-        if not isinstance(error, OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        # torch has a class of its own for one of the places where it is missed.
+        known = isinstance(error, OutOfMemoryError | MemoryError)
+        if not known and not any(text in str(error) for text in TOO_LITTLE_MEMORY):
             raise
         told = str(error).partition("\n")[0]
         raise FailedError(

@@ -101,7 +101,7 @@ def _start(config: pytest.Config, spec: str) -> None:
         config.option.tbstyle = "short"  # the examples say more than the court's own source
     config.stash[COURT] = Court(impl)
     config.stash[RESULTS] = results = Results(impl, skips, xfails)
-    config.pluginmanager.register(ExpectedFailures(results.xfails))
+    config.pluginmanager.register(ExpectedFailures(impl, results.xfails))
     config.stash[WRITTEN] = []
     _profile(config)
 

@@ -14,7 +14,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -34,7 +34,8 @@ class Implementation:
     """An adapter with its checked capabilities; quacks like a lane.
 
     spec: what `--impl` was. missing: why it can't run here, None where it can. unknown: public
-    functions of it that nobody calls.
+    functions of it that nobody calls. raised: classes of what the adapter has raised since this was
+    last emptied.
     """
 
     spec: str
@@ -43,6 +44,7 @@ class Implementation:
     missing: str | None
     departures: tuple[str, ...]
     unknown: tuple[str, ...]
+    raised: dict[type[BaseException], None] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         return self.spec
@@ -67,7 +69,17 @@ class Implementation:
 
     def _run(self, function: str, static: dict[str, Any], *tensors: Tensor) -> Outputs:
         arguments, names = _SIGNATURES[function](tensors, static)
-        made = getattr(self.adapter, function)(*(self._theirs(a) for a in arguments))
+        try:
+            made = getattr(self.adapter, function)(*(self._theirs(a) for a in arguments))
+        except KeyboardInterrupt:
+            raise
+        except Exception as error:
+            self.raised[type(error)] = None
+            raise
+        except BaseException as error:
+            # As of sys.exit and pytest.skip: it must not end the run, nor skip the test.
+            self.raised[RuntimeError] = None
+            raise RuntimeError(f"{function} ended with {_told(error)}") from error
         if len(names) == 1:
             return {names[0]: _ours(made, f"{function}")}
         if isinstance(made, Mapping):
@@ -172,7 +184,9 @@ def load(spec: str) -> Implementation:
     target = _member(_module(path, spec), name, spec)
     try:
         adapter = target() if isinstance(target, type) else target
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of sys.exit and pytest.skip, too
         raise AdapterError(f"--impl {spec}: {name}() raised {_told(error)}") from error
     capabilities = check(getattr(adapter, "capabilities", None), name)
     public = [n for n in dir(adapter) if not n.startswith("_") and callable(getattr(adapter, n))]
@@ -187,7 +201,9 @@ def load(spec: str) -> Implementation:
         raise AdapterError(f"{name}.departures must be a list of sentences, got {departures!r}")
     try:
         missing = _missing(adapter, capabilities)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of sys.exit and pytest.skip, too
         raise AdapterError(f"--impl {spec}: unavailable() raised {_told(error)}") from error
     return Implementation(
         spec, adapter, capabilities, missing,
@@ -211,7 +227,9 @@ def _module(path: str, spec: str) -> Any:
                 f"--impl {spec}: no module {error.name!r} in {here} or where Python looks"
             ) from None
         raise AdapterError(f"--impl {spec}: importing {path} raised {_told(error)}") from error
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of sys.exit and pytest.skip, too
         raise AdapterError(f"--impl {spec}: importing {path} raised {_told(error)}") from error
 
 

@@ -56,6 +56,7 @@ class Court:
     def start(self) -> None:
         """Begin with an empty record: the next test."""
         self.record, self.asked, self._tally = Record(), Asked(), Tally()
+        self.impl.raised.clear()
 
     def finish(self) -> dict[str, Any]:
         """The record as plain data."""

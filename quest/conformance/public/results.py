@@ -15,12 +15,16 @@ PASSED, FAILED, EXPECTED, SKIPPED = "passed", "failed", "expected failure", "ski
 # The keys of what travels with a test's reports: its full name and, after the call, its record.
 # A report's own id lacks the module where pytest was given a module's name and not a path.
 NAME, RECORD = "quest name", "quest record"
+UNEXPECTED = "quest unexpected"  # why a listed failure is not the one that was expected
 NOT_COVERED, STALE = "not covered", "stale expected failure"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one test. reason: of a skip, or of what is not covered."""
+    """What became of one test.
+
+    reason: of a skip, of what is not covered, or why a listed failure was not expected.
+    """
 
     outcome: str
     record: dict[str, Any]
@@ -59,7 +63,8 @@ class Results:
             reason = reason.removeprefix(f"{NOT_COVERED}: ")
             self._enter(name, report, Outcome(kind, {}, reason))
         elif report.when == "call" or report.failed:
-            self._enter(name, report, Outcome(self._of_call(report), record))
+            reason = properties.get(UNEXPECTED, "")
+            self._enter(name, report, Outcome(self._of_call(report), record, reason))
 
     def _enter(self, name: str, report: pytest.TestReport, outcome: Outcome) -> None:
         # A call and its teardown are one test; two calls are two tests, of which one would be lost.

@@ -88,6 +88,8 @@ def _failures(results: Results) -> Iterator[tuple[str, str]]:
         failure = outcome.record.get("failure") or {"told": "see above", "tensors": {}}
         yield "", ""
         yield f"FAILED {name}", "red"
+        if outcome.reason:
+            yield f"  listed in {results.xfails.origin}: {outcome.reason}", "red"
         for tensor, shown in failure["tensors"].items():
             yield f"  smallest example: {tensor} = {shown}", ""
         yield f"  {failure['told']}", ""

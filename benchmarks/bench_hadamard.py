@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+from torch import Tensor
 
 from quest import ops
 from quest.conformance import examine
@@ -13,24 +16,26 @@ from . import baselines, cases, gate
 from .timed import Timed
 
 
-def judge_of_transform(width: int, order: int) -> gate.Judge:
-    """For `gate.open_for`: rows of this width in blocks of this order."""
+def time_transform(
+    timed: Timed, width: int, order: int, baseline: Callable[[Tensor], Tensor]
+) -> None:
+    """y = x H, of ROWS rows, against another way to it."""
 
     def judge(lane: Lane, name: str) -> list[Verdict]:
         return examine.transform(lane, gate.normal(gate.ROWS, width, name), order)
 
-    return judge
+    timed(
+        spec=f"hadamard{order}",
+        shape=(cases.ROWS, width),
+        key=("hadamard", order, width),
+        judge=judge,
+        run=lambda x: ops.hadamard(x, order, False),
+        baseline=baseline,
+    )
 
 
 @pytest.mark.parametrize(("width", "order"), cases.transforms())
 def test_hadamard(timed: Timed, width: int, order: int) -> None:
     """y = x H."""
     h = baselines.matrix(order, cases.DEVICE, cases.DTYPE)
-    timed(
-        spec=f"hadamard{order}",
-        shape=(cases.ROWS, width),
-        key=("hadamard", order, width),
-        judge=judge_of_transform(width, order),
-        run=lambda x: ops.hadamard(x, order, False),
-        baseline=lambda x: baselines.rotate(x, h),
-    )
+    time_transform(timed, width, order, lambda x: baselines.rotate(x, h))

@@ -31,7 +31,7 @@ def layers(
     return quest.Linear.from_linear(dense, made), dense
 
 
-def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+def forward(layer: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         y: Tensor = layer(x)
     return y
@@ -100,8 +100,8 @@ def test_forward(timed: Timed, tokens: int, inside: int, outside: int, recipe: s
         draw=((tokens, inside),),
         key=("layer", made.spec, tokens, inside, outside, path),
         judge=judge_of_layer(tokens, inside, outside, made, path),
-        run=lambda x: _forward(ours, x),
-        baseline=lambda x: _forward(dense, x),
+        run=lambda x: forward(ours, x),
+        baseline=lambda x: forward(dense, x),
         constant=(dense.weight.detach(),),
         operations=2.0 * tokens * inside * outside,
         ceiling=ceilings.of(made) if path == "integers" else 0.0,
@@ -141,9 +141,7 @@ def test_frozen(timed: Timed, tokens: int, inside: int, outside: int, recipe: st
     made = quest.recipe(recipe)
     ours, dense = layers(inside, outside, made)
     ours.freeze()
-    time_frozen(
-        timed, made, ours, tokens, lambda x: _forward(ours, x), lambda x: _forward(dense, x)
-    )
+    time_frozen(timed, made, ours, tokens, lambda x: forward(ours, x), lambda x: forward(dense, x))
 
 
 @pytest.mark.parametrize(("tokens", "inside", "outside", "recipe", "bias"), cases.eager())
@@ -155,7 +153,7 @@ def test_frozen_eager(
     The time is the host's where it can't queue calls as fast as the device makes them.
     """
 
-    made, calls = quest.recipe(recipe), in_a_row(_forward)
+    made, calls = quest.recipe(recipe), in_a_row(forward)
     ours, dense = layers(inside, outside, made, bias)
     ours.freeze()
     time_frozen(
@@ -189,11 +187,11 @@ def test_frozen_graph(timed: Timed, tokens: int, inside: int, outside: int, reci
 
     def captured(chain: Sequence[nn.Linear]) -> Callable[[Tensor], Tensor]:
         for layer in chain:
-            _forward(layer, x)
+            forward(layer, x)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            ys = [_forward(layer, x) for layer in chain]
+            ys = [forward(layer, x) for layer in chain]
 
         def replay(_: Tensor) -> Tensor:
             graph.replay()

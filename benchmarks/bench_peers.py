@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 import quest
-from quest import ops
 
 from . import baselines, cases
-from .bench_hadamard import judge_of_transform
-from .bench_linear import time_frozen
+from .bench_hadamard import time_transform
+from .bench_linear import forward, time_frozen
 from .timed import Timed
 
 # Theirs, not ours.
@@ -56,11 +55,6 @@ def test_torchao_int8(timed: Timed, tokens: int, inside: int, outside: int) -> N
     torch.compiler.reset()
     peer = torch.compile(model)
 
-    def forward(layer: nn.Module, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            y: Tensor = layer(x)
-        return y
-
     _close(forward(peer, x), forward(dense, x))
     time_frozen(timed, made, ours, tokens, lambda x: forward(ours, x), lambda x: forward(peer, x))
 
@@ -91,11 +85,6 @@ def test_gemlite(timed: Timed, tokens: int, inside: int, outside: int, recipe: s
     held = ((codes.reshape(-1, GROUP).float() - zero) * scale).reshape(codes.shape)
     x = torch.randn(tokens, inside, device=cases.DEVICE, dtype=cases.DTYPE)
 
-    def forward(layer: nn.Module, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            y: Tensor = layer(x)
-        return y
-
     _close(forward(peer, x), x.float() @ held.T)
     time_frozen(timed, made, ours, tokens, lambda x: forward(ours, x), lambda x: forward(peer, x))
 
@@ -113,11 +102,4 @@ def test_fast_hadamard(timed: Timed, width: int, order: int) -> None:
 
     x = torch.randn(16, width, device=cases.DEVICE, dtype=cases.DTYPE)
     _close(peer(x), baselines.rotate(x, baselines.matrix(order, cases.DEVICE, cases.DTYPE)))
-    timed(
-        spec=f"hadamard{order}",
-        shape=(cases.ROWS, width),
-        key=("hadamard", order, width),
-        judge=judge_of_transform(width, order),
-        run=lambda x: ops.hadamard(x, order, False),
-        baseline=peer,
-    )
+    time_transform(timed, width, order, peer)

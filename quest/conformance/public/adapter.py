@@ -182,12 +182,8 @@ def load(spec: str) -> Implementation:
     if not (path and colon and name):
         raise AdapterError(f"--impl must be package.module:Adapter, got {spec!r}")
     target = _member(_module(path, spec), name, spec)
-    try:
+    with _reported(f"--impl {spec}: {name}()"):
         adapter = target() if isinstance(target, type) else target
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # of sys.exit and pytest.skip, too
-        raise AdapterError(f"--impl {spec}: {name}() raised {_told(error)}") from error
     capabilities = check(getattr(adapter, "capabilities", None), name)
     public = [n for n in dir(adapter) if not n.startswith("_") and callable(getattr(adapter, n))]
     unknown = tuple(n for n in public if n not in (*FUNCTIONS, "unavailable"))
@@ -199,12 +195,8 @@ def load(spec: str) -> Implementation:
     departures = getattr(adapter, "departures", ())
     if not isinstance(departures, list | tuple) or not all(isinstance(d, str) for d in departures):
         raise AdapterError(f"{name}.departures must be a list of sentences, got {departures!r}")
-    try:
+    with _reported(f"--impl {spec}: unavailable()"):
         missing = _missing(adapter, capabilities)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # of sys.exit and pytest.skip, too
-        raise AdapterError(f"--impl {spec}: unavailable() raised {_told(error)}") from error
     return Implementation(
         spec, adapter, capabilities, missing,
         (*capabilities.departures(), *departures), unknown,
@@ -215,22 +207,30 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+@contextlib.contextmanager
+def _reported(what: str) -> Iterator[None]:
+    """Raise AdapterError for whatever somebody's code raises, sys.exit and pytest.skip too."""
+    try:
+        yield
+    except (KeyboardInterrupt, AdapterError):
+        raise
+    except BaseException as error:
+        raise AdapterError(f"{what} raised {_told(error)}") from error
+
+
 def _module(path: str, spec: str) -> Any:
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)
-    try:
-        return importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (path == error.name or path.startswith(f"{error.name}.")):
+    with _reported(f"--impl {spec}: importing {path}"):
+        try:
+            return importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (path == error.name or path.startswith(f"{error.name}.")):
+                raise
             raise AdapterError(
                 f"--impl {spec}: no module {error.name!r} in {here} or where Python looks"
             ) from None
-        raise AdapterError(f"--impl {spec}: importing {path} raised {_told(error)}") from error
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # of sys.exit and pytest.skip, too
-        raise AdapterError(f"--impl {spec}: importing {path} raised {_told(error)}") from error
 
 
 def _member(module: Any, name: str, spec: str) -> Any:

@@ -250,8 +250,6 @@ def _made(
         raise ValueError(f"a prologue makes no form {form} with {bits} bits")
     _check_saved(saved, form, program)
     (rows, d), device = first.shape, first.device
-    first = readable(first)
-    second = first if second is None else readable(second)
     packed = form == PACKED
     out = outputs.empty(
         (rows, d // 8 if packed else d), torch.uint8 if packed else torch.int8, device
@@ -263,19 +261,38 @@ def _made(
     added = outputs.empty((rows, d), first.dtype, device) if prologue == ADDED else None
     shown = outputs.empty((rows, d), first.dtype, device) if show else None
     if rows:
-        more = 0 if weight is None else d * weight.element_size()
-        weight = None if weight is None else readable(weight[None])
-        count, told, warps = _grid(rows, d // ORDER, device.index, more)
-        edge = masked and program.estimator != STE
-        kernel = _kernel(
-            warps, first.dtype, program.levels, edge, form, bits, device.index, prologue, show,
-            saved, more,
-        )  # fmt: skip
-        chunk = 16 // first.element_size()
-        kernel.launch(
-            count, first.data_ptr(), scale.data_ptr(), out.data_ptr(), cuda.pointer(mask),
-            sums.data_ptr(), cuda.pointer(kept), *told, program.step, program.threshold,
-            second.data_ptr(), cuda.pointer(shown), first.stride(0) // chunk,
-            second.stride(0) // chunk, cuda.pointer(weight), cuda.pointer(added), eps,
+        launch_prologue(
+            first, second, program, form, bits, prologue, out.data_ptr(), scale.data_ptr(),
+            sums.data_ptr(), cuda.pointer(added), weight, eps, cuda.pointer(mask),
+            cuda.pointer(kept), saved, cuda.pointer(shown),
         )  # fmt: skip
     return Made(out, scale, sums, mask, kept, added, shown)
+
+
+def launch_prologue(
+    first: torch.Tensor, second: torch.Tensor | None, program: Program, form: int, bits: int,
+    prologue: int, out: int, scale: int, sums: int, added: int = 0,
+    weight: torch.Tensor | None = None, eps: float = 0.0, mask: int = 0, kept: int = 0,
+    saved: int = 0, shown: int = 0,
+) -> None:  # fmt: skip
+    """`gated` or `normed`, as `prologue` says, of rows (at least one, d) to addresses.
+
+    added, mask, kept, shown: or 0. saved: the bits of an entry of `kept`.
+    """
+    (rows, d), device = first.shape, first.device.index
+    first = readable(first)
+    second = None if second is None else readable(second)
+    more = 0 if weight is None else d * weight.element_size()
+    weight = None if weight is None else readable(weight[None])
+    count, told, warps = _grid(rows, d // ORDER, device, more)
+    edge = bool(mask) and program.estimator != STE
+    kernel = _kernel(
+        warps, first.dtype, program.levels, edge, form, bits, device, prologue, bool(shown), saved,
+        more,
+    )  # fmt: skip
+    chunk = 16 // first.element_size()
+    kernel.launch(
+        count, first.data_ptr(), scale, out, mask, sums, kept, *told, program.step,
+        program.threshold, cuda.pointer(second), shown, first.stride(0) // chunk,
+        0 if second is None else second.stride(0) // chunk, cuda.pointer(weight), added, eps,
+    )  # fmt: skip

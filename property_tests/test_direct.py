@@ -120,7 +120,7 @@ def test_another_bias() -> None:
 @on_cuda
 @pytest.mark.parametrize("rows", [1, 5, 70, 700])
 def test_stacked_layers_with_biases(rows: int) -> None:
-    """q, k and v of a model whose attention has biases: joined at each call, which is not kept."""
+    """q, k and v of a model whose attention has biases: as they are, each set of them recorded."""
     _needs_product()
     layers = [_layer("w4a4", bias=torch.bfloat16) for _ in range(3)]
     assert joint.stack(layers)
@@ -130,11 +130,15 @@ def test_stacked_layers_with_biases(rows: int) -> None:
             expected = [_watched(layer, x) for layer in layers]
             for made, right in zip(quest.together(x, layers), expected, strict=True):
                 assert torch.equal(made, right)
-            layers[1].bias.data.neg_()
-    held = layers[0]._frozen
-    assert held is not None
-    assert held.whole is not None
-    assert not held.whole.frozen.calls
+        held = layers[0]._frozen
+        assert held is not None
+        assert held.whole is not None
+        assert [call is not None for call in held.whole.frozen.calls.values()] == [True]
+        layers[1].bias.neg_()
+        for _ in range(3):
+            expected = [_watched(layer, x) for layer in layers]
+            for made, right in zip(quest.together(x, layers), expected, strict=True):
+                assert torch.equal(made, right)
 
 
 @on_cuda
@@ -246,7 +250,7 @@ def test_calls_that_are_kept() -> None:
     with torch.no_grad():
         for rows in range(1, direct.MOST_CALLS + 3):
             layer(torch.ones(rows, 128, device="cuda", dtype=torch.bfloat16))
-        kept = [kind[0][0] for kind in layer._frozen.calls]
+        kept = [kind[0][0][0] for kind in layer._frozen.calls]
         assert kept == list(range(3, direct.MOST_CALLS + 3))
         layer._frozen.calls.clear()
         rows = direct.MOST_ELEMENTS // 128 + 1
@@ -294,20 +298,20 @@ def test_the_rule_of_recorded_calls_without_a_gpu(monkeypatch: pytest.MonkeyPatc
     kernels = [cuda.Kernel(n, None, -1, threads=32, shared=0, layout="2P") for n in (1, 2)]
     held = frozen.Frozen()
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor) -> tuple[Tensor]:
         y, between = torch.empty(len(x), 3), direct._between(100, x.device).data_ptr()
         kernels[0].launch(1, x.data_ptr(), between)
         kernels[1].launch(1, between, y.data_ptr(), overlap=True)
-        return y
+        return (y,)
 
     def call(x: Tensor, bias: Tensor | None) -> tuple[Tensor, bool]:
         driver.seen.clear()
-        y = direct.again(x, held, bias)
-        if y is not None:
-            return y, True
-        made = direct.recorded(x, held, bias, lambda: run(x))
+        made, again = direct.again(held, (x,), (bias,)), True
+        if made is None:
+            made, again = direct.recorded(held, (x,), (bias,), lambda: run(x)), False
         assert made is not None
-        return made, False
+        (y,) = made
+        return y, again
 
     def check(x: Tensor, recorded: bool, bias: Tensor | None = None) -> int:
         """The address between both kernels."""
@@ -323,7 +327,12 @@ def test_the_rule_of_recorded_calls_without_a_gpu(monkeypatch: pytest.MonkeyPatc
     assert [check(t, True) for t in (other, x, other)] == [between] * 3
     check(torch.zeros(4, 8), False)
     check(x.double(), False)
-    check(x.t().contiguous().t(), False)
+    for _ in range(3):  # not of rows that are no view, each in one piece and at 16 bytes
+        check(x.t().contiguous().t(), False)
+        check(torch.zeros(5, 10)[:, :8], False)
+    apart = torch.zeros(5, 12)[:, :8]
+    for again in (False, False, True):
+        check(apart, again)
     for changed, value in ((stream, 8), (thread, 2)):
         before, changed[0] = changed[0], value
         check(x, False)
@@ -381,21 +390,101 @@ def test_which_biases_a_kernel_can_read() -> None:
         assert not direct.fits(wrong, x, 3)
 
 
-def test_calls_with_joined_biases_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are joined anew at each call; without biases, and of one layer, a call may be kept."""
-    kept: list[bool] = []
+def test_biases_are_joined_where_one_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written in place, moved, converted or replaced; on another stream; else they lie there."""
+    capturing, stream = [False], [7]
+    monkeypatch.setattr(ops, "direct", lambda _: True)
+    for name, told in (
+        ("_cuda_isCurrentStreamCapturing", lambda: capturing[0]),
+        ("_cuda_getCurrentRawStream", lambda _: stream[0]),
+    ):
+        monkeypatch.setattr(torch._C, name, told, raising=False)
+    layers, one, x = [quest.Linear(16, n, True) for n in (3, 4, 2)], frozen.Frozen(), torch.zeros(2)
+    joins: list[int] = []
+    real = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda *a: joins.append(1) or real(*a))
 
-    def linear(x: Tensor, one: object, bias: object, recipe: object, steady: bool = True) -> Tensor:
-        kept.append(steady)
-        return torch.zeros(2, 6)
+    def joined(now: bool) -> None:
+        """The biases as they are now, joined in this call or before."""
+        before = len(joins)
+        made = joint.joined(layers, one, x)
+        assert len(joins) - before == now
+        rows = [torch.zeros(n.out_features) if n.bias is None else n.bias for n in layers]
+        assert made is not None
+        assert torch.equal(made, real(rows))
 
-    for bias in (True, False):
-        layers = [quest.Linear(16, 3, bias, "w4a4").eval().freeze() for _ in range(2)]
-        assert joint.stack(layers)
-        with monkeypatch.context() as patch, torch.no_grad():
-            patch.setattr(frozen, "linear", linear)
-            quest.together(torch.zeros(2, 16), layers)
-    assert kept == [False, True]
+    def once() -> None:
+        joined(True)
+        joined(False)
+
+    with torch.no_grad():
+        once()
+        layers[1].bias.neg_()
+        once()
+        layers[0].bias = torch.nn.Parameter(torch.ones(3))
+        once()
+        layers[2].bias.data = torch.ones(2)
+        once()
+        for layer in layers:
+            layer.bias = torch.nn.Parameter(layer.bias.half())
+            once()
+        stream[0] = 8  # where nothing waits until that of stream 7 is written
+        once()
+        stream[0] = 7
+        joined(False)
+        assert len(one.biases) == 2
+        held = layers[2].bias
+        layers[2].bias = None  # as if it were zeros
+        once()
+        layers[2].bias = held
+        once()
+        # An address is not given to another tensor while it means the old one.
+        address = layers[1].bias.data_ptr()
+        for n in range(20):
+            layers[1].bias = None
+            layers[1].bias = torch.nn.Parameter(torch.full((4,), n).half())
+            assert layers[1].bias.data_ptr() != address
+        once()
+        # What has no state, is copied by the kernels, or is watched, is joined at each call.
+        for odd in (torch.ones(4, 2)[:, 0], torch.ones(4).as_subclass(_Watched), torch.ones(4)):
+            joined(False)
+            kept, layers[1].bias = layers[1].bias, torch.nn.Parameter(odd)
+            if odd.is_contiguous() and type(odd) is Tensor:
+                with torch.inference_mode():
+                    layers[1].bias = torch.nn.Parameter(torch.ones(4))
+            joined(True)
+            joined(True)
+            layers[1].bias = kept
+        capturing[0] = True
+        joined(True)
+        capturing[0] = False
+        joined(False)
+        monkeypatch.setattr(ops, "direct", lambda _: False)
+        joined(True)
+        joined(True)
+    for layer in layers:
+        layer.bias = None
+    assert joint.joined(layers, one, x) is None
+    assert joint.joined(layers[:1], one, x) is None
+
+
+def test_joined_biases_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of so many streams they are kept, and none is of use to a copy."""
+    stream = [0]
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: stream[0], raising=False)
+    joined, biases, x = direct.Joined(), [torch.ones(2), None], torch.zeros(1)
+    for n in range(direct.MOST_CALLS + 1):
+        stream[0] = n
+        assert joined.of(biases, x) is None
+        joined.keep(biases, torch.ones(2), x)
+        assert joined.of(biases, x) is not None
+        assert len(joined) == n % direct.MOST_CALLS + 1
+    for twin in (copy.deepcopy(joined), pickle.loads(pickle.dumps(joined))):
+        assert type(twin) is direct.Joined
+        assert not twin
+    assert "Joined" not in repr(frozen.Frozen())
+    held = frozen.Frozen()
+    assert dataclasses.replace(held).biases is not held.biases
 
 
 def test_a_bias_in_a_transform_has_no_address() -> None:
@@ -419,7 +508,7 @@ def test_the_oldest_call_goes() -> None:
     for i in range(direct.MOST_CALLS + 2):
         direct._keep(calls, (i,), None)
     assert list(calls) == [(i,) for i in range(2, direct.MOST_CALLS + 2)]
-    direct._keep(calls, (2,), (None, (1,), None))
+    direct._keep(calls, (2,), (None, (), None))
     assert next(iter(calls)) == (2,)
     assert len(calls) == direct.MOST_CALLS
 
@@ -435,7 +524,7 @@ def test_what_is_no_tensor_is_told() -> None:
 
 
 def test_calls_are_of_no_use_to_a_copy() -> None:
-    calls = direct.Calls({("kind",): (object(), (1,), None)})
+    calls = direct.Calls({("kind",): (object(), (), None)})
     for twin in (copy.deepcopy(calls), pickle.loads(pickle.dumps(calls))):
         assert type(twin) is direct.Calls
         assert not twin
@@ -451,6 +540,6 @@ def test_it_is_for_a_gpu() -> None:
         names="uniform4,uniform4", kinds="integers,integers",
     )  # fmt: skip
     assert direct.linear(x, made, None, torch.float32) is None
-    assert direct.again(x, made, None) is None
-    made.calls["kind",] = object(), (1,), None
-    assert direct.again(x, made, None) is None
+    assert direct.again(made, (x,), (None,)) is None
+    made.calls["kind",] = object(), (), None
+    assert direct.again(made, (x,), (None,)) is None

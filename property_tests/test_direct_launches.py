@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 import quest
-from quest import direct, frozen, lowbit, ops, packing, paths
+from quest import direct, eager, frozen, lowbit, ops, packing, paths
 from quest.kernels import blocks, cuda, few, hopper, outputs, product, recorded, rows
 
 pytestmark = pytest.mark.whole
@@ -35,14 +36,17 @@ def signs(operand: Tensor, width: int) -> Tensor:
 class Kernels:
     """What was launched, and between which addresses the first kernel wrote.
 
-    memory: what there is, besides outputs; nothing else is read or written.
+    memory: what there is; besides it, what was allocated since and is still held. Nothing else is
+    read or written: memory that was let go may be another's before a kernel has run.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.seen: list[str] = []
         self.memory: list[Tensor] = []
         self.written: list[tuple[int, int]] = []
-        self.asked: list[Tensor] = []
+        self.allocated: list[weakref.ref[Tensor]] = []
+        self.asked: list[tuple[int, int]] = []  # the first byte between kernels, and after the last
+        self.given: list[tuple[Any, ...]] = []
         self.activation = quest.recipe("w4a4").activation
         patch.setattr(cuda, "unavailable", lambda device: None)
         patch.setattr(cuda, "shared", lambda device: 227 * 1024)
@@ -50,16 +54,21 @@ class Kernels:
         for module in (rows, blocks, few, product):
             name = module.__name__.rpartition(".")[2]
             patch.setattr(module, "launch", getattr(self, f"_{name}"))
+        patch.setattr(blocks, "launch_prologue", self._prologue)
         between, empty = direct._between, outputs.empty
 
         def noted(size: int, device: torch.device) -> Tensor:
-            self.asked.append(between(size, device))
-            assert self.asked[-1].numel() == size
-            return self.asked[-1]
+            t = between(size, device)
+            shared = getattr(direct._memory, "shared", False)
+            assert shared or t.numel() == size
+            self.allocated.append(weakref.ref(t))
+            self.asked.append((t.data_ptr(), t.data_ptr() + t.numel()))
+            return t
 
         def made(*given: Any) -> Tensor:
-            self.memory.append(empty(*given))
-            return self.memory[-1]
+            t = empty(*given)
+            self.allocated.append(weakref.ref(t))
+            return t
 
         patch.setattr(direct, "_between", noted)
         patch.setattr(outputs, "empty", made)
@@ -67,7 +76,8 @@ class Kernels:
     def at(self, address: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """What lies there, as a tensor."""
         size = math.prod(shape) * dtype.itemsize
-        spans = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in self.memory]
+        held = [*self.memory, *(t for t in (ref() for ref in self.allocated) if t is not None)]
+        spans = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in held]
         assert any(first <= address and address + size <= after for first, after in spans)
         bytes_ = (ctypes.c_char * size).from_address(address)
         return torch.frombuffer(bytes_, dtype=dtype).view(shape)
@@ -80,11 +90,36 @@ class Kernels:
         grid = self.activation.require_grid()
         assert (program.order, program.levels, program.step) == (128, grid.levels, grid.step)
         self.memory.append(x)
-        made = self.at(x.data_ptr(), (count, width), x.dtype)
-        operand, scale, _, sums = lowbit.encode(made, self.activation.spec, kind)
+        self._encode(self.at(x.data_ptr(), (count, width), x.dtype), kind, to)
+
+    def _encode(self, rows: Tensor, kind: str, to: tuple[int, ...]) -> None:
+        operand, scale, _, sums = lowbit.encode(rows, self.activation.spec, kind)
         for t, address in zip((operand, scale, sums), to, strict=True):
             self.at(address, tuple(t.shape), t.dtype).copy_(t)
             self.written.append((address, address + t.numel() * t.element_size()))
+
+    def _prologue(
+        self, first: Tensor, second: Tensor | None, program: Any, form: int, bits: int,
+        prologue: int, out: int, scale: int, sums: int, added: int, weight: Tensor | None,
+        eps: float,
+    ) -> None:  # fmt: skip
+        self.given.append((first, second, weight, eps))
+        self.seen.append(
+            {blocks.GATED: "gated", blocks.NORMED: "normed", blocks.ADDED: "added"}[prologue]
+        )
+        assert program.levels == self.activation.require_grid().levels
+        assert (prologue == blocks.NORMED) == (second is None)
+        assert (prologue == blocks.ADDED) == (added != 0)
+        if prologue == blocks.GATED:
+            assert (weight, eps) == (None, 0.0)
+            assert second is not None
+            rows = eager.gated(first, second)
+        else:
+            assert weight is not None
+            h, rows = eager.normed(first, second, weight, eps)
+            if added:
+                self.at(added, tuple(h.shape), h.dtype).copy_(h)
+        self._encode(rows, KINDS[form, bits], (out, scale, sums))
 
     def _rows(
         self, x: Tensor, program: Any, kind: str, count: int, d: int, operand: int, scale: int,
@@ -215,25 +250,88 @@ def test_launches_on_addresses(
         kernels.written.clear()
         kernels.asked.clear()
         kernels.memory[:] = [*_tensors(held), *([] if given is None else [given])]
-        y = direct.linear(x, held, given, dtype)
-        assert y is not None
+        made = direct.linear(x, held, given, dtype)
+        assert made is not None
+        (y,) = made
         assert y.dtype == dtype
         torch.testing.assert_close(y, _expected(x, held, given, dtype))
         packed = held.packed is not None and x.shape[0] == 2
         last = "few" if packed else "product"
         assert kernels.take() == ["rows" if few_rows else "blocks", last]
         # Operand, scale and sums fill one allocation.
-        (between,) = kernels.asked
-        ends = [between.data_ptr()]
+        ((before, end),) = kernels.asked
+        ends = [before]
         for first, after in sorted(kernels.written):
             assert first == ends[-1]
             ends.append(after)
-        assert ends[-1] == between.data_ptr() + between.numel()
+        assert ends[-1] == end
     for empty in (wide[:0, :, :WIDTH], wide[:, :0, :WIDTH]):
-        y = direct.linear(empty, held, bias, torch.float16)
-        assert y is not None
+        made = direct.linear(empty, held, bias, torch.float16)
+        assert made is not None
+        (y,) = made
         assert (y.shape, y.dtype) == ((*empty.shape[:-1], OUT), torch.float16)
     assert kernels.take() == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", RECIPES)
+def test_launches_behind_a_gate_or_a_norm(name: str, dtype: torch.dtype, kernels: Kernels) -> None:
+    """One kernel makes rows and quantizes them, of inputs where they lie; one multiplies."""
+    held, kernels.activation = _held(name), quest.recipe(name).activation
+    g = torch.Generator().manual_seed(1)
+    wide = torch.randn(2, 3, 2 * WIDTH, generator=g).to(dtype)
+    weight, bias = torch.linspace(-1, 2, WIDTH).to(dtype), torch.randn(OUT, generator=g)
+    many = torch.randn(2, 40, WIDTH, generator=g).to(dtype)
+    for x, other, given in (
+        (wide[..., :WIDTH], wide[..., WIDTH:], None),
+        (wide[..., WIDTH:], wide[..., :WIDTH], bias.to(dtype)),
+        (many[0], many[1], bias),
+        (many[0, 0], many[1, 0], None),
+    ):
+        for way, norm in (("gated", None), ("normed", (weight, 0.25)), ("added", (weight, 0.5))):
+            for noted in (kernels.written, kernels.asked, kernels.given):
+                noted.clear()
+            kernels.memory[:] = [*_tensors(held), *([] if given is None else [given])]
+            xs = (x,) if way == "normed" else (x, other)
+            made = direct.behind(xs, held, given, norm)
+            assert made is not None
+            if norm is None:
+                rows = eager.gated(x, other)
+            else:
+                h, rows = eager.normed(x, None if way == "normed" else other, *norm)
+            assert len(made) == (2 if way == "added" else 1)
+            if way == "added":
+                assert torch.equal(made[1], h)
+                assert made[1].is_contiguous()
+            assert (made[0].dtype, made[0].shape) == (dtype, (*x.shape[:-1], OUT))
+            torch.testing.assert_close(made[0], _expected(rows, held, given, dtype))
+            packed = held.packed is not None and x.shape != (40, WIDTH)
+            assert kernels.take() == [way, "few" if packed else "product"]
+            ((first, second, read, eps),) = kernels.given
+            assert first.data_ptr() == x.data_ptr()
+            assert second is None or second.data_ptr() == other.data_ptr()
+            assert (read, eps) == ((None, 0.0) if norm is None else norm)
+            ((before, end),) = kernels.asked
+            ends = [before]
+            for start, after in sorted(kernels.written):
+                assert start == ends[-1]
+                ends.append(after)
+            assert ends[-1] == end
+    empty = wide[:0, :, :WIDTH]
+    for norm in (None, (weight, 0.25)):
+        made = direct.behind((empty, empty), held, bias, norm)
+        assert made is not None
+        assert [t.shape for t in made] == [(0, 3, OUT), (0, 3, WIDTH)][: 1 if norm is None else 2]
+    assert kernels.take() == []
+
+
+def test_no_launches_behind_a_gate(kernels: Kernels) -> None:
+    """Before a compressed weight, and one whose sums are to be doubled."""
+    many = torch.randn(paths.SPARSE_ROWS, 128).bfloat16()
+    assert direct.behind((many, many), _held("w4a4-2:4", 128), None) is None
+    x = many[:3].repeat(1, 2)
+    assert direct.behind((x, x), _held("w4a8"), None, (x[0], 0.25)) is None
+    assert not kernels.seen
 
 
 def test_what_has_another_way(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +392,7 @@ def _twice(x: Tensor, run: Callable[[], Tensor]) -> direct.Calls:
     """What is kept after two calls."""
     held = frozen.Frozen()
     for _ in range(2):
-        assert direct.recorded(x, held, None, run) is not None
+        assert direct.recorded(held, (x,), (None,), lambda: (run(),)) is not None
     return held.calls
 
 
@@ -309,12 +407,73 @@ def test_which_inputs_are_recorded(stream: Stream, monkeypatch: pytest.MonkeyPat
     assert not _twice(x, lambda: made)
     x, held = torch.zeros(8), frozen.Frozen()
     for _ in range(2):
-        assert direct.again(x, held, None) is None
-        direct.recorded(x, held, None, lambda: made)
-    assert direct.again(x, held, None) is not None
+        assert direct.again(held, (x,), (None,)) is None
+        direct.recorded(held, (x,), (None,), lambda: (made,))
+    assert direct.again(held, (x,), (None,)) is not None
     stream.device = 0
-    assert direct.again(x, held, None) is None
+    assert direct.again(held, (x,), (None,)) is None
     assert not _twice(torch.zeros(8), lambda: made)
+
+
+def test_calls_behind_a_gate_or_a_norm_are_recorded(kernels: Kernels, stream: Stream) -> None:
+    """Each kind by itself: what stands before, what it reads, where rows lie."""
+    held = _held("w4a4")
+    wide, other = torch.randn(2, 3, 2 * WIDTH).bfloat16()
+    gate, up, apart = wide[:, :WIDTH], wide[:, WIDTH:], other[:, :WIDTH]
+    weights = torch.ones(2, WIDTH).bfloat16()
+    bias = torch.randn(OUT)
+    kernels.memory[:] = [*_tensors(held), bias]
+    kinds: list[tuple[Any, ...]] = [
+        ((gate, up), None, None), ((gate, up), bias, None), ((gate.clone(), up), None, None),
+        ((gate, up), None, (weights[0], 0.25)), ((gate, up), None, (weights[0], 0.5)),
+        ((gate, up), None, (weights[1], 0.25)), ((gate,), None, (weights[0], 0.25)),
+    ]  # fmt: skip
+    for i, (xs, given, norm) in enumerate(kinds):
+        for n in range(2):
+            assert direct.behind(xs, held, given, norm) is not None
+            assert len(kernels.take()) == 2
+            assert (list(held.calls.values())[-1] is None) == (n == 0)
+        assert len(held.calls) == i + 1
+        call = list(held.calls.values())[-1]
+        assert call is not None
+        launches, likes, memory = call
+        assert launches.told[: -len(likes)] == (stream.number, *(x.data_ptr() for x in xs))
+        assert memory is not None
+        made = direct.behind(xs, held, given, norm)
+        assert made is not None
+        assert not kernels.take()
+        assert [t.shape for t in made] == [(3, OUT), (3, WIDTH)][: len(likes)]
+        assert len(likes) == (2 if norm is not None and len(xs) == 2 else 1)
+        assert launches.queued == [tuple(t.data_ptr() for t in (*xs, *made))]
+    # Others that lie alike.
+    first = held.calls[next(iter(held.calls))]
+    assert first is not None
+    assert direct.behind((apart, up), held, None) is not None
+    assert first[0].queued[-1][:2] == (apart.data_ptr(), up.data_ptr())
+    assert not kernels.take()
+    # Rows that are no multiple of 16 bytes apart would be copied.
+    odd = torch.randn(3, WIDTH + 4).bfloat16()[:, :WIDTH]
+    for _ in range(3):
+        direct.behind((odd, up), held, None)
+        assert len(kernels.take()) == 2
+    assert len(held.calls) == len(kinds)
+
+
+def test_rows_that_are_views() -> None:
+    """Of inputs with any number of axes; each in one piece, at a multiple of 16 bytes."""
+    x = torch.empty(4, 6, 16, dtype=torch.bfloat16)
+    narrow = torch.empty(3, 4, 7)
+    for fits in (
+        x, x[0], x[0, 0], x[..., :8], x[0, :, :8], x[:, :1, :8], x[:1, :, :8], x[::2, :1], x[:, 1],
+        narrow, narrow[0, 0], torch.empty(3, 12)[:, :8], torch.empty(()).expand(1, 1),
+    ):  # fmt: skip
+        assert direct._in_rows(fits)
+        assert fits.reshape(-1, fits.shape[-1]).data_ptr() == fits.data_ptr()
+    for other in (
+        x[:, :3], x.mT, x[..., ::2], x[0, 0, ::2], x[..., :1].expand(4, 6, 8), narrow[..., :4],
+        torch.empty(3, 12, dtype=torch.bfloat16)[:, :8],
+    ):  # fmt: skip
+        assert not direct._in_rows(other)
 
 
 def test_memory_between_kernels_is_held_with_the_call(stream: Stream) -> None:
@@ -326,7 +485,7 @@ def test_memory_between_kernels_is_held_with_the_call(stream: Stream) -> None:
         return torch.empty(3, 5)
 
     x = torch.zeros(4, 8)
-    ((launches, like, memory),) = _twice(x, run).values()  # type: ignore[misc]
+    ((launches, (like,), memory),) = _twice(x, run).values()  # type: ignore[misc]
     assert memory is used[1]
     assert memory is not used[0]
     assert like.shape == (3, 5)

@@ -13,7 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import quest
-from quest import compression, eager, frozen, grids, joint, packing, transforms
+from quest import compression, eager, grids, packing, transforms
 from quest.packed import packed_product
 from quest.reference import compression as reference_compression
 from quest.reference import grids as oracle
@@ -220,23 +220,3 @@ def test_that_the_first_zeros_are_kept_beside_nonzeros() -> None:
     expected_values, expected_metadata = reference_compression.compress(x.numpy())
     assert np.array_equal(values.numpy(), expected_values)
     assert np.array_equal(metadata.numpy().view(np.uint32), expected_metadata)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("count", [2, 3])
-def test_that_a_joined_bias_is_elsewhere_at_the_next_call(
-    count: int, bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Since it is joined in each; without any, no call differs from the one before."""
-    layers = [quest.Linear(32, 4, bias=bias, recipe="w4a4").freeze() for _ in range(count)]
-    assert joint.stack(layers)
-    seen: list[bool] = []
-
-    def linear(x: torch.Tensor, *_: object, steady: bool) -> torch.Tensor:
-        seen.append(steady)
-        return x.new_zeros(2, 4 * count)
-
-    monkeypatch.setattr(frozen, "linear", linear)
-    with torch.no_grad():
-        quest.together(torch.ones(2, 32), layers)
-    assert seen == [not bias]

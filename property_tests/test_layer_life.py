@@ -150,9 +150,10 @@ def test_which_calls_are_made_again(
     expected = layer(X).detach()
     answer, asked = torch.zeros(3, 4), list[tuple[Any, Any, Any]]()
 
-    def again(x: Tensor, held: Any, bias: Any) -> Tensor:
+    def again(held: Any, xs: Any, reads: Any) -> tuple[Tensor]:
+        (x,), (bias,) = xs, reads
         asked.append((x, held, bias))
-        return answer
+        return (answer,)
 
     monkeypatch.setattr(direct, "again", again)
     held = layer._frozen

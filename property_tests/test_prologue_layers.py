@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import quest
 from property_tests.prologues import HALVES, halves, on_hopper
-from quest import frozen, joint, lowbit, operands, paths, prologue
+from quest import direct, frozen, joint, lowbit, operands, paths, prologue
 from quest.models import Llama, LlamaConfig
 from quest.models.llama import Block
 
@@ -35,7 +35,7 @@ def _on_integers(layer: quest.Linear, few: int = 0) -> quest.Linear:
     names = ",".join(q.require_grid().name for q in (made.activation, made.weight))
     held = frozen.Frozen(
         None, operand, scale, sums, packed, names=names, kinds=",".join(kinds),
-        spec=made.activation.spec, few=few, weight=layer.weight, state=frozen._state(layer.weight),
+        spec=made.activation.spec, few=few, weight=layer.weight, state=direct.state(layer.weight),
     )  # fmt: skip
     layer.hold(held)
     return layer.eval()
@@ -82,14 +82,20 @@ def test_an_input_that_does_not_fit_is_refused(taken: list[Tensor]) -> None:
     assert not taken
 
 
-def test_few_rows_keep_their_kernel(taken: list[Tensor]) -> None:
+@pytest.mark.parametrize("compiles", [False, True])
+def test_few_rows_keep_their_kernel(
+    compiles: bool, taken: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled; call by call one kernel spares torch's own."""
     layer = _on_integers(_layer(), few=4)
     for rows in (0, 1, 4, 5):
         gate, up = _pair(rows=rows)
         taken.clear()
         with torch.no_grad():
-            y = quest.gated(gate, up, layer)
-            assert len(taken) == (rows in (0, 5))
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.compiler, "is_compiling", lambda: compiles)
+                y = quest.gated(gate, up, layer)
+            assert len(taken) == (not compiles or rows in (0, 5))
             if not taken:
                 assert torch.equal(y, layer(F.silu(gate) * up))
 
@@ -197,7 +203,7 @@ def test_layers_behind_a_norm_take_it(
         "weight's shape", "autocast", "residual's dtype", "few", "no layers alike",
     ],
 )  # fmt: skip
-def test_what_a_norm_keeps(case: str, taken: list[Tensor]) -> None:
+def test_what_a_norm_keeps(case: str, taken: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """These are called one after another, with the same bits."""
     dtype = torch.float32 if case == "float32" else torch.bfloat16
     layers: list[Any] = _stacked("w4a4", dtype)
@@ -231,6 +237,7 @@ def test_what_a_norm_keeps(case: str, taken: list[Tensor]) -> None:
             held = layer.current()
             layer.hold(dataclasses.replace(held, few=64, whole=None))
         joint.stack(layers)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     elif case == "residual's dtype":
         residual = residual.float()  # as that of a model under autocast
     elif case == "no layers alike":
@@ -352,15 +359,32 @@ def _close(compiled: Tensor, eager: Tensor) -> None:
     assert (compiled - eager).norm() < 0.1 * eager.norm()
 
 
+def _check_norm(
+    x: Tensor, norm: nn.RMSNorm, layers: list[quest.Linear], residual: Tensor | None,
+    whole: frozen.Frozen,
+) -> None:  # fmt: skip
+    """`quest.normed` has the bits of the operand made alone."""
+    h, made = quest.normed(x, norm, layers, residual)
+    assert torch.equal(h, x if residual is None else residual + x)
+    assert norm.eps is not None
+    *operand, _, _ = prologue.normed_encode_shown(
+        x, residual, norm.weight, norm.eps, whole.spec, whole.kinds.partition(",")[0]
+    )
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    y = _multiplied(operand, whole, torch.cat(biases) if biases else None)
+    assert torch.equal(torch.cat(made, -1), y)
+
+
 @on_hopper
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("recipe", ["w4a4", "w1a1"])
 @pytest.mark.parametrize("rows", [40, 100, paths.MIN_ROWS])
-def test_layers_behind_a_norm_on_hopper(rows: int, recipe: str) -> None:
+def test_layers_behind_a_norm_on_hopper(rows: int, recipe: str, bias: bool) -> None:
     """Eagerly, compiled and from a graph: the same bits, those of the operand made alone.
 
-    Where one kernel quantizes few rows and multiplies them, they are the layers' on the norm.
+    But compiled where one kernel quantizes few rows and multiplies them.
     """
-    layers = [quest.Linear(256, n, recipe=recipe) for n in (48, 48, 16)]
+    layers = [quest.Linear(256, n, bias, recipe) for n in (48, 48, 16)]
     for layer in layers:
         layer.to("cuda", torch.bfloat16).eval().freeze()
     assert joint.stack(layers)
@@ -372,16 +396,12 @@ def test_layers_behind_a_norm_on_hopper(rows: int, recipe: str) -> None:
         h, made = quest.normed(x, norm, layers, residual)
         assert torch.equal(h, residual + x)
         y, fused = torch.cat(made, -1), paths.fuses(x, held.few)
-        if fused:
-            assert torch.equal(y, torch.cat(quest.together(norm(h), layers), -1))
-        else:
-            whole = joint.whole(layers)
-            assert whole is not None
-            kind = held.kinds.partition(",")[0]
-            *operand, _, _ = prologue.normed_encode_shown(
-                x, residual, norm.weight, 1e-5, held.spec, kind
-            )
-            assert torch.equal(y, _multiplied(operand, whole, joint.joined(layers)))
+        whole = joint.whole(layers)
+        assert whole is not None
+        for other in (residual, residual.neg(), None, x, None):  # call after call is recorded
+            for t in (x, x.roll(1)):
+                _check_norm(t, norm, layers, other, whole)
+        assert None not in whole.calls.values()
         torch.compiler.reset()
         compiled = torch.compile(lambda a, b: quest.normed(a, norm, layers, b), fullgraph=True)
         other, again = compiled(x, residual)
@@ -409,7 +429,8 @@ def test_layers_behind_a_norm_on_hopper(rows: int, recipe: str) -> None:
 def test_a_layer_on_hopper(rows: int, recipe: str) -> None:
     """Eagerly, compiled and from a graph: the same bits, those of the operand made alone.
 
-    Where the layer has no operand for it, or quantizes few rows itself, they are the layer's on x.
+    Where the layer has no operand for it, they are the layer's on x; compiled also where it
+    quantizes few rows itself.
     """
     layer = _layer(recipe).cuda().eval().freeze()
     held = layer.current()
@@ -418,12 +439,15 @@ def test_a_layer_on_hopper(rows: int, recipe: str) -> None:
     gate, up = halves(wide)
     with torch.no_grad():
         y = quest.gated(gate, up, layer)
-        if recipe == "fp4" or paths.fuses(gate, held.few):
+        if recipe == "fp4":
             assert torch.equal(y, layer(F.silu(gate) * up))
         else:
             kind = held.kinds.partition(",")[0]
-            *operand, _ = prologue.gated_encode_shown(gate, up, held.spec, kind)
-            assert torch.equal(y, _multiplied(operand, held, layer.bias))
+            for first, second in ((gate, up), (up, gate), (gate, up)):  # recorded, and made again
+                *operand, _ = prologue.gated_encode_shown(first, second, held.spec, kind)
+                expected = _multiplied(operand, held, layer.bias)
+                assert torch.equal(quest.gated(first, second, layer), expected)
+                assert torch.equal(y, expected) == (first is gate)
         torch.compiler.reset()
         compiled = torch.compile(lambda w: quest.gated(*halves(w), layer), fullgraph=True)(wide)
         if recipe == "fp4" or paths.fuses(gate, held.few):

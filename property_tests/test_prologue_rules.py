@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import quest
 from property_tests.prologues import HALVES, halves
-from quest import eager, frozen, lowbit_linear, ops, paths, prologue
+from quest import direct, eager, frozen, lowbit_linear, ops, paths, prologue
 from quest.quantizer import parse
 
 pytestmark = pytest.mark.whole
@@ -32,6 +32,7 @@ class Seen:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.unwatched: list[bool] = []
+        self.behind: list[tuple[Any, ...]] = []
 
     def none(self) -> bool:
         return not self.calls
@@ -65,6 +66,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         return real(*given[:-1], False)
 
     monkeypatch.setattr(frozen, "multiply", multiply)
+    monkeypatch.setattr(direct, "behind", lambda *given: made.behind.append(given))
     _there(monkeypatch)
     return made
 
@@ -144,23 +146,66 @@ def test_a_norm_before_frozen_layers(
 def test_what_nothing_watches_is_launched(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without operators, where that holds for every tensor; and the product with it."""
     (layer,), norm, (x, other) = _frozen(monkeypatch), _norm(), _pair()
-    direct: list[Tensor] = []
-    monkeypatch.setattr(ops, "direct", lambda t: any(t is one for one in direct))
-    tensors = [x, other, norm.weight]
+    alone: list[Tensor] = []
+    monkeypatch.setattr(ops, "direct", lambda t: any(t is one for one in alone))
+    tensors, held, bias = [x, other, norm.weight], layer.current(), layer.bias
     with torch.no_grad():
         for among in (tensors, tensors[:2], tensors[1:], [x, norm.weight], []):
-            direct[:] = among
-            for run, needs, name in (
-                (lambda: quest.gated(x, other, layer), tensors[:2], "gated"),
-                (lambda: quest.normed(x, norm, [layer]), [x, norm.weight], "normed"),
-                (lambda: quest.normed(x, norm, [layer], other), tensors, "normed"),
-            ):
+            alone[:] = among
+            for run, needs, name, asked in (
+                (lambda: quest.gated(x, other, layer), tensors[:2], "gated",
+                 ((x, other), held, bias)),
+                (lambda: quest.normed(x, norm, [layer]), [x, norm.weight], "normed",
+                 ((x,), held, bias, (norm.weight, 1e-5))),
+                (lambda: quest.normed(x, norm, [layer], other), tensors, "normed",
+                 ((x, other), held, bias, (norm.weight, 1e-5))),
+            ):  # fmt: skip
                 every = all(any(t is one for one in among) for t in needs)
-                seen.calls.clear()
-                seen.unwatched.clear()
+                for noted in (seen.calls, seen.unwatched, seen.behind):
+                    noted.clear()
                 run()
                 assert seen.calls == ["launch " * every + name]
                 assert seen.unwatched == [every]
+                # Where it may, with the least host time; which has another way to take here.
+                assert seen.behind == ([asked] if every else [])
+
+
+def test_launches_that_give_all(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes out of them is what is returned, and nothing else runs."""
+    layers, norm, (x, other) = _frozen(monkeypatch, outs=(8, 16)), _norm(), _pair()
+    monkeypatch.setattr(ops, "direct", lambda t: True)
+    for name, told in (
+        ("_cuda_isCurrentStreamCapturing", lambda: False),
+        ("_cuda_getCurrentRawStream", lambda _: 7),
+    ):
+        monkeypatch.setattr(torch._C, name, told, raising=False)
+    y, h, biases = torch.randn(5, 24), torch.randn(5, WIDTH), [layer.bias for layer in layers]
+    gives: list[tuple[Tensor, ...]] = []
+    monkeypatch.setattr(direct, "behind", lambda *given: (seen.behind.append(given), gives[0])[1])
+    with torch.no_grad():
+        gives[:] = [(y,)]
+        alone = _frozen(monkeypatch)[0]
+        assert quest.gated(x, other, alone) is y
+        same, made = quest.normed(x, norm, layers)
+        assert same is x
+        gives[:] = [(y, h)]
+        added, again = quest.normed(x, norm, layers, other)
+        assert added is h
+        for both in (made, again):
+            assert [t.shape[-1] for t in both] == [8, 16]
+            assert torch.equal(torch.cat(both, -1), y)
+        first, second = (given[2] for given in seen.behind[1:])
+        assert torch.equal(first, torch.cat(biases))
+        assert first.data_ptr() == second.data_ptr()  # so that calls can be recorded
+        # A bias, or a norm's weight, that no kernel can read where it lies.
+        wide = torch.randn(24, 2, dtype=HALF)
+        alone.bias = nn.Parameter(wide[:, 0])
+        apart = _norm()
+        apart.weight = nn.Parameter(torch.stack([norm.weight, norm.weight], -1)[..., 0])
+        seen.calls.clear()
+        quest.gated(x, other, alone)
+        quest.normed(x, apart, layers)
+        assert seen.calls == ["launch gated", "launch normed"]
 
 
 # --- who is called as ever --------------------------------------------------------------------
@@ -180,6 +225,8 @@ def test_what_keeps_a_frozen_layer_from_it(
         layers = [_layer().eval().freeze()]
     elif case == "another device's kernel":
         _there(monkeypatch, ())
+    elif case == "few":  # compiled
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     cast: Any = contextlib.nullcontext()
     if "autocast" in case:
         cast = torch.autocast("cpu", HALF if dtype == torch.float32 else torch.float16)
@@ -297,15 +344,11 @@ def test_a_gate_in_the_operator_of_a_layer(
 ) -> None:
     """Where a gradient is asked for, or no frozen weight is there to be read."""
     layer = _frozen(monkeypatch, recipe)[0] if holds else _layer(recipe)
-    held = layer.current()
-    if held is not None and not asks:
-        layer.hold(dataclasses.replace(held, few=5))
     gate, up = _pair()
     with paths.only("integers"), torch.set_grad_enabled(asks):
         y = quest.gated(gate, up, layer)
-        assert seen.calls == (["live"] if asks or not holds else [])
-        rows = F.silu(gate) * up if seen.none() else eager.gated(gate, up)
-        assert torch.equal(y, layer(rows))
+        assert seen.calls == ["live" if asks or not holds else "gated"]
+        assert torch.equal(y, layer(eager.gated(gate, up)))
     assert y.requires_grad == asks
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules import module as modules
 
 import quest
 from property_tests.calls import counted, shapes
-from quest import joint, paths
+from quest import frozen, joint, paths
 
 pytestmark = pytest.mark.whole
 
@@ -94,12 +94,12 @@ def test_weights_of_two_dtypes_stay_apart(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_bias_of_one_layer_is_not_copied() -> None:
-    layers = _layers(4, 5, bias=True)
-    assert joint.joined(layers[:1]) is layers[0].bias
-    both = joint.joined(layers)
+    layers, one, x = _layers(4, 5, bias=True), frozen.Frozen(), torch.zeros(1)
+    assert joint.joined(layers[:1], one, x) is layers[0].bias
+    both = joint.joined(layers, one, x)
     assert both is not None
     assert torch.equal(both, torch.cat([layer.bias for layer in layers]))
-    assert joint.joined(_layers(4)) is joint.joined(_layers(4, 5)) is None
+    assert joint.joined(_layers(4), one, x) is joint.joined(_layers(4, 5), one, x) is None
 
 
 def _global(kind: str) -> Callable[[nn.Module, Any], Any]:

@@ -6,19 +6,21 @@ sums of the input are addresses in one allocation. The kernels and the numbers a
 `lowbit.operand` and then `lowbit.product` or `packed.packed_product`.
 
 What a second call of a kind launches is recorded, and a call like it (`again`) gives the same
-launches the addresses of its input and its output, and does nothing else. Both calls of a thread
+launches the addresses of its inputs and its outputs, and does nothing else. Both calls of a thread
 share the memory between their kernels with every other on their stream, where one ends before the
 next begins.
+
+`linear` is the layer, `behind` the layer behind a gate or a norm (see `prologue`).
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,10 +34,16 @@ if TYPE_CHECKING:
 MOST_CALLS = 64  # kinds of calls that are kept for a weight
 # Elements of an input whose calls are recorded: with more the device takes longer than the host.
 MOST_ELEMENTS = 2**23
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
-class Calls(dict[tuple[object, ...], tuple[Any, Tensor, Tensor | None] | None]):
-    """(launches, what y is like, memory between kernels) by kind of call; of no use to a copy.
+Call = tuple[Any, tuple[Tensor, ...], Tensor | None]
+
+
+class Calls(dict[tuple[object, ...], Call | None]):
+    """(launches, what comes out, memory between kernels) by kind of call; of no use to a copy.
+
+    Of what comes out each has the dtype, the device and the shape, and no memory.
 
     None for a kind that was seen once: to record takes as long as a call, and shapes may not recur.
 
@@ -46,100 +54,163 @@ class Calls(dict[tuple[object, ...], tuple[Any, Tensor, Tensor | None] | None]):
         return Calls, ()
 
 
-def fits(bias: Tensor | None, x: Tensor, columns: int) -> bool:
-    """Whether kernels can read a bias of a layer of so many columns where it lies."""
-    return bias is None or (
-        type(bias) in (Tensor, torch.nn.Parameter)
-        and bias.dtype in ops.DTYPES
-        and bias.shape == (columns,)
-        and bias.is_contiguous()
-        and bias.device == x.device
+Biases = Sequence[Tensor | None]
+
+
+class Joined(dict[int, tuple[tuple[object, ...], tuple[Tensor, ...], Tensor]]):
+    """The biases of layers whose weights lie stacked, in one, by stream; of no use to a copy.
+
+    (their states, their memory, which is held so that no other gets its address, and the one). To
+    join them takes the host as long as a layer, and recorded launches read them where they lie. Of
+    a stream, because no other waits until they are written.
+    """
+
+    def __reduce__(self) -> tuple[type[Joined], tuple[()]]:
+        return Joined, ()
+
+    def of(self, biases: Biases, x: Tensor) -> Tensor | None:
+        """What these were joined to, for an input on CUDA; None where one has changed since."""
+        found = self.get(torch._C._cuda_getCurrentRawStream(x.get_device()))
+        return found[2] if found is not None and found[0] == _states(biases) else None
+
+    def keep(self, biases: Biases, joined: Tensor, x: Tensor) -> None:
+        """Keep them for `of`, unless one has no state that says when it is written."""
+        given = [b for b in biases if b is not None]
+        if any(b.is_inference() or not fits(b, x, b.numel()) for b in given):
+            return
+        if len(self) >= MOST_CALLS:
+            self.clear()
+        stream = torch._C._cuda_getCurrentRawStream(x.get_device())
+        self[stream] = _states(biases), tuple(b.detach() for b in given), joined
+
+
+def state(t: Tensor) -> tuple[object, ...]:
+    """What changes where a tensor is written in place, moved or converted."""
+    version = None if t.is_inference() else t._version
+    return version, t.data_ptr(), t.dtype, t.device
+
+
+def _states(biases: Biases) -> tuple[object, ...]:
+    """Of each; what is no plain tensor, and may have no address, is never found as it was."""
+    return tuple(None if b is None else state(b) if type(b) in _PLAIN else object() for b in biases)
+
+
+def keeps(x: Tensor) -> bool:
+    """Whether a call on x may use memory that all of them share."""
+    return ops.direct(x) and not torch._C._cuda_isCurrentStreamCapturing()
+
+
+def fits(t: Tensor | None, x: Tensor, columns: int) -> bool:
+    """Whether kernels can read a bias of so many columns, or a norm's weight, where it lies."""
+    return t is None or (
+        type(t) in _PLAIN
+        and t.dtype in ops.DTYPES
+        and t.shape == (columns,)
+        and t.is_contiguous()
+        and t.device == x.device
     )
 
 
-def _kind(x: Any, bias: Tensor | None) -> tuple[object, ...] | None:
+def _kind(
+    xs: Sequence[Any], reads: Sequence[Tensor | None], told: object
+) -> tuple[object, ...] | None:
     """What a recorded call depends on besides its weight; None where it is not to be recorded.
 
-    A bias is read where it lies at each call; one that is no tensor of its own is not recorded.
+    xs: inputs, at least one. reads: a bias, or a norm's weight, which is read where it lies at each
+    call; one that is no tensor of its own is not recorded. told: what else the kernels are told.
     """
-    if not isinstance(x, Tensor):
-        return None
-    index = x.get_device()
+    shapes: list[object] = []
+    for x in xs:
+        if not isinstance(x, Tensor) or not ops.direct(x) or x.data_ptr() % 16:
+            return None
+        shapes.append((x.shape, x.stride(), x.dtype))
+    index = xs[0].get_device()
     if (
-        not ops.direct(x)
-        or index != torch._C._cuda_getDevice()
-        or not x.is_contiguous()
-        or x.data_ptr() % 16
+        index != torch._C._cuda_getDevice()
         or torch._C._cuda_isCurrentStreamCapturing()  # a graph's memory is its own
         or outputs.poisons()
         or product.forced() is not None
         or not paths.allows("integers")
     ):
         return None
-    lies: tuple[object, ...] = ()
-    if bias is not None:  # as a transform of torch.func, which `ops.direct` sees, has no address
-        if not fits(bias, x, bias.numel()):
-            return None
-        lies = bias.data_ptr(), bias.dtype, bias.shape
+    lies: list[object] = []
+    for t in reads:
+        if t is not None:  # as a transform of torch.func, which `ops.direct` sees, has no address
+            if not fits(t, xs[0], t.numel()):
+                return None
+            lies.append((t.data_ptr(), t.dtype, t.shape))
     # Outside of autocast a weight of another dtype is an error, which must not be passed over.
     cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else None
     stream = torch._C._cuda_getCurrentRawStream(index)
-    return x.shape, x.dtype, index, stream, get_ident(), cast, lies
+    return (*shapes, index, stream, get_ident(), cast, *lies, told)
 
 
-def again(x: Tensor, held: Frozen, bias: Tensor | None) -> Tensor | None:
-    """y (..., out) of x's dtype by launches that were recorded for such an x; None without them.
+def again(
+    held: Frozen, xs: Sequence[Any], reads: Sequence[Tensor | None], told: object = None
+) -> tuple[Tensor, ...] | None:
+    """What comes out, by launches that were recorded for such inputs; None without them.
 
-    Where no gradient is asked for, and x and the bias fit.
+    Where no gradient is asked for, and xs and what is read fit; see `_kind`.
     """
-    kind = _kind(x, bias) if held.calls else None
+    kind = _kind(xs, reads, told) if held.calls else None
     if kind is None or (found := held.calls.get(kind)) is None:
         return None
-    launches, like, _ = found
-    y = torch.empty_like(like)
-    launches.queue(x.data_ptr(), y.data_ptr())
-    return y
+    launches, likes, _ = found
+    made = tuple(map(torch.empty_like, likes))
+    launches.queue(*(t.data_ptr() for t in (*xs, *made)))
+    return made
 
 
 def recorded(
-    x: Tensor, held: Frozen, bias: Tensor | None, run: Callable[[], Tensor | None]
-) -> Tensor | None:
-    """run(), which is y for x or None; at the second of a kind its launches are kept for `again`.
+    held: Frozen, xs: Sequence[Tensor], reads: Sequence[Tensor | None],
+    run: Callable[[], tuple[Tensor, ...] | None], told: object = None,
+) -> tuple[Tensor, ...] | None:  # fmt: skip
+    """run(), what comes out or None; at the second of a kind its launches are kept for `again`.
 
-    Between its kernels it may use no memory but that of `_between`, what the weight holds, and the
-    bias.
+    Between its kernels it may use no memory but that of `_between`, what the weight holds, and what
+    it reads. Inputs whose rows lie apart are recorded where kernels read them there.
     """
     from .kernels import cuda
     from .kernels.recorded import Again
 
-    kind = _kind(x, bias) if 0 < x.numel() <= MOST_ELEMENTS else None
+    small = 0 < xs[0].numel() <= MOST_ELEMENTS
+    kind = _kind(xs, reads, told) if small and all(map(_in_rows, xs)) else None
     if kind is None:
         return run()
     if kind not in held.calls:
         _keep(held.calls, kind, None)
         return run()
-    stream = torch._C._cuda_getCurrentRawStream(x.get_device())
+    stream = torch._C._cuda_getCurrentRawStream(xs[0].get_device())
     _memory.shared, _memory.used = True, None
     try:
         with cuda.recording() as taken:
-            y = run()
+            made = run()
     finally:
         _memory.shared = False
-    if y is None:
+    if made is None:
         return None
     try:
-        launches = Again(taken, stream, x.data_ptr(), y.data_ptr())
+        launches = Again(taken, stream, *(t.data_ptr() for t in (*xs, *made)))
     except ValueError:  # something was copied or converted on the way
-        return y
+        return made
     # One element, and the shape of all: torch makes a tensor like another sooner than from a shape.
-    like = y.new_empty(()).expand(y.shape)
-    _keep(held.calls, kind, (launches, like, _memory.used))
-    return y
+    likes = tuple(t.new_empty(()).expand(t.shape) for t in made)
+    _keep(held.calls, kind, (launches, likes, _memory.used))
+    return made
 
 
-def _keep(
-    calls: Calls, kind: tuple[object, ...], call: tuple[Any, Tensor, Tensor | None] | None
-) -> None:
+def _in_rows(x: Tensor) -> bool:
+    """Whether rows of x (..., d) are a view of it, each in one piece and at 16 bytes."""
+    if x.is_contiguous():
+        return True
+    try:
+        rows = x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return False
+    return rows.stride(1) == 1 and rows.stride(0) * x.element_size() % 16 == 0
+
+
+def _keep(calls: Calls, kind: tuple[object, ...], call: Call | None) -> None:
     """Put a call in the place of the oldest where there are many."""
     while len(calls) >= MOST_CALLS and kind not in calls:
         calls.pop(next(iter(tuple(calls))), None)
@@ -207,55 +278,134 @@ def _plan(
     )  # fmt: skip
 
 
-def linear(x: Tensor, held: Frozen, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """y (..., out) of `dtype` for x (..., in) on CUDA; None where there is another way to take.
+def linear(
+    x: Tensor, held: Frozen, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor] | None:
+    """(y,), y (..., out) of `dtype` for x (..., in) on CUDA; None where there is another way.
 
     held has an operand; bias is contiguous and lies where x does.
     """
-    from .kernels import blocks, few, hopper, layout, rows
+    from .kernels import blocks, layout, rows
 
+    made = _room(x, held, dtype)
+    if made is None:
+        return None
+    y, plan, n, a, scale, sums, _ = made
+    if y.numel():
+        x, width = layout.aligned(x), x.shape[-1]
+        with ops.device_of(x):
+            if paths.has_few_rows(x):
+                rows.launch(x, plan.program, plan.kind, n, width, a, scale, sums)
+            else:
+                blocks.launch(
+                    x, plan.program, plan.form, plan.bits, n, width, a, scale, 0, sums
+                )  # fmt: skip
+            _multiply(made, held, bias, width)
+    return (y,)
+
+
+def behind(
+    xs: tuple[Tensor, ...], held: Frozen, bias: Tensor | None,
+    norm: tuple[Tensor, float] | None = None,
+) -> tuple[Tensor, ...] | None:  # fmt: skip
+    """y (..., out) of a layer behind a prologue, in xs's dtype; None where there is another way.
+
+    Without a norm (y,), xs being a gate and a value; with its weight and eps (y,) for xs (x,), and
+    (y, h) for x and a residual. For all of them `prologue.has_kernel` is to hold, and `fits` for
+    the bias and the norm's weight.
+    """
+    weight, eps = (None, None) if norm is None else norm
+    reads = bias, weight
+    made = again(held, xs, reads, eps)
+    if made is None:
+        run = functools.partial(_behind, xs, held, bias, weight, eps)
+        made = recorded(held, xs, reads, run, eps)
+    return made
+
+
+def _behind(
+    xs: tuple[Tensor, ...], held: Frozen, bias: Tensor | None, weight: Tensor | None,
+    eps: float | None,
+) -> tuple[Tensor, ...] | None:  # fmt: skip
+    from .kernels import blocks, cuda
+
+    x, second = xs[0], xs[1] if len(xs) > 1 else None
+    width = x.shape[-1]
+    made = _room(x, held, x.dtype)
+    if made is None:
+        return None
+    y, plan, _, a, scale, sums, _ = made
+    prologue, h = blocks.GATED, None
+    if weight is not None:
+        prologue = blocks.NORMED if second is None else blocks.ADDED
+        h = None if second is None else outputs.empty(x.shape, x.dtype, x.device)
+    if y.numel():
+        rows = [t.reshape(-1, width) for t in xs]
+        with ops.device_of(x):
+            blocks.launch_prologue(
+                rows[0], rows[1] if len(rows) > 1 else None, plan.program, plan.form, plan.bits,
+                prologue, a, scale, sums, cuda.pointer(h), weight, eps or 0.0,
+            )  # fmt: skip
+            _multiply(made, held, bias, width)
+    return (y,) if h is None else (y, h)
+
+
+class _Room(NamedTuple):
+    """y, of which kernels, for so many rows; and addresses of their operand, scale and sums.
+
+    memory: where these lie. Let go before the last launch is queued, it would be given to another.
+    """
+
+    y: Tensor
+    plan: _Plan
+    rows: int
+    operand: int
+    scale: int
+    sums: int
+    memory: Tensor
+
+
+def _room(x: Tensor, held: Frozen, dtype: torch.dtype) -> _Room | None:
+    """For x (..., in); None where these kernels don't do it."""
     width, w = x.shape[-1], held.operand
     plan = _plan(held.spec, held.names, held.kinds, width, x.dtype, x.device)
     if plan is None:
         return None
     assert w is not None
+    n = x.numel() // width
+    if held.form(n, width) == "compressed":
+        return None
+    y = outputs.empty((*x.shape[:-1], w.shape[0]), dtype, x.device)
+    if y.numel() == 0:
+        return _Room(y, plan, n, 0, 0, 0, y)
+    size = n * plan.bytes
+    memory = _between(size + 8 * n, x.device)
+    a = memory.data_ptr()
+    return _Room(y, plan, n, a, a + size, a + size + 4 * n, memory)
+
+
+def _multiply(made: _Room, held: Frozen, bias: Tensor | None, width: int) -> None:
+    """Launch the product that writes y."""
+    from .kernels import few, hopper
+
+    y, plan, n, a, scale, sums, _ = made
+    w, packed, terms, device = held.operand, held.packed, plan.terms, y.device.index
+    assert w is not None
     assert held.scale is not None
     assert held.sums is not None
-    columns, count = w.shape[0], x.numel() // width
-    form = held.form(count, width)
-    if form == "compressed":
-        return None
-    y = outputs.empty((*x.shape[:-1], columns), dtype, x.device)
-    if y.numel() == 0:
-        return y
-    x = layout.aligned(x)
-    size = count * plan.bytes
-    made = _between(size + 8 * count, x.device)
-    a = made.data_ptr()
-    scale, sums = a + size, a + size + 4 * count
-    terms, device = plan.terms, x.device.index
-    at = (held.scale.data_ptr(), held.sums.data_ptr())
-    with ops.device_of(x):
-        if paths.has_few_rows(x):
-            rows.launch(x, plan.program, plan.kind, count, width, a, scale, sums)
-        else:
-            blocks.launch(
-                x, plan.program, plan.form, plan.bits, count, width, a, scale, 0, sums
-            )  # fmt: skip
-        # That launch lies between what wrote the weight and these, which makes it settled.
-        if form == "packed":
-            packed = held.packed
-            assert packed is not None
-            few.launch(
-                y.data_ptr(), a, packed.data_ptr(), count, columns, width,
-                packed.shape[1] * 8 // width, device, dtype, terms.factor, terms.length, scale,
-                at[0], sums, at[1], bias, True,
-            )  # fmt: skip
-        else:
-            product.launch(
-                y.data_ptr(), a, w.data_ptr(), count, columns, plan.bytes, device, dtype,
-                plan.kind == "bits", plan.epilogue, terms.length, terms.factor, scale, at[0],
-                0 if bias is None else bias.data_ptr(), sums if terms.rows else 0,
-                at[1] if terms.columns else 0, True, hopper.bias_type(bias),
-            )  # fmt: skip
-    return y
+    columns, at = w.shape[0], (held.scale.data_ptr(), held.sums.data_ptr())
+    # The launch before lies between what wrote the weight and these, which makes it settled.
+    if held.form(n, width) == "packed":
+        assert packed is not None
+        few.launch(
+            y.data_ptr(), a, packed.data_ptr(), n, columns, width,
+            packed.shape[1] * 8 // width, device, y.dtype, terms.factor, terms.length, scale,
+            at[0], sums, at[1], bias, True,
+        )  # fmt: skip
+    else:
+        product.launch(
+            y.data_ptr(), a, w.data_ptr(), n, columns, plan.bytes, device, y.dtype,
+            plan.kind == "bits", plan.epilogue, terms.length, terms.factor, scale, at[0],
+            0 if bias is None else bias.data_ptr(), sums if terms.rows else 0,
+            at[1] if terms.columns else 0, True, hopper.bias_type(bias),
+        )  # fmt: skip

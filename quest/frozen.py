@@ -37,7 +37,7 @@ class Frozen:
     quantizer, without a mask. few: rows that `fused.few_linear` takes with it, at most. state: of
     the weight that it was made of; weight: that one, held so that no other gets its address. whole,
     place: the stack of several that this one's tensors are rows of, and which of them it is; see
-    `stack`. calls: see `direct`.
+    `stack`. calls, biases: see `direct`.
     """
 
     values: Tensor | None = None
@@ -56,6 +56,7 @@ class Frozen:
     whole: Stack | None = None
     place: int = 0
     calls: direct.Calls = field(default_factory=direct.Calls, init=False, repr=False)
+    biases: direct.Joined = field(default_factory=direct.Joined, init=False, repr=False)
 
     @property
     def path(self) -> str:
@@ -64,7 +65,7 @@ class Frozen:
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether it was made of this weight as it is now."""
-        return self.state == _state(weight)
+        return self.state == direct.state(weight)
 
     def form(self, rows: int, width: int) -> str:
         """What so many rows are multiplied with: "operand", "packed" or "compressed"."""
@@ -137,19 +138,13 @@ def stacked(parts: Sequence[Frozen]) -> Frozen | None:
     return whole.frozen
 
 
-def _state(t: Tensor) -> tuple[object, ...]:
-    """What changes where a tensor is written in place, moved or converted."""
-    version = None if t.is_inference() else t._version
-    return version, t.data_ptr(), t.dtype, t.device
-
-
 @torch.no_grad()
 def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
     """Quantize a weight (out, in) for layers that run where it lies."""
     pair = operands.kinds(recipe.activation, recipe.weight)
     if pair is None or not paths.has_integers(weight, recipe):
         values = recipe.weight(weight.detach())  # which "bf16" returns as it is
-        return Frozen(values, weight=weight, state=_state(weight))
+        return Frozen(values, weight=weight, state=direct.state(weight))
     operand, scale, _, sums = lowbit.encode(weight, recipe.weight.spec, pair[1])
     packed = kept = metadata = None
     if pair[1] == "bits" and _can_be_read(weight, 1):
@@ -172,7 +167,7 @@ def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
     spec = replace(recipe.activation, estimator=STE()).spec
     return Frozen(
         None, operand, scale, sums, packed, kept, metadata, names, kinds, spec, few, weight,
-        _state(weight),
+        direct.state(weight),
     )  # fmt: skip
 
 
@@ -182,13 +177,8 @@ def _can_be_read(weight: Tensor, bits: int) -> bool:
     return few.supports(1, weight.shape[1], bits)
 
 
-def linear(
-    x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe, steady: bool = True
-) -> Tensor:
-    """y (..., out) of x's dtype for x (..., in); no gradient.
-
-    steady: the next call's bias will lie where this one's lies.
-    """
+def linear(x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe) -> Tensor:
+    """y (..., out) of x's dtype for x (..., in); no gradient."""
     dtype = x.dtype
     if frozen.operand is None:
         assert frozen.values is not None
@@ -196,25 +186,28 @@ def linear(
         b = None if bias is None else bias.to(dtype)
         return torch.nn.functional.linear(values, frozen.values.to(dtype), b)
     unwatched = ops.direct(x) and direct.fits(bias, x, frozen.operand.shape[0])
-    steady = steady and unwatched
-    if steady and (made := direct.again(x, frozen, bias)) is not None:
-        return made
-    run: Callable[[], Tensor | None] | None = None
+    if unwatched and (made := direct.again(frozen, (x,), (bias,))) is not None:
+        return made[0]
+    run: Callable[[], tuple[Tensor] | None] | None = None
+    if unwatched:
+        run = functools.partial(direct.linear, x, frozen, bias, dtype)
     if frozen.packed is not None and paths.fuses(x, frozen.few):
         assert frozen.scale is not None
         assert frozen.sums is not None
         # Settled: `freeze` has queued another kernel after that which wrote the codes.
-        run = functools.partial(
+        few = functools.partial(
             fused.unchecked if unwatched else fused.few_linear,
             x, frozen.packed, frozen.scale, frozen.sums, bias, frozen.spec,
             frozen.names.partition(",")[2], dtype, True,
         )  # fmt: skip
-    elif unwatched:
-        run = functools.partial(direct.linear, x, frozen, bias, dtype)
+        if not unwatched:
+            return few()
+        run = functools.partial(_alone, few)
     if run is not None:
-        made = direct.recorded(x, frozen, bias, run) if steady else run()
+        # Rows that lie apart are copied first.
+        made = direct.recorded(frozen, (x,), (bias,), run) if x.is_contiguous() else run()
         if made is not None:
-            return made
+            return made[0]
     rows, kind = lowbit.as_rows(x), frozen.kinds.partition(",")[0]
     if unwatched:
         quantized = lowbit.launch_operand(rows, ops.quantizer(frozen.spec), kind)
@@ -222,6 +215,10 @@ def linear(
         quantized = lowbit.operand(rows, frozen.spec, kind)
     y = multiply(quantized, frozen, bias, x.shape[-1], dtype, unwatched)
     return y.view(*x.shape[:-1], frozen.operand.shape[0])
+
+
+def _alone(run: Callable[[], Tensor]) -> tuple[Tensor]:
+    return (run(),)
 
 
 def multiply(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
-from . import frozen, paths
+from . import direct, frozen, paths
 from .linear import Linear
 from .lowbit_linear import low_bit_linear, saves
 
@@ -52,8 +52,7 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     one = frozen.stacked(held) if len(held) == len(plain) else None
     if one is None:
         return tuple(layer(x) for layer in plain)
-    bias = joined(plain)
-    y = frozen.linear(x, one, bias, plain[0].recipe, steady=len(plain) == 1 or bias is None)
+    y = frozen.linear(x, one, joined(plain, one, x), plain[0].recipe)
     return torch.split(y, [layer.out_features for layer in plain], -1)
 
 
@@ -73,12 +72,23 @@ def whole(layers: list[Linear]) -> frozen.Frozen | None:
     return held[0] if len(held) == 1 else frozen.stacked(held)
 
 
-def joined(layers: list[Linear]) -> Tensor | None:
-    """The biases of layers in one, for weights that lie stacked."""
-    if len(layers) == 1:
-        return layers[0].bias
-    biases = biases_of(layers)
-    return torch.cat(biases) if biases else None
+def joined(layers: list[Linear], one: frozen.Frozen, x: Tensor) -> Tensor | None:
+    """The biases of layers in one, for the weights that lie stacked in `one`, and their input.
+
+    Where nothing watches they are joined again only where one was written, moved or replaced.
+    """
+    found = [layer.bias for layer in layers]
+    if len(found) == 1:
+        return found[0]
+    if all(bias is None for bias in found):
+        return None
+    keeps = direct.keeps(x)
+    if keeps and (made := one.biases.of(found, x)) is not None:
+        return made
+    made = torch.cat(biases_of(layers))
+    if keeps:
+        one.biases.keep(found, made, x)
+    return made
 
 
 def stack(layers: Sequence[nn.Module]) -> bool:

@@ -68,7 +68,8 @@ class Linear(nn.Linear):
         The weight stays, and the state dict with it. What was quantized is used where no gradient
         is asked for. It is made again where the weight is another, has moved or was changed in
         place; a change through `weight.data`, or one that a compiled call should see, needs another
-        `freeze()`. `train()` drops it.
+        `freeze()`; so does one through `bias.data` of layers that lie in one tensor, see `freeze_`.
+        `train()` drops it.
         """
         self._frozen = frozen.freeze(self.weight, self.recipe)
         return self
@@ -125,7 +126,8 @@ class Linear(nn.Linear):
         # What is not among them is computed anew at each call, by a parametrization for one.
         if weight is None or "bias" not in own:
             return None
-        return direct.again(x, held, own["bias"]) if held.is_of(weight) else None
+        made = direct.again(held, (x,), (own["bias"],)) if held.is_of(weight) else None
+        return None if made is None else made[0]
 
     def _integers(self, x: Tensor) -> Tensor:
         specs = self.recipe.activation.spec, self.recipe.weight.spec

@@ -221,6 +221,11 @@ def _terms(
     return (a, b), operands.terms(a, b, width)
 
 
+def terms(grid_names: str, kinds: str, width: int) -> operands.Terms:
+    """What makes a product's results of its accumulators; names and kinds as `product` takes."""
+    return _terms(grid_names, kinds, width)[1]
+
+
 @functools.lru_cache(maxsize=1024)
 def plan(q: Quantizer, kind: str, like: tuple[torch.dtype, int, torch.device]) -> tuple[Any, Any]:
     """(program, form) of `launch_encode` for rows of this dtype, width and device.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import grids, lowbit, operands, ops, packing
+from . import grids, lowbit, ops, packing
 
 
 def _bits(grid_names: str, kinds: str) -> int:
@@ -104,11 +104,7 @@ def launch_packed(
             f"packed weights are multiplied with up to {few.LIMIT} rows of a multiple of 128 "
             f"entries, got {a.shape[0]} of {width}"
         )
-    forms = [
-        operands.form(grids.parse(name), kind)
-        for name, kind in zip(grid_names.split(","), kinds.split(","), strict=True)
-    ]
-    terms = operands.terms(forms[0], forms[1], width)
+    terms = lowbit.terms(grid_names, kinds, width)
     with ops.device_of(a):
         return few.product(
             a.contiguous(), w.contiguous(), bits, dtype, factor=terms.factor, length=terms.length,

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import eager, frozen, lowbit, operands, ops, paths
+from . import direct, eager, frozen, lowbit, operands, ops, paths
 from .joint import alike, hooked, joined, together, whole
 from .linear import Linear
 from .lowbit_linear import low_bit_linear, saves
@@ -302,8 +302,8 @@ def normed_encode_shown(
 def _held(layers: Sequence[nn.Module], x: Tensor, weighted: bool = False) -> frozen.Frozen | None:
     """The frozen weight of layers that a prologue can stand before; x: like their input.
 
-    Not where one kernel quantizes few rows and multiplies them, nor where something must see a
-    layer's call or another dtype.
+    Not where something must see a layer's call or another dtype; nor, compiled, where one kernel
+    quantizes few rows and multiplies them: the compiler makes one kernel of all that comes before.
     """
     if torch.is_grad_enabled():
         return None
@@ -313,7 +313,9 @@ def _held(layers: Sequence[nn.Module], x: Tensor, weighted: bool = False) -> fro
     for layer in plain:
         layer.check(x)
     held = whole(plain)
-    if held is None or held.operand is None or paths.fuses(x, held.few):
+    if held is None or held.operand is None:
+        return None
+    if torch.compiler.is_compiling() and paths.fuses(x, held.few):
         return None
     # Without autocast x has the weight's dtype: `check` has looked.
     casts = torch.is_autocast_enabled(x.device.type)
@@ -341,12 +343,16 @@ def gated(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
         y: Tensor = layer(nn.functional.silu(gate) * up) if live is None else live
         return y
     assert isinstance(layer, Linear)
+    bias, unwatched = layer.bias, ops.direct(gate) and ops.direct(up)
+    if unwatched and direct.fits(bias, gate, layer.out_features):
+        made = direct.behind((gate, up), held, bias)
+        if made is not None:
+            return made[0]
     kind = held.kinds.partition(",")[0]
-    direct = ops.direct(gate) and ops.direct(up)
-    encode = launch_gated_encode if direct else gated_encode
+    encode = launch_gated_encode if unwatched else gated_encode
     a, scale, sums = encode(gate, up, held.spec, kind)[:3]
     rows = (lowbit.as_rows(a), lowbit.as_rows(scale), lowbit.as_rows(sums))
-    y = frozen.multiply(rows, held, layer.bias, gate.shape[-1], gate.dtype, direct)
+    y = frozen.multiply(rows, held, bias, gate.shape[-1], gate.dtype, unwatched)
     return y.view(*gate.shape[:-1], layer.out_features)
 
 
@@ -396,19 +402,24 @@ def normed(
         return h, together(norm(h), layers)
     assert isinstance(norm, nn.RMSNorm)
     assert weight is not None
-    kind = held.kinds.partition(",")[0]
-    direct = all(ops.direct(t) for t in (x, weight, residual) if t is not None)
-    encode = launch_normed_encode if direct else normed_encode
     assert norm.eps is not None
+    plain = [layer for layer in layers if isinstance(layer, Linear)]
+    bias, outs = joined(plain, held, x), [layer.out_features for layer in plain]
+    xs = (x,) if residual is None else (x, residual)
+    unwatched = all(map(ops.direct, (*xs, weight)))
+    fits = unwatched and direct.fits(bias, x, sum(outs)) and direct.fits(weight, x, x.shape[-1])
+    # A weight that lies off a multiple of 16 bytes is copied, to where no later call may look.
+    if fits and weight.data_ptr() % 16 == 0:
+        made = direct.behind(xs, held, bias, (weight, norm.eps))
+        if made is not None:
+            return made[-1] if len(made) > 1 else x, tuple(torch.split(made[0], outs, -1))
+    kind = held.kinds.partition(",")[0]
+    encode = launch_normed_encode if unwatched else normed_encode
     a, scale, sums, h = encode(x, residual, weight, norm.eps, held.spec, kind)[:4]
     rows = (lowbit.as_rows(a), lowbit.as_rows(scale), lowbit.as_rows(sums))
-    plain = [layer for layer in layers if isinstance(layer, Linear)]
-    y = frozen.multiply(rows, held, joined(plain), x.shape[-1], x.dtype, direct)
+    y = frozen.multiply(rows, held, bias, x.shape[-1], x.dtype, unwatched)
     y = y.view(*x.shape[:-1], y.shape[-1])
-    return (
-        x if residual is None else h,
-        tuple(torch.split(y, [layer.out_features for layer in plain], -1)),
-    )
+    return x if residual is None else h, tuple(torch.split(y, outs, -1))
 
 
 def _weight(norm: nn.Module, x: Tensor) -> Tensor | None:

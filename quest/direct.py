@@ -123,7 +123,7 @@ def _kind(
     for x in xs:
         if not isinstance(x, Tensor) or not ops.direct(x) or x.data_ptr() % 16:
             return None
-        shapes.append((x.shape, x.stride(), x.dtype))
+        shapes.append((x.shape, x.stride(), x.dtype, x.get_device()))
     index = xs[0].get_device()
     if (
         index != torch._C._cuda_getDevice()
@@ -142,7 +142,7 @@ def _kind(
     # Outside of autocast a weight of another dtype is an error, which must not be passed over.
     cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else None
     stream = torch._C._cuda_getCurrentRawStream(index)
-    return (*shapes, index, stream, get_ident(), cast, *lies, told)
+    return (*shapes, stream, get_ident(), cast, *lies, told)
 
 
 def again(

@@ -11,6 +11,7 @@ Source: method, section 5; QuEST (arXiv 2502.05003), Algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     layers = tuple(layers)
     if not layers:
         raise ValueError("layers must name at least one layer, got none")
+    if (made := again((x,), layers)) is not None:
+        return split(made[0], layers)
     for layer in layers:
         if not isinstance(layer, nn.Module):
             raise TypeError(f"layers must hold torch.nn.Modules, got {type(layer).__name__}")
@@ -52,8 +55,47 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     one = frozen.stacked(held) if len(held) == len(plain) else None
     if one is None:
         return tuple(layer(x) for layer in plain)
-    y = frozen.linear(x, one, joined(plain, one, x), plain[0].recipe)
-    return torch.split(y, [layer.out_features for layer in plain], -1)
+    return split(frozen.linear(x, one, joined(plain, one, x), plain[0].recipe), plain)
+
+
+def again(
+    xs: tuple[Tensor, ...], layers: Sequence[nn.Module], weight: Tensor | None = None,
+    eps: float | None = None,
+) -> tuple[Tensor, ...] | None:  # fmt: skip
+    """What comes out of layers whose call with such inputs was checked and recorded; else None.
+
+    xs: their input, or what a gate or a norm with this weight and eps makes it of; see `direct`.
+    All that is looked at here is what may have changed since: nothing is computed or raised.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    found: list[frozen.Frozen] = []
+    biases: list[Tensor | None] = []
+    for layer in layers:
+        held = None if type(layer) is not Linear or hooked(layer) else layer.settled()
+        if held is None:
+            return None
+        found.append(held)
+        biases.append(layer._parameters["bias"])
+    if not found:
+        return None
+    one = found[0] if len(found) == 1 else frozen.stacked(found)
+    if one is None or not one.calls:
+        return None
+    bias, x = biases[0], xs[0]
+    if len(biases) > 1 and any(b is not None for b in biases):
+        bias = one.biases.of(biases, x) if isinstance(x, Tensor) and direct.keeps(x) else None
+        if bias is None:
+            return None
+    return direct.again(one, xs, (bias, weight), eps)
+
+
+def split(y: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:
+    """What each `Linear` gives, of all side by side; y: (..., all of their out_features)."""
+    if len(layers) == 1:
+        return (y,)
+    made: tuple[Tensor, ...] = y.split_with_sizes([layer.out_features for layer in layers], -1)
+    return made
 
 
 def alike(layers: Sequence[nn.Module]) -> list[Linear] | None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from . import direct, eager, frozen, lowbit, operands, ops, paths
-from .joint import alike, hooked, joined, together, whole
+from .joint import again, alike, hooked, joined, split, together, whole
 from .linear import Linear
 from .lowbit_linear import low_bit_linear, saves
 
@@ -333,6 +333,8 @@ def gated(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
     and ValueError for a gate and an up of other shapes or devices, for what is no module, and what
     the layer raises.
     """
+    if (found := again((gate, up), (layer,))) is not None:
+        return found[0]
     _check_pair(gate, up, ("gate", "up"), plain=True)
     if not isinstance(layer, nn.Module):
         raise TypeError(f"layer must be a torch.nn.Module, got {type(layer).__name__}")
@@ -392,6 +394,8 @@ def normed(
     ValueError for an x and a residual of other shapes or devices, for a norm that is no
     module, and what `quest.together` raises.
     """
+    if (found := _again(x, norm, layers, residual)) is not None:
+        return found
     _check_pair(x, x if residual is None else residual, ("x", "residual"), plain=True)
     if not isinstance(norm, nn.Module):
         raise TypeError(f"norm must be a torch.nn.Module, got {type(norm).__name__}")
@@ -412,14 +416,27 @@ def normed(
     if fits and weight.data_ptr() % 16 == 0:
         made = direct.behind(xs, held, bias, (weight, norm.eps))
         if made is not None:
-            return made[-1] if len(made) > 1 else x, tuple(torch.split(made[0], outs, -1))
+            return made[-1] if len(made) > 1 else x, split(made[0], plain)
     kind = held.kinds.partition(",")[0]
     encode = launch_normed_encode if unwatched else normed_encode
     a, scale, sums, h = encode(x, residual, weight, norm.eps, held.spec, kind)[:4]
     rows = (lowbit.as_rows(a), lowbit.as_rows(scale), lowbit.as_rows(sums))
     y = frozen.multiply(rows, held, bias, x.shape[-1], x.dtype, unwatched)
     y = y.view(*x.shape[:-1], y.shape[-1])
-    return x if residual is None else h, tuple(torch.split(y, outs, -1))
+    return x if residual is None else h, split(y, plain)
+
+
+def _again(
+    x: Tensor, norm: nn.Module, layers: Sequence[nn.Module], residual: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+    """`normed`, where a call like this one was checked and recorded."""
+    if type(norm) is not nn.RMSNorm or hooked(norm) or isinstance(layers, nn.Module):
+        return None
+    weight = norm._parameters.get("weight")
+    if weight is None or norm.eps is None:
+        return None
+    made = again((x,) if residual is None else (x, residual), layers, weight, norm.eps)
+    return None if made is None else (x if residual is None else made[1], split(made[0], layers))
 
 
 def _weight(norm: nn.Module, x: Tensor) -> Tensor | None:

@@ -29,7 +29,7 @@ class Adapter:
         "dtypes": ["float32", "bfloat16", "float16"],
         # Below 8 it pads with zeros and cuts the result: H_1, H_2 and H_4 are corners of H_8.
         "blocks": [2**k for k in range(16)],
-        "inputs": ["non_finite", "axes", "layouts"],
+        "inputs": ["non_finite", "axes"],
         "deterministic": True,
     }
     departures: ClassVar[list[str]] = [
@@ -40,6 +40,8 @@ class Adapter:
         "the backward of orders 20, 28 and 40 times 2^k applies H where H^T is due; that of orders "
         "12 times 2^k is right, since the matrix is symmetric",
         "its build asks for --use_fast_math: subnormal float32 values become 0",
+        "rows that do not begin at multiples of 16 bytes are read there all the same: an error of "
+        "CUDA, after which the process can use the device no more",
         "a tensor without rows is an error of CUDA",
     ]
 

@@ -313,7 +313,10 @@ def test_a_model_is_the_same_on_a_cpu(recipe: str) -> None:
                 assert torch.equal(made(tokens), plainly(lambda: model(tokens)))
 
 
-def test_a_model_takes_it(taken: list[Tensor]) -> None:
+@pytest.mark.parametrize("few", [False, True])
+def test_a_model_takes_it(few: bool, taken: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """But its norms, compiled before few rows."""
+    monkeypatch.setattr(paths, "OPERAND_ELEMENTS", 24 * 128 - (not few))
     torch.manual_seed(0)
     model = Llama(_config()).bfloat16()
     quest.quantize_(model, "w4a4")
@@ -330,11 +333,11 @@ def test_a_model_takes_it(taken: list[Tensor]) -> None:
         y = model(tokens)
         assert len(taken) == 3  # two norms and a gate
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens)
-    assert len(taken) == 6
+    assert len(taken) == (4 if few else 6)
     assert y.isfinite().all()
     # One more rounding here and there, and values instead of integers: no judge, only the place.
     assert (y - expected).abs().mean() < 0.1 * expected.abs().mean()
-    assert torch.equal(compiled, y)
+    assert (compiled - y).abs().mean() <= 0.1 * few * y.abs().mean()
     torch.compiler.reset()
 
 
@@ -378,11 +381,11 @@ def _check_norm(
 @on_hopper
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("recipe", ["w4a4", "w1a1"])
-@pytest.mark.parametrize("rows", [40, 100, paths.MIN_ROWS])
+@pytest.mark.parametrize("rows", [40, 100, paths.OPERAND_ELEMENTS // 256 + 8])
 def test_layers_behind_a_norm_on_hopper(rows: int, recipe: str, bias: bool) -> None:
     """Eagerly, compiled and from a graph: the same bits, those of the operand made alone.
 
-    But compiled where one kernel quantizes few rows and multiplies them.
+    But compiled where another kernel quantizes few rows.
     """
     layers = [quest.Linear(256, n, bias, recipe) for n in (48, 48, 16)]
     for layer in layers:
@@ -390,12 +393,10 @@ def test_layers_behind_a_norm_on_hopper(rows: int, recipe: str, bias: bool) -> N
     assert joint.stack(layers)
     norm = _norm().cuda()
     x, residual = torch.randn(2, rows, 256, device="cuda").bfloat16()
-    held = layers[0].current()
-    assert held is not None
     with torch.no_grad():
         h, made = quest.normed(x, norm, layers, residual)
         assert torch.equal(h, residual + x)
-        y, fused = torch.cat(made, -1), paths.fuses(x, held.few)
+        y, few = torch.cat(made, -1), paths.has_few_rows(x)
         whole = joint.whole(layers)
         assert whole is not None
         for other in (residual, residual.neg(), None, x, None):  # call after call is recorded
@@ -406,7 +407,7 @@ def test_layers_behind_a_norm_on_hopper(rows: int, recipe: str, bias: bool) -> N
         compiled = torch.compile(lambda a, b: quest.normed(a, norm, layers, b), fullgraph=True)
         other, again = compiled(x, residual)
         assert torch.equal(other, h)
-        if fused:
+        if few:
             _close(torch.cat(again, -1), y)
         else:
             assert torch.equal(torch.cat(again, -1), y)

@@ -239,6 +239,26 @@ def test_what_keeps_a_frozen_layer_from_it(
     assert seen.none()
 
 
+@pytest.mark.parametrize("few", [False, True])
+def test_a_compiled_norm_before_few_rows_is_called(
+    few: bool, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled, the norm is part of a kernel that there is; a gate goes on to have its own."""
+    (layer,), norm, (x, other) = _frozen(monkeypatch), _norm(), _pair()
+    monkeypatch.setattr(paths, "OPERAND_ELEMENTS", x.numel() - (not few))
+    with torch.no_grad():
+        quest.normed(x, norm, [layer], other)
+        assert seen.calls == ["normed"]
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        h, (y,) = quest.normed(x, norm, [layer], other)
+        assert seen.calls == ["normed"] * (1 if few else 2)
+        if few:
+            assert torch.equal(h, other + x)
+            assert torch.equal(y, layer(norm(other + x)))
+        quest.gated(x, other, layer)
+        assert seen.calls[-1] == "gated"
+
+
 def test_norms_that_are_called(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before layers that another norm could take over: torch's own eps, and a float32 stream."""
     (layer,), (x, other) = _frozen(monkeypatch), _pair()

@@ -302,8 +302,9 @@ def normed_encode_shown(
 def _held(layers: Sequence[nn.Module], x: Tensor, weighted: bool = False) -> frozen.Frozen | None:
     """The frozen weight of layers that a prologue can stand before; x: like their input.
 
-    Not where something must see a layer's call or another dtype; nor, compiled, where one kernel
-    quantizes few rows and multiplies them: the compiler makes one kernel of all that comes before.
+    weighted: by a norm. Not where something must see a layer's call or another dtype; nor, compiled,
+    where the compiler's one kernel for all that comes before and a kernel for few rows take less:
+    that which quantizes and multiplies, and behind a norm that which quantizes alone.
     """
     if torch.is_grad_enabled():
         return None
@@ -315,7 +316,9 @@ def _held(layers: Sequence[nn.Module], x: Tensor, weighted: bool = False) -> fro
     held = whole(plain)
     if held is None or held.operand is None:
         return None
-    if torch.compiler.is_compiling() and paths.fuses(x, held.few):
+    if torch.compiler.is_compiling() and (
+        paths.fuses(x, held.few) or (weighted and paths.has_few_rows(x))
+    ):
         return None
     # Without autocast x has the weight's dtype: `check` has looked.
     casts = torch.is_autocast_enabled(x.device.type)

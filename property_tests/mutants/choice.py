@@ -208,7 +208,7 @@ OWN = {
         "compress",
         "sparse_product",
     ),
-    "quest/direct.py": ("direct_launches", "direct", "frozen"),
+    "quest/direct.py": ("direct_launches", "recorded_calls", "direct", "frozen"),
     "quest/eager.py": (
         "grids_and_transforms_edges",
         "eager_edges",
@@ -232,8 +232,15 @@ OWN = {
         "frozen",
     ),
     "quest/grids.py": ("grids_and_transforms_edges", "grids", "api", "constants", "errors"),
-    "quest/joint.py": ("grids_and_transforms_edges", "shared_inputs", "joint"),
-    "quest/linear.py": ("layer_edges", "layer_life", "linear", "quantize_model", "layer"),
+    "quest/joint.py": ("grids_and_transforms_edges", "shared_inputs", "recorded_calls", "joint"),
+    "quest/linear.py": (
+        "layer_edges",
+        "layer_life",
+        "recorded_calls",
+        "linear",
+        "quantize_model",
+        "layer",
+    ),
     "quest/lowbit.py": (
         "launch_edges",
         "operand_launches",

@@ -392,10 +392,10 @@ def normed(
     x, residual: (..., in) floats of one shape. Where no gradient is asked for, both have one dtype,
     `norm` is a `torch.nn.RMSNorm` with a weight and without hooks, and `layers` are frozen
     `quest.Linear`s, stacked if several, that multiply integers, one kernel adds, normalises, rounds
-    once and quantizes. Elsewhere these are operations one after another, as in `quest.together`,
-    and h has the dtype of a sum: under autocast a residual stream is float32. Raises TypeError and
-    ValueError for an x and a residual of other shapes or devices, for a norm that is no
-    module, and what `quest.together` raises.
+    once and quantizes; not compiled before few rows (`paths.has_few_rows`). Elsewhere these are
+    operations one after another, as in `quest.together`, and h has the dtype of a sum: under
+    autocast a residual stream is float32. Raises TypeError and ValueError for an x and a residual
+    of other shapes or devices, for a norm that is no module, and what `quest.together` raises.
     """
     if (found := _again(x, norm, layers, residual)) is not None:
         return found

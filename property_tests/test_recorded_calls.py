@@ -140,6 +140,22 @@ def test_what_comes_out(calls: Calls) -> None:
     assert quest.normed(calls.x, calls.norm, [calls.alone])[0] is calls.x
 
 
+def test_nothing_is_checked_again(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that is recorded costs the host what queues it, and what may have changed."""
+    runs = (calls.together, calls.gated, calls.normed, calls.added)
+    calls.record(*runs)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("checked again")
+
+    for owner, name in (
+        (prologue, "_check_pair"), (prologue, "_held"), (joint, "alike"), (joint, "joined"),
+        (quest.Linear, "check"), (quest.Linear, "current"), (frozen, "linear"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, refuse)
+    assert all(calls.queued(run) for run in runs)
+
+
 def _hook(module: nn.Module, kind: str) -> Iterator[None]:
     handle = getattr(module, f"register_{kind}_hook")(lambda *_: None)
     yield

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import quest
+from property_tests.fake_launches import Stream
 from quest import direct, frozen, joint, ops, paths
 from quest.kernels import cuda, hopper, outputs, product, recorded
 
@@ -120,7 +121,7 @@ def test_another_bias() -> None:
 @on_cuda
 @pytest.mark.parametrize("rows", [1, 5, 70, 700])
 def test_stacked_layers_with_biases(rows: int) -> None:
-    """q, k and v of a model whose attention has biases: as they are, each set of them recorded."""
+    """q, k and v of a model whose attention has biases: as they are at each call, all recorded."""
     _needs_product()
     layers = [_layer("w4a4", bias=torch.bfloat16) for _ in range(3)]
     assert joint.stack(layers)
@@ -130,15 +131,11 @@ def test_stacked_layers_with_biases(rows: int) -> None:
             expected = [_watched(layer, x) for layer in layers]
             for made, right in zip(quest.together(x, layers), expected, strict=True):
                 assert torch.equal(made, right)
-        held = layers[0]._frozen
-        assert held is not None
-        assert held.whole is not None
-        assert [call is not None for call in held.whole.frozen.calls.values()] == [True]
-        layers[1].bias.neg_()
-        for _ in range(3):
-            expected = [_watched(layer, x) for layer in layers]
-            for made, right in zip(quest.together(x, layers), expected, strict=True):
-                assert torch.equal(made, right)
+            layers[1].bias.data.neg_()
+    held = layers[0]._frozen
+    assert held is not None
+    assert held.whole is not None
+    assert [call is not None for call in held.whole.frozen.calls.values()] == [True]
 
 
 @on_cuda
@@ -390,95 +387,83 @@ def test_which_biases_a_kernel_can_read() -> None:
         assert not direct.fits(wrong, x, 3)
 
 
-def test_biases_are_joined_where_one_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written in place, moved, converted or replaced; on another stream; else they lie there."""
-    capturing, stream = [False], [7]
-    monkeypatch.setattr(ops, "direct", lambda _: True)
-    for name, told in (
-        ("_cuda_isCurrentStreamCapturing", lambda: capturing[0]),
-        ("_cuda_getCurrentRawStream", lambda _: stream[0]),
-    ):
-        monkeypatch.setattr(torch._C, name, told, raising=False)
-    layers, one, x = [quest.Linear(16, n, True) for n in (3, 4, 2)], frozen.Frozen(), torch.zeros(2)
-    joins: list[int] = []
-    real = torch.cat
-    monkeypatch.setattr(torch, "cat", lambda *a: joins.append(1) or real(*a))
+def test_joined_biases_lie_where_they_lay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However they were written, on a stream; else each call has its own."""
+    stream = Stream(monkeypatch)
+    layers, one, x = [quest.Linear(16, n, True) for n in (3, 4)], frozen.Frozen(), torch.zeros(2)
 
-    def joined(now: bool) -> None:
-        """The biases as they are now, joined in this call or before."""
-        before = len(joins)
+    def check(memory: Tensor | None = None) -> Tensor:
         made = joint.joined(layers, one, x)
-        assert len(joins) - before == now
-        rows = [torch.zeros(n.out_features) if n.bias is None else n.bias for n in layers]
         assert made is not None
-        assert torch.equal(made, real(rows))
-
-    def once() -> None:
-        joined(True)
-        joined(False)
+        biases = [layer.bias.detach() for layer in layers]
+        assert torch.equal(made, torch.cat(biases))
+        assert made.dtype == torch.cat(biases).dtype
+        assert memory is None or made.data_ptr() == memory.data_ptr()
+        return made
 
     with torch.no_grad():
-        once()
-        layers[1].bias.neg_()
-        once()
-        layers[0].bias = torch.nn.Parameter(torch.ones(3))
-        once()
-        layers[2].bias.data = torch.ones(2)
-        once()
-        for layer in layers:
-            layer.bias = torch.nn.Parameter(layer.bias.half())
-            once()
-        stream[0] = 8  # where nothing waits until that of stream 7 is written
-        once()
-        stream[0] = 7
-        joined(False)
-        assert len(one.biases) == 2
-        held = layers[2].bias
-        layers[2].bias = None  # as if it were zeros
-        once()
-        layers[2].bias = held
-        once()
-        # An address is not given to another tensor while it means the old one.
-        address = layers[1].bias.data_ptr()
-        for n in range(20):
-            layers[1].bias = None
-            layers[1].bias = torch.nn.Parameter(torch.full((4,), n).half())
-            assert layers[1].bias.data_ptr() != address
-        once()
-        # What has no state, is copied by the kernels, or is watched, is joined at each call.
-        for odd in (torch.ones(4, 2)[:, 0], torch.ones(4).as_subclass(_Watched), torch.ones(4)):
-            joined(False)
-            kept, layers[1].bias = layers[1].bias, torch.nn.Parameter(odd)
-            if odd.is_contiguous() and type(odd) is Tensor:
-                with torch.inference_mode():
-                    layers[1].bias = torch.nn.Parameter(torch.ones(4))
-            joined(True)
-            joined(True)
-            layers[1].bias = kept
-        capturing[0] = True
-        joined(True)
-        capturing[0] = False
-        joined(False)
+        with torch.inference_mode():  # a first call there is none of the others' concern
+            first = check()
+        layers[1].bias.data.neg_()
+        check(first)
+        layers[0].bias.numpy()[:] = 5  # which PyTorch does not count
+        check(first)
+        layers[0].bias = torch.nn.Parameter(torch.randn(3))
+        check(first)
+        layers[0].bias = torch.nn.Parameter(torch.randn(3, 2)[:, 0])
+        check(first)
+        with torch.inference_mode():
+            layers[1].bias = torch.nn.Parameter(torch.randn(4))
+            check(first)
+            check(first)
+        check(first)
+        stream.number = 8  # where nothing waits until that of stream 7 is written
+        assert check(check()).data_ptr() != first.data_ptr()
+        stream.number = 7
+        check(first)
+        for dtypes in (
+            (torch.bfloat16, torch.float16),
+            (torch.float16,) * 2,
+            (torch.bfloat16,) * 2,
+        ):
+            for layer, dtype in zip(layers, dtypes, strict=True):
+                layer.bias = torch.nn.Parameter(layer.bias.to(dtype))
+            check(check())
+        layers.append(quest.Linear(16, 2, True).to(torch.bfloat16))
+        kept = check(check())
+        layers[2].bias = None
+        made = joint.joined(layers, one, x)  # with zeros for the bias that one lacks
+        assert made is not None
+        assert torch.equal(made, torch.cat([kept[:7], torch.zeros(2)]))
+        layers.pop()
+        kept = check(check())
+        monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: True)
+        assert check().data_ptr() != kept.data_ptr()
+        monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
+        stream.device = 0  # another than x's, whose stream may capture
+        assert check().data_ptr() != kept.data_ptr()
+        stream.device = -1
+        check(kept)
+        layers[0].bias = torch.nn.Parameter(torch.randn(3).to(torch.bfloat16).as_subclass(_Watched))
+        assert check().data_ptr() != kept.data_ptr()
         monkeypatch.setattr(ops, "direct", lambda _: False)
-        joined(True)
-        joined(True)
+        layers[0].bias = torch.nn.Parameter(torch.randn(3).to(torch.bfloat16))
+        assert check().data_ptr() != kept.data_ptr()
     for layer in layers:
         layer.bias = None
     assert joint.joined(layers, one, x) is None
     assert joint.joined(layers[:1], one, x) is None
 
 
-def test_joined_biases_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of so many streams they are kept, and none is of use to a copy."""
-    stream = [0]
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: stream[0], raising=False)
-    joined, biases, x = direct.Joined(), [torch.ones(2), None], torch.zeros(1)
-    for n in range(direct.MOST_CALLS + 1):
-        stream[0] = n
-        assert joined.of(biases, x) is None
-        joined.keep(biases, torch.ones(2), x)
-        assert joined.of(biases, x) is not None
-        assert len(joined) == n % direct.MOST_CALLS + 1
+def test_memory_for_joined_biases_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is kept for so many streams, and none is of use to a copy."""
+    stream = Stream(monkeypatch)
+    joined, biases, x = direct.Joined(), [torch.ones(2), torch.ones(3)], torch.zeros(1)
+    for n in range(direct.MOST_STREAMS + 1):
+        stream.number = n
+        assert joined.room(biases, x) is joined.room(biases, x)
+        assert len(joined) == n % direct.MOST_STREAMS + 1
+    assert joined.room([torch.empty(2, device="meta"), torch.ones(3)], x) is None
     for twin in (copy.deepcopy(joined), pickle.loads(pickle.dumps(joined))):
         assert type(twin) is direct.Joined
         assert not twin

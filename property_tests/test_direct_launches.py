@@ -170,11 +170,16 @@ def test_a_prologue_makes_an_operand_alone(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_no_launches_behind_a_gate(kernels: Kernels) -> None:
-    """Before a compressed weight, and one whose sums are to be doubled."""
+    """Before a compressed weight, one whose sums are to be doubled, and one without columns."""
     many = torch.randn(paths.SPARSE_ROWS, 128).bfloat16()
     assert direct.behind((many, many), _held("w4a4-2:4", 128), None) is None
     x = many[:3].repeat(1, 2)
     assert direct.behind((x, x), _held("w4a8"), None, (x[0], 0.25)) is None
+    # A sum with a residual is to be made all the same.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "has_integers", lambda *_: True)
+        none = frozen.freeze(torch.empty(0, WIDTH), quest.recipe("w4a4"))
+    assert direct.behind((x, x), none, None, (x[0], 0.25)) is None
     assert not kernels.seen
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quest
+from property_tests.fake_launches import Stream
 from property_tests.prologues import HALVES, halves
 from quest import direct, eager, frozen, lowbit_linear, ops, paths, prologue
 from quest.quantizer import parse
@@ -173,12 +174,7 @@ def test_what_nothing_watches_is_launched(seen: Seen, monkeypatch: pytest.Monkey
 def test_launches_that_give_all(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes out of them is what is returned, and nothing else runs."""
     layers, norm, (x, other) = _frozen(monkeypatch, outs=(8, 16)), _norm(), _pair()
-    monkeypatch.setattr(ops, "direct", lambda t: True)
-    for name, told in (
-        ("_cuda_isCurrentStreamCapturing", lambda: False),
-        ("_cuda_getCurrentRawStream", lambda _: 7),
-    ):
-        monkeypatch.setattr(torch._C, name, told, raising=False)
+    Stream(monkeypatch)
     y, h, biases = torch.randn(5, 24), torch.randn(5, WIDTH), [layer.bias for layer in layers]
     gives: list[tuple[Tensor, ...]] = []
     monkeypatch.setattr(direct, "behind", lambda *given: (seen.behind.append(given), gives[0])[1])
@@ -202,10 +198,16 @@ def test_launches_that_give_all(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> 
         alone.bias = nn.Parameter(wide[:, 0])
         apart = _norm()
         apart.weight = nn.Parameter(torch.stack([norm.weight, norm.weight], -1)[..., 0])
+        odd = _norm()
+        odd.weight = nn.Parameter(torch.empty(WIDTH + 1, dtype=HALF)[1:].copy_(norm.weight))
+        assert odd.weight.data_ptr() % 16  # and would be copied, to where no later call may look
         seen.calls.clear()
+        seen.behind.clear()
         quest.gated(x, other, alone)
         quest.normed(x, apart, layers)
-        assert seen.calls == ["launch gated", "launch normed"]
+        quest.normed(x, odd, layers)
+        assert seen.calls == ["launch gated", "launch normed", "launch normed"]
+        assert not seen.behind
 
 
 # --- who is called as ever --------------------------------------------------------------------

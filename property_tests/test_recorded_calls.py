@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 import quest
 from property_tests.fake_launches import Kept, Kernels, Stream
 from quest import direct, frozen, joint, ops, paths, prologue
+from quest.kernels import recorded
 
 pytestmark = pytest.mark.whole
 
@@ -43,13 +44,14 @@ class Calls:
         self.alone = self.layer(OUTS[0], bias)
         self.norm = nn.RMSNorm(WIDTH, 1e-5, dtype=HALF)
         self.x, self.other = torch.randn(2, 3, WIDTH).to(HALF)
-        keep = direct.Joined.keep
+        room = direct.Joined.room
 
-        def kept(joined: direct.Joined, biases: Any, one: Tensor, x: Tensor) -> None:
-            self.kernels.memory.append(one)
-            keep(joined, biases, one, x)
+        def kept(joined: direct.Joined, biases: list[Tensor], x: Tensor) -> Tensor | None:
+            found = room(joined, biases, x)
+            self.kernels.memory += [] if found is None else [found]
+            return found
 
-        patch.setattr(direct.Joined, "keep", kept)
+        patch.setattr(direct.Joined, "room", kept)
         freeze = frozen.freeze
 
         def held(weight: Tensor, recipe: quest.Recipe) -> frozen.Frozen:
@@ -75,6 +77,15 @@ class Calls:
                 self._reads(layer._frozen)
             if layer.bias is not None:
                 self.kernels.memory.append(layer.bias)
+
+    def joined(self) -> list[float]:
+        """What lies where launches read the biases of several layers."""
+        held = self.layers[1]._frozen
+        assert held is not None
+        assert held.whole is not None
+        ((_, memory),) = held.whole.frozen.biases.values()
+        found: list[float] = memory.tolist()
+        return found
 
     def together(self) -> tuple[Tensor, ...]:
         return quest.together(self.x, self.layers)
@@ -185,6 +196,21 @@ def _values() -> Iterator[None]:
         yield
 
 
+def _another_class(module: nn.Module) -> Iterator[None]:
+    """Whose forward may do anything."""
+    before, module.__class__ = module.__class__, type("Other", (type(module),), {})
+    yield
+    module.__class__ = before
+
+
+def _captured() -> Iterator[None]:
+    """The memory of a graph is its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: True)
+        patch.setattr(direct.Joined, "__setitem__", None)
+        yield
+
+
 def _compiled() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -198,6 +224,8 @@ PASSING: dict[str, Callable[[nn.Module], Iterator[None]]] = {
     "backward hook": lambda m: _hook(m, "full_backward"),
     "global hook": lambda _: _everywhere("forward"),
     "another forward": _forward,
+    "another class": _another_class,
+    "a capture": lambda _: _captured(),
     "gradients": lambda _: _graded(),
     "values": lambda _: _values(),
     "a compiler": lambda _: _compiled(),
@@ -211,7 +239,7 @@ def test_what_must_be_seen(what: str, calls: Calls) -> None:
     kept = dict(zip(runs, calls.record(*runs.values()), strict=True))
     of_layers = (*((m, ("together", "added")) for m in calls.layers), (calls.alone, ("gated",)))
     for module, names in (*of_layers, (calls.norm, ("added",))):
-        if module is calls.norm and what in ("gradients", "values", "a compiler"):
+        if module is calls.norm and what in ("gradients", "values", "a compiler", "a capture"):
             continue
         for name in names:
             seen = len(Kept.all)
@@ -273,9 +301,9 @@ def test_what_is_another_call(calls: Calls) -> None:
     calls.layers[:] = before
     assert same()
     if first.bias is not None:
-        first.bias = None
-        assert not uses(calls.together)
-        assert not uses(calls.added)
+        first.bias = None  # as if it were zeros
+        assert uses(calls.together)
+        assert calls.joined() == [0.0] * OUTS[0] + torch.cat([b.bias for b in before[1:]]).tolist()
     first.set_recipe("w2a4")
     assert not uses(calls.together)
 
@@ -288,11 +316,12 @@ def test_what_has_changed(part: str, calls: Calls) -> None:
     calls.record(calls.together, calls.gated, calls.added)
     for layer, run in ((calls.alone, calls.gated), (calls.layers[1], calls.together)):
         t = getattr(layer, part)
-        if part == "weight" or run is calls.together:  # a bias alone is read where it lies
+        if part == "weight":
             t.neg_()
             _recorded_no_more(calls, run)
         setattr(layer, part, nn.Parameter(t.detach().clone()))
-        _recorded_no_more(calls, run)
+        if part == "weight" or run is calls.gated:
+            _recorded_no_more(calls, run)
     parametrize.register_parametrization(calls.alone, part, nn.Identity())
     assert not calls.queued(calls.gated)
 
@@ -303,6 +332,45 @@ def _recorded_no_more(calls: Calls, run: Run) -> None:
     calls.reads()
     run()
     assert len(Kept.all) == seen
+
+
+def test_biases_as_they_are(calls: Calls) -> None:
+    """Joined before each call, however they were written; one alone is read where it lies."""
+    if calls.alone.bias is None:
+        pytest.skip("none has a bias")
+    runs = (calls.together, calls.added)
+    calls.record(*runs)
+    for layer in calls.layers:
+        for write in (
+            layer.bias.neg_,
+            layer.bias.data.neg_,
+            lambda b=layer.bias: b.view(torch.int16).numpy().fill(7),  # which nothing counts
+            lambda m=layer: setattr(m, "bias", nn.Parameter(m.bias + 1)),
+        ):
+            write()
+            assert all(calls.queued(run) for run in runs)
+            assert calls.joined() == torch.cat([each.bias for each in calls.layers]).tolist()
+    # Where no call was recorded they are not.
+    before = calls.joined()
+    calls.layers[0].bias.fill_(77)
+    assert joint.again((calls.x[:1],), calls.layers) is None
+    assert calls.joined() == before
+
+
+def test_what_can_t_be_recorded_is_tried_once(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where one tensor is given twice, so that its address stands in two places."""
+    tries: list[int] = []
+
+    def refuse(*_: object) -> None:
+        tries.append(1)
+        raise ValueError
+
+    monkeypatch.setattr(recorded, "Again", refuse)
+    for _ in range(5):
+        assert not calls.queued(calls.gated)
+    assert len(tries) == 1
 
 
 def test_layers_without_a_recorded_call(calls: Calls) -> None:
@@ -319,9 +387,13 @@ def test_layers_without_a_recorded_call(calls: Calls) -> None:
             quest.together(wrong, calls.layers)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"gate must be a torch\.Tensor"):
             quest.gated(wrong, calls.x, calls.alone)  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match=r"x must be a torch\.Tensor"):
-            quest.normed(wrong, calls.norm, calls.layers)  # type: ignore[arg-type]
+        for residual in (None, calls.x):
+            with pytest.raises(TypeError, match=r"x must be a torch\.Tensor"):
+                quest.normed(wrong, calls.norm, calls.layers, residual)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one layer"):
         quest.normed(calls.x, calls.norm, [])
+    single = nn.RMSNorm(WIDTH, 1e-5)  # which no kernel takes
+    made = quest.normed(calls.x.float(), single, (n for n in [plain.float(), plain]))[1]
+    assert len(made) == 2
     with pytest.raises(TypeError, match="layers must be a sequence"):
         quest.normed(calls.x, calls.norm, calls.alone)  # type: ignore[arg-type]

@@ -3,12 +3,11 @@
 In eager mode few tokens take the device less time than checks, operators and tensors take the host.
 Here nothing is checked that freezing a weight and `Linear` have settled, and operand, scale and
 sums of the input are addresses in one allocation. The kernels and the numbers are those of
-`lowbit.operand` and then `lowbit.product` or `packed.packed_product`.
+`lowbit.operand`, or of a prologue's operator, and then `lowbit.product` or `packed.packed_product`.
 
 What a second call of a kind launches is recorded, and a call like it (`again`) gives the same
-launches the addresses of its inputs and its outputs, and does nothing else. Both calls of a thread
-share the memory between their kernels with every other on their stream, where one ends before the
-next begins.
+launches the addresses of its inputs and its outputs, and does nothing else. All recorded calls of a
+thread and a stream share the memory between their kernels: there one ends before the next begins.
 
 `linear` is the layer, `behind` the layer behind a gate or a norm (see `prologue`).
 """
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from .frozen import Frozen
 
 MOST_CALLS = 64  # kinds of calls that are kept for a weight
+MOST_STREAMS = 64  # whose memory for joined biases is kept
 # Elements of an input whose calls are recorded: with more the device takes longer than the host.
 MOST_ELEMENTS = 2**23
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -43,9 +43,10 @@ Call = tuple[Any, tuple[Tensor, ...], Tensor | None]
 class Calls(dict[tuple[object, ...], Call | None]):
     """(launches, what comes out, memory between kernels) by kind of call; of no use to a copy.
 
-    Of what comes out each has the dtype, the device and the shape, and no memory.
+    Of what comes out each has the dtype, the device and the shape, and memory for one element.
 
     None for a kind that was seen once: to record takes as long as a call, and shapes may not recur.
+    NEVER for one that can't be recorded.
 
     The memory is held here, too: a thread may end, and another get its number.
     """
@@ -54,34 +55,38 @@ class Calls(dict[tuple[object, ...], Call | None]):
         return Calls, ()
 
 
-Biases = Sequence[Tensor | None]
+NEVER: Call = None, (), None
 
 
-class Joined(dict[int, tuple[tuple[object, ...], tuple[Tensor, ...], Tensor]]):
-    """The biases of layers whose weights lie stacked, in one, by stream; of no use to a copy.
+class Joined(dict[int, tuple[tuple[object, ...], Tensor]]):
+    """Memory for the biases of layers whose weights lie stacked, by stream; of no use to a copy.
 
-    (their states, their memory, which is held so that no other gets its address, and the one). To
-    join them takes the host as long as a layer, and recorded launches read them where they lie. Of
-    a stream, because no other waits until they are written.
+    (of which kinds of biases, the memory). Recorded launches read them there, joined anew before
+    each. Of a stream, because no other waits until they are written.
     """
 
     def __reduce__(self) -> tuple[type[Joined], tuple[()]]:
         return Joined, ()
 
-    def of(self, biases: Biases, x: Tensor) -> Tensor | None:
-        """What these were joined to, for an input on CUDA; None where one has changed since."""
-        found = self.get(torch._C._cuda_getCurrentRawStream(x.get_device()))
-        return found[2] if found is not None and found[0] == _states(biases) else None
+    def room(self, biases: list[Tensor], x: Tensor) -> Tensor | None:
+        """Where these lie once they are joined (out,), for an input on CUDA: always the same.
 
-    def keep(self, biases: Biases, joined: Tensor, x: Tensor) -> None:
-        """Keep them for `of`, unless one has no state that says when it is written."""
-        given = [b for b in biases if b is not None]
-        if any(b.is_inference() or not fits(b, x, b.numel()) for b in given):
-            return
-        if len(self) >= MOST_CALLS:
-            self.clear()
+        None where something watches, or they can't lie there.
+        """
+        if not keeps(x) or any(type(b) not in _PLAIN or b.device != x.device for b in biases):
+            return None
+        like = tuple((b.dtype, b.shape) for b in biases)
         stream = torch._C._cuda_getCurrentRawStream(x.get_device())
-        self[stream] = _states(biases), tuple(b.detach() for b in given), joined
+        found = self.get(stream)
+        if found is None or found[0] != like:
+            dtype = functools.reduce(torch.promote_types, (b.dtype for b in biases))
+            count = sum(b.numel() for b in biases)
+            if len(self) >= MOST_STREAMS:
+                self.clear()
+            with torch.inference_mode(False):  # what is made there can't be written elsewhere
+                found = like, torch.empty(count, dtype=dtype, device=x.device)
+            self[stream] = found
+        return found[1]
 
 
 def state(t: Tensor) -> tuple[object, ...]:
@@ -90,14 +95,13 @@ def state(t: Tensor) -> tuple[object, ...]:
     return version, t.data_ptr(), t.dtype, t.device
 
 
-def _states(biases: Biases) -> tuple[object, ...]:
-    """Of each; what is no plain tensor, and may have no address, is never found as it was."""
-    return tuple(None if b is None else state(b) if type(b) in _PLAIN else object() for b in biases)
-
-
 def keeps(x: Tensor) -> bool:
-    """Whether a call on x may use memory that all of them share."""
-    return ops.direct(x) and not torch._C._cuda_isCurrentStreamCapturing()
+    """Whether memory that calls share may be made and used for x: nothing watches or captures."""
+    return (
+        ops.direct(x)
+        and x.get_device() == torch._C._cuda_getDevice()
+        and not torch._C._cuda_isCurrentStreamCapturing()
+    )
 
 
 def fits(t: Tensor | None, x: Tensor, columns: int) -> bool:
@@ -146,15 +150,20 @@ def _kind(
 
 
 def again(
-    held: Frozen, xs: Sequence[Any], reads: Sequence[Tensor | None], told: object = None
-) -> tuple[Tensor, ...] | None:
+    held: Frozen, xs: Sequence[Any], reads: Sequence[Tensor | None], told: object = None,
+    before: Callable[[], object] | None = None,
+) -> tuple[Tensor, ...] | None:  # fmt: skip
     """What comes out, by launches that were recorded for such inputs; None without them.
 
-    Where no gradient is asked for, and xs and what is read fit; see `_kind`.
+    Where no gradient is asked for, and xs and what is read fit; see `_kind`. before: called where
+    there are launches, to queue what they wait for.
     """
     kind = _kind(xs, reads, told) if held.calls else None
-    if kind is None or (found := held.calls.get(kind)) is None:
+    found = None if kind is None else held.calls.get(kind)
+    if found is None or found is NEVER:
         return None
+    if before is not None:
+        before()
     launches, likes, _ = found
     made = tuple(map(torch.empty_like, likes))
     launches.queue(*(t.data_ptr() for t in (*xs, *made)))
@@ -177,8 +186,9 @@ def recorded(
     kind = _kind(xs, reads, told) if small and all(map(_in_rows, xs)) else None
     if kind is None:
         return run()
-    if kind not in held.calls:
-        _keep(held.calls, kind, None)
+    if (known := held.calls.get(kind, False)) is not None:
+        if known is False:
+            _keep(held.calls, kind, None)
         return run()
     stream = torch._C._cuda_getCurrentRawStream(xs[0].get_device())
     _memory.shared, _memory.used = True, None
@@ -191,7 +201,8 @@ def recorded(
         return None
     try:
         launches = Again(taken, stream, *(t.data_ptr() for t in (*xs, *made)))
-    except ValueError:  # something was copied or converted on the way
+    except ValueError:  # something was copied or converted on the way, or is given twice
+        _keep(held.calls, kind, NEVER)
         return made
     # One element, and the shape of all: torch makes a tensor like another sooner than from a shape.
     likes = tuple(t.new_empty(()).expand(t.shape) for t in made)
@@ -332,7 +343,8 @@ def _behind(
     x, second = xs[0], xs[1] if len(xs) > 1 else None
     width = x.shape[-1]
     made = _room(x, held, x.dtype)
-    if made is None:
+    # Without columns nothing is launched, and a sum with a residual is to be made all the same.
+    if made is None or (x.numel() and not made.y.numel()):
         return None
     y, plan, _, a, scale, sums, _ = made
     prologue, h = blocks.GATED, None

@@ -204,7 +204,7 @@ def linear(x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe) -> Te
             return few()
         run = functools.partial(_alone, few)
     if run is not None:
-        # Rows that lie apart are copied first.
+        # Rows that lie apart may be copied first.
         made = direct.recorded(frozen, (x,), (bias,), run) if x.is_contiguous() else run()
         if made is not None:
             return made[0]

@@ -10,6 +10,7 @@ Source: method, section 5; QuEST (arXiv 2502.05003), Algorithm 1.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +66,8 @@ def again(
     """What comes out of layers whose call with such inputs was checked and recorded; else None.
 
     xs: their input, or what a gate or a norm with this weight and eps makes it of; see `direct`.
-    All that is looked at here is what may have changed since: nothing is computed or raised.
+    All that is looked at here is what may have changed since: nothing is raised, and nothing
+    queued but the biases of several layers, joined, and what was recorded.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
@@ -77,17 +79,17 @@ def again(
             return None
         found.append(held)
         biases.append(layer._parameters["bias"])
-    if not found:
-        return None
-    one = found[0] if len(found) == 1 else frozen.stacked(found)
+    one = _one(found)
     if one is None or not one.calls:
         return None
-    bias, x = biases[0], xs[0]
-    if len(biases) > 1 and any(b is not None for b in biases):
-        bias = one.biases.of(biases, x) if isinstance(x, Tensor) and direct.keeps(x) else None
+    bias, join = biases[0], None
+    if len(biases) > 1 and (several := [b for b in biases if b is not None]):
+        whole = len(several) == len(biases) and isinstance(xs[0], Tensor)
+        bias = one.biases.room(several, xs[0]) if whole else None
         if bias is None:
             return None
-    return direct.again(one, xs, (bias, weight), eps)
+        join = functools.partial(torch.cat, several, out=bias)
+    return direct.again(one, xs, (bias, weight), eps, join)
 
 
 def split(y: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -109,28 +111,29 @@ def alike(layers: Sequence[nn.Module]) -> list[Linear] | None:
 def whole(layers: list[Linear]) -> frozen.Frozen | None:
     """The frozen weight of one layer, or the one in which those of several lie stacked."""
     held = [h for h in (layer.current() for layer in layers) if h is not None]
-    if len(held) < len(layers):
-        return None
-    return held[0] if len(held) == 1 else frozen.stacked(held)
+    return _one(held) if len(held) == len(layers) else None
+
+
+def _one(held: list[frozen.Frozen]) -> frozen.Frozen | None:
+    """These frozen weights as one; None where they don't lie stacked, or there are none."""
+    if len(held) < 2:
+        return held[0] if held else None
+    return frozen.stacked(held)
 
 
 def joined(layers: list[Linear], one: frozen.Frozen, x: Tensor) -> Tensor | None:
     """The biases of layers in one, for the weights that lie stacked in `one`, and their input.
 
-    Where nothing watches they are joined again only where one was written, moved or replaced.
+    As they are now: what writes them may not count it. Where nothing watches, they are joined in
+    the same memory at each call.
     """
-    found = [layer.bias for layer in layers]
-    if len(found) == 1:
-        return found[0]
-    if all(bias is None for bias in found):
+    if len(layers) == 1:
+        return layers[0].bias
+    biases = biases_of(layers)
+    if not biases:
         return None
-    keeps = direct.keeps(x)
-    if keeps and (made := one.biases.of(found, x)) is not None:
-        return made
-    made = torch.cat(biases_of(layers))
-    if keeps:
-        one.biases.keep(found, made, x)
-    return made
+    room = one.biases.room(biases, x)
+    return torch.cat(biases) if room is None else torch.cat(biases, out=room)
 
 
 def stack(layers: Sequence[nn.Module]) -> bool:

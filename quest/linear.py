@@ -68,8 +68,8 @@ class Linear(nn.Linear):
         The weight stays, and the state dict with it. What was quantized is used where no gradient
         is asked for. It is made again where the weight is another, has moved or was changed in
         place; a change through `weight.data`, or one that a compiled call should see, needs another
-        `freeze()`; so does one through `bias.data` of layers that lie in one tensor, see `freeze_`.
-        `train()` drops it.
+        `freeze()`, and so does one that PyTorch does not count, as by an optimizer's fused step, a
+        collective or another library. `train()` drops it.
         """
         self._frozen = frozen.freeze(self.weight, self.recipe)
         return self
@@ -117,8 +117,8 @@ class Linear(nn.Linear):
 
     def _again(self, x: Tensor) -> Tensor | None:
         """y where a call like this one was checked and recorded; see `direct`."""
-        held = None if torch.is_grad_enabled() else self.settled()
-        if held is None or not held.calls:
+        held = self._frozen
+        if held is None or not held.calls or torch.is_grad_enabled() or self.settled() is None:
             return None
         made = direct.again(held, (x,), (self._parameters["bias"],))
         return None if made is None else made[0]

@@ -330,11 +330,12 @@ def gated(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
 
     Where both have one dtype of 16 bits and `layer` is a `quest.Linear` without hooks that
     multiplies integers, one kernel makes the product, rounded once, and quantizes it; gate and up
-    may be halves of one tensor. Trained, the backward has the mask of those rows, and its gradients
-    of gate and up are computed in float32 and rounded once each. Elsewhere it is these three
-    operations, one after another, and in 16 bits silu(gate) is rounded by itself. Raises TypeError
-    and ValueError for a gate and an up of other shapes or devices, for what is no module, and what
-    the layer raises.
+    may be halves of one tensor; not compiled before rows so few that one kernel quantizes and
+    multiplies them (`paths.fuses`). Trained, the backward has the mask of those rows, and its
+    gradients of gate and up are computed in float32 and rounded once each. Elsewhere it is these
+    three operations, one after another, and in 16 bits silu(gate) is rounded by itself. Raises
+    TypeError and ValueError for a gate and an up of other shapes or devices, for what is no module,
+    and what the layer raises.
     """
     if (found := again((gate, up), (layer,))) is not None:
         return found[0]
@@ -397,6 +398,7 @@ def normed(
     autocast a residual stream is float32. Raises TypeError and ValueError for an x and a residual
     of other shapes or devices, for a norm that is no module, and what `quest.together` raises.
     """
+    layers = layers if isinstance(layers, nn.Module) else tuple(layers)
     if (found := _again(x, norm, layers, residual)) is not None:
         return found
     _check_pair(x, x if residual is None else residual, ("x", "residual"), plain=True)
@@ -411,10 +413,10 @@ def normed(
     assert weight is not None
     assert norm.eps is not None
     plain = [layer for layer in layers if isinstance(layer, Linear)]
-    bias, outs = joined(plain, held, x), [layer.out_features for layer in plain]
+    bias, columns = joined(plain, held, x), sum(layer.out_features for layer in plain)
     xs = (x,) if residual is None else (x, residual)
     unwatched = all(map(ops.direct, (*xs, weight)))
-    fits = unwatched and direct.fits(bias, x, sum(outs)) and direct.fits(weight, x, x.shape[-1])
+    fits = unwatched and direct.fits(bias, x, columns) and direct.fits(weight, x, x.shape[-1])
     # A weight that lies off a multiple of 16 bytes is copied, to where no later call may look.
     if fits and weight.data_ptr() % 16 == 0:
         made = direct.behind(xs, held, bias, (weight, norm.eps))
@@ -436,7 +438,7 @@ def _again(
     if type(norm) is not nn.RMSNorm or hooked(norm) or isinstance(layers, nn.Module):
         return None
     weight = norm._parameters.get("weight")
-    if weight is None or norm.eps is None:
+    if weight is None or not isinstance(norm.eps, float):
         return None
     made = again((x,) if residual is None else (x, residual), layers, weight, norm.eps)
     return None if made is None else (x if residual is None else made[1], split(made[0], layers))
@@ -448,5 +450,5 @@ def _weight(norm: nn.Module, x: Tensor) -> Tensor | None:
         return None
     weight: Tensor = norm.weight
     fits = weight.shape == x.shape[-1:] and weight.dtype == x.dtype and weight.device == x.device
-    # Not torch's own eps, nor one of 0, which makes NaN of a row of zeros.
-    return weight if fits and norm.eps is not None and 0 < norm.eps < math.inf else None
+    # Not torch's own eps, nor one of 0, which makes NaN of a row of zeros, nor one that may change.
+    return weight if fits and isinstance(norm.eps, float) and 0 < norm.eps < math.inf else None

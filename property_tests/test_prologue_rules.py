@@ -206,7 +206,8 @@ def test_launches_that_give_all(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> 
         quest.gated(x, other, alone)
         quest.normed(x, apart, layers)
         quest.normed(x, odd, layers)
-        assert seen.calls == ["launch gated", "launch normed", "launch normed"]
+        quest.normed(x, norm, [alone])
+        assert seen.calls == ["launch gated", *["launch normed"] * 3]
         assert not seen.behind
 
 

@@ -149,6 +149,7 @@ def test_what_comes_out(calls: Calls) -> None:
         assert t.data_ptr() == made[1][0].data_ptr() + 2 * start
         start += out
     assert quest.normed(calls.x, calls.norm, [calls.alone])[0] is calls.x
+    assert joint.split(calls.x, [calls.alone])[0] is calls.x  # of one layer no view is made
 
 
 def test_nothing_is_checked_again(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,6 +356,32 @@ def test_biases_as_they_are(calls: Calls) -> None:
     calls.layers[0].bias.fill_(77)
     assert joint.again((calls.x[:1],), calls.layers) is None
     assert calls.joined() == before
+
+
+def test_no_room_for_biases_without_a_recorded_call(calls: Calls) -> None:
+    assert joint.again((calls.x,), calls.layers) is None
+    held = calls.layers[0]._frozen
+    assert held is not None
+    assert held.whole is not None
+    assert not held.whole.frozen.biases
+
+
+def test_a_norm_without_an_eps_is_no_layer_with_a_bias(calls: Calls) -> None:
+    """Though what both read is one tensor, and neither is told anything."""
+    square = calls.layer(WIDTH, True)
+    calls.kernels.memory += [calls.norm.weight]
+    square.bias = calls.norm.weight
+    held = square._frozen
+    assert held is not None
+    for _ in range(3):
+        calls._reads(held)
+        square(calls.x)
+    assert len(Kept.all) == 1
+    square.bias = None
+    assert quest.normed(calls.x, calls.norm, [square])[1][0] is not None
+    calls.norm.eps = None
+    quest.normed(calls.x, calls.norm, [square])
+    assert len(Kept.all) == 1
 
 
 def test_what_can_t_be_recorded_is_tried_once(

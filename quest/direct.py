@@ -388,8 +388,6 @@ def _room(x: Tensor, held: Frozen, dtype: torch.dtype) -> _Room | None:
     if held.form(n, width) == "compressed":
         return None
     y = outputs.empty((*x.shape[:-1], w.shape[0]), dtype, x.device)
-    if y.numel() == 0:
-        return _Room(y, plan, n, 0, 0, 0, y)
     size = n * plan.bytes
     memory = _between(size + 8 * n, x.device)
     a = memory.data_ptr()

@@ -105,7 +105,7 @@ def alike(layers: Sequence[nn.Module]) -> list[Linear] | None:
     plain = [layer for layer in layers if type(layer) is Linear and not hooked(layer)]
     if len(plain) < len(layers) or any(not _alike(p, plain[0]) for p in plain):
         return None
-    return plain or None
+    return plain
 
 
 def whole(layers: list[Linear]) -> frozen.Frozen | None:

@@ -154,7 +154,15 @@ def test_what_comes_out(calls: Calls) -> None:
 
 def test_nothing_is_checked_again(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that is recorded costs the host what queues it, and what may have changed."""
-    runs = (calls.together, calls.gated, calls.normed, calls.added)
+    pair = [calls.layer(8, calls.alone.bias is not None) for _ in range(2)]
+    assert joint.stack(pair)
+    held = pair[0]._frozen
+    assert held is not None
+    calls._reads(held)
+    runs = (
+        calls.together, calls.gated, calls.normed, calls.added,
+        lambda: quest.together(calls.x, pair),
+    )  # fmt: skip
     calls.record(*runs)
 
     def refuse(*_: object, **__: object) -> None:
@@ -378,10 +386,18 @@ def test_a_norm_without_an_eps_is_no_layer_with_a_bias(calls: Calls) -> None:
         square(calls.x)
     assert len(Kept.all) == 1
     square.bias = None
-    assert quest.normed(calls.x, calls.norm, [square])[1][0] is not None
     calls.norm.eps = None
     quest.normed(calls.x, calls.norm, [square])
     assert len(Kept.all) == 1
+    # Nor is one without a weight a layer without a bias behind one with a weight.
+    calls.norm.eps = 0.25
+    for _ in range(3):
+        quest.normed(calls.x, calls.norm, [square])
+    assert len(Kept.all) == 2
+    (layer, _), (behind, _) = Kept.all
+    square.bias, calls.norm.weight = calls.norm.weight, None
+    quest.normed(calls.x, calls.norm, [square])
+    assert Kept.all[-1][0] is layer is not behind
 
 
 def test_what_can_t_be_recorded_is_tried_once(

@@ -340,7 +340,7 @@ def _behind(
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     from .kernels import blocks, cuda
 
-    x, second = xs[0], xs[1] if len(xs) > 1 else None
+    x, alone = xs[0], len(xs) == 1
     width = x.shape[-1]
     made = _room(x, held, x.dtype)
     # Without columns nothing is launched, and a sum with a residual is to be made all the same.
@@ -349,13 +349,13 @@ def _behind(
     y, plan, _, a, scale, sums, _ = made
     prologue, h = blocks.GATED, None
     if weight is not None:
-        prologue = blocks.NORMED if second is None else blocks.ADDED
-        h = None if second is None else outputs.empty(x.shape, x.dtype, x.device)
+        prologue = blocks.NORMED if alone else blocks.ADDED
+        h = None if alone else outputs.empty(x.shape, x.dtype, x.device)
     if y.numel():
         rows = [t.reshape(-1, width) for t in xs]
         with ops.device_of(x):
             blocks.launch_prologue(
-                rows[0], rows[1] if len(rows) > 1 else None, plan.program, plan.form, plan.bits,
+                rows[0], None if alone else rows[1], plan.program, plan.form, plan.bits,
                 prologue, a, scale, sums, cuda.pointer(h), weight, eps or 0.0,
             )  # fmt: skip
             _multiply(made, held, bias, width)

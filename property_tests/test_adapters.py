@@ -273,7 +273,7 @@ EXACT = {
     "released": ((3, 43, 6), "published"),
     "torchao": ((0, 15, 0), "torchao_fake_quantizer"),
     "paper": ((46, 0, 0), ""),
-    "fast": ((33, 0, 0), ""),
+    "fast": ((30, 0, 0), ""),
 }
 
 

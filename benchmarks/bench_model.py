@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import quest
+from quest.conformance import examine
 from quest.conformance.lanes import Lane
 from quest.conformance.verdict import Verdict
 from quest.models import Llama, LlamaConfig
@@ -26,7 +27,7 @@ from quest.train.loop import token_loss
 from quest.train.optimizer import adamw, capturable
 from quest.train.step import WARM_UP, CudaGraphs, Step
 
-from . import cases
+from . import cases, gate
 from .bench_linear import judge_of_frozen, judge_of_layer, path_of
 from .timed import Timed
 
@@ -183,6 +184,11 @@ def test_prefill(
         for inside, outside, together in _widths(config):
             judged = judge_of_frozen(rows, inside, together * outside, made, together)
             found += judged(lane, name)
+        if cases.CUDA:  # gate and up end in a gate there
+            d, columns = config.width, 2 * config.hidden
+            x, w = gate.normal(gate.ROWS, d, name), gate.normal(columns, d, "gaussian", seed=1)
+            with gate.tiles_of(made, rows, columns):
+                found += examine.product(lane, x, w, None, made, cases.DTYPE, gate=True)
         return found
 
     def ready(recipe: str) -> Callable[[], Tensor]:

@@ -1,19 +1,23 @@
-"""The product of two low-bit operands, dequantized, against bf16's product of the same shape.
+"""The product of two low-bit operands, dequantized or gated, against bf16's of the same shape.
 
 A 2:4 sparse weight is read in its compressed form; its operations are counted as if it were dense.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import quest
 from quest import compression, lowbit, operands
 from quest.conformance import examine
 from quest.conformance.lanes import Lane, no_product
 from quest.conformance.verdict import Verdict
+from quest.gated_product import gated_product
 from quest.sparse_product import sparse_product
 from quest.sparsity import NM
 
@@ -26,6 +30,25 @@ GATE_ROWS, GATE_COLUMNS = 140, 264  # more than one tile each way, and none of t
 @pytest.mark.parametrize(("rows", "width", "columns", "recipe"), cases.products())
 def test_product(timed: Timed, rows: int, width: int, columns: int, recipe: str) -> None:
     """y = values(a) values(b)^T in bf16, of operands that are there."""
+    _time(timed, rows, width, columns, recipe)
+
+
+@pytest.mark.parametrize(("rows", "width", "columns", "recipe"), cases.gated_products())
+def test_gated_product(timed: Timed, rows: int, width: int, columns: int, recipe: str) -> None:
+    """silu(gate) value of two such products side by side, against bf16's and a compiled gate."""
+    torch.compiler.reset()
+    _time(timed, rows, width, 2 * columns, recipe, torch.compile(_gate))
+
+
+def _gate(y: Tensor) -> Tensor:
+    first, second = y.tensor_split(2, -1)
+    return F.silu(first) * second
+
+
+def _time(
+    timed: Timed, rows: int, width: int, columns: int, recipe: str,
+    gate_of: Callable[[Tensor], Tensor] | None = None,
+) -> None:  # fmt: skip
     if no_product(gate.lane()) is not None:
         pytest.skip(str(no_product(gate.lane())))
     made = quest.recipe(recipe)
@@ -36,13 +59,14 @@ def test_product(timed: Timed, rows: int, width: int, columns: int, recipe: str)
     b, b_scale, _, b_sums = lowbit.encode(dense, pair[1].spec, kinds[1])
     compressed = pair[1].sparsity == NM(2, 4)
     weight = compression.compress(b) if compressed else (b,)
-    multiply = sparse_product if compressed else lowbit.product
+    multiply = sparse_product if compressed else gated_product if gate_of else lowbit.product
 
     def judge(lane: Lane, name: str) -> list[Verdict]:
         x = gate.normal(GATE_ROWS, width, name)
         w = gate.normal(GATE_COLUMNS, width, "gaussian", seed=1)
         with gate.tiles_of(made, rows, columns):
-            return examine.product(lane, x, w, None, made, cases.DTYPE, compressed)
+            gated = gate_of is not None
+            return examine.product(lane, x, w, None, made, cases.DTYPE, compressed, gated)
 
     def prepare(x: Tensor) -> tuple[Tensor, ...]:
         a, scale, _, sums = lowbit.encode(x, pair[0].spec, kinds[0])
@@ -52,7 +76,7 @@ def test_product(timed: Timed, rows: int, width: int, columns: int, recipe: str)
         spec=made.spec,
         shape=(rows, width, columns),
         draw=((rows, width),),
-        key=("product", made.spec, rows, width, columns),
+        key=("product", made.spec, rows, width, columns, gate_of is None),
         judge=judge,
         run=lambda _, a, scale, sums: multiply(
             a,
@@ -67,7 +91,7 @@ def test_product(timed: Timed, rows: int, width: int, columns: int, recipe: str)
             width,
             cases.DTYPE,
         ),
-        baseline=lambda x, *_: torch.nn.functional.linear(x, dense),
+        baseline=lambda x, *_: (gate_of or (lambda y: y))(F.linear(x, dense)),
         constant=(*weight, b_scale),
         prepare=prepare,
         operations=2.0 * rows * width * columns,

@@ -117,6 +117,13 @@ def products() -> list[Any]:
     return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made if CUDA]
 
 
+def gated_products() -> list[Any]:
+    """(rows, width, columns of y, recipe) of two products and their gate; Hopper's alone."""
+    shapes = [(n, 2048, 5632) for n in (512, 1024, 2048, 4096)] + [(16384, 4096, 11008)]
+    made = [(*shape, recipe) for shape in shapes for recipe in ("w1a1", "w4a4")]
+    return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made if CUDA]
+
+
 def frozen() -> list[Any]:
     """(tokens, in_features, out_features, recipe) of a layer whose weight is frozen."""
     made = [

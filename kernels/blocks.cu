@@ -71,14 +71,7 @@ __device__ __forceinline__ const uint4 &chunk_of(const uint4 *tile, int block, i
   return tile[place<CHUNKS>(block, c)];
 }
 
-// silu(gate) value. 2^t errs by 2^-22 and the reciprocal by 2^-23 (PTX ISA, ex2.approx, rcp.approx); a
-// reciprocal below 2^-126 is 0.
-__device__ __forceinline__ float gated(float gate, float value) {
-  float e, sigmoid;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(__fmul_rn(gate, -1.4426950408889634f)));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(sigmoid) : "f"(__fadd_rn(1.0f, e)));
-  return __fmul_rn(__fmul_rn(gate, sigmoid), value);
-}
+#include "gate.cuh"
 
 // Puts f(a, b) of a thread's block, and of what lies beside it, where the block lies.
 // By itself and not on the way to registers: there it leaves the compiler too few of them, and it spills.

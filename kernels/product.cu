@@ -10,8 +10,16 @@
 // The grid is persistent. A TEAM of two consumers shares a tile of 128 rows, which asks shared memory
 // for the fewest bytes: int8, whose time is the tensor cores'. In TEAMs of one, a consumer computes a
 // tile of 64 rows while the other writes its own out: BINARY, where writing takes as long.
+//
+// GATE: B is a gate's weight with a value's below it, and y = silu(gate) value of the two products, each
+// rounded to the output's dtype as if it were written. Half of a tile's columns are the gate's, the other
+// the same columns of the value, so that a thread has both.
+#ifndef GATE
+#define GATE 0
+#endif
 #include "product.cuh"
 #include "bias.cuh"
+#include "gate.cuh"
 
 // TILE_N, TILE_K (bytes), TEAM, STAGES, CLUSTER and CONSUMERS come from product.py.
 constexpr int WARPS = 4 * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
@@ -25,6 +33,8 @@ constexpr u32 COLUMNS_AT = OUT_AT + WARPS * STAGING;  // scales, biases and sums
 constexpr u32 FULL_AT = COLUMNS_AT + TEAMS * 3 * 4 * TILE_N, EMPTY_AT = FULL_AT + 8 * STAGES;
 constexpr u32 TURN_AT = EMPTY_AT + 8 * STAGES;        // a barrier for each team
 constexpr int GROUP = 8;                              // pairs of row tiles that share the L2 cache
+constexpr int PARTS = 1 + GATE, TILE_OUT = TILE_N / PARTS;  // products behind a column of y; of a tile
+static_assert(!GATE || CLUSTER == 2 && OUT_SIZE == 2 && EPILOGUE != RAW, "a gate is of 16 bits, each block loads one part");
 
 // The tile of a turn: pairs of row tiles in groups of GROUP, so that the blocks that run at a time
 // share rows of A and of B.
@@ -59,8 +69,9 @@ struct Fetched {
   __device__ __forceinline__ void ask(const Arguments &g, int row, int column0) {
 #pragma unroll
     for (int i = 0; i < PER; i++) {
-      const int at = i * MEMBERS + threadIdx.x % MEMBERS, j = column0 + at;
-      const bool inside = at < TILE_N && j < g.columns;
+      const int at = i * MEMBERS + threadIdx.x % MEMBERS, part = GATE ? at / TILE_OUT : 0;
+      const int y = column0 + at - part * TILE_OUT, j = part * g.columns + y;
+      const bool inside = at < TILE_N && y < g.columns;
       scale[i] = inside ? g.column_scale[j] : 0.0f;
       bias[i] = BIAS && inside ? bias_bits(g.bias, j, BIAS) : 0;
       sum[i] = EPILOGUE == CORRECTED && inside && g.column_sum ? g.column_sum[j] : 0;
@@ -100,39 +111,55 @@ __device__ __forceinline__ void meet(int team) {
   asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(MEMBERS) : "memory");
 }
 
-// Writes a warp's 16 x TILE_N accumulators, SPAN columns at a time, through its own shared memory, so
+// Writes a warp's 16 rows of a tile, SPAN columns at a time, through its own shared memory, so
 // that rows are written 16 bytes a thread and 128 bytes a row.
 template <bool FAR>
 __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, const Row (&rows)[2], const Columns &columns, char *stage, int row0, int column0) {
   const int lane = threadIdx.x % 32;
   // Whole vectors of 16 bytes, where every row begins at one.
   const bool vectors = g.columns % (16 / OUT_SIZE) == 0;
+  constexpr int READ = SPAN / 8 / PARTS;  // groups of eight columns whose scales are held at a time
 #pragma unroll
-  for (int c = 0; c < TILE_N / SPAN; c++) {
-    // Read before anything is stored, or each read waits for the stores before it.
-    float2 scale[SPAN / 8], bias[SPAN / 8];
-    int2 sum[SPAN / 8];
+  for (int c = 0; c < TILE_OUT / SPAN; c++) {
 #pragma unroll
-    for (int j = 0; j < SPAN / 8 && EPILOGUE != RAW; j++) {
-      const int column = c * SPAN + 8 * j + 2 * (lane % 4);
-      scale[j] = *(const float2 *)&columns.scale[column];
-      bias[j] = BIAS ? *(const float2 *)&columns.bias[column] : make_float2(0.0f, 0.0f);
-      sum[j] = EPILOGUE == CORRECTED ? *(const int2 *)&columns.sum[column] : make_int2(0, 0);
-    }
+    for (int first = 0; first < SPAN / 8; first += READ) {
+      // Read before anything is stored, or each read waits for the stores before it.
+      float2 scale[PARTS][READ], bias[PARTS][READ];
+      int2 sum[PARTS][READ];
 #pragma unroll
-    for (int j = 0; j < SPAN / 8; j++) {
-      const int i = c * (SPAN / 8) + j;
+      for (int p = 0; p < PARTS; p++) {
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int low = d[4 * i + 2 * h], high = d[4 * i + 2 * h + 1];
-        char *at = stage + (lane / 4 + 8 * h) * STAGE_ROW + (8 * j + 2 * (lane % 4)) * OUT_SIZE;
-        if (EPILOGUE == RAW) {
-          *(int2 *)at = make_int2(low, high);
-        } else {
-          float y0 = finish<FAR>(low, sum[j].x, g.factor, rows[h], scale[j].x, bias[j].x);
-          float y1 = finish<FAR>(high, sum[j].y, g.factor, rows[h], scale[j].y, bias[j].y);
-          if (OUT_SIZE == 2) *(u32 *)at = pair_of(y0, y1);
-          else *(float2 *)at = make_float2(y0, y1);
+        for (int j = 0; j < READ && EPILOGUE != RAW; j++) {
+          const int column = p * TILE_OUT + c * SPAN + 8 * (first + j) + 2 * (lane % 4);
+          scale[p][j] = *(const float2 *)&columns.scale[column];
+          bias[p][j] = BIAS ? *(const float2 *)&columns.bias[column] : make_float2(0.0f, 0.0f);
+          sum[p][j] = EPILOGUE == CORRECTED ? *(const int2 *)&columns.sum[column] : make_int2(0, 0);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < READ; j++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          char *at = stage + (lane / 4 + 8 * h) * STAGE_ROW + (8 * (first + j) + 2 * (lane % 4)) * OUT_SIZE;
+          float y[PARTS][2];
+#pragma unroll
+          for (int p = 0; p < PARTS; p++) {
+            const int i = 4 * (p * (TILE_OUT / 8) + c * (SPAN / 8) + first + j) + 2 * h;
+            if (EPILOGUE == RAW) {
+              *(int2 *)at = make_int2(d[i], d[i + 1]);
+            } else {
+              y[p][0] = finish<FAR>(d[i], sum[p][j].x, g.factor, rows[h], scale[p][j].x, bias[p][j].x);
+              y[p][1] = finish<FAR>(d[i + 1], sum[p][j].y, g.factor, rows[h], scale[p][j].y, bias[p][j].y);
+            }
+          }
+          if (GATE) {
+            const u32 gate = pair_of(y[0][0], y[0][1]), value = pair_of(y[PARTS - 1][0], y[PARTS - 1][1]);
+            *(u32 *)at = pair_of(gated(bias_of(gate & 0xFFFF, OUT), bias_of(value & 0xFFFF, OUT)),
+                                 gated(bias_of(gate >> 16, OUT), bias_of(value >> 16, OUT)));
+          } else if (EPILOGUE != RAW) {
+            if (OUT_SIZE == 2) *(u32 *)at = pair_of(y[0][0], y[0][1]);
+            else *(float2 *)at = make_float2(y[0][0], y[0][1]);
+          }
         }
       }
     }
@@ -184,7 +211,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   cluster_sync();
   // Not rounded up by a sum, which may leave int32; neither is 0.
   const int pairs = (g.rows - 1) / (CLUSTER * TILE_M) + 1;
-  const int across = (g.columns - 1) / TILE_N + 1, steps = (g.bytes + TILE_K - 1) / TILE_K;
+  const int across = (g.columns - 1) / TILE_OUT + 1, steps = (g.bytes + TILE_K - 1) / TILE_K;
   const int first = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
   if (group == CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -195,7 +222,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         const u32 stage = at % STAGES, full = base + FULL_AT + 8 * stage;
         barrier_expect(full, B_BYTES + (there ? a_bytes : 0));
         load_to_all(base + B_AT + stage * B_BYTES + rank * HALF_B, &b_map, k * TILE_K,
-                    column * TILE_N + rank * (TILE_N / CLUSTER), full);
+                    column * TILE_OUT + rank * (GATE ? g.columns : TILE_N / CLUSTER), full);
       };
       const int early = settled && first < pairs * across ? min(steps, STAGES) : 0;
       u32 at = 0;  // tiles of K that were loaded before
@@ -233,7 +260,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       const int tile_row = first_row<TILE_M>(CLUSTER * pair + rank, g.rows);
       const int row0 = tile_row + 64 * member + 16 * (warp % 4);
       Fetched fetched;
-      if (EPILOGUE != RAW && tile_row >= 0) fetched.ask(g, row0 + lane / 4, column * TILE_N);
+      if (EPILOGUE != RAW && tile_row >= 0) fetched.ask(g, row0 + lane / 4, column * TILE_OUT);
       // The other team must have met all stages of the tile before: a barrier's parity tells a phase
       // from the next, and not from the one after.
       if (TEAMS > 1) barrier_wait(base + TURN_AT + 8 * team, (tiles++ + team + 1) & 1);
@@ -275,8 +302,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         meet(team);  // the columns stand
       }
       char *staging = raw + OUT_AT + warp * STAGING;
-      if (__any_sync(0xFFFFFFFF, far)) write<true>(d, g, own, columns, staging, row0, column * TILE_N);
-      else write<false>(d, g, own, columns, staging, row0, column * TILE_N);
+      if (__any_sync(0xFFFFFFFF, far)) write<true>(d, g, own, columns, staging, row0, column * TILE_OUT);
+      else write<false>(d, g, own, columns, staging, row0, column * TILE_OUT);
     }
   }
   cluster_sync();  // no block leaves while the other may still write to its shared memory

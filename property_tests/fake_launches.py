@@ -153,37 +153,41 @@ class Kernels:
         self, y: int, a: int, b: int, count: int, columns: int, width: int, device: None,
         out: torch.dtype, binary: bool, epilogue: int, length: int, factor: float, row_scale: int,
         column_scale: int, bias: int, row_sum: int, column_sum: int, settled: bool, bias_type: int,
+        gate: bool,
     ) -> None:  # fmt: skip
-        self.seen.append("product")
+        self.seen.append("gated product" if gate else "product")
+        features = columns * (1 + gate)
         assert settled is True
         assert device is None
         assert epilogue in (hopper.PLAIN, hopper.CORRECTED)
         assert (bias == 0) == (bias_type == 0)
         kind = torch.uint8 if binary else torch.int8
-        first, second = (self.at(t, (n, width), kind) for t, n in ((a, count), (b, columns)))
+        first, second = (self.at(t, (n, width), kind) for t, n in ((a, count), (b, features)))
         if binary:
             first, second = (packing.unpack(t, 1, 8 * width) for t in (first, second))
         p = first.double() @ second.double().T
         if epilogue == hopper.CORRECTED:
             sums = self.at(row_sum, (count, 1), torch.int32) + self.at(
-                column_sum, (columns,), torch.int32
+                column_sum, (features,), torch.int32
             )
             p = 4 * p - sums - length if binary else p + (sums - length) / 4
         else:
             assert (row_sum, column_sum) == (0, 0)
-        given = self.at(bias, (columns,), BIASES[bias_type]) if bias else None
-        self._write(y, out, p, factor, row_scale, column_scale, given)
+        given = self.at(bias, (features,), BIASES[bias_type]) if bias else None
+        self._write(y, out, p, factor, row_scale, column_scale, given, gate)
 
     def _write(
         self, y: int, out: torch.dtype, p: Tensor, factor: float, row_scale: int,
-        column_scale: int, bias: Tensor | None,
+        column_scale: int, bias: Tensor | None, gate: bool = False,
     ) -> None:  # fmt: skip
         count, columns = p.shape
         scales = self.at(row_scale, (count, 1), torch.float32) * self.at(
             column_scale, (columns,), torch.float32
         )
         made = p * factor * scales + (0 if bias is None else bias.double())
-        self.at(y, (count, columns), out).copy_(made)
+        if gate:
+            made = eager.gated(*made.to(out).chunk(2, -1))
+        self.at(y, tuple(made.shape), out).copy_(made)
 
     def take(self) -> list[str]:
         """What was launched since this was asked last."""

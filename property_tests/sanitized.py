@@ -22,6 +22,7 @@ import torch
 
 import quest
 from quest import compression, fused, lowbit, operands, ops, prologue
+from quest.gated_product import gated_product
 from quest.kernels import cuda, hopper, product, sparse
 from quest.packed import packed_product
 from quest.sparse_product import sparse_product
@@ -60,13 +61,13 @@ def _names(name: str) -> tuple[str, str]:
 
 def _product(
     name: str, tiles: product.Shape, bias: torch.dtype | None = None, width: int = 640,
-    rows: int = 300,
+    rows: int = 300, gate: bool = False,
 ) -> Launch:  # fmt: skip
     def run() -> object:
         a, b = _encoded(name, _normal(rows, width), _normal(600, width))
         added = None if bias is None else _normal(1, 600, bias)[0]
         with product.only(tiles):
-            return lowbit.product(
+            return (gated_product if gate else lowbit.product)(
                 a[0], b[0], a[1], b[1], a[2], b[2], added, *_names(name), width, torch.bfloat16
             )
 
@@ -212,6 +213,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
         binary = name == "w1a1"
         for told, tiles in (("wide", product.WIDE[binary]), ("narrow", product.NARROW)):
             yield f"product {name} {told}", _product(name, tiles)
+            yield f"gated product {name} {told}", _product(name, tiles, torch.float16, gate=True)
     # More threads than columns of a tile.
     yield "product w4a4 middle", _product("w4a4", product.MIDDLE, torch.float32)
     yield "product w4a4 40 rows", _product("w4a4", product.NARROW, rows=40)  # less than a tile

@@ -61,6 +61,9 @@ def _variants() -> Iterator[Variant]:
             for one in (*product.WIDE.values(), product.MIDDLE, product.NARROW):
                 asked = product.compile_(one == product.WIDE[True], epilogue, out, 2, one)
                 yield made(*asked, product.CLUSTER, product.THREADS - 128, one.shared)
+                if epilogue != hopper.RAW:
+                    asked = product.compile_(one == product.WIDE[True], epilogue, out, 2, one, True)
+                    yield made(*asked, product.CLUSTER, product.THREADS - 128, one.shared)
             for tile in (sparse.WIDE, sparse.NARROW):
                 asked = sparse.compile_(epilogue, out, tile)
                 yield made(*asked, tile.cluster, tile.threads - 128, tile.shared)

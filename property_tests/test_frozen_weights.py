@@ -273,23 +273,27 @@ class Ways:
         return run
 
     def _again(
-        self, held: frozen.Frozen, xs: Sequence[Tensor], reads: Sequence[Tensor | None]
-    ) -> tuple[Tensor] | None:
+        self, held: frozen.Frozen, xs: Sequence[Tensor], reads: Sequence[Tensor | None],
+        told: direct.Told,
+    ) -> tuple[Tensor] | None:  # fmt: skip
+        assert told == (None, False)
         self.seen.append("again")
         self.asked.append((*xs, held, *reads))
         return None if self.kept is None else (self.kept,)
 
     def _recorded(
         self, held: frozen.Frozen, xs: Sequence[Tensor], reads: Sequence[Tensor | None],
-        run: Callable[[], tuple[Tensor] | None],
+        run: Callable[[], tuple[Tensor] | None], told: direct.Told,
     ) -> tuple[Tensor] | None:  # fmt: skip
+        assert told == (None, False)
         self.seen.append("recorded")
         self.asked.append((*xs, held, *reads))
         return run()
 
     def _linear(
-        self, x: Tensor, held: frozen.Frozen, bias: Tensor | None, dtype: torch.dtype
+        self, x: Tensor, held: frozen.Frozen, bias: Tensor | None, dtype: torch.dtype, gate: bool
     ) -> tuple[Tensor] | None:
+        assert not gate
         self.seen.append("direct")
         if not self.linear:
             return None

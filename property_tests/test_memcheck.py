@@ -24,6 +24,8 @@ LAUNCHES = {
         "product w1a1 bias torch.float32",
         "product w4a4 bias torch.bfloat16",
         "product w4a4 40 rows",
+        "gated product w4a4 wide",
+        "gated product w1a1 narrow",
         "product w8a8 wide",
         "product int32",
         "sparse bias torch.float32",

@@ -167,6 +167,7 @@ class Case:
     # Consumers that share a tile, tiles in flight, columns of a tile; thread blocks.
     tiles: tuple[int, int, int]
     blocks: int
+    gate: bool = False
 
 
 CASES = [
@@ -184,6 +185,12 @@ CASES = [
     # Rows that are filled up; two clusters for six pairs of tiles.
     Case(BYTES, (600, 300, 33), hopper.PLAIN, torch.float32, None, 5, product.WIDE[False],
          (2, 4, 256), 4),
+    # Three pairs of 128 rows and two tiles of 128 columns of a gate and of a value.
+    Case(BYTES, (513, 258, 48), hopper.PLAIN, torch.bfloat16, torch.float16, 132,
+         product.WIDE[False], (2, 4, 256), 12, True),
+    # Of a gate and a value as many tiles as of a product of both: here three turns of bits.
+    Case(BITS, (128 * 198, 256, 16), hopper.CORRECTED, torch.float16, None, 132, None,
+         (1, 5, 256), 132, True),
 ]  # fmt: skip
 
 
@@ -199,15 +206,17 @@ def test_the_product(case: Case, driver: Driver) -> None:
     driver.processors = case.processors
     with product.only(case.forced):
         y = product.product(
-            a, b, case.out, epilogue=case.epilogue, length=77, factor=0.375, **vectors
-        )
+            a, b, case.out, epilogue=case.epilogue, length=77, factor=0.375, gate=case.gate,
+            **vectors,
+        )  # fmt: skip
+    columns //= 1 + case.gate
     assert (tuple(y.shape), y.dtype, y.is_contiguous()) == ((rows, columns), case.out, True)
     found = driver.one()
     team, stages, tile = case.tiles
     macros = {
         "BINARY": int(case.operands == BITS), "EPILOGUE": case.epilogue, "OUT": OUT[case.out],
-        "BIAS": 0 if case.bias is None else OUT[case.bias], "TILE_N": tile, "TILE_K": 128,
-        "CLUSTER": 2, "CONSUMERS": 2, "TEAM": team, "STAGES": stages,
+        "BIAS": 0 if case.bias is None else OUT[case.bias], "GATE": int(case.gate),
+        "TILE_N": tile, "TILE_K": 128, "CLUSTER": 2, "CONSUMERS": 2, "TEAM": team, "STAGES": stages,
     }  # fmt: skip
     assert found.compiled == ("product.cu", "sm_90a", macros, True)
     assert found.loaded["threads"] == 3 * 128
@@ -263,6 +272,7 @@ def test_a_product_of_addresses(driver: Driver) -> None:
     assert driver.devices == {3}
     assert (found.compiled[2]["BIAS"], found.compiled[2]["OUT"]) == (2, 2)
     assert (found.compiled[2]["EPILOGUE"], found.compiled[2]["BINARY"]) == (hopper.CORRECTED, 0)
+    assert found.compiled[2]["GATE"] == 0
     _is(found.given.pop("a_map"), a, (64, 128))
     _is(found.given.pop("b_map"), b, (64, 128))
     assert found.given == {

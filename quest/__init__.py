@@ -22,7 +22,7 @@ if TYPE_CHECKING or "torch" in sys.modules:
     from .estimators import STE, Clip, Trust
     from .joint import together
     from .linear import Linear, freeze_, quantize_
-    from .mlp import swiglu
+    from .mlp import normed_swiglu, swiglu
     from .prologue import gated, normed
     from .quantizer import Packed, Quantized, Quantizer
     from .recipes import Recipe, recipe
@@ -34,7 +34,7 @@ else:
         "together": "joint",
         **dict.fromkeys(("gated", "normed"), "prologue"),
         **dict.fromkeys(("Linear", "freeze_", "quantize_"), "linear"),
-        "swiglu": "mlp",
+        **dict.fromkeys(("normed_swiglu", "swiglu"), "mlp"),
         **dict.fromkeys(("Packed", "Quantized", "Quantizer"), "quantizer"),
         **dict.fromkeys(("Recipe", "recipe"), "recipes"),
         **dict.fromkeys(("NM", "Pairwise"), "sparsity"),
@@ -69,6 +69,7 @@ __all__ = [
     "gated",
     "grids",
     "normed",
+    "normed_swiglu",
     "quantize_",
     "recipe",
     "swiglu",

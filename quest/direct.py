@@ -38,6 +38,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 Call = tuple[Any, tuple[Tensor, ...], Tensor | None]
+Told = tuple[float | None, bool]  # a norm's eps, and whether the product ends in a gate
 
 
 class Calls(dict[tuple[object, ...], Call | None]):
@@ -116,12 +117,12 @@ def fits(t: Tensor | None, x: Tensor, columns: int) -> bool:
 
 
 def _kind(
-    xs: Sequence[Any], reads: Sequence[Tensor | None], told: object
+    xs: Sequence[Any], reads: Sequence[Tensor | None], told: Told
 ) -> tuple[object, ...] | None:
     """What a recorded call depends on besides its weight; None where it is not to be recorded.
 
     xs: inputs, at least one. reads: a bias, or a norm's weight, which is read where it lies at each
-    call; one that is no tensor of its own is not recorded. told: what else the kernels are told.
+    call; one that is no tensor of its own is not recorded.
     """
     shapes: list[object] = []
     for x in xs:
@@ -150,7 +151,7 @@ def _kind(
 
 
 def again(
-    held: Frozen, xs: Sequence[Any], reads: Sequence[Tensor | None], told: object = None,
+    held: Frozen, xs: Sequence[Any], reads: Sequence[Tensor | None], told: Told = (None, False),
     before: Callable[[], object] | None = None,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     """What comes out, by launches that were recorded for such inputs; None without them.
@@ -172,7 +173,7 @@ def again(
 
 def recorded(
     held: Frozen, xs: Sequence[Tensor], reads: Sequence[Tensor | None],
-    run: Callable[[], tuple[Tensor, ...] | None], told: object = None,
+    run: Callable[[], tuple[Tensor, ...] | None], told: Told = (None, False),
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     """run(), what comes out or None; at the second of a kind its launches are kept for `again`.
 
@@ -290,15 +291,15 @@ def _plan(
 
 
 def linear(
-    x: Tensor, held: Frozen, bias: Tensor | None, dtype: torch.dtype
+    x: Tensor, held: Frozen, bias: Tensor | None, dtype: torch.dtype, gate: bool = False
 ) -> tuple[Tensor] | None:
     """(y,), y (..., out) of `dtype` for x (..., in) on CUDA; None where there is another way.
 
-    held has an operand; bias is contiguous and lies where x does.
+    held has an operand; bias is contiguous and lies where x does. gate: as in `frozen.linear`.
     """
     from .kernels import blocks, layout, rows
 
-    made = _room(x, held, dtype)
+    made = _room(x, held, dtype, gate)
     if made is None:
         return None
     y, plan, n, a, scale, sums, _ = made
@@ -311,38 +312,38 @@ def linear(
                 blocks.launch(
                     x, plan.program, plan.form, plan.bits, n, width, a, scale, 0, sums
                 )  # fmt: skip
-            _multiply(made, held, bias, width)
+            _multiply(made, held, bias, width, gate)
     return (y,)
 
 
 def behind(
     xs: tuple[Tensor, ...], held: Frozen, bias: Tensor | None,
-    norm: tuple[Tensor, float] | None = None,
+    norm: tuple[Tensor, float] | None = None, gate: bool = False,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     """y (..., out) of a layer behind a prologue, in xs's dtype; None where there is another way.
 
     Without a norm (y,), xs being a gate and a value; with its weight and eps (y,) for xs (x,), and
-    (y, h) for x and a residual. For all of them `prologue.has_kernel` is to hold, and `fits` for
-    the bias and the norm's weight.
+    (y, h) for x and a residual. gate: as in `frozen.linear`. For all of them `prologue.has_kernel`
+    is to hold, and `fits` for the bias and the norm's weight.
     """
     weight, eps = (None, None) if norm is None else norm
-    reads = bias, weight
-    made = again(held, xs, reads, eps)
+    reads, told = (bias, weight), (eps, gate)
+    made = again(held, xs, reads, told)
     if made is None:
-        run = functools.partial(_behind, xs, held, bias, weight, eps)
-        made = recorded(held, xs, reads, run, eps)
+        run = functools.partial(_behind, xs, held, bias, weight, eps, gate)
+        made = recorded(held, xs, reads, run, told)
     return made
 
 
 def _behind(
     xs: tuple[Tensor, ...], held: Frozen, bias: Tensor | None, weight: Tensor | None,
-    eps: float | None,
+    eps: float | None, gate: bool,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     from .kernels import blocks, cuda
 
     x, alone = xs[0], len(xs) == 1
     width = x.shape[-1]
-    made = _room(x, held, x.dtype)
+    made = _room(x, held, x.dtype, gate)
     # Without columns nothing is launched, and a sum with a residual is to be made all the same.
     if made is None or (x.numel() and not made.y.numel()):
         return None
@@ -358,7 +359,7 @@ def _behind(
                 rows[0], None if alone else rows[1], plan.program, plan.form, plan.bits,
                 prologue, a, scale, sums, cuda.pointer(h), weight, eps or 0.0,
             )  # fmt: skip
-            _multiply(made, held, bias, width)
+            _multiply(made, held, bias, width, gate)
     return (y,) if h is None else (y, h)
 
 
@@ -377,7 +378,7 @@ class _Room(NamedTuple):
     memory: Tensor
 
 
-def _room(x: Tensor, held: Frozen, dtype: torch.dtype) -> _Room | None:
+def _room(x: Tensor, held: Frozen, dtype: torch.dtype, gate: bool) -> _Room | None:
     """For x (..., in); None where these kernels don't do it."""
     width, w = x.shape[-1], held.operand
     plan = _plan(held.spec, held.names, held.kinds, width, x.dtype, x.device)
@@ -387,14 +388,14 @@ def _room(x: Tensor, held: Frozen, dtype: torch.dtype) -> _Room | None:
     n = x.numel() // width
     if held.form(n, width) == "compressed":
         return None
-    y = outputs.empty((*x.shape[:-1], w.shape[0]), dtype, x.device)
+    y = outputs.empty((*x.shape[:-1], w.shape[0] // (1 + gate)), dtype, x.device)
     size = n * plan.bytes
     memory = _between(size + 8 * n, x.device)
     a = memory.data_ptr()
     return _Room(y, plan, n, a, a + size, a + size + 4 * n, memory)
 
 
-def _multiply(made: _Room, held: Frozen, bias: Tensor | None, width: int) -> None:
+def _multiply(made: _Room, held: Frozen, bias: Tensor | None, width: int, gate: bool) -> None:
     """Launch the product that writes y."""
     from .kernels import few, hopper
 
@@ -403,7 +404,7 @@ def _multiply(made: _Room, held: Frozen, bias: Tensor | None, width: int) -> Non
     assert w is not None
     assert held.scale is not None
     assert held.sums is not None
-    columns, at = w.shape[0], (held.scale.data_ptr(), held.sums.data_ptr())
+    columns, at = y.shape[-1], (held.scale.data_ptr(), held.sums.data_ptr())
     # The launch before lies between what wrote the weight and these, which makes it settled.
     if held.form(n, width) == "packed":
         assert packed is not None
@@ -417,5 +418,5 @@ def _multiply(made: _Room, held: Frozen, bias: Tensor | None, width: int) -> Non
             y.data_ptr(), a, w.data_ptr(), n, columns, plan.bytes, device, y.dtype,
             plan.kind == "bits", plan.epilogue, terms.length, terms.factor, scale, at[0],
             0 if bias is None else bias.data_ptr(), sums if terms.rows else 0,
-            at[1] if terms.columns else 0, True, hopper.bias_type(bias),
+            at[1] if terms.columns else 0, True, hopper.bias_type(bias), gate,
         )  # fmt: skip

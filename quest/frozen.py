@@ -10,6 +10,7 @@ last bit.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from . import direct, fused, lowbit, operands, ops, paths
 from .compression import compress
 from .estimators import STE
+from .gated_product import HALVES, gated_product, launch_gated_product
 from .packed import launch_packed, odd, packed_product
 from .recipes import Recipe
 from .sparse_product import launch_sparse_product, sparse_product
@@ -74,6 +76,19 @@ class Frozen:
         if self.packed is not None and paths.reads_packed(rows, self.packed, width):
             return "packed"
         return "operand"
+
+    def gates(self, x: Tensor) -> bool:
+        """Whether rows of x (..., in) are multiplied by one kernel that may end in a gate.
+
+        Of two weights of one size, stacked.
+        """
+        n = math.prod(x.shape[:-1])
+        return (
+            x.dtype in HALVES
+            and self.operand is not None
+            and self.form(n, x.shape[-1]) == "operand"
+            and not paths.fuses(x, self.few)
+        )
 
     def read(self) -> tuple[Tensor, ...]:
         """What a forward reads at the least."""
@@ -177,8 +192,13 @@ def _can_be_read(weight: Tensor, bits: int) -> bool:
     return few.supports(1, weight.shape[1], bits)
 
 
-def linear(x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe) -> Tensor:
-    """y (..., out) of x's dtype for x (..., in); no gradient."""
+def linear(
+    x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe, gate: bool = False
+) -> Tensor:
+    """y (..., out) of x's dtype for x (..., in); no gradient.
+
+    gate: (..., out / 2), see `gated_product`; where `frozen.gates(x)`.
+    """
     dtype = x.dtype
     if frozen.operand is None:
         assert frozen.values is not None
@@ -186,11 +206,12 @@ def linear(x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe) -> Te
         b = None if bias is None else bias.to(dtype)
         return torch.nn.functional.linear(values, frozen.values.to(dtype), b)
     unwatched = ops.direct(x) and direct.fits(bias, x, frozen.operand.shape[0])
-    if unwatched and (made := direct.again(frozen, (x,), (bias,))) is not None:
+    told = None, gate
+    if unwatched and (made := direct.again(frozen, (x,), (bias,), told)) is not None:
         return made[0]
     run: Callable[[], tuple[Tensor] | None] | None = None
     if unwatched:
-        run = functools.partial(direct.linear, x, frozen, bias, dtype)
+        run = functools.partial(direct.linear, x, frozen, bias, dtype, gate)
     if frozen.packed is not None and paths.fuses(x, frozen.few):
         assert frozen.scale is not None
         assert frozen.sums is not None
@@ -205,7 +226,8 @@ def linear(x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe) -> Te
         run = functools.partial(_alone, few)
     if run is not None:
         # Rows that lie apart may be copied first.
-        made = direct.recorded(frozen, (x,), (bias,), run) if x.is_contiguous() else run()
+        whole = x.is_contiguous()
+        made = direct.recorded(frozen, (x,), (bias,), run, told) if whole else run()
         if made is not None:
             return made[0]
     rows, kind = lowbit.as_rows(x), frozen.kinds.partition(",")[0]
@@ -213,8 +235,8 @@ def linear(x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe) -> Te
         quantized = lowbit.launch_operand(rows, ops.quantizer(frozen.spec), kind)
     else:
         quantized = lowbit.operand(rows, frozen.spec, kind)
-    y = multiply(quantized, frozen, bias, x.shape[-1], dtype, unwatched)
-    return y.view(*x.shape[:-1], frozen.operand.shape[0])
+    y = multiply(quantized, frozen, bias, x.shape[-1], dtype, unwatched, gate)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _alone(run: Callable[[], Tensor]) -> tuple[Tensor]:
@@ -223,12 +245,12 @@ def _alone(run: Callable[[], Tensor]) -> tuple[Tensor]:
 
 def multiply(
     rows: tuple[Tensor, Tensor, Tensor], frozen: Frozen, bias: Tensor | None, width: int,
-    dtype: torch.dtype, unwatched: bool,
+    dtype: torch.dtype, unwatched: bool, gate: bool = False,
 ) -> Tensor:  # fmt: skip
     """y (n, out) of `dtype` for rows of `width` entries and a weight, both as integers.
 
     rows: operand (n, bytes), scale (n, 1), sums (n, 1), as `lowbit.operand` makes them.
-    unwatched: `ops.direct` of what they were made of.
+    unwatched: `ops.direct` of what they were made of. gate: as in `linear`.
     """
     assert frozen.operand is not None
     assert frozen.scale is not None
@@ -237,7 +259,10 @@ def multiply(
     weight: tuple[Tensor, ...] = (frozen.operand,)
     function, launch = lowbit.product, lowbit.launch_product
     form = frozen.form(len(a), width)
-    if form == "compressed":
+    if gate:
+        assert form == "operand"
+        function, launch = gated_product, launch_gated_product
+    elif form == "compressed":
         assert frozen.kept is not None
         assert frozen.metadata is not None
         function, launch = sparse_product, launch_sparse_product

@@ -32,13 +32,21 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     is turned back. Raises ValueError for no layers, TypeError for what is no module, and what the
     layers raise.
     """
+    return projected(x, layers, False)
+
+
+def projected(x: Tensor, layers: Sequence[nn.Module], gate: bool) -> tuple[Tensor, ...]:
+    """`together`; with a gate, of two layers, silu(first) second alone where one kernel makes it.
+
+    See `gated_product`.
+    """
     if isinstance(layers, nn.Module):
         raise TypeError(f"layers must be a sequence of layers, got a {type(layers).__name__}")
     layers = tuple(layers)
     if not layers:
         raise ValueError("layers must name at least one layer, got none")
-    if (made := again((x,), layers)) is not None:
-        return split(made[0], layers)
+    if (made := again((x,), layers, gate=gate)) is not None:
+        return split(made[0], layers, gate)
     for layer in layers:
         if not isinstance(layer, nn.Module):
             raise TypeError(f"layers must hold torch.nn.Modules, got {type(layer).__name__}")
@@ -56,16 +64,24 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     one = frozen.stacked(held) if len(held) == len(plain) else None
     if one is None:
         return tuple(layer(x) for layer in plain)
-    return split(frozen.linear(x, one, joined(plain, one, x), plain[0].recipe), plain)
+    gate = gate and gates(x, plain, one)
+    y = frozen.linear(x, one, joined(plain, one, x), plain[0].recipe, gate)
+    return split(y, plain, gate)
+
+
+def gates(x: Tensor, layers: Sequence[Any], one: frozen.Frozen) -> bool:
+    """Whether one kernel makes a gate of two `Linear`s on x; their weights lie stacked in `one`."""
+    return layers[0].out_features == layers[1].out_features and one.gates(x)
 
 
 def again(
     xs: tuple[Tensor, ...], layers: Sequence[nn.Module], weight: Tensor | None = None,
-    eps: float | None = None,
+    eps: float | None = None, *, gate: bool = False,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     """What comes out of layers whose call with such inputs was checked and recorded; else None.
 
     xs: their input, or what a gate or a norm with this weight and eps makes it of; see `direct`.
+    gate: what comes out may be gated, see `projected`.
     All that is looked at here is what may have changed since: nothing is raised, and nothing
     queued but the biases of several layers, joined, and what was recorded.
     """
@@ -89,12 +105,16 @@ def again(
         if bias is None:
             return None
         join = functools.partial(torch.cat, several, out=bias)
-    return direct.again(one, xs, (bias, weight), eps, join)
+    gate = gate and isinstance(xs[0], Tensor) and gates(xs[0], layers, one)
+    return direct.again(one, xs, (bias, weight), (eps, gate), join)
 
 
-def split(y: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:
-    """What each `Linear` gives, of all side by side; y: (..., all of their out_features)."""
-    if len(layers) == 1:
+def split(y: Tensor, layers: Sequence[Any], gate: bool = False) -> tuple[Tensor, ...]:
+    """What each `Linear` gives, of all side by side; y: (..., all of their out_features).
+
+    gate: y may be as wide as the first alone, and is then what is made of two; see `projected`.
+    """
+    if len(layers) == 1 or (gate and y.shape[-1] == layers[0].out_features):
         return (y,)
     made: tuple[Tensor, ...] = y.split_with_sizes([layer.out_features for layer in layers], -1)
     return made

@@ -336,8 +336,9 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 def launch_product(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, a_sums: Tensor, b_sums: Tensor,
     bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
+    *, gate: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`eager_product` by the kernel."""
+    """`eager_product` by the kernel. gate: `gated_product.eager_gated_product`."""
     from .kernels import hopper
     from .kernels import product as kernel
 
@@ -356,7 +357,7 @@ def launch_product(
             length=terms.length, factor=terms.factor,
             row_scale=a_scale.contiguous(), column_scale=b_scale.contiguous(),
             row_sum=scaled(a_sums, terms.rows), column_sum=scaled(b_sums, terms.columns),
-            bias=None if bias is None else bias.contiguous(),
+            bias=None if bias is None else bias.contiguous(), gate=gate,
         )  # fmt: skip
 
 

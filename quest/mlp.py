@@ -1,4 +1,4 @@
-"""A SwiGLU whose backward computes gate and up again: down(silu(gate(x)) * up(x)).
+"""A SwiGLU, down(silu(gate(x)) * up(x)), and one whose backward computes gate and up again.
 
 quest::low_bit_swiglu(x, weights, biases, ...) -> [y, what the backward reads]
 quest::low_bit_again(after, read, biases, ...) -> [gate(x), up(x)]
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import eager, lowbit, operands, ops, paths
-from .joint import alike, biases_of, together
+from .joint import alike, biases_of, projected
 from .linear import Linear
 from .lowbit_linear import (
     Operand,
@@ -33,7 +33,7 @@ from .lowbit_linear import (
     read_like,
     saves,
 )
-from .prologue import gated, has_kernel
+from .prologue import behind_norm, gated, has_kernel
 from .quantizer import Quantizer
 
 # Of x, gate and up with their sums, which the products need again.
@@ -224,6 +224,9 @@ def swiglu(
 ) -> Tensor:
     """down(silu(gate(x)) * up(x)) for x (..., in): `quest.together`, then `quest.gated`.
 
+    Where no gradient is asked for, and gate and up are frozen `quest.Linear`s that lie stacked, one
+    kernel multiplies and makes silu(gate) * up of 16 bits, computed in float32 and rounded once;
+    but of few rows, whose weights it reads packed, and with 2:4 sparse weights.
     recompute: the backward computes gate(x) and up(x) again, and between the two nothing as wide is
     kept: less memory in a model of several such layers, for two products more. Of `quest.Linear`s
     that multiply integers it takes the operands that are kept in any case, and their numbers are
@@ -260,8 +263,28 @@ def swiglu(
 
 
 def _composed(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
-    first, second = together(x, (gate, up))
-    return gated(first, second, down)
+    return _down(projected(x, (gate, up), True), down)
+
+
+def _down(made: tuple[Tensor, ...], down: nn.Module) -> Tensor:
+    """The last layer, of gate and up or of what was made of both."""
+    if len(made) > 1:
+        return gated(made[0], made[1], down)
+    y: Tensor = down(made[0])
+    return y
+
+
+def normed_swiglu(
+    x: Tensor, norm: nn.Module, gate: nn.Module, up: nn.Module, down: nn.Module,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(h, `swiglu(norm(h), gate, up, down)`), for h = residual + x, or h = x without a residual.
+
+    The norm and both layers behind it as in `quest.normed`, the rest as in `swiglu` without
+    `recompute`. Raises what those two raise.
+    """
+    h, made = behind_norm(x, norm, (gate, up), residual, True)
+    return h, _down(made, down)
 
 
 def _live(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor | None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from . import direct, eager, frozen, lowbit, operands, ops, paths
-from .joint import again, alike, hooked, joined, split, together, whole
+from .joint import again, alike, gates, hooked, joined, projected, split, whole
 from .linear import Linear
 from .lowbit_linear import low_bit_linear, saves
 
@@ -398,8 +398,15 @@ def normed(
     autocast a residual stream is float32. Raises TypeError and ValueError for an x and a residual
     of other shapes or devices, for a norm that is no module, and what `quest.together` raises.
     """
+    return behind_norm(x, norm, layers, residual, False)
+
+
+def behind_norm(
+    x: Tensor, norm: nn.Module, layers: Sequence[nn.Module], residual: Tensor | None, gate: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`normed`; with a gate, what comes out of the layers as in `joint.projected`."""
     layers = layers if isinstance(layers, nn.Module) else tuple(layers)
-    if (found := _again(x, norm, layers, residual)) is not None:
+    if (found := _again(x, norm, layers, residual, gate)) is not None:
         return found
     _check_pair(x, x if residual is None else residual, ("x", "residual"), plain=True)
     if not isinstance(norm, nn.Module):
@@ -408,40 +415,43 @@ def normed(
     held = None if weight is None or isinstance(layers, nn.Module) else _held(layers, x, True)
     if held is None:
         h = x if residual is None else residual + x
-        return h, together(norm(h), layers)
+        return h, projected(norm(h), layers, gate)
     assert isinstance(norm, nn.RMSNorm)
     assert weight is not None
     assert norm.eps is not None
     plain = [layer for layer in layers if isinstance(layer, Linear)]
     bias, columns = joined(plain, held, x), sum(layer.out_features for layer in plain)
+    gate = gate and gates(x, plain, held)
     xs = (x,) if residual is None else (x, residual)
     unwatched = all(map(ops.direct, (*xs, weight)))
     fits = unwatched and direct.fits(bias, x, columns) and direct.fits(weight, x, x.shape[-1])
     # A weight that lies off a multiple of 16 bytes is copied, to where no later call may look.
     if fits and weight.data_ptr() % 16 == 0:
-        made = direct.behind(xs, held, bias, (weight, norm.eps))
+        made = direct.behind(xs, held, bias, (weight, norm.eps), gate)
         if made is not None:
-            return made[-1] if len(made) > 1 else x, split(made[0], plain)
+            return made[-1] if len(made) > 1 else x, split(made[0], plain, gate)
     kind = held.kinds.partition(",")[0]
     encode = launch_normed_encode if unwatched else normed_encode
     a, scale, sums, h = encode(x, residual, weight, norm.eps, held.spec, kind)[:4]
     rows = (lowbit.as_rows(a), lowbit.as_rows(scale), lowbit.as_rows(sums))
-    y = frozen.multiply(rows, held, bias, x.shape[-1], x.dtype, unwatched)
+    y = frozen.multiply(rows, held, bias, x.shape[-1], x.dtype, unwatched, gate)
     y = y.view(*x.shape[:-1], y.shape[-1])
-    return x if residual is None else h, split(y, plain)
+    return x if residual is None else h, split(y, plain, gate)
 
 
 def _again(
-    x: Tensor, norm: nn.Module, layers: Sequence[nn.Module], residual: Tensor | None
+    x: Tensor, norm: nn.Module, layers: Sequence[nn.Module], residual: Tensor | None, gate: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """`normed`, where a call like this one was checked and recorded."""
+    """`behind_norm`, where a call like this one was checked and recorded."""
     if type(norm) is not nn.RMSNorm or hooked(norm) or isinstance(layers, nn.Module):
         return None
     weight = norm._parameters.get("weight")
     if weight is None or not isinstance(norm.eps, float):
         return None
-    made = again((x,) if residual is None else (x, residual), layers, weight, norm.eps)
-    return None if made is None else (x if residual is None else made[1], split(made[0], layers))
+    made = again((x,) if residual is None else (x, residual), layers, weight, norm.eps, gate=gate)
+    if made is None:
+        return None
+    return x if residual is None else made[1], split(made[0], layers, gate)
 
 
 def _weight(norm: nn.Module, x: Tensor) -> Tensor | None:

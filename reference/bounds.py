@@ -49,6 +49,8 @@ EXP_ROUNDINGS = 4
 GATED_ROUNDINGS = 5
 # Of these, those of the sigmoid itself.
 SIGMOID_ROUNDINGS = 3
+# The slope of silu is 1.09984 at 2.3994, and nowhere steeper.
+SILU_STEEPEST = 1.1
 # Where exp(-g) nears the end of float32's range, its reciprocal may be 0.
 SIGMOID_SMALLEST = 2.0**-126
 # Of mean(h^2) + eps, beside one for each square: the division by d (a reciprocal and a product),
@@ -216,6 +218,20 @@ def gated(gate: Float64, value: Float64, between: str | None = None) -> Float64:
         if between is not None:
             error = output(silu, error, between)
         bound: Float64 = error * v * (1 + U32) + (between is not None) * U32 * silu * v + ETA32 / 2
+    return bound
+
+
+def gated_near(gate: Float64, value: Float64, off: tuple[Float64, Float64]) -> Float64:
+    """Bound of `gated` where gate and value are known up to `off` only.
+
+    silu is nowhere steeper than SILU_STEEPEST. `gated`'s own part is taken at both ends of where
+    the gate may lie, and added: it need not grow from one to the other.
+    """
+    g, v = off
+    with np.errstate(invalid="ignore", over="ignore"):
+        far = np.abs(value) + v
+        moved = SILU_STEEPEST * g * far + np.abs(gate) * prologue.sigmoid(gate) * v
+        bound: Float64 = moved + gated(gate - g, far) + gated(gate + g, far)
     return bound
 
 

@@ -34,6 +34,7 @@ _FEW = (
 _PRODUCT = (
     "product_cuda_edges",
     "product",
+    "gated_product",
     "layer",
     "frozen",
     "cuda_texts",
@@ -115,6 +116,13 @@ OWN = {
         "memcheck",
         "barriers",
     ),
+    "kernels/gate.cuh": (
+        "blocks_cuda_edges",
+        "prologue_kernel",
+        "prologue",
+        "gated_product",
+        "cuda_texts",
+    ),
     "kernels/halves.cuh": (
         "blocks_cuda_edges",
         "blocks",
@@ -158,7 +166,13 @@ OWN = {
     "kernels/layout.py": ("layout", "few", "rows"),
     "kernels/outputs.py": ("launch_edges", "outputs", "api", "errors"),
     "kernels/pack.py": ("launch_edges", "packed_tiles", "launch_rules", "packed_operand"),
-    "kernels/product.py": ("product_launches", "launch_rules", "product", "product_errors"),
+    "kernels/product.py": (
+        "product_launches",
+        "launch_rules",
+        "product",
+        "gated_product",
+        "product_errors",
+    ),
     "kernels/product.cu": ("product_launches", *_PRODUCT),
     "kernels/product.cuh": _PRODUCT,
     "kernels/quantize.py": (
@@ -208,7 +222,7 @@ OWN = {
         "compress",
         "sparse_product",
     ),
-    "quest/direct.py": ("direct_launches", "recorded_calls", "direct", "frozen"),
+    "quest/direct.py": ("direct_launches", "recorded_calls", "direct", "gated_product", "frozen"),
     "quest/eager.py": (
         "grids_and_transforms_edges",
         "eager_edges",
@@ -222,7 +236,14 @@ OWN = {
         "gated_layer",
     ),
     "quest/estimators.py": ("api", "errors"),
-    "quest/frozen.py": ("layer_edges", "frozen_weights", "frozen", "joint", "sparse_product"),
+    "quest/frozen.py": (
+        "layer_edges",
+        "frozen_weights",
+        "gated_product",
+        "frozen",
+        "joint",
+        "sparse_product",
+    ),
     "quest/fused.py": (
         "fused_edges",
         "launch_edges",
@@ -231,8 +252,15 @@ OWN = {
         "fused",
         "frozen",
     ),
+    "quest/gated_product.py": ("gated_product",),
     "quest/grids.py": ("grids_and_transforms_edges", "grids", "api", "constants", "errors"),
-    "quest/joint.py": ("grids_and_transforms_edges", "shared_inputs", "recorded_calls", "joint"),
+    "quest/joint.py": (
+        "grids_and_transforms_edges",
+        "shared_inputs",
+        "recorded_calls",
+        "gated_product",
+        "joint",
+    ),
     "quest/linear.py": (
         "layer_edges",
         "layer_life",
@@ -260,7 +288,7 @@ OWN = {
         "gated_layer",
         "product_errors",
     ),
-    "quest/mlp.py": ("mlp_edges", "mlp"),
+    "quest/mlp.py": ("mlp_edges", "gated_product", "mlp"),
     "quest/operands.py": ("operand_forms", "product", "product_errors", "packed_operand", "errors"),
     "quest/ops.py": ("launch_edges", "operator_launches", "operators", "errors", "hadamard"),
     "quest/packed.py": (
@@ -275,6 +303,7 @@ OWN = {
     "quest/prologue.py": (
         "prologue_launches",
         "prologue_rules",
+        "gated_product",
         "prologue",
         "prologue_layers",
         "gated_layer",

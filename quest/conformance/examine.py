@@ -213,10 +213,12 @@ def product(
     made: Recipe,
     dtype: torch.dtype,
     compressed: bool = False,
+    gate: bool = False,
 ) -> list[Verdict]:
     """T0 of the accumulators and T6 of the product of two operands, x (n, in), w (out, in).
 
-    compressed: the product reads w, 2:4 sparse, in its compressed form.
+    compressed: the product reads w, 2:4 sparse, in its compressed form. gate: T6 of what a gated
+    product makes of it, (n, out / 2).
     """
     kinds = operands.kinds(made.activation, made.weight)
     if kinds is None:
@@ -227,7 +229,7 @@ def product(
     )
     acc = lane.call("accumulate", a["operand"], b["operand"])["accumulators"]
     extra = () if bias is None else (bias,)
-    stage = "product"
+    stage = "gated_product" if gate else "product"
     weight: tuple[Tensor, ...] = (b["operand"],)
     if compressed:
         form = lane.call("compress", b["operand"])
@@ -237,10 +239,10 @@ def product(
         grids=",".join(q.require_grid().name for q, _ in pairs), kinds=",".join(kinds),
         width=x.shape[-1], dtype=dtype,
     )["y"]  # fmt: skip
-    shape = (x.shape[0], w.shape[0])
+    shape, made_shape = (x.shape[0], w.shape[0]), (x.shape[0], w.shape[0] // (1 + gate))
     forms = [
         judges.form("accumulators", acc, shape, torch.int32),
-        judges.form("product", y, shape, dtype),
+        judges.form("gated product" if gate else "product", y, made_shape, dtype),
     ]
     if any(v.failure for v in forms):
         return forms
@@ -252,7 +254,7 @@ def product(
     return [
         *forms,
         judges.accumulated(a["operand"], b["operand"], acc),
-        judges.multiplied(
+        (judges.gated_product if gate else judges.multiplied)(
             (whole[0], whole[1]), (units[0], units[1]), (a["scale"], b["scale"]), bias, y
         ),
     ]

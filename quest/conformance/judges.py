@@ -486,6 +486,39 @@ def multiplied(
 
     The bias is added with the last product, in one rounding or two.
     """
+    expected, bound = _product(integers, units, scales, bias, oracle.dtype_name(y.dtype))
+    return close("product", y, expected, bound)
+
+
+def gated_product(
+    integers: tuple[Array, Array],
+    units: tuple[float, float],
+    scales: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    x: Tensor,
+) -> Verdict:
+    """T6: silu(gate) value of the halves of `multiplied`'s y, each stored in x's dtype before.
+
+    As in `gated`, where one of them may leave the dtype.
+    """
+    name = oracle.dtype_name(x.dtype)
+    y, off = _product(integers, units, scales, bias, name)
+    (g, v), (g_off, v_off) = np.split(y, 2, -1), np.split(off, 2, -1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = prologue.gated(g, v)
+        bound = bounds.output(expected, bounds.gated_near(g, v, (g_off, v_off)), name)
+        free = np.maximum(np.abs(g) + g_off, np.abs(v) + v_off) >= bounds.LARGEST[name]
+    return close("gated product", x, expected, bound, free)
+
+
+def _product(
+    integers: tuple[Array, Array],
+    units: tuple[float, float],
+    scales: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    dtype: str,
+) -> tuple[Array, Array]:
+    """What `multiplied` expects of a product that is stored in this dtype, and its bound."""
     total = integers[0].astype(np.float64) @ integers[1].T.astype(np.float64)
     factor = units[0] * units[1]
     with np.errstate(invalid="ignore", over="ignore"):
@@ -498,8 +531,7 @@ def multiplied(
         if bias is not None:
             expected = plain + lift(bias)
             error = error + bounds.U32 * (np.abs(expected) + error)
-        bound = bounds.output(expected, error, oracle.dtype_name(y.dtype))
-    return close("product", y, expected, bound)
+        return expected, bounds.output(expected, error, dtype)
 
 
 def values_product(

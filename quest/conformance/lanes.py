@@ -59,7 +59,8 @@ class Lane:
         """Whether the lane has an implementation of its own for this call."""
         if self.backend != "dispatch" and (stage == "frozen" or static.get("path") == "integers"):
             return False  # the layer of the other lanes is composed, of values
-        if stage in ("accumulate", "product", "sparse_product") or static.get("path") == "integers":
+        products = ("accumulate", "product", "gated_product", "sparse_product")
+        if stage in products or static.get("path") == "integers":
             return self.backend != "launch" and no_product(self) is None
         q = static.get("q")
         if self.backend == "launch" and q is not None and q.sparsity is not None:
@@ -185,7 +186,7 @@ def full_sums() -> Iterator[None]:
 @functools.cache
 def operators(backend: str) -> Any:
     """The functions of a backend by operator name."""
-    from quest import compression, eager, lowbit, ops, prologue, sparse_product
+    from quest import compression, eager, gated_product, lowbit, ops, prologue, sparse_product
 
     if backend == "dispatch":
         return SimpleNamespace(
@@ -200,6 +201,7 @@ def operators(backend: str) -> Any:
             decode=lambda a, scale, q, *rest: lowbit.decode(a, scale, q.spec, *rest),
             accumulate=lowbit.accumulate,
             product=lowbit.product,
+            gated_product=gated_product.gated_product,
             sparse_product=sparse_product.sparse_product,
             hadamard=ops.hadamard,
             masked_transpose=ops.masked_transpose,
@@ -233,6 +235,7 @@ def operators(backend: str) -> Any:
         decode=functions[4],
         accumulate=eager.accumulate,
         product=lowbit.eager_product,
+        gated_product=gated_product.eager_gated_product,
         sparse_product=sparse_product.eager_sparse_product,
         hadamard=functions[0],
         masked_transpose=functions[1],
@@ -320,10 +323,10 @@ def _accumulate(lane: Lane, a: Tensor, b: Tensor) -> Outputs:
     return {"accumulators": operators(lane.backend).accumulate(a, b)}
 
 
-def _product(lane: Lane, *tensors: Tensor, **static: Any) -> Outputs:
+def _product(lane: Lane, *tensors: Tensor, stage: str = "product", **static: Any) -> Outputs:
     # a, b, their scales and sums, and a bias or none.
     bias = tensors[6] if len(tensors) > 6 else None
-    y = operators(lane.backend).product(
+    y = getattr(operators(lane.backend), stage)(
         *tensors[:6], bias, static["grids"], static["kinds"], static["width"], static["dtype"]
     )
     return {"y": y}
@@ -524,6 +527,7 @@ _STAGES: dict[str, Callable[..., Outputs]] = {
     "compress": _compress,
     "accumulate": _accumulate,
     "product": _product,
+    "gated_product": functools.partial(_product, stage="gated_product"),
     "sparse_product": _sparse_product,
 }
 

@@ -30,6 +30,7 @@ from rich.table import Table
 
 import quest
 from quest import operands
+from quest.gated_product import HALVES
 
 from . import examine, inputs, oracle, report
 from .lanes import Lane, all_lanes, missing, no_product
@@ -170,6 +171,17 @@ def _products(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
     return found
 
 
+def _gated_products(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
+    found = []
+    for i, kind in enumerate(("gaussian", "heavy", "equal")):
+        x = inputs.draw(kind, (133, 384), dtype, i)
+        w = inputs.draw("gaussian", (2 * 57, 384), dtype, i + 1) / 16
+        bias = inputs.draw("gaussian", (2 * 57,), dtype, i + 3)
+        made = quest.recipe(name)
+        found.append(examine.product(lane, x, w, bias, made, dtype, gate=True))
+    return found
+
+
 def rows(lane: Lane, quick: bool) -> Iterator[Row]:
     """What is judged in a lane; `quick` takes a tenth of it."""
     dtypes = DTYPES[:2] if quick else DTYPES
@@ -200,6 +212,9 @@ def rows(lane: Lane, quick: bool) -> Iterator[Row]:
                 yield Row(lane, "normed", name, dtype, partial(_normed, lane, name, dtype))
             if no_product(lane) is None:
                 yield Row(lane, "product", name, dtype, partial(_products, lane, name, dtype))
+                if dtype in HALVES:
+                    judged = partial(_gated_products, lane, name, dtype)
+                    yield Row(lane, "gated product", name, dtype, judged)
             if lane.supports("linear", {"path": "integers"}):
                 layer = partial(_layers, lane, name, dtype, "integers")
                 yield Row(lane, "integers", name, dtype, layer)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quest.joint import hooked, together
-from quest.mlp import swiglu
-from quest.prologue import gated, normed
+from quest.mlp import normed_swiglu, swiglu
+from quest.prologue import normed
 
 INIT_STD = 0.02
 
@@ -160,7 +160,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.hidden, config.width, bias=False)
 
     @property
-    def inputs(self) -> tuple[nn.Module, ...]:
+    def inputs(self) -> tuple[nn.Module, nn.Module]:
         """The layers that see the module's input."""
         return self.gate_proj, self.up_proj
 
@@ -187,8 +187,9 @@ class Block(nn.Module):
         # The same, where a frozen layer's quantizer takes over the norm before it.
         _, projected = normed(x, self.input_layernorm, attention.inputs)
         mixed = attention.mixed(projected, cos, sin)
-        h, (gate, up) = normed(mixed, self.post_attention_layernorm, mlp.inputs, x)
-        return h + gated(gate, up, mlp.down_proj)
+        norm, (gate, up) = self.post_attention_layernorm, mlp.inputs
+        h, y = normed_swiglu(mixed, norm, gate, up, mlp.down_proj, x)
+        return h + y
 
 
 def _own(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -225,8 +225,9 @@ def swiglu(
     """down(silu(gate(x)) * up(x)) for x (..., in): `quest.together`, then `quest.gated`.
 
     Where no gradient is asked for, and gate and up are frozen `quest.Linear`s that lie stacked, one
-    kernel multiplies and makes silu(gate) * up of 16 bits, computed in float32 and rounded once;
-    but of few rows, whose weights it reads packed, and with 2:4 sparse weights.
+    kernel multiplies and makes silu(gate) * up of 16 bits, computed in float32 and rounded once, as
+    `quest.gated` does (`gated_product`); but not of few rows, whose weights are read packed, nor
+    with 2:4 sparse weights. `down` then quantizes rows as it does by itself.
     recompute: the backward computes gate(x) and up(x) again, and between the two nothing as wide is
     kept: less memory in a model of several such layers, for two products more. Of `quest.Linear`s
     that multiply integers it takes the operands that are kept in any case, and their numbers are

@@ -47,8 +47,7 @@ def test_what_is_run_again(
     plan: _Plan, old: Result | None, wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(covered, "has_gpu", lambda: False)
-    assert plan.wants(old, ()) == wanted
-    assert old is None or plan.wants(old, (old.outcome,))
+    assert plan.wants(old) == wanted
 
 
 @pytest.mark.parametrize("outcome", ["survived", "not run", "killed"])
@@ -57,7 +56,7 @@ def test_a_gpu_looks_again_at_what_passed_without_one(
 ) -> None:
     monkeypatch.setattr(covered, "has_gpu", lambda: True)
     for stack, wanted in ((HERE, outcome != "killed"), ("H100, python 3.12", False)):
-        assert FULL.wants(Result("", "", outcome, stack=stack), ()) == wanted
+        assert FULL.wants(Result("", "", outcome, stack=stack)) == wanted
 
 
 def test_a_gpu_can_be_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from . import (
     choice,
     covered,
     cuda_source,
+    near,
     patches,
     pool,
     proofs,
@@ -36,6 +37,7 @@ from .mutant import FAMILIES, ROOT, Mutant, read
 
 # What is no arithmetic and no rule: command lines, numbers that `test_constants` derives.
 LEFT_OUT = ("__init__.py", "cli.py", "constants.py")
+CARRIED = "carried"  # what --again may name besides outcomes
 
 
 def _files(folder: str, pattern: str) -> tuple[str, ...]:
@@ -70,8 +72,9 @@ def _finite(context: click.Context, option: click.Parameter, value: float | None
 @click.option("--file", "files", multiple=True,
               help="Only mutants of this file, like quest/eager.py; may be repeated.")  # fmt: skip
 @click.option("--only", "ids", multiple=True, metavar="ID", help="Only this mutant; repeatable.")
-@click.option("--sample", type=click.IntRange(1), help="So many of the chosen ones, at random.")
-@click.option("--each", type=click.IntRange(1), help="So many of each file, at random.")
+@click.option("--sample", type=click.IntRange(1), help="So many of the chosen ones, at random; "
+              "with --again of those that this names, and no others.")  # fmt: skip
+@click.option("--each", type=click.IntRange(1), help="In the same way so many of each file.")
 @click.option("--seed", default=0, show_default=True, help="Of --sample, --each and the order.")
 @click.option(
     "--own",
@@ -93,8 +96,9 @@ def _finite(context: click.Context, option: click.Parameter, value: float | None
               help="Seconds that any test may take.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True,
               help="Processes side by side.")  # fmt: skip
-@click.option("--again", type=click.Choice(runner.OUTCOMES), multiple=True,
-              help="Run these once more, and not only what the journal lacks.")  # fmt: skip
+@click.option("--again", type=click.Choice((*runner.OUTCOMES, CARRIED)), multiple=True,
+              help="Run these once more, and not only what the journal lacks. carried: verdicts of "
+              "an earlier commit, of which only what stands nearest is unchanged.")  # fmt: skip
 @click.option("--quick", is_flag=True,
               help="No ci profile for survivors: later, --again survived.")  # fmt: skip
 @click.option("--first", is_flag=True,
@@ -134,8 +138,9 @@ def main(
     """Plant faults one at a time and see which test kills each.
 
     A run goes on where the last one stopped: what earlier runs found holds as long as what it
-    rests on (see evidence.py). Exit status 1 where a mutant survives that is not proven
-    equivalent, or where a proof is stale.
+    rests on (see evidence.py), or is carried while what stands nearest is the same (see near.py).
+    What is carried is not run unless --again names it. Exit status 1 where a mutant survives that
+    is not proven equivalent, or where a proof is stale.
     """
     # Ended in order, with the processes that are at work.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -144,6 +149,20 @@ def main(
     console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=160)
     known = all_mutants()
     chosen = _choose(known, families, files, ids)
+    proven = proofs.read()
+    problems = [] if listed else proven.stale(known)
+    if problems:
+        raise click.ClickException("equivalent.toml is stale:\n  " + "\n  ".join(problems))
+    if fresh and not listed:
+        for path in (*work.glob("*.jsonl"), *work.glob("*.json")):
+            path.unlink(missing_ok=True)
+    record = journal_.Journal(work, Evidence(), patience, () if fresh else record_.journal())
+
+    def asked() -> list[Mutant]:
+        return [m for m in chosen if proven_too or m.id in ids or not proven.because(m)]
+
+    if again and (sample or each):
+        chosen = [m for m in asked() if _is_named(again, record, m)]
     chosen = _sampled(chosen, sample, each, seed)
     about = {n for m in chosen for n in choice.OWN.get(m.file, ())}
     for name in named:
@@ -156,18 +175,12 @@ def main(
             console.print(f"{mutant.id}  {mutant.what}", markup=False, highlight=False)
         console.print(f"{len(chosen)} of {len(known)} mutants")
         return
-    proven = proofs.read()
-    problems = proven.stale(known)
-    if problems:
-        raise click.ClickException("equivalent.toml is stale:\n  " + "\n  ".join(problems))
-    if fresh:
-        for path in (*work.glob("*.jsonl"), *work.glob("*.json")):
-            path.unlink(missing_ok=True)
-    record = journal_.Journal(work, Evidence(), patience, () if fresh else record_.journal())
     narrow = own or bool(named) or all(cuda_source.is_cuda(m.file) for m in chosen)
     plan = _Plan(jobs, quick, first, narrow, seed, minutes is not None, patience, until, named)
-    asked = [m for m in chosen if proven_too or m.id in ids or not proven.because(m)]
-    missing = [m for m in asked if plan.wants(record.known(m), again)]
+    missing = [
+        m for m in asked() if _is_named(again, record, m) or plan.wants(record.known(m))
+    ]  # fmt: skip
+    doubted = [m.id for m in missing if record.is_carried(m)]
     if missing and minutes != 0:
         try:
             work.mkdir(parents=True, exist_ok=True)
@@ -178,12 +191,12 @@ def main(
             _run(console, missing, record, work, plan)
         except runner.HarnessError as error:
             raise Broken(str(error)) from error
-    results = {m.id: r for m in chosen if (r := record.known(m)) is not None}
-    judged = table.Table(chosen, results, proven)
+    judged = _table(chosen, record, proven)
     judged.show(console)
+    if doubted and minutes != 0:
+        console.print(_checked(doubted, judged))
     if save:
-        found = {m.id: r for m in known if (r := record.known(m)) is not None}
-        for path in record_.save(table.Table(known, found, proven), record.lines(known)):
+        for path in record_.save(_table(known, record, proven), record.lines(known)):
             console.print(f"wrote {path}")
     raise SystemExit(1 if judged.problems() else 0)
 
@@ -207,6 +220,31 @@ def _choose(
     if not chosen:
         raise click.UsageError("no mutant is of all that was asked for; --list shows what there is")
     return chosen
+
+
+def _table(
+    mutants: list[Mutant], record: journal_.Journal, proven: proofs.Proofs
+) -> table.Table:  # fmt: skip
+    results = {m.id: r for m in mutants if (r := record.known(m)) is not None}
+    carried = frozenset(m.id for m in mutants if record.is_carried(m))
+    return table.Table(mutants, results, proven, carried)
+
+
+def _is_named(again: tuple[str, ...], record: journal_.Journal, mutant: Mutant) -> bool:
+    """Whether --again names what is known of a mutant."""
+    old = record.known(mutant)
+    named = old is not None and old.outcome in again
+    return named or (CARRIED in again and record.is_carried(mutant))
+
+
+def _checked(doubted: list[str], judged: table.Table) -> str:
+    """How carried verdicts fared in a run. Confirmed: dead, or refused, again."""
+    new = [judged.results[name].outcome for name in doubted if name not in judged.carried]
+    confirmed = sum(outcome in near.CARRIED for outcome in new)
+    return (
+        f"of {len(doubted)} carried verdicts {confirmed} are confirmed, {len(new) - confirmed} are "
+        f"not, {len(doubted) - len(new)} were not looked at again"
+    )
 
 
 def _sampled(
@@ -273,9 +311,9 @@ class _Plan:
             return choice.FIRST
         return choice.OWN_TESTS if self.narrow else choice.QUICK if self.quick else ""
 
-    def wants(self, old: runner.Result | None, again: tuple[str, ...]) -> bool:
+    def wants(self, old: runner.Result | None) -> bool:
         """Whether a mutant is run, given what is known of it."""
-        if old is None or old.outcome in again or _blind(old):
+        if old is None or _blind(old):
             return True
         if old.outcome != "open":
             return False
@@ -285,8 +323,7 @@ class _Plan:
 
 def _blind(old: runner.Result) -> bool:
     """Whether tests passed where there was no GPU, and there is one."""
-    passed = old.outcome in ("not run", "open", "survived")
-    return passed and old.stack.startswith(covered.NO_GPU) and covered.has_gpu()
+    return old.blind and covered.has_gpu()
 
 
 def _run(

@@ -21,6 +21,7 @@ OPERATORS = {
 _SILENT = re.compile(
     r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\])*\"|^[ \t]*#(?:\\\n|[^\n])*", re.DOTALL | re.MULTILINE
 )
+_COMMENT = re.compile(r"\"(?:\\.|[^\"\\])*\"|//[^\n]*|/\*.*?\*/", re.DOTALL)
 _SIGNS = "|".join(re.escape(o) for o in sorted(OPERATORS, key=len, reverse=True))
 _OPERATOR = re.compile(rf"(?<= )({_SIGNS})(?= )")
 _INTEGER = re.compile(r"(?<![\w.])(0x[0-9A-Fa-f]+|\d+)(?=u?(?:ll)?\b)(?![.\w]*[.])")
@@ -35,6 +36,12 @@ _CHOICE = re.compile(r"(?<=\? )([\w.()+-]+)( : )([\w.()+-]+)")
 def is_cuda(file: str) -> bool:
     """Whether a file is CUDA C++: a kernel or a header."""
     return file.endswith((".cu", ".cuh"))
+
+
+def code(text: str) -> str:
+    """A text without comments, empty lines and blanks at the ends of lines."""
+    bare = _COMMENT.sub(lambda m: m[0] if m[0].startswith('"') else " ", text)
+    return "\n".join(line.rstrip() for line in bare.splitlines() if line.strip())
 
 
 def holders(file: str, root: Path) -> list[str]:

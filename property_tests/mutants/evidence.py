@@ -46,17 +46,14 @@ class Outline:
     """A module without the bodies of its functions, and those bodies, as digests.
 
     functions: by qualified name; functions of one name (`_` of a decorator) share an entry.
-    spans: (first line of the body, last, name).
+    heads: the same functions without their bodies. spans: (first line of the body, last, name).
     """
 
     def __init__(self, source: str) -> None:
         self.spans: list[tuple[int, int, str]] = []
         bodies: dict[str, list[str]] = {}
-        tree = ast.parse(source)
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and _is_docstring(body[0]):
-                del body[0]
+        heads: dict[str, list[str]] = {}
+        tree = without_docstrings(source)
 
         def hollow(node: ast.AST, scope: str) -> None:
             for child in ast.iter_child_nodes(node):
@@ -65,14 +62,16 @@ class Outline:
                     if child.body:
                         last = child.end_lineno or child.lineno
                         self.spans.append((child.body[0].lineno, last, name))
-                    bodies.setdefault(name, []).append(_dump(child.body))
+                    bodies.setdefault(name, []).append(dump(child.body))
                     child.body = []
+                    heads.setdefault(name, []).append(dump(child))
                 else:
                     hollow(child, f"{name}." if isinstance(child, ast.ClassDef) else scope)
 
         hollow(tree, "")
-        self.module = _digest([_dump(tree)])
+        self.module = _digest([dump(tree)])
         self.functions = {name: _digest(parts) for name, parts in bodies.items()}
+        self.heads = {name: _digest(parts) for name, parts in heads.items()}
 
     def called(self, lines: Collection[int]) -> list[str]:
         """Names of functions of which a line was executed."""
@@ -183,24 +182,34 @@ class Evidence:
         return _digest([*parts, *self._of_data(file)])
 
 
+def without_docstrings(source: str) -> ast.Module:
+    """The syntax tree of a module."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and _is_docstring(body[0]):
+            del body[0]
+    return tree
+
+
 def _is_docstring(node: ast.stmt) -> bool:
     value = node.value if isinstance(node, ast.Expr) else None
     return isinstance(value, ast.Constant) and isinstance(value.value, str)
 
 
-def _dump(node: object) -> str:
+def dump(node: object) -> str:
     """A syntax tree as text.
 
     `ast.dump` prints other empty fields in each version of Python, and each cuts the constant parts
     of an f-string in another way.
     """
     if isinstance(node, list):
-        return f"[{', '.join(map(_dump, node))}]"
+        return f"[{', '.join(map(dump, node))}]"
     if not isinstance(node, ast.AST):
         return repr(node)
-    fields = [f"{n}={_dump(v)}" for n, v in ast.iter_fields(node) if v is not None and v != []]
+    fields = [f"{n}={dump(v)}" for n, v in ast.iter_fields(node) if v is not None and v != []]
     if isinstance(node, ast.JoinedStr):
-        fields = [f"values={_dump(_joined(node.values))}"]
+        fields = [f"values={dump(_joined(node.values))}"]
     return f"{type(node).__name__}({', '.join(fields)})"
 
 

@@ -1,10 +1,10 @@
 """Results as they come, for later runs to go on from, and for the record.
 
-Lines of JSON: results, each with the stack on which it was reached and the digest of what it rests
-on (see `evidence`), and which functions each file of tests calls there, for that digest to be made
-again. The record is one. Every `*.jsonl` of the folder is read besides, so that what another
-machine has found is merged by copying its file there; this one writes `journal.jsonl`, a line at
-once.
+Lines of JSON: results, each with the stack on which it was reached and the digests of what it rests
+on (see `evidence`) and of what stands nearest to it (see `near`), and which functions each file of
+tests calls there, for the former to be made again. The record is one. Every `*.jsonl` of the folder
+is read besides, so that what another machine has found is merged by copying its file there; this
+one writes `journal.jsonl`, a line at once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .baseline import Baseline
 from .choice import PASSED
 from .evidence import Evidence
 from .mutant import Mutant
+from .near import CARRIED, Near
 
 NAME = "journal.jsonl"
 # The best that is known of a mutant counts: a test that fails on one stack has noticed it.
@@ -30,7 +31,8 @@ STRENGTH = ("not run", "open", "survived", "identical", "refused", "timeout", "c
 class Result:
     """What became of a mutant. by: the test that killed it. seconds: to the kill, or in all.
 
-    tests: how many of the quick profile could notice. key: what this rests on. passed: of an open
+    tests: how many of the quick profile could notice. key: what this rests on. near: what stands
+    nearest to it, "" where it can't be carried. passed: of an open
     one, one of `choice.PASSED`. patience: of a timeout, what its test was given besides. stack:
     device and versions.
     """
@@ -45,6 +47,13 @@ class Result:
     passed: str = ""
     patience: float = 0.0
     stack: str = ""
+    near: str = ""
+
+    @property
+    def blind(self) -> bool:
+        """Whether tests passed where there was no GPU: one may tell more."""
+        passed = self.outcome in ("not run", "open", "survived")
+        return passed and self.stack.startswith(covered.NO_GPU)
 
     @property
     def strength(self) -> tuple[int, int]:
@@ -54,7 +63,7 @@ class Result:
 
 
 class Journal:
-    """All that was ever found, of which `known` gives what still holds.
+    """All that was ever found, of which `known` gives what still holds, or is carried.
 
     patience: what a timeout must have been given at least. record: lines of an earlier journal;
     what killed there is likely to kill again, whether it holds or not.
@@ -64,6 +73,7 @@ class Journal:
         self, folder: Path, evidence: Evidence, patience: float = 0.0, record: Iterable[str] = ()
     ) -> None:
         self.path, self.evidence, self.patience = folder / NAME, evidence, patience
+        self.near = Near(evidence)
         # By ID; by file and stack, of which the last counts.
         self.results: dict[str, dict[tuple[str, str], Result]] = {}
         # By (file, scope) and test: how often it was the one that killed.
@@ -114,25 +124,59 @@ class Journal:
         """Keep a result, reached on this stack."""
         stack = covered.stack()
         key = self.evidence.key(result.outcome, mutant.file, result.by, stack)
-        result = replace(result, key=key, stack=stack)
+        near = self.near.key(result.outcome, result.by, mutant)
+        result = replace(result, key=key, stack=stack, near=near)
         self._enter(self.path.name, result)
         self._write(asdict(result))
 
     def known(self, mutant: Mutant) -> Result | None:
-        """The best that is known of this mutant and still holds; of equals, this stack's.
+        """The best that is known of this mutant; of equals, this stack's.
 
-        What this journal has found counts before what the record says of the same stack.
+        What holds counts before what is carried, but for what a machine without a GPU can't tell
+        of a kill on one. What this journal has found counts before what the record says of the same
+        stack.
         """
-        of = {k: r for k, r in self.results.get(mutant.id, {}).items() if self._holds(mutant, r)}
-        found = [r for (name, s), r in of.items() if name or (self.path.name, s) not in of]
+        return self._best(mutant)[0]
+
+    def is_carried(self, mutant: Mutant) -> bool:
+        """Whether what is known of this mutant no longer holds, and is carried."""
+        return self._best(mutant)[1]
+
+    def _best(self, mutant: Mutant) -> tuple[Result | None, bool]:
         here = covered.stack()
-        return max(found, key=lambda r: (r.strength, r.stack == here), default=None)
+
+        def rank(result: Result) -> tuple[tuple[int, int], bool]:
+            return result.strength, result.stack == here
+
+        every = {k: r for k, r in self.results.get(mutant.id, {}).items() if self._is_of(mutant, r)}
+        of = {k: r for k, r in every.items() if self._holds(mutant, r)}
+        found = [r for (name, s), r in of.items() if name or (self.path.name, s) not in of]
+        best = max(found, key=rank, default=None)
+        if best is not None and not best.blind:
+            return best, False
+        carried = [
+            r for k, r in every.items()
+            if (best is None or not r.stack.startswith(covered.NO_GPU))
+            and r.near and r.near == self.near.key(r.outcome, r.by, mutant)
+            and not self._is_refuted(k, every)
+        ]  # fmt: skip
+        near = max(carried, key=rank, default=None)
+        return (best, False) if near is None else (near, True)
+
+    def _is_refuted(self, key: tuple[str, str], every: dict[tuple[str, str], Result]) -> bool:
+        """Whether tests passed in another journal on the same stack: that may have been later.
+
+        What this journal says is the last that was found here.
+        """
+        return key[0] != self.path.name and any(
+            r.stack == key[1] and r.outcome not in CARRIED for r in every.values()
+        )
+
+    def _is_of(self, mutant: Mutant, result: Result) -> bool:
+        late = result.outcome == "timeout" and result.patience < self.patience
+        return result.what == mutant.what and not late
 
     def _holds(self, mutant: Mutant, result: Result) -> bool:
-        if result.what != mutant.what:
-            return False
-        if result.outcome == "timeout" and result.patience < self.patience:
-            return False
         key = self.evidence.key(result.outcome, mutant.file, result.by, result.stack)
         return result.key == key
 

@@ -19,11 +19,19 @@ TEXT = """# Mutants
 `python -m property_tests.mutants --save` writes this of all that its journal knows, at commit \
 {commit}; mutants.jsonl.xz beside it is that journal, from which any later run goes on.
 
-Every verdict holds at that commit: a kill rests on the mutated file, the killing test's file, the \
-helpers that it names and the modules and functions that it executes, and nothing of that has \
-changed since; a survivor rests on every test and source. Each was reached on one of the stacks \
-below. Of a mutant with several verdicts the strongest counts: a test that fails on one stack has \
-noticed it.
+A verdict that is not carried holds at that commit: a kill rests on the mutated file, the killing \
+test's file, the helpers that it names and the modules and functions that it executes, and nothing \
+of that has changed since; a survivor rests on every test and source. Each was reached on one of \
+the stacks below. Of a mutant with several verdicts the strongest counts: a test that fails on one \
+stack has noticed it.
+
+carried, a part of killed, crash, timeout and refused: reached at an earlier commit, and something \
+that the verdict rests on has changed since, but not what stands nearest: the function with the \
+fault (where it stands in none, the module's code outside of functions; of CUDA C++ the file) and \
+the test that killed it, with all of the tests' own code that this names. What a carried verdict \
+may miss: code between the two has changed, and the test no longer comes to the fault, or passes \
+in spite of it. `--again carried` runs them once more, `--sample` some of them. What survives, is \
+open, identical or not run is never carried, and a new verdict counts before a carried one.
 
 Dead: killed (a test failed), crash (the process died), timeout. equivalent: not dead, and proven \
 to change nothing. by rule: not dead, and of a kind that is proven to change speed alone, or to \
@@ -63,7 +71,7 @@ def markdown(made: table.Table) -> str:
         parts += [f"## By {title}\n", _markdown([title, *table.HEAD], made.totals(of))]
     for family in ("semantic", "court"):
         rows = [
-            [m.id.partition(":")[2], m.says, made.outcome(m), table.short(made.results[m.id].by),
+            [m.id.partition(":")[2], m.says, made.told(m), table.short(made.results[m.id].by),
              f"{made.results[m.id].seconds:.1f}"]
             for m in made.tried() if m.family == family
         ]  # fmt: skip

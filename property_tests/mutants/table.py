@@ -23,11 +23,16 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Table:
-    """Mutants, what became of those that were tried, and the proofs that some change nothing."""
+    """Mutants, what became of those that were tried, and the proofs that some change nothing.
+
+    carried: IDs of those whose result was reached at an earlier commit, and no longer holds by all
+    that it rests on.
+    """
 
     mutants: list[Mutant]
     results: dict[str, Result]
     proofs: Proofs
+    carried: frozenset[str] = frozenset()
 
     def outcome(self, mutant: Mutant) -> str:
         """One of COLUMNS."""
@@ -38,6 +43,10 @@ class Table:
             if self.proofs.rule(mutant):
                 return "by rule"
         return found
+
+    def told(self, mutant: Mutant) -> str:
+        """The outcome, and whether it is carried."""
+        return self.outcome(mutant) + " (carried)" * (mutant.id in self.carried)
 
     def tried(self) -> list[Mutant]:
         """Those with a result."""
@@ -58,7 +67,10 @@ class Table:
         return statistics.median(times) if times else None
 
     def totals(self, of: Callable[[Mutant], str | None]) -> list[list[str]]:
-        """Rows: a group, its mutants by outcome, the median; the last row is the sum."""
+        """Rows: a group, its mutants by outcome, how many are carried, the median.
+
+        The last row is the sum.
+        """
         groups: dict[str, list[Mutant]] = {}
         for m in self.mutants:
             if (name := of(m)) is not None:
@@ -72,6 +84,7 @@ class Table:
             median = self.median(group)
             rows.append([
                 name, str(len(group)), *(str(counts[c]) for c in COLUMNS),
+                str(sum(m.id in self.carried for m in group)),
                 "" if median is None else f"{median:.1f}",
             ])  # fmt: skip
         return rows
@@ -93,7 +106,7 @@ class Table:
         for m in tried:
             r = self.results[m.id]
             told = m.says or m.what
-            rows.add_row(*map(_plain, (m.id, told[:100], self.outcome(m), short(r.by))),
+            rows.add_row(*map(_plain, (m.id, told[:100], self.told(m), short(r.by))),
                          f"{r.seconds:.1f}")  # fmt: skip
         if len(tried) <= 400:
             console.print(rows)
@@ -112,12 +125,12 @@ class Table:
         dead = sum(self.outcome(m) in DEAD for m in self.mutants)
         console.print(
             f"{len(tried)} of {len(self.mutants)} mutants tried: {dead} dead, "
-            f"{len(self.problems())} problems; "
+            f"{len(self.carried)} carried from earlier commits, {len(self.problems())} problems; "
             f"median {0.0 if median is None else median:.1f} s to the kill"
         )
 
 
-HEAD = ("mutants", *COLUMNS, "median s")
+HEAD = ("mutants", *COLUMNS, "carried", "median s")
 
 
 def short(test: str) -> str:

@@ -1,0 +1,210 @@
+"""What stands nearest to a verdict: the place of the fault, and the test that it failed.
+
+A kill that no longer holds (see `evidence`) is carried while both are as they were:
+
+- the place. Of Python the functions that hold mutated lines, signatures and decorators included;
+  the code of the module without bodies of functions where such a line stands in none. Of CUDA C++
+  the text of the file, without comments. Of a mutant that NVRTC refuses all texts that are compiled
+  with it.
+- the test. Its function, and of its file, and of helpers in this folder, what that names, and what
+  those name in turn: functions, classes, constants, single imports, fixtures by their arguments
+  (conftest.py's too); autouse fixtures, `pytestmark` and statements that bind no name in any case.
+  Other tests of the file may change. Of a kill by the import of a file of tests what stands at its
+  top, and functions and classes that this names; where none could be gathered both conftest.py.
+
+The code between the two may have changed, so that the test no longer comes to the place, or is
+content with less. That is what a carried verdict can't tell, and a new run can. What says that all
+tests pass (survived, open, not run, identical), and a kill by the sums over a run, names no test
+and is never carried.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .covered import digest
+from .cuda_source import code, is_cuda, together
+from .evidence import Evidence, Outline, dump, without_docstrings
+from .mutant import Mutant
+
+CARRIED = frozenset({"killed", "crash", "timeout", "refused"})
+CONFTEST = "property_tests/conftest.py"
+ALL = ""  # the name of all that stands at the top of a file
+_BY_IMPORT = "import of "
+_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+class _Part(NamedTuple):
+    """A statement at the top of a file, as a digest, and the words that may be names in it."""
+
+    code: str
+    words: frozenset[str]
+
+
+class _Top:
+    """The statements at the top of a file of tests, or of a helper.
+
+    of: those that bind a name. always: those that bind none, and autouse fixtures. defined: names
+    of functions and classes. imported: of a name the module and what of it.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.of: dict[str, list[_Part]] = {}
+        self.always: list[_Part] = []
+        self.defined: set[str] = set()
+        self.imported: dict[str, tuple[str, str]] = {}
+        for node in without_docstrings(source).body:
+            self._enter(node)
+
+    def _enter(self, node: ast.stmt) -> None:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                self._import(node, alias)
+            return
+        part = _Part(digest([dump(node)]), frozenset(_words(node)))
+        names = [*_bound(node)]
+        if isinstance(node, _Definition):
+            self.defined |= {*names}
+            if any("autouse" in dump(d) for d in node.decorator_list):
+                names = []
+        for name in names:
+            self.of.setdefault(name, []).append(part)
+        if not names:
+            self.always.append(part)
+
+    def _import(self, node: ast.Import | ast.ImportFrom, alias: ast.alias) -> None:
+        module = getattr(node, "module", "") or ""
+        name = alias.asname or (alias.name.partition(".")[0] if not module else alias.name)
+        part = _Part(f"{getattr(node, 'level', 0)} {module} {dump(alias)}", frozenset())
+        self.of.setdefault(name, []).append(part)
+        if module == "property_tests":
+            self.imported[name] = alias.name, ALL
+        elif module.startswith("property_tests."):
+            self.imported[name] = module.partition(".")[2], alias.name
+
+
+class Near:
+    """Digests of what stands nearest, in the project as it is."""
+
+    def __init__(self, evidence: Evidence) -> None:
+        self.root, self._evidence = evidence.root, evidence
+        self._outlines: dict[str, Outline] = {}
+        self._tops: dict[str, _Top | None] = {}
+        self._tests: dict[str, str] = {}
+        self._texts: dict[str, str] = {}
+
+    def key(self, outcome: str, by: str, mutant: Mutant) -> str:
+        """Of this outcome; by: the test that killed it. "" where it can't be carried."""
+        if outcome not in CARRIED:
+            return ""
+        if outcome == "refused":
+            return digest(f"{f} {self._text(f)}" for f in together(mutant.file, self.root))
+        if by not in self._tests:
+            self._tests[by] = self._of_test(by)
+        return digest([self._place(mutant), self._tests[by]]) if self._tests[by] else ""
+
+    def _place(self, mutant: Mutant) -> str:
+        file = mutant.file
+        if is_cuda(file):
+            return f"{file} {self._text(file)}"
+        outline = self._outline(file)
+        lines = range(mutant.lines[0], mutant.lines[1] + 1)
+        inside = all(any(a <= i <= b for a, b, _ in outline.spans) for i in lines)
+        parts = [
+            f"{n} {outline.heads[n]} {outline.functions[n]}" for n in outline.called(lines)
+        ]  # fmt: skip
+        return "\n".join([file, *parts, *([] if inside else [outline.module])])
+
+    def _text(self, file: str) -> str:
+        if file not in self._texts:
+            self._texts[file] = digest([code((self.root / file).read_text())])
+        return self._texts[file]
+
+    def _outline(self, file: str) -> Outline:
+        known = self._evidence.outlines
+        if file not in known and file not in self._outlines:
+            self._outlines[file] = Outline((self.root / file).read_text())
+        return known.get(file) or self._outlines[file]
+
+    def _of_test(self, by: str) -> str:
+        """A test and what it names; "" where there is no such test now, or none is named."""
+        if by == "import":  # nothing was gathered
+            return digest(self._closure(file, {ALL}) for file in ("conftest.py", CONFTEST))
+        if by.startswith(_BY_IMPORT):
+            file = by.removeprefix(_BY_IMPORT)
+            top = self._top(file)
+            return "" if top is None else self._closure(file, {*top.of} - top.defined)
+        file, _, test = by.partition("::")
+        name = re.split(r"\W", test, maxsplit=1)[0]
+        top = self._top(file)
+        if top is None or name not in top.defined:
+            return ""
+        # What pytest itself looks for in a module.
+        return self._closure(file, {name, *(n for n in top.of if n.startswith("pytest"))})
+
+    def _top(self, file: str) -> _Top | None:
+        if file not in self._tops:
+            path = self.root / file
+            self._tops[file] = _Top(path.read_text()) if path.is_file() else None
+        return self._tops[file]
+
+    def _closure(self, file: str, names: set[str]) -> str:
+        """What these names of a file stand for, and all that those name."""
+        parts: set[str] = set()
+        files: set[str] = set()
+        seen: set[tuple[str, str]] = set()
+        left = [(file, n) for n in names]
+        while left:
+            at = left.pop()
+            if at in seen:
+                continue
+            seen.add(at)
+            where, name = at
+            top = self._top(where)
+            if top is None:
+                continue
+            if where not in files:
+                files.add(where)
+                for part in top.always:
+                    parts.add(f"{where} {part.code}")
+                    left += [(where, w) for w in part.words]
+            if name == ALL:
+                left += [(where, n) for n in top.of]
+            for n, part in enumerate(top.of.get(name, ())):
+                parts.add(f"{where} {name} {n} {part.code}")
+                left += [(where, w) for w in part.words]
+            if name in top.imported:
+                module, what = top.imported[name]
+                left.append((f"property_tests/{module}.py", what))
+            elif name not in top.of and name in self._fixtures():
+                left.append((CONFTEST, name))
+        return digest(sorted(parts))
+
+    def _fixtures(self) -> set[str]:
+        top = self._top(CONFTEST)
+        return top.defined if top else set()
+
+
+def _bound(node: ast.stmt) -> Iterator[str]:
+    """The names that a definition or an assignment gives a meaning."""
+    if isinstance(node, _Definition):
+        yield node.name
+    elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            for inner in ast.walk(target):
+                if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+                    yield inner.id
+
+
+def _words(node: ast.AST) -> Iterator[str]:
+    """What may be a name: of a value, an argument (a fixture), in a text (`usefixtures`)."""
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Name):
+            yield inner.id
+        elif isinstance(inner, ast.arg):
+            yield inner.arg
+        elif isinstance(inner, ast.Constant) and isinstance(inner.value, str):
+            yield from re.findall(r"\w+", inner.value)

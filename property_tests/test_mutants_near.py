@@ -263,10 +263,30 @@ def test_a_new_result_counts_before_a_carried_kill(root: Path, outcome: str) -> 
     assert state(journal(root)) == (outcome, False)
     edit(root, "quest/a.py", "return 0", "return 1")
     assert state(journal(root)) == ("untried", False)
-    # Unless this journal found it, last of all.
-    kill(root)
-    edit(root, "quest/a.py", "return 1", "return 2")
-    assert state(journal(root)) == ("killed", True)
+
+
+@pytest.mark.parametrize(
+    ("folder", "there", "expected"),
+    [
+        # What this journal says is the last; else which came later is not known.
+        ("work", "no GPU, here", ("killed", True)),
+        ("other", "no GPU, here", ("untried", False)),
+        ("other", "H100", ("killed", True)),
+    ],
+)
+def test_a_kill_is_not_carried_where_tests_passed_in_another_journal_on_its_stack(
+    root: Path, stack: Callable[[str], None], folder: str, there: str, expected: tuple[str, bool]
+) -> None:
+    journal(root).add(IN_F, Result(IN_F.id, IN_F.what, "survived"))
+    survivor = journal(root).path
+    survivor.rename(survivor.with_name("one.jsonl"))
+    stack(there)
+    kill(root, folder=folder)
+    if folder != "work":
+        found = journal(root, folder).path
+        found.rename(survivor.with_name("two.jsonl"))
+    edit(root, "quest/a.py", "13", "0")
+    assert state(journal(root)) == expected
 
 
 @pytest.mark.parametrize(

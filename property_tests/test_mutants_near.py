@@ -240,14 +240,17 @@ def test_a_survivor_is_not_carried(root: Path) -> None:
     assert state(journal(root)) == ("untried", False)
 
 
-def test_a_result_of_an_earlier_journal_is_not_carried(root: Path) -> None:
+def test_the_record_says_what_stands_nearest_to_what_holds(root: Path) -> None:
+    """Also to results that an earlier journal has without it, which are not carried else."""
     kill(root)
     path = journal(root).path
     near = journal(root).known(IN_F)
     assert near is not None
     path.write_text(path.read_text().replace(near.near, ""))
+    lines = [*journal(root).lines([IN_F])]
     edit(root, "quest/a.py", "13", "0")
     assert state(journal(root)) == ("untried", False)
+    assert state(Journal(root / "new", Evidence(root), record=lines)) == ("killed", True)
 
 
 @pytest.mark.parametrize("outcome", ["survived", "open", "not run"])

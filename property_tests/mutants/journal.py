@@ -98,8 +98,12 @@ class Journal:
                 self._enter(name, Result(**entry))
 
     def lines(self, mutants: Iterable[Mutant]) -> Iterator[str]:
-        """Of a journal that has what holds of these mutants, and no more."""
-        found = [r for m in mutants if (r := self.known(m)) is not None]
+        """Of a journal that has what is known of these mutants, and no more."""
+        found = [
+            # An earlier journal does not say what stands nearest; now is a time at which it holds.
+            replace(r, near=self.near.key(r.outcome, r.by, m))
+            for m in mutants if (r := self.known(m)) is not None
+        ]  # fmt: skip
         stacks = {r.stack for r in found}
         for stack, of in sorted(self.evidence.calls.items()):
             for tests, calls in sorted(of.items()) if stack in stacks else ():

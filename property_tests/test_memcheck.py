@@ -25,6 +25,7 @@ LAUNCHES = {
         "product w4a4 bias torch.bfloat16",
         "product w4a4 40 rows",
         "gated product w4a4 wide",
+        "gated product w4a4 middle",
         "gated product w1a1 narrow",
         "product w8a8 wide",
         "product int32",

@@ -223,6 +223,14 @@ def test_a_stack_is_one_weight(name: str, outs: tuple[int, ...]) -> None:
         assert frozen.stacked(again) is not whole
 
 
+def test_what_is_said_of_a_weight() -> None:
+    """Not the calls that were recorded, nor memory that belongs to them."""
+    told = repr(frozen.freeze(_weight(), quest.recipe("w4a4")))
+    assert "spec=" in told
+    assert "calls" not in told
+    assert "biases" not in told
+
+
 def test_what_one_part_lacks_all_lack() -> None:
     parts = [frozen.freeze(_weight(), quest.recipe("w1a1")) for _ in range(2)]
     for lacks in (0, 1):

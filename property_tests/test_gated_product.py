@@ -20,7 +20,12 @@ from quest import direct, eager, frozen, fused, joint, lowbit, operands, ops, pa
 from quest.conformance import examine, inputs, judges
 from quest.conformance.lanes import Lane, no_product
 from quest.conformance.strategies import SEEDS
-from quest.gated_product import HALVES, eager_gated_product, gated_product
+from quest.gated_product import (
+    HALVES,
+    eager_gated_product,
+    gated_product,
+    launch_gated_product,
+)
 from quest.kernels import cuda, hopper, product
 
 RECIPES = ("w1a1", "w1.58a1.58", "w2a2", "w4a4", "w8a8", "w4a8", "fp4", "w4a4-2:4")
@@ -135,11 +140,31 @@ def test_what_does_not_fit() -> None:
             function(*odd)
         with pytest.raises(ValueError, match="a_scale must be"):
             function(*made[:2], made[2][:1], *made[3:])
+    for function in (eager_gated_product, launch_gated_product):
+        with pytest.raises(ValueError, match=r"got shape \(\)"):
+            function(made[0], made[1][0, 0], *made[2:])
     fakes = [torch.empty_like(t, device="meta") if isinstance(t, Tensor) else t for t in made]
     with pytest.raises(TypeError, match="dtype must be"):
         torch.ops.quest.gated_product(*fakes[:-1], torch.float32)
     with pytest.raises(ValueError, match="b must hold as many rows"):
         torch.ops.quest.gated_product(fakes[0], fakes[1][1:], *fakes[2:])
+
+
+def test_what_the_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a product that it ends in a gate, and of no other."""
+    told: list[dict[str, Any]] = []
+
+    def kernel(a: Tensor, b: Tensor, out: torch.dtype, **how: Any) -> Tensor:
+        told.append(how)
+        return a.new_empty((a.shape[0], b.shape[0]), dtype=out)
+
+    monkeypatch.setattr(product, "product", kernel)
+    monkeypatch.setattr(lowbit, "require_product", lambda _: None)
+    made = _given("w4a4", torch.randn(3, 128), torch.randn(8, 128), None, torch.bfloat16)
+    for launch, gate in ((lowbit.launch_product, False), (launch_gated_product, True)):
+        assert launch(*made).dtype == torch.bfloat16
+        assert told.pop()["gate"] is gate
+        assert not told
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (0, 8), (3, 0)], ids=str)
@@ -409,6 +434,50 @@ def test_calls_with_and_without_a_gate_are_two(layers: Layers) -> None:
     assert [t.shape for t in layers.made] == [(ROWS, HIDDEN)]
     assert layers.seen(both) == ["again"]
     assert [t.shape for t in layers.made] == [(ROWS, HIDDEN)] * 2
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("rows", [3, ROWS])
+def test_a_recorded_call_is_found_by_what_it_was(
+    rows: int, layers: Layers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a gate where there is one, without one for few rows, whose weights are read packed."""
+    monkeypatch.setattr(paths, "fuses", lambda *_: False)
+    x = _input(rows)
+    gate, one = layers.both[0], joint.whole(layers.both)
+    assert one is not None
+    held = joint.gates(x, layers.both, one)
+    assert held == (rows == ROWS)
+
+    def plain() -> Tensor:
+        return quest.swiglu(x, gate, layers.both[1], layers.down)
+
+    def behind() -> tuple[Tensor, Tensor]:
+        return quest.normed_swiglu(x, layers.norm, gate, layers.both[1], layers.down)
+
+    for run in (plain, behind):
+        for _ in range(3):
+            seen = layers.seen(run)
+        assert seen == ["again", "again"]
+    wrong: Any = "rows"
+    with pytest.raises(TypeError, match=r"must be a torch\.Tensor, got str"):
+        quest.swiglu(wrong, gate, layers.both[1], layers.down)
+    with pytest.raises(TypeError, match=r"residual must be a torch\.Tensor, got str"):
+        quest.normed_swiglu(x, layers.norm, gate, layers.both[1], layers.down, wrong)
+
+
+def test_values_have_no_gated_product() -> None:
+    """Where layers multiply values, as on a CPU: gate and up apart, and `quest.gated`."""
+    with torch.no_grad():
+        both = [quest.Linear(WIDTH, HIDDEN).to(HALVES[0]).eval().freeze() for _ in range(2)]
+        down = quest.Linear(HIDDEN, WIDTH).to(HALVES[0]).eval().freeze()
+        assert joint.stack(both)
+        one, x = joint.whole(both), _input()
+        assert one is not None
+        assert one.path == "values"
+        assert not one.gates(x)
+        expected = quest.gated(*quest.together(x, both), down)
+        assert torch.equal(quest.swiglu(x, both[0], both[1], down), expected)
 
 
 @pytest.mark.whole

@@ -68,6 +68,30 @@ def test_transform_is_the_dense_block_diagonal_product(
     np.testing.assert_allclose(back, x, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("order", [1, 2, 4, 12, 24, 28, 40, 56, 128, 320, 448, 2048])
+def test_sums_of_integers_are_those_of_the_matrix(order: int) -> None:
+    """Bit for bit, though it is applied as two factors; infinities and NaN spread as there."""
+    x = np.random.default_rng(order).integers(-1000, 1000, (4, 2 * order)).astype(np.float64)
+    x[1, 0], x[2, -1], x[3, [0, -1]] = np.inf, np.nan, (-np.inf, np.inf)
+    x[3, order // 2] = np.inf
+    h = hadamard.matrix(order)
+    for turn, m in ((hadamard.apply, h), (hadamard.apply_transpose, h.T)):
+        with np.errstate(invalid="ignore"):
+            dense = (x.reshape(4, 2, order) @ m / np.sqrt(order)).reshape(x.shape)
+        np.testing.assert_array_equal(turn(x, order), dense)
+
+
+@pytest.mark.parametrize("row", [0, 1, 2**14, 12345, 32767])
+def test_orders_whose_matrix_is_not_made(row: int) -> None:
+    """Sylvester's entry (i, j) is the parity of the bits that i and j share."""
+    x = np.zeros((1, 2**15))
+    x[0, row] = 2.0**7.5
+    shared = np.bitwise_count(row & np.arange(2**15))
+    signs = (1.0 - 2 * (shared % 2))[None]
+    for turn in (hadamard.apply, hadamard.apply_transpose):
+        np.testing.assert_allclose(turn(x, 2**15), signs, rtol=1e-15)
+
+
 def test_a_nan_stays_in_its_row() -> None:
     x = np.ones((3, 8))
     clean = hadamard.apply(x, 4)

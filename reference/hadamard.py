@@ -108,20 +108,30 @@ def matrix(order: int) -> Float64:
 
     Raises TypeError for an order that is not an int and ValueError for an illegal one.
     """
+    return np.asarray(np.kron(*_factors(order)), dtype=np.float64)
+
+
+def _factors(order: int) -> tuple[Float64, Float64]:
+    """Two matrices, about as large as each other, whose Kronecker product is `matrix(order)`.
+
+    That of order 32768 would take 8 GB. The product of Sylvester's matrices is Sylvester's.
+    """
     m, power = split(order)
-    return np.asarray(np.kron(base(m), _sylvester(power)), dtype=np.float64)
+    small = 1 << (power.bit_length() - 1) // 2
+    return np.asarray(np.kron(base(m), _sylvester(power // small))), _sylvester(small)
 
 
-def _blockwise(x: npt.ArrayLike, h: Float64) -> Float64:
+def _blockwise(x: npt.ArrayLike, left: Float64, right: Float64) -> Float64:
+    """x times kron(left, right) / sqrt(block), block by block."""
     x = real("x", x)
-    block = len(h)
+    block = len(left) * len(right)
     if x.shape[-1] % block:
         raise ValueError(f"x has width {x.shape[-1]}; a multiple of the block {block} is allowed")
-    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // block, block)
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // block, len(left), len(right))
     # One factor after the sum, so that sums of integers stay exact. A NaN or an infinity spreads
     # over its block, which is what the quantizer expects, without a warning.
     with np.errstate(invalid="ignore", over="ignore"):
-        rotated: Float64 = blocks @ h / math.sqrt(block)
+        rotated: Float64 = left.T @ (blocks @ right) / math.sqrt(block)
     return rotated.reshape(x.shape)
 
 
@@ -131,9 +141,10 @@ def apply(x: npt.ArrayLike, block: int) -> Float64:
     x: real (..., d) with d a multiple of `block`. Returns float64 (..., d).
     Raises ValueError for an illegal block or width, TypeError for a dtype that is not real.
     """
-    return _blockwise(x, matrix(block))
+    return _blockwise(x, *_factors(block))
 
 
 def apply_transpose(x: npt.ArrayLike, block: int) -> Float64:
     """x H^T, the inverse of `apply`; shapes and errors as there."""
-    return _blockwise(x, matrix(block).T)
+    left, right = _factors(block)
+    return _blockwise(x, left.T, right.T)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,7 @@ def test_it_is_judged(lane: Lane, name: str, data: st.DataObject) -> None:
     LEDGER.judge(lane, found, told)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", ["w1a1", "w4a4", "w8a8"])
 def test_the_judge_bites(name: str, dtype: torch.dtype) -> None:
@@ -167,6 +169,7 @@ def test_what_the_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not told
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("shape", [(3, 8), (0, 8), (3, 0)], ids=str)
 def test_opcheck(shape: tuple[int, int]) -> None:
     made = _given("w4a4", torch.randn(shape[0], 128), torch.randn(shape[1], 128), None, HALVES[0])
@@ -464,6 +467,20 @@ def test_a_recorded_call_is_found_by_what_it_was(
         quest.swiglu(wrong, gate, layers.both[1], layers.down)
     with pytest.raises(TypeError, match=r"residual must be a torch\.Tensor, got str"):
         quest.normed_swiglu(x, layers.norm, gate, layers.both[1], layers.down, wrong)
+
+
+def test_what_has_been_gated_is_half_as_wide() -> None:
+    def shapes(width: int, *outs: int, gate: bool = True) -> list[int]:
+        layers = [SimpleNamespace(out_features=n) for n in outs]
+        return [t.shape[-1] for t in joint.split(torch.ones(3, width), layers, gate)]
+
+    assert shapes(8, 8, 8) == [8]
+    assert shapes(16, 8, 8) == [8, 8]
+    assert shapes(8, 8, 0) == [8, 0]
+    assert shapes(8, 0, 8) == [0, 8]
+    assert shapes(12, 4, 8) == [4, 8]
+    assert shapes(8, 4, 4, gate=False) == [4, 4]
+    assert shapes(8, 8) == [8]
 
 
 def test_values_have_no_gated_product() -> None:

@@ -232,6 +232,12 @@ def test_the_product(case: Case, driver: Driver) -> None:
     }  # fmt: skip
 
 
+def test_a_binary_without_a_gate_unless_it_is_asked_for(driver: Driver) -> None:
+    for given, gate in (((), 0), ((False,), 0), ((True,), 1)):
+        made: Any = product.compile_(False, hopper.PLAIN, torch.bfloat16, 0, product.NARROW, *given)
+        assert made[2]["GATE"] == gate
+
+
 def test_what_a_product_is_not_told_is_neutral(driver: Driver) -> None:
     a, b = _operand(3, 16), _operand(5, 16)
     y = product.product(a, b, torch.float32, epilogue=hopper.PLAIN)

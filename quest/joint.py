@@ -112,11 +112,12 @@ def again(
 def split(y: Tensor, layers: Sequence[Any], gate: bool = False) -> tuple[Tensor, ...]:
     """What each `Linear` gives, of all side by side; y: (..., all of their out_features).
 
-    gate: y may be as wide as the first alone, and is then what is made of two; see `projected`.
+    gate: y may be half as wide, and is then what is made of two; see `projected`.
     """
-    if len(layers) == 1 or (gate and y.shape[-1] == layers[0].out_features):
+    widths = [layer.out_features for layer in layers]
+    if len(widths) == 1 or (gate and 2 * y.shape[-1] == sum(widths)):
         return (y,)
-    made: tuple[Tensor, ...] = y.split_with_sizes([layer.out_features for layer in layers], -1)
+    made: tuple[Tensor, ...] = y.split_with_sizes(widths, -1)
     return made
 
 

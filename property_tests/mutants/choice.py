@@ -50,6 +50,7 @@ OWN = {
         "launch_edges",
         "block_launches",
         "launch_rules",
+        "direct_launches",
         "blocks",
         "prologue_kernel",
     ),

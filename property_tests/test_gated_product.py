@@ -458,10 +458,16 @@ def test_a_recorded_call_is_found_by_what_it_was(
     def behind() -> tuple[Tensor, Tensor]:
         return quest.normed_swiglu(x, layers.norm, gate, layers.both[1], layers.down)
 
-    for run in (plain, behind):
-        for _ in range(3):
-            seen = layers.seen(run)
-        assert seen == ["again", "again"]
+    layers.reads()
+    layers.kernels.memory.append(x)
+    expected = quest.gated(*quest.together(x, layers.both), layers.down)
+    wanted = quest.gated(*quest.normed(x, layers.norm, layers.both)[1], layers.down)
+    for run, like in ((plain, expected), (behind, wanted)):
+        layers.seen(run)
+        made = layers.made if isinstance(layers.made, Tensor) else layers.made[1]
+        torch.testing.assert_close(made, like)
+        layers.seen(run)
+        assert layers.seen(run) == ["again", "again"]
     wrong: Any = "rows"
     with pytest.raises(TypeError, match=r"must be a torch\.Tensor, got str"):
         quest.swiglu(wrong, gate, layers.both[1], layers.down)

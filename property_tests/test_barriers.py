@@ -14,6 +14,8 @@ LAUNCHES = (
     "product w4a4 narrow",
     "product w4a4 middle",
     "product w1a1 wide",
+    "gated product w4a4 wide",
+    "gated product w1a1 narrow",
     "sparse narrow",
     "sparse int32",
     "blocks w4a4 49152 in turns",

@@ -388,6 +388,27 @@ def test_code_margin_leaves_codes_decided() -> None:
 # --- the gate ---------------------------------------------------------------------------------
 
 
+def test_a_gate_that_is_known_up_to_something() -> None:
+    """What may be made of it lies within the bound, and reaches most of it."""
+    rng = np.random.default_rng(0)
+    n = 20_000
+    g = rng.standard_normal(n) * 10.0 ** rng.uniform(-6, 2, n)
+    v = rng.standard_normal(n) * 10.0 ** rng.uniform(-6, 2, n)
+    off = np.abs(g) * 10.0 ** rng.uniform(-4, -1, n), np.abs(v) * 10.0 ** rng.uniform(-4, -1, n)
+    bound = bounds.gated_near(g, v, off)
+    expected, worst = prologue.gated(g, v), 0.0
+    for a, b in itertools.product(np.linspace(-1, 1, 9), (-1, 1)):
+        near, other = g + a * off[0], v + b * off[1]
+        error = np.abs(prologue.gated(near, other) - expected) + bounds.gated(near, other)
+        assert (error <= bound).all()
+        worst = max(worst, float((error / bound).max()))
+    assert worst > 0.9
+    exact = bounds.gated_near(g, v, (0 * g, 0 * v))
+    np.testing.assert_allclose(exact, 2 * bounds.gated(g, v), rtol=1e-12)
+    slope = np.diff(prologue.gated(np.linspace(2.3, 2.5, 2001), np.ones(2001))) / 1e-4
+    assert 1.0998 < slope.max() < bounds.SILU_STEEPEST - 1e-4
+
+
 def test_gated_counts_its_roundings() -> None:
     """Term by term: no wider than what its docstring derives."""
     u = 2.0**-24

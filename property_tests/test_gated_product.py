@@ -399,20 +399,32 @@ def test_gate_and_up_are_one_product(
             expected = quest.gated(*quest.together(x, made.both), made.down)
             h, parts = quest.normed(x, made.norm, made.both, other)
             wanted = quest.gated(*parts, made.down)
+            last = made.down.current()
+            assert last is not None
+            last.calls.clear()  # a recorded call writes nothing here
+            alone = quest.gated(*quest.normed(x, made.norm, made.both)[1], made.down)
             for run, first, like in (
                 (lambda: (x, quest.swiglu(x, *made.both, made.down)), "rows", (x, expected)),  # noqa: B023
                 (lambda: quest.normed_swiglu(x, made.norm, *made.both, made.down, other), "added",  # noqa: B023
                  (h, wanted)),
-                (lambda: quest.normed_swiglu(x, made.norm, *made.both, made.down), "normed", None),  # noqa: B023
+                (lambda: quest.normed_swiglu(x, made.norm, *made.both, made.down), "normed",  # noqa: B023
+                 (x, alone)),
             ):  # fmt: skip
-                direct.Calls.clear(made.down.current().calls)
+                last.calls.clear()
                 assert made.seen(run) == [first, "gated product", "rows", "product"]
-                for t, other_ in zip(made.made, like or made.made, strict=True):
+                for t, other_ in zip(made.made, like, strict=True):
                     torch.testing.assert_close(t, other_)
                 made.seen(run)
                 assert made.seen(run) == ["again", "again"]
-                for t, other_ in zip(made.made, like or (x, x), strict=True):
+                for t, other_ in zip(made.made, like, strict=True):
                     assert (t.shape, t.dtype) == (other_.shape, other_.dtype)
+                # The first reads x and writes what the second reads, which writes y.
+                (_, outer), (_, inner) = Kept.all[-2:]
+                assert outer[0] == x.data_ptr()
+                assert inner == (outer[1 + (first == "added")], made.made[1].data_ptr())
+                assert outer[2:] == (
+                    (inner[0], made.made[0].data_ptr()) if first == "added" else ()
+                )
     direct._plan.cache_clear()
 
 
@@ -477,6 +489,11 @@ def test_a_recorded_call_is_found_by_what_it_was(
         quest.swiglu(wrong, gate, layers.both[1], layers.down)
     with pytest.raises(TypeError, match=r"residual must be a torch\.Tensor, got str"):
         quest.normed_swiglu(x, layers.norm, gate, layers.both[1], layers.down, wrong)
+    with pytest.raises(ValueError, match="x must"):
+        quest.swiglu(x[0, 0], gate, layers.both[1], layers.down)
+    none: Any = None
+    with pytest.raises(TypeError, match=r"layer must be a torch\.nn\.Module, got NoneType"):
+        quest.swiglu(x, gate, layers.both[1], none)
 
 
 def test_what_has_been_gated_is_half_as_wide() -> None:

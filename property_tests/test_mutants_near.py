@@ -83,11 +83,13 @@ def at(file: str, *lines: int, name: str = "f") -> Mutant:
     )
 
 
-IN_F, IN_G, OUTSIDE, TEXT = (
-    at("quest/a.py", 6), at("quest/a.py", 10, name="g"), at("quest/a.py", 4), at("kernels/k.cu", 2),
+IN_F, IN_HEAD, IN_G, OUTSIDE, TEXT = (
+    at("quest/a.py", 6), at("quest/a.py", 4), at("quest/a.py", 10, name="g"), at("quest/a.py", 1),
+    at("kernels/k.cu", 2),
 )  # fmt: skip
 VERDICTS = {
     "f": (IN_F, "killed", TEST),
+    "head": (IN_HEAD, "killed", TEST),
     "g, ci": (IN_G, "timeout", f"{TEST} (ci)"),
     "outside": (OUTSIDE, "crash", TEST),
     "text": (TEXT, "killed", TEST),
@@ -96,7 +98,7 @@ VERDICTS = {
     "import": (IN_F, "killed", "import"),
 }
 PYTHON = {"f", "g, ci", "outside", "import of", "import"}
-BY_TEST = {"f", "g, ci", "outside", "text"}
+BY_TEST = {"f", "head", "g, ci", "outside", "text"}
 
 
 @pytest.fixture(autouse=True)
@@ -136,9 +138,9 @@ def journal(root: Path, folder: str = "work") -> Journal:
         ("property_tests/test_a.py", '    """Text."""', '    """Other."""  # why', set()),
         ("kernels/k.cu", "// why", "/* because\n*/\n", set()),
         # The function with the fault; a signature; the module's code; another function.
-        ("quest/a.py", "12", "0", {"f", "import of", "import"}),
+        ("quest/a.py", "12", "0", {"f", "head", "import of", "import"}),
         ("quest/a.py", "13", "0", {"g, ci"}),
-        ("quest/a.py", "11", "0", {"f", "outside", "import of", "import"}),
+        ("quest/a.py", "11", "0", {"f", "head", "outside", "import of", "import"}),
         ("quest/a.py", "N = 10", "N = 0", {"outside"}),
         ("kernels/k.cu", "20", "0", {"text", "refused"}),
         ("kernels/h.cuh", "21", "0", {"refused"}),
@@ -170,7 +172,10 @@ def journal(root: Path, folder: str = "work") -> Journal:
         ("property_tests/test_a.py", "import math", "import numpy", {"import of"}),
         ("property_tests/aid.py", "32", "0", {"import of"}),
         ("property_tests/aid.py", "U = 30", "U = 0", set()),
-        ("property_tests/conftest.py", "51", "0", {"import"}),
+        # All that both conftest.py do, and what pytest is told.
+        ("property_tests/conftest.py", "51", "0", BY_TEST | {"import"}),
+        ("conftest.py", "", "X = 1\n", BY_TEST | {"import"}),
+        ("pyproject.toml", "", "[tool.pytest.ini_options]\naddopts = ['-x']\n", BY_TEST),
         # The code between, which it is carried in spite of.
         ("pyproject.toml", "", "[tool]\n", set()),
     ],
@@ -307,8 +312,10 @@ def test_without_a_gpu_a_kill_on_one_is_not_refuted(
     kill(root, TEXT)
     edit(root, "quest/a.py", "13", "0")
     stack(here)
+    assert not journal(root).passed(TEXT)
     journal(root).add(TEXT, Result(TEXT.id, TEXT.what, "not run"))
     assert state(journal(root), TEXT) == expected
+    assert journal(root).passed(TEXT) == here.startswith("no GPU")
 
 
 def test_a_timeout_is_carried_for_as_much_patience(root: Path) -> None:
@@ -331,6 +338,21 @@ def test_the_table_counts_carried_verdicts_beside_their_outcomes() -> None:
         assert (told["killed"], told["carried"]) == ("3", "2")
     assert [mine.told(m) for m in made[1:]] == ["killed (carried)", "killed", "untried"]
     assert "--again carried" in record.markdown(mine)
+
+
+def test_what_passed_here_is_told_apart() -> None:
+    """Of what was looked at: confirmed, not, still carried though it passed without a GPU."""
+    made = [at("quest/a.py", n, name=f"f{n}") for n in range(5)]
+    outcomes = ("killed", "survived", "killed", "killed", "refused")
+    results = {
+        m.id: Result(m.id, m.what, o) for m, o in zip(made, outcomes, strict=True)
+    }  # fmt: skip
+    mine = table.Table(made, results, Proofs(), frozenset({made[2].id, made[3].id}))
+    doubted = [m.id for m in made]
+    told = "of 5 carried verdicts 2 are confirmed, 1 are not,"
+    assert command._checked(doubted, mine, set()) == f"{told} 2 were not looked at again"
+    found = command._checked(doubted, mine, {made[2].id, "another"})
+    assert found == f"{told} 1 passed here, where there is no GPU, 1 were not looked at again"
 
 
 class Known:

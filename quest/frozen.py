@@ -82,11 +82,11 @@ class Frozen:
 
         Of two weights of one size, stacked.
         """
-        n = math.prod(x.shape[:-1])
         return (
             x.dtype in HALVES
+            and x.ndim > 0
             and self.operand is not None
-            and self.form(n, x.shape[-1]) == "operand"
+            and self.form(math.prod(x.shape[:-1]), x.shape[-1]) == "operand"
             and not paths.fuses(x, self.few)
         )
 

@@ -3,8 +3,8 @@
 quest::gated_product(a, b, ...) -> silu(gate) value
 
 The weights of a gate and a value lie stacked. On Hopper the kernel of `lowbit.product` writes
-silu(gate) value in their place, which saves writing two products, half of which and their gate the
-next quantizer would read. The numbers are those of that product and of `prologue.gated_encode`'s
+silu(gate) value in place of both, so that the next quantizer reads half as much and makes no gate.
+The numbers are those of that product and of `prologue.gated_encode`'s
 rows, bit for bit. CPU: plain PyTorch.
 Source: SwiGLU, arXiv 2002.05202; QuEST (arXiv 2502.05003), Algorithm 1.
 """

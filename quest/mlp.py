@@ -33,7 +33,7 @@ from .lowbit_linear import (
     read_like,
     saves,
 )
-from .prologue import behind_norm, gated, has_kernel
+from .prologue import behind_norm, check_layer, gated, has_kernel
 from .quantizer import Quantizer
 
 # Of x, gate and up with their sums, which the products need again.
@@ -271,6 +271,7 @@ def _down(made: tuple[Tensor, ...], down: nn.Module) -> Tensor:
     """The last layer, of gate and up or of what was made of both."""
     if len(made) > 1:
         return gated(made[0], made[1], down)
+    check_layer(down)
     y: Tensor = down(made[0])
     return y
 

@@ -340,8 +340,7 @@ def gated(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
     if (found := again((gate, up), (layer,))) is not None:
         return found[0]
     _check_pair(gate, up, ("gate", "up"), plain=True)
-    if not isinstance(layer, nn.Module):
-        raise TypeError(f"layer must be a torch.nn.Module, got {type(layer).__name__}")
+    check_layer(layer)
     same = gate.dtype == up.dtype
     held = _held((layer,), gate) if same else None
     if held is None:
@@ -360,6 +359,12 @@ def gated(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
     rows = (lowbit.as_rows(a), lowbit.as_rows(scale), lowbit.as_rows(sums))
     y = frozen.multiply(rows, held, bias, gate.shape[-1], gate.dtype, unwatched)
     return y.view(*gate.shape[:-1], layer.out_features)
+
+
+def check_layer(layer: object) -> None:
+    """Raise TypeError unless this is a module, which stands behind a gate."""
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"layer must be a torch.nn.Module, got {type(layer).__name__}")
 
 
 def _live(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor | None:

@@ -194,7 +194,8 @@ def main(
     judged = _table(chosen, record, proven)
     judged.show(console)
     if doubted and minutes != 0:
-        console.print(_checked(doubted, judged))
+        passed = {m.id for m in missing if m.id in judged.carried and record.passed(m)}
+        console.print(_checked(doubted, judged, passed))
     if save:
         for path in record_.save(_table(known, record, proven), record.lines(known)):
             console.print(f"wrote {path}")
@@ -237,13 +238,17 @@ def _is_named(again: tuple[str, ...], record: journal_.Journal, mutant: Mutant) 
     return named or (CARRIED in again and record.is_carried(mutant))
 
 
-def _checked(doubted: list[str], judged: table.Table) -> str:
-    """How carried verdicts fared in a run. Confirmed: dead, or refused, again."""
+def _checked(doubted: list[str], judged: table.Table, passed: set[str]) -> str:
+    """How carried verdicts fared in a run. Confirmed: dead, or refused, again.
+
+    passed: still carried, though tests passed here, where there is no GPU.
+    """
     new = [judged.results[name].outcome for name in doubted if name not in judged.carried]
-    confirmed = sum(outcome in near.CARRIED for outcome in new)
+    confirmed, blind = sum(outcome in near.CARRIED for outcome in new), len(passed & {*doubted})
+    told = f", {blind} passed here, where there is no GPU," if blind else ""
     return (
         f"of {len(doubted)} carried verdicts {confirmed} are confirmed, {len(new) - confirmed} are "
-        f"not, {len(doubted) - len(new)} were not looked at again"
+        f"not,{told.lstrip(',')} {len(doubted) - len(new) - blind} were not looked at again"
     )
 
 

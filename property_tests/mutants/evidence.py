@@ -46,11 +46,13 @@ class Outline:
     """A module without the bodies of its functions, and those bodies, as digests.
 
     functions: by qualified name; functions of one name (`_` of a decorator) share an entry.
-    heads: the same functions without their bodies. spans: (first line of the body, last, name).
+    heads: the same functions without their bodies. spans: (first line of the body, last, name);
+    wholes: the same from the first decorator on.
     """
 
     def __init__(self, source: str) -> None:
         self.spans: list[tuple[int, int, str]] = []
+        self.wholes: list[tuple[int, int, str]] = []
         bodies: dict[str, list[str]] = {}
         heads: dict[str, list[str]] = {}
         tree = without_docstrings(source)
@@ -59,8 +61,10 @@ class Outline:
             for child in ast.iter_child_nodes(node):
                 name = f"{scope}{getattr(child, 'name', '')}"
                 if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                    last = child.end_lineno or child.lineno
+                    first = min([child.lineno, *(d.lineno for d in child.decorator_list)])
+                    self.wholes.append((first, last, name))
                     if child.body:
-                        last = child.end_lineno or child.lineno
                         self.spans.append((child.body[0].lineno, last, name))
                     bodies.setdefault(name, []).append(dump(child.body))
                     child.body = []

@@ -146,6 +146,11 @@ class Journal:
         """Whether what is known of this mutant no longer holds, and is carried."""
         return self._best(mutant)[1]
 
+    def passed(self, mutant: Mutant) -> bool:
+        """Whether tests that hold now passed, of a carried kill: without a GPU, of one on one."""
+        every = self.results.get(mutant.id, {}).values()
+        return any(r.blind and self._is_of(mutant, r) and self._holds(mutant, r) for r in every)
+
     def _best(self, mutant: Mutant) -> tuple[Result | None, bool]:
         here = covered.stack()
 

@@ -7,14 +7,16 @@ A kill that no longer holds (see `evidence`) is carried while both are as they w
   the text of the file, without comments. Of a mutant that NVRTC refuses all texts that are compiled
   with it.
 - the test. Its function, and of its file, and of helpers in this folder, what that names, and what
-  those name in turn: functions, classes, constants, single imports, fixtures by their arguments
-  (conftest.py's too); autouse fixtures, `pytestmark` and statements that bind no name in any case.
-  Other tests of the file may change. Of a kill by the import of a file of tests what stands at its
-  top, and functions and classes that this names; where none could be gathered both conftest.py.
+  those name in turn: functions, classes, constants, single imports, fixtures by their arguments;
+  autouse fixtures, `pytestmark` and statements that bind no name in any case, and so both
+  conftest.py, which set the profiles, and pytest's settings. Other tests of the file may change. Of
+  a kill by the import of a file of tests what stands at its top, and functions and classes that
+  this names; where none could be gathered both conftest.py.
 
-The code between the two may have changed, so that the test no longer comes to the place, or is
-content with less. That is what a carried verdict can't tell, and a new run can. What says that all
-tests pass (survived, open, not run, identical), and a kill by the sums over a run, names no test
+All else may have changed: the code between the two, so that the test no longer comes to the place;
+the oracle, a bound, a judge or what inputs are drawn, so that it is content with less; data that
+tests read. That is what a carried verdict can't tell, and a new run can. What says that all tests
+pass (survived, open, not run, identical), and a kill by the sums over a run, names no test
 and is never carried.
 """
 
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -83,7 +86,7 @@ class _Top:
         if module == "property_tests":
             self.imported[name] = alias.name, ALL
         elif module.startswith("property_tests."):
-            self.imported[name] = module.partition(".")[2], alias.name
+            self.imported[name] = module.partition(".")[2].replace(".", "/"), alias.name
 
 
 class Near:
@@ -95,6 +98,7 @@ class Near:
         self._tops: dict[str, _Top | None] = {}
         self._tests: dict[str, str] = {}
         self._texts: dict[str, str] = {}
+        self._set = ""
 
     def key(self, outcome: str, by: str, mutant: Mutant) -> str:
         """Of this outcome; by: the test that killed it. "" where it can't be carried."""
@@ -112,10 +116,9 @@ class Near:
             return f"{file} {self._text(file)}"
         outline = self._outline(file)
         lines = range(mutant.lines[0], mutant.lines[1] + 1)
-        inside = all(any(a <= i <= b for a, b, _ in outline.spans) for i in lines)
-        parts = [
-            f"{n} {outline.heads[n]} {outline.functions[n]}" for n in outline.called(lines)
-        ]  # fmt: skip
+        inside = all(any(a <= i <= b for a, b, _ in outline.wholes) for i in lines)
+        names = sorted({n for a, b, n in outline.wholes if any(a <= i <= b for i in lines)})
+        parts = [f"{n} {outline.heads[n]} {outline.functions[n]}" for n in names]
         return "\n".join([file, *parts, *([] if inside else [outline.module])])
 
     def _text(self, file: str) -> str:
@@ -143,7 +146,19 @@ class Near:
         if top is None or name not in top.defined:
             return ""
         # What pytest itself looks for in a module.
-        return self._closure(file, {name, *(n for n in top.of if n.startswith("pytest"))})
+        asked = self._closure(file, {name, *(n for n in top.of if n.startswith("pytest"))})
+        return digest([asked, self._settings()])
+
+    def _settings(self) -> str:
+        """Both conftest.py, which set profiles, and what pytest reads of pyproject.toml."""
+        if not self._set:
+            text = self.root / "pyproject.toml"
+            tool = tomllib.loads(text.read_text()).get("tool", {}) if text.exists() else {}
+            files = ("conftest.py", CONFTEST)
+            self._set = digest(
+                [*(self._closure(file, {ALL}) for file in files), repr(tool.get("pytest"))]
+            )
+        return self._set
 
     def _top(self, file: str) -> _Top | None:
         if file not in self._tops:

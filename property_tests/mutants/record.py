@@ -29,9 +29,11 @@ carried, a part of killed, crash, timeout and refused: reached at an earlier com
 that the verdict rests on has changed since, but not what stands nearest: the function with the \
 fault (where it stands in none, the module's code outside of functions; of CUDA C++ the file) and \
 the test that killed it, with all of the tests' own code that this names. What a carried verdict \
-may miss: code between the two has changed, and the test no longer comes to the fault, or passes \
-in spite of it. `--again carried` runs them once more, `--sample` some of them. What survives, is \
-open, identical or not run is never carried, and a new verdict counts before a carried one.
+may miss: code between the two has changed, and the test no longer comes to the fault; or the \
+oracle, a bound, a judge or the inputs that are drawn have, and it passes in spite of it. `--again \
+carried` runs them once more, `--sample` some of them. What survives, is open, identical or not \
+run is never carried, and a new verdict counts before a carried one, but for tests that pass \
+without a GPU: they refute no kill on one.
 
 Dead: killed (a test failed), crash (the process died), timeout. equivalent: not dead, and proven \
 to change nothing. by rule: not dead, and of a kind that is proven to change speed alone, or to \

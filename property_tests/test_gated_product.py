@@ -507,7 +507,21 @@ def test_what_has_been_gated_is_half_as_wide() -> None:
     assert shapes(8, 0, 8) == [0, 8]
     assert shapes(12, 4, 8) == [4, 8]
     assert shapes(8, 4, 4, gate=False) == [4, 4]
+    assert shapes(0, 0, 0, gate=False) == [0, 0]
     assert shapes(8, 8) == [8]
+
+
+@pytest.mark.whole
+def test_which_inputs_may_be_gated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any rows of 16 bits where weights are not read packed; a row by itself; no scalar."""
+    with torch.no_grad():
+        one = joint.whole(Layers(monkeypatch, "w8a8").both)
+    assert one is not None
+    x = _input()
+    assert one.packed is None
+    assert all(map(one.gates, (x, x[0], x[None], x[:0], x.half())))
+    assert not one.gates(x[0, 0])
+    assert not one.gates(x.float())
 
 
 def test_values_have_no_gated_product() -> None:

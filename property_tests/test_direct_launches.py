@@ -169,6 +169,24 @@ def test_a_prologue_makes_an_operand_alone(monkeypatch: pytest.MonkeyPatch) -> N
     ]  # fmt: skip
 
 
+def test_the_kernel_of_a_prologue_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled without a mask by threshold, without the rows, and without packed codes."""
+    asked: list[tuple[Any, ...]] = []
+
+    def kernel(*given: Any) -> Any:
+        asked.append(given)
+        return SimpleNamespace(launch=lambda *_: None)
+
+    monkeypatch.setattr(blocks, "_kernel", kernel)
+    monkeypatch.setattr(blocks, "_grid", lambda *_: (7, (8, 9), 1))
+    program = SimpleNamespace(step=0.5, threshold=2.0, levels=16, estimator=0)
+    x = torch.zeros(3, 256, dtype=torch.bfloat16)
+    blocks.launch_prologue(x, x, program, blocks.INTEGERS, 0, blocks.GATED, 16, 32, 48)
+    assert asked == [
+        (1, torch.bfloat16, 16, False, blocks.INTEGERS, 0, None, blocks.GATED, False, 0, 0)
+    ]
+
+
 def test_no_launches_behind_a_gate(kernels: Kernels) -> None:
     """Before a compressed weight, one whose sums are to be doubled, and one without columns."""
     many = torch.randn(paths.SPARSE_ROWS, 128).bfloat16()

@@ -452,11 +452,17 @@ def test_calls_with_and_without_a_gate_are_two(layers: Layers) -> None:
 
 
 @pytest.mark.whole
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [3, ROWS])
+@torch.no_grad()
 def test_a_recorded_call_is_found_by_what_it_was(
-    rows: int, layers: Layers, monkeypatch: pytest.MonkeyPatch
+    rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a gate where there is one, without one for few rows, whose weights are read packed."""
+    """With a gate where there is one, without one for few rows, whose weights are read packed.
+
+    And before anything is checked, but for what is no tensor.
+    """
+    layers = Layers(monkeypatch, bias=bias)
     monkeypatch.setattr(paths, "fuses", lambda *_: False)
     x = _input(rows)
     gate, one = layers.both[0], joint.whole(layers.both)
@@ -483,12 +489,16 @@ def test_a_recorded_call_is_found_by_what_it_was(
         made = layers.made if isinstance(layers.made, Tensor) else layers.made[1]
         torch.testing.assert_close(made, like)
         layers.seen(run)
-        assert layers.seen(run) == ["again", "again"]
+        with monkeypatch.context() as patch:
+            patch.setattr(quest.Linear, "check", lambda *_: pytest.fail("checked again"))
+            assert layers.seen(run) == ["again", "again"]
     wrong: Any = "rows"
     with pytest.raises(TypeError, match=r"must be a torch\.Tensor, got str"):
         quest.swiglu(wrong, gate, layers.both[1], layers.down)
     with pytest.raises(TypeError, match=r"residual must be a torch\.Tensor, got str"):
         quest.normed_swiglu(x, layers.norm, gate, layers.both[1], layers.down, wrong)
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got str"):
+        quest.normed_swiglu(wrong, layers.norm, gate, layers.both[1], layers.down, x)
     with pytest.raises(ValueError, match="x must"):
         quest.swiglu(x[0, 0], gate, layers.both[1], layers.down)
     none: Any = None

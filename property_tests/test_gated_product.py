@@ -518,6 +518,7 @@ def test_what_has_been_gated_is_half_as_wide() -> None:
     assert shapes(12, 4, 8) == [4, 8]
     assert shapes(8, 4, 4, gate=False) == [4, 4]
     assert shapes(0, 0, 0, gate=False) == [0, 0]
+    assert len(joint.split(torch.ones(3, 0), [SimpleNamespace(out_features=0)] * 2)) == 2
     assert shapes(8, 8) == [8]
 
 

@@ -316,6 +316,28 @@ def test_that_shared_memory_holds_what_the_sources_lay_out(out_size: int) -> Non
         assert needed == tile.shared or out_size == 4
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"CLUSTER": 1},
+        {"OUT": hopper.OUT[torch.float32]},
+        {"EPILOGUE": hopper.RAW, "OUT": hopper.OUT[torch.int32]},
+        {"EPILOGUE": hopper.RAW},
+    ],
+    ids=["alone", "float32", "accumulators", "raw"],
+)
+def test_that_no_gate_is_compiled_where_it_can_not_stand(told: dict[str, int]) -> None:
+    """By the source itself: such a binary would load or write beside what it was given."""
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    macros = {
+        "BINARY": 1, "EPILOGUE": hopper.PLAIN, "OUT": hopper.OUT[torch.bfloat16], "BIAS": 0,
+        "GATE": 1, "TILE_N": 128, "TILE_K": 128, "CLUSTER": 2, "CONSUMERS": 2, "TEAM": 1,
+        "STAGES": 8,
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match="a gate is of 16 bits"):
+        cuda.compile_("product.cu", hopper.ARCHITECTURE, macros | told, cached=False)
+
+
 def test_the_tiles_of_bits_where_a_single_cluster_runs() -> None:
     """Large ones from three turns on, of one pair of tiles of 64 x 256 each."""
     for processors in (1, 2, 3):

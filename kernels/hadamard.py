@@ -4,10 +4,12 @@ H = matrix(order) * order**-0.5 with matrix(m * P) = kron(base_m, sylvester(P)),
 The Sylvester part is a butterfly of log2 P stages on a tile in registers, in float32 whatever the
 input dtype: each stage adds and subtracts the two halves of every span, so an output is a sum of P
 terms with log2 P roundings. The base part (m = 12, 20, 28, or a Sylvester factor of an order beyond
-one tile) is a small product, a kernel of its own with a float32 intermediate.
+one tile) is a small product; the butterfly follows it in the same kernel, or where a block does not
+fit one program comes before it, with a float32 intermediate.
 
-Reads the input once and writes the output once for powers of two up to TILE_LIMIT; twice each
-otherwise. Sources: QuEST (arXiv 2502.05003), section 3; Sylvester (1867) for the factorisation.
+Reads the input once and writes the output once for powers of two up to TILE_LIMIT, and for orders
+with a base, of 16 bits and without a mask, up to FUSED_LIMIT; more often otherwise.
+Sources: QuEST (arXiv 2502.05003), section 3; Sylvester (1867) for the factorisation.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from .whole import power_of_two, quotient
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 TILE_LIMIT = 16384  # float32 elements that one program holds: 32 registers a thread at 16 warps
 BASE_LIMIT = 64  # rows of the base product that one program accumulates
+BASE_SUMS = 2048  # that a warp of it accumulates, 64 a thread: the fastest that was measured
+FUSED_LIMIT = 8192  # that a program does, where the butterfly follows in the same kernel
+LOSSLESS = 2**16  # the smallest value of bfloat16 over this is the smallest of float32
 
 
 @triton.jit
@@ -86,11 +91,13 @@ def _transform(
 @triton.jit
 def _base_product(
     x_ptr, y_ptr, base_ptr, power_ptr, vectors, columns, norm,
-    M: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr,
+    M: tl.constexpr, PADDED: tl.constexpr, LOG: tl.constexpr, SCALED: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     # One program: WIDTH of the vectors that the base multiplies, y[i] = norm * sum_j base[j, i]
     # x[j]. Vector v lies in block v // columns, at column v % columns; its entries are `columns`
-    # apart. SCALED: times the power of two of the block.
+    # apart. LOG: then the Sylvester part, of order 2^LOG, along the columns. SCALED: times the
+    # power of two of the block.
     v = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
     start = (v // columns) * M * columns + v % columns
     i = tl.arange(0, PADDED)[:, None]
@@ -99,7 +106,7 @@ def _base_product(
         x = tl.load(x_ptr + start + j * columns, mask=v < vectors, other=0.0).to(tl.float32)
         acc += tl.load(base_ptr + j * M + i, mask=i < M, other=0.0) * x
     inside = (i < M) & (v < vectors)
-    acc *= norm
+    acc = butterfly(acc, LOG, PADDED, WIDTH) * norm
     if SCALED:
         acc *= tl.load(power_ptr + v // columns, mask=v < vectors, other=1.0)
     tl.store(y_ptr + start + i * columns, acc.to(y_ptr.dtype.element_ty), mask=inside)
@@ -149,21 +156,30 @@ def launch_base(
     norm: float,
     dtype: torch.dtype,
     power: torch.Tensor | None = None,
+    order: int = 1,
 ) -> torch.Tensor:
     """x (..., d) as blocks (m, columns): norm * base^T x for each block, stored as `dtype`.
 
-    power: a factor for each block, float32, or None.
+    power: a factor for each block, float32, or None. order: of a Sylvester transform of what comes
+    out, along the columns: 1, or `columns`, of which `is_fused` holds.
     """
     m = len(base)
+    padded = power_of_two(m)
     y = outputs.empty(x.shape, dtype, x.device)
     vectors = x.numel() // m
     # The interpreter takes as long for a large tile as for a small one.
-    width = 4096 if INTERPRETED else 64
+    width = max(4096 if INTERPRETED else BASE_SUMS // padded, order)
     _base_product[(quotient(vectors, width),)](
         x, y, base, x if power is None else power, vectors, columns, norm,
-        m, power_of_two(m), power is not None, width, num_warps=4,
+        m, padded, order.bit_length() - 1, power is not None, width,
+        num_warps=padded * width // BASE_SUMS,
     )  # fmt: skip
     return y
+
+
+def is_fused(m: int, power: int) -> bool:
+    """Whether one program holds the sums of a block of order m * power."""
+    return power_of_two(m) * power <= FUSED_LIMIT
 
 
 def launch_tile(
@@ -179,7 +195,9 @@ def launch_tile(
 
     narrow: the values of x are those of a 16-bit dtype. near_one: their sums stay in range.
     """
-    width = x.shape[-1]
+    # Blocks lie one behind the other, and their bits: as rows, they are taken in memory's order,
+    # and no tile hangs over a row. Below 16 entries they would not be read by vectors.
+    width = order if order % 16 == 0 else x.shape[-1]
     rows = x.numel() // width
     r, w = tile(rows, width, order)
     mask = None if mask is None else mask.contiguous()
@@ -197,9 +215,9 @@ def launch_tile(
 
 
 @functools.cache
-def transposed(base: torch.Tensor) -> torch.Tensor:
-    """base^T, contiguous; cached, since a base lives as long as the process."""
-    return base.t().contiguous()
+def weights(base: torch.Tensor, transpose: bool, share: float) -> torch.Tensor:
+    """base, or base^T, times `share`, contiguous. Cached: a base lives as long as the process."""
+    return (base.t() if transpose else base).contiguous() * share
 
 
 def hadamard(
@@ -227,10 +245,17 @@ def hadamard(
     if base is None:
         return launch_tile(x, order, order**-0.5, final, mask, narrow).to(dtype)
     if mask is not None:
-        x = launch_tile(x, 1, 1.0, torch.float32, mask)  # what is masked must not set the power
-    # Blocks near 1, so that their sums stay in range. One normalisation, at the end: sums of
-    # integers stay exact.
-    blocks, up = prescale(x.view(-1, order))
-    y = launch_tile(blocks, power, 1.0, torch.float32, near_one=True)
-    turned = transposed(base) if transpose else base
-    return launch_base(y, turned, power, order**-0.5, final, up).view(x.shape).to(dtype)
+        x = launch_tile(x, 1, 1.0, x.dtype, mask)  # what is masked must not set the power
+    # Sums stay in range: of shares of 16 bits, which lose none, or of blocks brought near 1. One
+    # normalisation, at the end: sums of integers stay exact.
+    share, y, up = 1.0, x.view(-1, order), None
+    if narrow and order <= LOSSLESS:
+        share = 1 / power_of_two(order)
+    else:
+        y, up = prescale(y)
+    norm, sylvester = order**-0.5 / share, power
+    if not is_fused(len(base), power):
+        y = launch_tile(y, power, share, torch.float32, narrow=up is None, near_one=True)
+        share, sylvester = 1.0, 1
+    turned = weights(base, transpose, share)
+    return launch_base(y, turned, power, norm, final, up, sylvester).view(x.shape).to(dtype)

@@ -17,6 +17,7 @@ from property_tests import far_scales, overlapped
 from property_tests.walled import walled
 from quest import lowbit, operands
 from quest.conformance import inputs, judges
+from quest.gated_product import gated_product
 from quest.kernels import cuda, hopper, outputs, product
 from quest.packed import packed_product
 from quest.quantizer import Quantizer
@@ -151,6 +152,17 @@ def test_one_half_of_a_team_has_less_to_write(name: str, monkeypatch: pytest.Mon
     w *= 2.0 ** (torch.arange(1537) % 9)[:, None]  # scales of neighbours, and of tiles, differ
     with product.only(product.WIDE[False]):
         _judged(name, _operands(name, x, w), None, 61)
+
+
+def test_each_column_of_a_word_has_a_gate_of_its_own() -> None:
+    """Of the product that writes both, by the gate's judge."""
+    g = torch.Generator().manual_seed(0)
+    made = _operands("w4a4", torch.randn(33, 128, generator=g), torch.randn(64, 128, generator=g))
+    given = (*(t.cuda() for t in made), None, *_names("w4a4"), 128, torch.bfloat16)
+    with product.only(product.NARROW), outputs.poisoned(0xFF):
+        y, found = lowbit.product(*given), gated_product(*given)
+    gate, value = y.cpu().chunk(2, -1)
+    judges.gated(gate, value, found.cpu()).require()
 
 
 def test_sums_of_one_side_alone() -> None:

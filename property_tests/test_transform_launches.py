@@ -67,15 +67,19 @@ def run(x: torch.Tensor, order: int, transpose: bool = False, **more: Any) -> to
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("shape", "order"),
-    [((5, 256), 128), ((2, 3, 2064), 16), ((1, 1), 1), ((1100, 4), 2), ((3, 8192), 4096)],
-)
+    [
+        ((5, 256), 128), ((2, 3, 2064), 16), ((3, 24), 8), ((1, 1), 1), ((1100, 4), 2),
+        ((3, 1100), 4), ((3, 8192), 4096), ((2, 16384), 16384),
+    ],
+)  # fmt: skip
 def test_one_launch_covers_the_matrix(
     shape: tuple[int, ...], order: int, dtype: torch.dtype, launches: Launches
 ) -> None:
+    """Of blocks as rows where they can be read by vectors."""
     y = run(torch.zeros(shape, dtype=dtype), order)
     assert (y.shape, y.dtype) == (shape, dtype)
-    it, width = launches.one(), shape[-1]
-    rows = math.prod(shape[:-1])
+    it, width = launches.one(), order if order >= 16 else shape[-1]
+    rows = math.prod(shape) // width
     assert (it.rows, it.width) == (rows, width)
     assert hadamard.tile(rows, width, order) == (it.ROWS, it.WIDTH)
     assert it.grid == (math.ceil(rows / it.ROWS), math.ceil(width / it.WIDTH))
@@ -104,8 +108,8 @@ def test_a_kernel_reads_and_writes_the_dtypes_themselves_if_compiled(
     ("order", "dtype", "rescued"),
     [
         (1, torch.float32, False), (2, torch.float32, True), (128, torch.float32, True),
-        (2, torch.bfloat16, False), (128, torch.float16, False), (24, torch.float32, False),
-        (24, torch.bfloat16, False),
+        (2, torch.bfloat16, False), (128, torch.float16, False), (12288, torch.float32, False),
+        (12288, torch.bfloat16, False),
     ],
 )  # fmt: skip
 def test_sums_out_of_range_are_looked_for_where_they_may_be(
@@ -115,54 +119,91 @@ def test_sums_out_of_range_are_looked_for_where_they_may_be(
     run(torch.zeros((3, 2 * order), dtype=dtype), order)
     it = launches.seen[0]  # the base's follows
     assert rescued == it.RESCUE
-    shares = order in (2, 128) and dtype != torch.float32
-    assert it.before == (1 / order if shares else 1.0)
+    shares = order > 1 and dtype != torch.float32
+    assert it.before == (0.5**it.LOG if shares else 1.0)
 
 
-@pytest.mark.parametrize("order", [1, 4, 12])
-def test_a_mask_is_read_once(order: int, launches: Launches) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", [1, 4, 12, 12288])
+def test_a_mask_is_read_once(order: int, dtype: torch.dtype, launches: Launches) -> None:
     """With the entries; its bytes lie row after row, whatever their layout was."""
     g = torch.Generator().manual_seed(order)
-    mask = torch.randint(256, (2, 5, 18), generator=g).to(torch.uint8)[..., ::2]  # 9 bytes a row
-    run(torch.zeros(2, 5, 72), order, mask=mask)
+    width = max(72, order)
+    mask = torch.randint(256, (2, 5, width // 4), generator=g).to(torch.uint8)[..., ::2]
+    run(torch.zeros(2, 5, width, dtype=dtype), order, mask=mask)
     first, *rest = launches.seen
-    assert (first.MASKED, first.mask_width, 2**first.LOG) == (True, 9, 1 if order == 12 else order)
+    based = order % 3 == 0
+    assert (first.MASKED, first.mask_width, 2**first.LOG) == (
+        True, width // 8, 1 if based else order,
+    )  # fmt: skip
     assert first.mask_ptr.is_contiguous()
     assert torch.equal(first.mask_ptr, mask)
     assert (first.RESCUE, [getattr(it, "MASKED", False) for it in rest]) == (
-        order == 4,
-        [False] * (2 if order == 12 else 0),
+        order == 4 and dtype == torch.float32,
+        [False] * (2 if order == 12288 else int(based)),
     )
-    run(torch.zeros(2, 68), 1, mask=mask[0, :2])
+    # What is masked is written as it was, for the base's kernel to read.
+    assert not based or first.y_ptr.dtype == first.x_ptr.dtype
+    assert first.before * first.after == (1.0 if based else order**-0.5)
+    run(torch.zeros(2, 68), 1, mask=mask[0, :2, :9])
     assert launches.seen[-1].mask_width == 9  # half a byte of it is of no entry
 
 
+def test_bits_of_blocks_lie_as_blocks_do(launches: Launches) -> None:
+    """Of a row as long as two blocks, the mask's bytes are two rows."""
+    run(torch.zeros(3, 64), 32, mask=torch.zeros(3, 8, dtype=torch.uint8))
+    it = launches.one()
+    assert (it.rows, it.width, it.mask_width) == (6, 32, 4)
+
+
 @pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("order", "m"), [(12, 12), (160, 20), (56, 28), (32768, 2), (64 * 16384, 64)]
-)
+    ("order", "m"), [(12, 12), (160, 20), (56, 28), (7168, 28), (12 * 512, 12), (28 * 512, 28),
+                     (12288, 12), (32768, 2), (12 * 16384, 12), (64 * 16384, 64)]
+)  # fmt: skip
 def test_the_base_s_launch_covers_the_vectors(
-    order: int, m: int, transpose: bool, launches: Launches
+    order: int, m: int, dtype: torch.dtype, transpose: bool, launches: Launches
 ) -> None:
-    y = run(torch.zeros(3, 2 * order), order, transpose)
+    """The butterfly is in it, where a program holds the sums; else it comes before."""
+    y = run(torch.zeros(3, 2 * order, dtype=dtype), order, transpose)
     assert y.shape == (3, 2 * order)
-    tile, it = launches.seen
-    assert (it.M, it.columns, it.vectors) == (m, order // m, 6 * order // m)
-    assert order // m == 2**tile.LOG
-    assert tile.before * tile.after == 1  # the base's launch normalises, at the end
-    assert it.norm == order**-0.5
+    *before, it = launches.seen
+    power = order // m
+    assert (it.M, it.columns, it.vectors) == (m, power, 6 * power)
+    fused = hadamard.is_fused(m, power)
+    assert fused == (order in (12, 160, 56, 12 * 512, 28 * 256))
+    assert (2**it.LOG, [2**tile.LOG for tile in before]) == ((power, []) if fused else (1, [power]))
+    # Of 16 bits, shares; of others blocks near 1. The last launch normalises.
+    shares = dtype != torch.float32 and order <= 2**16
+    share = 0.5 ** math.ceil(math.log2(order)) if shares else 1.0
+    for tile in before:
+        assert (tile.before * tile.after, tile.RESCUE) == (share, False)
+        assert tile.before == (1 / power if dtype != torch.float32 and shares else 1.0)
+    assert it.norm * share == order**-0.5
     base = transforms.base(m, CPU)
     assert base is not None
-    assert torch.equal(it.base_ptr, base.t() if transpose else base)
+    assert torch.equal(it.base_ptr, (base.t() if transpose else base) * (share if fused else 1))
     assert it.base_ptr.is_contiguous()
-    assert it.SCALED
-    assert it.power_ptr.numel() == 6
+    assert shares != it.SCALED
+    assert shares or it.power_ptr.numel() == 6
     assert it.PADDED // 2 < m <= it.PADDED
     assert it.WIDTH & (it.WIDTH - 1) == 0
+    assert it.WIDTH >= 2**it.LOG
     assert (it.grid[0] - 1) * it.WIDTH < it.vectors <= it.grid[0] * it.WIDTH
-    # 32 registers a thread for the largest base; the interpreter has none.
-    registers = hadamard.BASE_LIMIT * it.WIDTH // (32 * it.num_warps)
-    assert registers == (2048 if hadamard.INTERPRETED else 32)
+    sums = it.PADDED * it.WIDTH // (32 * it.num_warps)  # of a thread; the interpreter has none
+    assert sums == 64 or hadamard.INTERPRETED
+
+
+def test_no_value_of_sixteen_bits_loses_by_becoming_a_share() -> None:
+    """The smallest of bfloat16, over the largest order of which shares are taken."""
+    least = torch.tensor(
+        torch.finfo(torch.bfloat16).smallest_normal * 2.0**-7, dtype=torch.bfloat16
+    )
+    share = least.float() / hadamard.LOSSLESS
+    assert share > 0
+    assert share * hadamard.LOSSLESS == least.float()
+    assert least.float() / (2 * hadamard.LOSSLESS) * (2 * hadamard.LOSSLESS) != least.float()
 
 
 @pytest.mark.parametrize("shape", [(0, 16), (3, 0), (2, 0, 16), (0, 0)])

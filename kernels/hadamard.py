@@ -26,8 +26,8 @@ from .whole import power_of_two, quotient
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 TILE_LIMIT = 16384  # float32 elements that one program holds: 32 registers a thread at 16 warps
 BASE_LIMIT = 64  # rows of the base product that one program accumulates
-BASE_SUMS = 2048  # that a warp of it accumulates, 64 a thread: the fastest that was measured
-FUSED_LIMIT = 8192  # that a program does, where the butterfly follows in the same kernel
+BASE_SUMS = 2048  # that a warp accumulates of a base's product, 64 a thread: the fastest measured
+FUSED_LIMIT = 8192  # of orders with a base that one program holds: the butterfly follows in it
 LOSSLESS = 2**16  # the smallest value of bfloat16 over this is the smallest of float32
 
 
@@ -156,30 +156,25 @@ def launch_base(
     norm: float,
     dtype: torch.dtype,
     power: torch.Tensor | None = None,
-    order: int = 1,
+    log: int = 0,
 ) -> torch.Tensor:
     """x (..., d) as blocks (m, columns): norm * base^T x for each block, stored as `dtype`.
 
-    power: a factor for each block, float32, or None. order: of a Sylvester transform of what comes
-    out, along the columns: 1, or `columns`, of which `is_fused` holds.
+    power: a factor for each block, float32, or None. log: 2^log is the order of a Sylvester
+    transform along the columns of what comes out, which they are a multiple of.
     """
     m = len(base)
     padded = power_of_two(m)
     y = outputs.empty(x.shape, dtype, x.device)
     vectors = x.numel() // m
     # The interpreter takes as long for a large tile as for a small one.
-    width = max(4096 if INTERPRETED else BASE_SUMS // padded, order)
+    width = max(4096 if INTERPRETED else BASE_SUMS // padded, 1 << log)
     _base_product[(quotient(vectors, width),)](
         x, y, base, x if power is None else power, vectors, columns, norm,
-        m, padded, order.bit_length() - 1, power is not None, width,
+        m, padded, log, power is not None, width,
         num_warps=padded * width // BASE_SUMS,
     )  # fmt: skip
     return y
-
-
-def is_fused(m: int, power: int) -> bool:
-    """Whether one program holds the sums of a block of order m * power."""
-    return power_of_two(m) * power <= FUSED_LIMIT
 
 
 def launch_tile(
@@ -253,9 +248,9 @@ def hadamard(
         share = 1 / power_of_two(order)
     else:
         y, up = prescale(y)
-    norm, sylvester = order**-0.5 / share, power
-    if not is_fused(len(base), power):
+    norm, log = order**-0.5 / share, power.bit_length() - 1
+    if order > FUSED_LIMIT:
         y = launch_tile(y, power, share, torch.float32, narrow=up is None, near_one=True)
-        share, sylvester = 1.0, 1
+        share, log = 1.0, 0
     turned = weights(base, transpose, share)
-    return launch_base(y, turned, power, norm, final, up, sylvester).view(x.shape).to(dtype)
+    return launch_base(y, turned, power, norm, final, up, log).view(x.shape).to(dtype)

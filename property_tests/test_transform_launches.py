@@ -195,6 +195,18 @@ def test_the_base_s_launch_covers_the_vectors(
     assert 64 * 32 * it.num_warps == it.PADDED * it.WIDTH
 
 
+def test_what_launchers_are_not_told(launches: Launches) -> None:
+    """Values may be of 32 bits; there is no mask, no power, and nothing behind the base."""
+    hadamard.launch_tile(torch.zeros(2, 32), 16, 1.0, torch.float32)
+    it = launches.one()
+    assert (it.before, it.after, it.MASKED, it.RESCUE) == (1.0, 1.0, False, True)
+    base = transforms.base(12, CPU)
+    assert base is not None
+    hadamard.launch_base(torch.zeros(2, 48), base, 4, 1.0, torch.float32)
+    it = launches.one()
+    assert (it.columns, it.norm, it.LOG, it.SCALED) == (4, 1.0, 0, False)
+
+
 def test_no_value_of_sixteen_bits_loses_by_becoming_a_share() -> None:
     """The smallest of bfloat16, over the largest order of which shares are taken."""
     least = torch.tensor(

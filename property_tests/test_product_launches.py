@@ -338,6 +338,32 @@ def test_that_no_gate_is_compiled_where_it_can_not_stand(told: dict[str, int]) -
         cuda.compile_("product.cu", hopper.ARCHITECTURE, macros | told, cached=False)
 
 
+@pytest.mark.parametrize("gate", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_that_no_word_holds_an_entry_twice(dtype: torch.dtype, gate: int) -> None:
+    """Of 16 bits, two in a word: what the compiler makes of the source packs two values each."""
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
+    macros = {
+        "BINARY": 0, "EPILOGUE": hopper.PLAIN, "OUT": hopper.OUT[dtype], "BIAS": 0, "GATE": gate,
+        "TILE_N": 128, "TILE_K": 128, "CLUSTER": 2, "CONSUMERS": 2, "TEAM": 1, "STAGES": 8,
+    }  # fmt: skip
+    told = [
+        b"-std=c++17",
+        b"-arch=compute_90a",
+        *(f"-D{k}={v}".encode() for k, v in macros.items()),
+    ]
+    made = cuda.done(nvrtc.nvrtcCreateProgram(cuda._text("product.cu").encode(), b"", 0, [], []))
+    assert nvrtc.nvrtcCompileProgram(made, len(told), told)[0] == 0
+    ptx = bytearray(cuda.done(nvrtc.nvrtcGetPTXSize(made)))
+    cuda.done(nvrtc.nvrtcGetPTX(made, ptx))
+    cuda.done(nvrtc.nvrtcDestroyProgram(made))
+    words = re.findall(rb"cvt\.rn\.\w+x2\.f32 %\w+, (%\w+), (%\w+);", bytes(ptx))
+    # Of 64 products a thread 32 words; with a gate, 16 more of what is gated. Once for near rows,
+    # once for far ones.
+    assert len(words) == 2 * (32 + 16 * gate)
+    assert all(low != high for low, high in words)
+
+
 def test_the_tiles_of_bits_where_a_single_cluster_runs() -> None:
     """Large ones from three turns on, of one pair of tiles of 64 x 256 each."""
     for processors in (1, 2, 3):

@@ -144,6 +144,7 @@ OWN = {
         "hadamard_cases",
         "hadamard",
         "backward",
+        "constants",
     ),
     "kernels/hopper.cuh": (
         "product_cuda_edges",

@@ -175,7 +175,7 @@ OWN = {
         "gated_product",
         "product_errors",
     ),
-    "kernels/product.cu": ("product_launches", *_PRODUCT),
+    "kernels/product.cu": ("product_launches", "cuda_turns", *_PRODUCT),
     "kernels/product.cuh": _PRODUCT,
     "kernels/quantize.py": (
         "launch_edges",

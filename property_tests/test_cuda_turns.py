@@ -1,0 +1,120 @@
+"""Which tiles the blocks of product.cu take, by its text: each once, in numbers of 32 bits."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from property_tests.cuda_reader import Around, Names, read, statements, worlds
+from quest.kernels import hopper, product
+
+pytestmark = pytest.mark.whole
+
+MOST = 2**31 - 1
+KINDS = [
+    (tiles, gate)
+    for tiles in (*product.WIDE.values(), product.MIDDLE, product.NARROW)
+    for gate in (0, 1)
+]
+each_kind = pytest.mark.parametrize(("tiles", "gate"), KINDS)
+
+
+class Int(int):
+    """An int of C: what leaves 32 bits is an OverflowError, where C++ says nothing of it."""
+
+    def __add__(self, other: int) -> Int:
+        return self._fits(int(self) + int(other))
+
+    def __sub__(self, other: int) -> Int:
+        return self._fits(int(self) - int(other))
+
+    def __mul__(self, other: int) -> Int:
+        return self._fits(int(self) * int(other))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    @staticmethod
+    def _fits(n: int) -> Int:
+        if not -MOST - 1 <= n <= MOST:
+            raise OverflowError(n)
+        return Int(n)
+
+
+def turns(tiles: product.Shape, gate: int, given: Names) -> Iterator[Names]:
+    """What is known where a tile is placed, in every turn; given: `g.rows` as g_rows, ..."""
+    macros = {
+        "BINARY": 0, "EPILOGUE": hopper.PLAIN, "OUT": 2, "BIAS": 0, "GATE": gate,
+        "TILE_N": tiles.columns, "TILE_K": product.TILE_K, "CLUSTER": product.CLUSTER,
+        "CONSUMERS": product.CONSUMERS, "TEAM": tiles.team, "STAGES": tiles.stages,
+    }  # fmt: skip
+    text = read("product.cu", tuple(macros.items()))
+    (kernel,) = text.functions["product"]
+    for line, around in statements(kernel.body):
+        if line.startswith("place("):
+            yield from worlds(_flat(around), {**text.names, **given})
+
+
+def _flat(around: Around) -> Around:
+    """With the names of members as one word each."""
+    return tuple((kind, re.sub(r"\b([A-Za-z]\w*)\.(\w+)", r"\1_\2", told)) for kind, told in around)
+
+
+def taken(tiles: product.Shape, gate: int, given: Names) -> tuple[list[int], Names]:
+    """The turns that a thread takes, and what it knows."""
+    found = list(turns(tiles, gate, given))
+    return [world["turn"] for world in found], found[0] if found else {}
+
+
+@each_kind
+def test_each_tile_is_taken_once(tiles: product.Shape, gate: int) -> None:
+    """By both blocks of one cluster, and in each by the producer and by one team."""
+    cluster, groups = product.CLUSTER, product.CONSUMERS
+    producer = 128 * groups
+    for most, pairs, across in itertools.product((1, 2, 3, 5), (1, 3), (1, 2, 4)):
+        clusters = min(most, pairs * across)
+        given = {
+            "g_rows": pairs * cluster * tiles.rows - 1, "g_bytes": 128,
+            "g_columns": (across - 1) * tiles.columns // (1 + gate) + 1,
+            "gridDim_x": cluster * clusters,
+        }  # fmt: skip
+        loaded: list[int] = []
+        for block in range(cluster * clusters):
+            mine, world = taken(
+                tiles, gate, {**given, "blockIdx_x": block, "threadIdx_x": producer}
+            )
+            assert mine
+            assert (world["pairs"], world["across"]) == (pairs, across)
+            by = [
+                taken(tiles, gate, {**given, "blockIdx_x": block, "threadIdx_x": 128 * group + 5})[
+                    0
+                ]
+                for group in range(groups)
+            ]
+            assert sorted(itertools.chain(*by[:: tiles.team])) == mine
+            assert tiles.team == 1 or by[0] == by[1]
+            loaded += mine
+        assert sorted(loaded) == sorted([*range(pairs * across)] * cluster)
+
+
+@each_kind
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 1), (MOST - 255, 1), (MOST, 1), (1, MOST - 255), (1, MOST)]
+)
+def test_as_many_tiles_as_ints_count(
+    rows: int, columns: int, tiles: product.Shape, gate: int
+) -> None:
+    """Up to 2^31 - 1 rows, or columns: nothing leaves 32 bits on the way, nor a tile's column."""
+    pairs, tile = -(-rows // (product.CLUSTER * tiles.rows)), tiles.columns // (1 + gate)
+    last = product.CLUSTER * (pairs * -(-columns // tile) - 1)  # the block with the last tile
+    given = {
+        "g_rows": Int(rows), "g_columns": Int(columns), "g_bytes": Int(16),
+        "gridDim_x": last + product.CLUSTER, "blockIdx_x": last, "threadIdx_x": 0,
+    }  # fmt: skip
+    found, world = taken(tiles, gate, given)
+    assert found
+    assert world["pairs"] * product.CLUSTER * tiles.rows >= rows
+    assert columns <= world["across"] * tile
+    assert (world["across"] - 1) * tile <= MOST

@@ -1,4 +1,7 @@
-"""Which tiles the blocks of product.cu take, by its text: each once, in numbers of 32 bits."""
+"""Which tiles the blocks of product.cu take, by its text: each once, in numbers of 32 bits.
+
+And which of them are written 16 bytes at a time.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ import re
 from collections.abc import Iterator
 
 import pytest
+import torch
 
-from property_tests.cuda_reader import Around, Names, read, statements, worlds
+from property_tests.cuda_reader import Around, Names, Text, read, statements, worlds
 from quest.kernels import hopper, product
 
 pytestmark = pytest.mark.whole
@@ -43,14 +47,18 @@ class Int(int):
         return Int(n)
 
 
-def turns(tiles: product.Shape, gate: int, given: Names) -> Iterator[Names]:
-    """What is known where a tile is placed, in every turn; given: `g.rows` as g_rows, ..."""
+def compiled(tiles: product.Shape, gate: int = 0, out: torch.dtype = torch.bfloat16) -> Text:
     macros = {
-        "BINARY": 0, "EPILOGUE": hopper.PLAIN, "OUT": 2, "BIAS": 0, "GATE": gate,
+        "BINARY": 0, "EPILOGUE": hopper.PLAIN, "OUT": hopper.OUT[out], "BIAS": 0, "GATE": gate,
         "TILE_N": tiles.columns, "TILE_K": product.TILE_K, "CLUSTER": product.CLUSTER,
         "CONSUMERS": product.CONSUMERS, "TEAM": tiles.team, "STAGES": tiles.stages,
     }  # fmt: skip
-    text = read("product.cu", tuple(macros.items()))
+    return read("product.cu", tuple(macros.items()))
+
+
+def turns(tiles: product.Shape, gate: int, given: Names) -> Iterator[Names]:
+    """What is known where a tile is placed, in every turn; given: `g.rows` as g_rows, ..."""
+    text = compiled(tiles, gate)
     (kernel,) = text.functions["product"]
     for line, around in statements(kernel.body):
         if line.startswith("place("):
@@ -118,3 +126,17 @@ def test_as_many_tiles_as_ints_count(
     assert world["pairs"] * product.CLUSTER * tiles.rows >= rows
     assert columns <= world["across"] * tile
     assert (world["across"] - 1) * tile <= MOST
+
+
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.float32])
+def test_vectors_begin_where_they_may(out: torch.dtype) -> None:
+    """PTX ISA, st: 16 bytes at a multiple of 16, in every row."""
+    text = compiled(product.NARROW, out=out)
+    (write,) = (f for f in text.functions["write"] if "vectors" in f.body)
+    told = [a for line, a in statements(write.body, write.arrays) if "*(int4 *)(to " in line]
+    assert told
+    for columns in (*range(1, 70), MOST - 15, MOST):
+        for around in told:
+            known = list(worlds(_flat(around), {**text.names, "g_columns": columns}))
+            assert not known or columns * out.itemsize % 16 == 0, columns
+            assert known or columns % 64

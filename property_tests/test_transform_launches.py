@@ -178,7 +178,7 @@ def test_the_base_s_launch_covers_the_vectors(
     share = 0.5 ** math.ceil(math.log2(order)) if shares else 1.0
     for tile in before:
         assert (tile.before * tile.after, tile.RESCUE) == (share, False)
-        assert tile.before == (1 / power if dtype != torch.float32 and shares else 1.0)
+        assert tile.before == (1 / power if shares else 1.0)
     assert it.norm * share == order**-0.5
     base = transforms.base(m, CPU)
     assert base is not None

@@ -145,6 +145,7 @@ OWN = {
         "hadamard",
         "backward",
         "constants",
+        "many_entries",
     ),
     "kernels/hopper.cuh": (
         "product_cuda_edges",

@@ -213,8 +213,8 @@ def launch_tile(
 def weights(base: torch.Tensor, transpose: bool, share: float) -> torch.Tensor:
     """base, or base^T, times `share`, contiguous. Cached: a base lives as long as the process.
 
-    What a CUDA graph captures is written when it is replayed: call each order and direction once
-    before a capture, as Triton's compilation asks in any case.
+    What a CUDA graph captures is written when it is replayed: call each order, direction and dtype
+    once before a capture.
     """
     return (base.t() if transpose else base).contiguous() * share
 

@@ -24,7 +24,7 @@
 #define VALUES 0    // dequantized, in the input's dtype
 #define PACKED 1    // codes from 0, BITS each
 #define CODES 2     // int8: the code
-#define INTEGERS 3  // int8: 2 code + 1, or the code where LEVELS is odd
+#define INTEGERS 3  // int8: 2 code + 1, or the code where LEVELS is odd, spread: see codes.cuh
 #define PLAIN 0     // no prologue
 #define GATED 1
 #define NORMED 2
@@ -256,7 +256,7 @@ __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, floa
     for (int w = 0; w < 4; w++) {
       if (FORM == CODES || FORM == INTEGERS) {
         sum = __dp4a(words[w], 0x01010101u, (u32)sum);
-        words[w] = integers_of(words[w], FORM == INTEGERS && EVEN);
+        words[w] = integers_of(words[w]);
       }
     }
     const uint4 chunk = make_uint4(words[0], words[1], words[2], words[3]);
@@ -479,8 +479,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
         counts[team].leave(sum, turn, part);
         if (part == 0) sum = counts[team].fetch(Add(), turn, warps);
       }
-      // Of 2 code + 1 (L odd: of codes), from codes counted from 0.
-      if (leads) sums[row] = EVEN ? 2 * sum - (LEVELS - 1) * 128 * blocks : sum + LOWEST * 128 * blocks;
+      if (leads) sums[row] = STRIDE * sum - TOP * 128 * blocks;  // of integers, from codes counted from 0
     }
     __syncwarp();  // the tile is free for the copy of the unit after next, or of the next
     if (BUFFERS == 1) fetch(unit + stride, 0);

@@ -1,6 +1,13 @@
-// Rows of blocks of 128 as codes: what blocks.cu and rows.cu share. Macro: LEVELS, of a uniform grid.
+// Rows of blocks of 128 as codes: what blocks.cu and rows.cu share. Macros: LEVELS, of a uniform grid; FORM.
 constexpr int LOWEST = -(LEVELS / 2);
 constexpr bool EVEN = LEVELS % 2 == 0;
+// An integer is STRIDE times the code counted from 0, less TOP: 2 code + 1, or the code where LEVELS is
+// odd; as INTEGERS times the largest power of two that leaves it in a byte. (`operands.Form`: their
+// lowest bits are always 0, and cost the tensor cores no power.)
+constexpr int LARGEST_INTEGER = EVEN ? LEVELS - 1 : LEVELS / 2;
+__device__ constexpr int spread_of(int largest) { return 2 * largest <= 127 ? 2 * spread_of(2 * largest) : 1; }
+constexpr int SPREAD = FORM == INTEGERS ? spread_of(LARGEST_INTEGER) : 1;
+constexpr int STRIDE = (EVEN ? 2 : 1) * SPREAD, TOP = LARGEST_INTEGER * SPREAD;
 // Sums of squares between these have lost nothing that counts, and neither has anything else.
 constexpr float SMALL = 1.3234889800848443e-23f, GREAT = 1.2676506002282294e30f;  // 2^-76, 2^100
 constexpr float NORM = 0.08838834764831845f;                                     // 128^-0.5
@@ -15,8 +22,9 @@ __device__ __forceinline__ int code_of(float y, float inverse) {
   return __viaddmin_s32_relu(__float_as_int(t), -0x4B400000 - LOWEST, LEVELS - 1);
 }
 
-// Four codes counted from 0, one in each byte, as what they stand for: doubled, 2 code + 1, else the code.
-__device__ __forceinline__ u32 integers_of(u32 word, bool doubled) {
-  // Minus what codes count from; 2 code + 1 is 2 (code from 0) - (LEVELS - 1).
-  return __vsub4(word * (doubled ? 2 : 1), ((doubled ? LEVELS - 1 : -LOWEST) & 0xFF) * 0x01010101u);
+// Four codes counted from 0, one in each byte, as what is stored: integers, or CODES. Nothing is carried
+// from a byte to the next: STRIDE times the last code is 2 TOP.
+__device__ __forceinline__ u32 integers_of(u32 word) {
+  if (FORM == CODES) return __vsub4(word, (-LOWEST & 0xFF) * 0x01010101u);
+  return __vsub4(word * STRIDE, TOP * 0x01010101u);
 }

@@ -8,8 +8,9 @@
 // and sends it to both. One block: a producer warpgroup that keeps STAGES tiles of TILE_K bytes in
 // flight through the bulk copy engine, and two consumer warpgroups of 64 x TILE_N int32 accumulators.
 // The grid is persistent. A TEAM of two consumers shares a tile of 128 rows, which asks shared memory
-// for the fewest bytes: int8, whose time is the tensor cores'. In TEAMs of one, a consumer computes a
-// tile of 64 rows while the other writes its own out: BINARY, where writing takes as long.
+// for the fewest bytes: int8, whose time is the tensor cores'. They wait for tiles of K alone, never for
+// each other. In TEAMs of one, a consumer computes a tile of 64 rows while the other writes its own out:
+// BINARY, where writing takes as long.
 //
 // GATE: B is a gate's weight with a value's below it, and y = silu(gate) value of the two products, each
 // rounded to the output's dtype as if it were written. Half of a tile's columns are the gate's, the other
@@ -23,14 +24,14 @@
 
 // TILE_N, TILE_K (bytes), TEAM, STAGES, CLUSTER and CONSUMERS come from product.py.
 constexpr int WARPS = 4 * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
-constexpr int TILE_M = 64 * TEAM, TEAMS = CONSUMERS / TEAM, MEMBERS = 128 * TEAM;
+constexpr int TILE_M = 64 * TEAM, TEAMS = CONSUMERS / TEAM;
 constexpr u32 A_BYTES = TILE_M * TILE_K, B_BYTES = TILE_N * TILE_K, HALF_B = B_BYTES / CLUSTER;
 constexpr int SPAN = 128 / OUT_SIZE;                  // columns that a warp stages at a time
 constexpr u32 STAGE_ROW = 128 + 8 * OUT_SIZE;         // padded: its stores and loads meet no bank twice
 constexpr u32 STAGING = 16 * STAGE_ROW;               // bytes of a warp's 16 rows
 constexpr u32 A_AT = 0, B_AT = STAGES * A_BYTES, OUT_AT = B_AT + STAGES * B_BYTES;
-constexpr u32 COLUMNS_AT = OUT_AT + WARPS * STAGING;  // scales, biases and sums of a team's columns
-constexpr u32 FULL_AT = COLUMNS_AT + TEAMS * 3 * 4 * TILE_N, EMPTY_AT = FULL_AT + 8 * STAGES;
+constexpr u32 COLUMNS_AT = OUT_AT + WARPS * STAGING;  // scales, biases and sums of a consumer's columns
+constexpr u32 FULL_AT = COLUMNS_AT + CONSUMERS * 3 * 4 * TILE_N, EMPTY_AT = FULL_AT + 8 * STAGES;
 constexpr u32 TURN_AT = EMPTY_AT + 8 * STAGES;        // a barrier for each team
 constexpr int GROUP = 8;                              // pairs of row tiles that share the L2 cache
 constexpr int PARTS = 1 + GATE, TILE_OUT = TILE_N / PARTS;  // products behind a column of y; of a tile
@@ -61,7 +62,7 @@ struct Columns {
 // What a thread fetches for its tile's epilogue: columns for all, and its own two rows. Asked for
 // before the main loop and used after it.
 struct Fetched {
-  static constexpr int PER = (TILE_N + MEMBERS - 1) / MEMBERS;
+  static constexpr int PER = TILE_N / 128;  // a consumer's threads take as many columns each
   float scale[PER], row_scale[2];
   u32 bias[PER];  // as it lies in memory
   int sum[PER], row_sum[2];
@@ -69,9 +70,9 @@ struct Fetched {
   __device__ __forceinline__ void ask(const Arguments &g, int row, int column0) {
 #pragma unroll
     for (int i = 0; i < PER; i++) {
-      const int at = i * MEMBERS + threadIdx.x % MEMBERS, part = GATE ? at / TILE_OUT : 0;
+      const int at = i * 128 + threadIdx.x % 128, part = GATE ? at / TILE_OUT : 0;
       const int y = column0 + at - part * TILE_OUT, j = part * g.columns + y;
-      const bool inside = at < TILE_N && y < g.columns;
+      const bool inside = y < g.columns;
       scale[i] = inside ? g.column_scale[j] : 0.0f;
       bias[i] = BIAS && inside ? bias_bits(g.bias, j, BIAS) : 0;
       sum[i] = EPILOGUE == CORRECTED && inside && g.column_sum ? g.column_sum[j] : 0;
@@ -87,8 +88,7 @@ struct Fetched {
   __device__ __forceinline__ void put(Columns &to) const {
 #pragma unroll
     for (int i = 0; i < PER; i++) {
-      const int at = i * MEMBERS + threadIdx.x % MEMBERS;
-      if (at >= TILE_N) continue;
+      const int at = i * 128 + threadIdx.x % 128;
       to.scale[at] = scale[i];
       if (BIAS) to.bias[at] = bias_of(bias[i], BIAS);
       if (EPILOGUE == CORRECTED) to.sum[at] = sum[i];
@@ -107,13 +107,11 @@ struct Fetched {
   }
 };
 
-__device__ __forceinline__ void meet(int team) {
-  asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(MEMBERS) : "memory");
-}
+__device__ __forceinline__ void meet(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
 
 // Writes a warp's 16 rows of a tile, SPAN columns at a time, through its own shared memory, so
 // that rows are written 16 bytes a thread and 128 bytes a row.
-template <bool FAR>
+template <bool RARE>
 __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, const Row (&rows)[2], const Columns &columns, char *stage, int row0, int column0) {
   const int lane = threadIdx.x % 32;
   // Whole vectors of 16 bytes, where every row begins at one.
@@ -148,8 +146,8 @@ __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, 
             if (EPILOGUE == RAW) {
               *(int2 *)at = make_int2(d[i], d[i + 1]);
             } else {
-              y[p][0] = finish<FAR>(d[i], sum[p][j].x, g.factor, rows[h], scale[p][j].x, bias[p][j].x);
-              y[p][1] = finish<FAR>(d[i + 1], sum[p][j].y, g.factor, rows[h], scale[p][j].y, bias[p][j].y);
+              y[p][0] = finish<RARE>(d[i], sum[p][j].x, g.factor, rows[h], scale[p][j].x, bias[p][j].x);
+              y[p][1] = finish<RARE>(d[i + 1], sum[p][j].y, g.factor, rows[h], scale[p][j].y, bias[p][j].y);
             }
           }
           if (GATE) {
@@ -249,7 +247,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int team = group / TEAM, member = group % TEAM;
-    Columns &columns = ((Columns *)(raw + COLUMNS_AT))[team];
+    Columns &columns = ((Columns *)(raw + COLUMNS_AT))[group];
     wait_for_previous();
     u32 at = team * steps, tiles = 0;
     int d[TILE_N / 2];
@@ -294,15 +292,15 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       if (lane < CLUSTER) barrier_arrive(base + EMPTY_AT + 8 * last, lane);
       at += (TEAMS - 1) * steps;
       Row own[2] = {};
-      bool far = false;
+      bool rare = false;
       if (EPILOGUE != RAW) {
-        meet(team);  // all have read the columns of the tile before
+        meet(group);  // all have read the columns of the tile before
         fetched.put(columns);
-        far = fetched.own(g, own);
-        meet(team);  // the columns stand
+        rare = fetched.own(g, own) || g.bytes > LONG;
+        meet(group);  // the columns stand
       }
       char *staging = raw + OUT_AT + warp * STAGING;
-      if (__any_sync(0xFFFFFFFF, far)) write<true>(d, g, own, columns, staging, row0, column * TILE_OUT);
+      if (__any_sync(0xFFFFFFFF, rare)) write<true>(d, g, own, columns, staging, row0, column * TILE_OUT);
       else write<false>(d, g, own, columns, staging, row0, column * TILE_OUT);
     }
   }

@@ -59,22 +59,30 @@ struct Row { Scale scale; int sum; };
 // bits, which saves a conversion at a quarter of the rate.
 constexpr int WHOLE = 0x4B400000;
 
-// FAR: some row of the warp may be far.
-template <bool FAR>
+// What one of a sum counts: that of code + 1/2 is a number of quarters.
+constexpr bool QUARTERS = EPILOGUE == CORRECTED && !BINARY;
+constexpr float UNIT = QUARTERS ? 0.25f : 1.0f;
+// The longest K whose quarters fit int32, of bytes of any codes: 255 * 255 * 32768 < 2^31.
+constexpr int LONG = QUARTERS ? 32768 : 2147483647;
+
+// RARE: some row of the warp may be far, or K is LONG.
+template <bool RARE>
 __device__ __forceinline__ float finish(int acc, int column_sum, float factor, const Row &row, float column, float bias) {
   float p;
   if (EPILOGUE == CORRECTED && BINARY) {
     p = __int_as_float(4 * acc + (row.sum - column_sum)) - 12582912.0f;
-  } else if (EPILOGUE == CORRECTED) {
-    // The correction may be a fraction, and 4 acc may leave int32: whole and quarter parts apart.
-    const int sum = row.sum + column_sum;
-    p = (float)(acc + (sum >> 2)) + 0.25f * (float)(sum & 3);
+  } else if (QUARTERS) {
+    // Rounded once either way. Of unsigned numbers, for 4 acc alone may leave int32.
+    if (RARE) p = (float)fma(4.0, (double)acc, (double)(row.sum + column_sum));
+    else p = (float)(int)(4u * acc + (u32)(row.sum + column_sum));
   } else {
     p = (float)acc;
   }
-  return scaled<FAR>(p, factor, row.scale, column, bias);
+  return scaled<RARE>(p, UNIT * factor, row.scale, column, bias);
 }
 
 __device__ __forceinline__ Row row_of(const Arguments &g, float scale, int sum) {
-  return {scale_of(g.factor, scale), BINARY ? WHOLE - sum - g.length : sum - g.length};
+  Scale of = scale_of(g.factor, scale);
+  of.near *= UNIT;
+  return {of, BINARY ? WHOLE - sum - g.length : sum - g.length};
 }

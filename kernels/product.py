@@ -52,7 +52,7 @@ class Shape:
         """Bytes of shared memory, as product.cu lays them out."""
         flight = self.stages * (self.rows + self.columns) * TILE_K
         staged = 4 * CONSUMERS * 16 * 160  # 16 padded rows of each warp, for the output
-        columns = CONSUMERS // self.team * 3 * 4 * self.columns
+        columns = CONSUMERS * 3 * 4 * self.columns
         return flight + staged + columns + 16 * self.stages + 8 * CONSUMERS
 
     def clusters(self, rows: int, columns: int) -> int:

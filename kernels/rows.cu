@@ -12,7 +12,7 @@
 // Macros: IN (the input's dtype), LEVELS, FORM.
 #define PACKED 1    // codes from 0, of one bit
 #define CODES 2     // int8: the code
-#define INTEGERS 3  // int8: 2 code + 1, or the code where LEVELS is odd
+#define INTEGERS 3  // int8: 2 code + 1, or the code where LEVELS is odd, spread: see codes.cuh
 typedef unsigned int u32;
 typedef long long i64;
 
@@ -121,7 +121,7 @@ __device__ __forceinline__ int emit(const float (&y)[32], float inverse, char *o
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     sum = __dp4a(words[i], 0x01010101u, (u32)sum);
-    words[i] = integers_of(words[i], FORM == INTEGERS && EVEN);
+    words[i] = integers_of(words[i]);
   }
   ((uint4 *)out)[2 * at] = make_uint4(words[0], words[1], words[2], words[3]);
   ((uint4 *)out)[2 * at + 1] = make_uint4(words[4], words[5], words[6], words[7]);
@@ -195,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS)
     read(w, row, block, blocks);
   }
   sum = over_row(sum, Add(), counts);
-  // Of 2 code + 1 (L odd: of codes), from codes counted from 0.
+  // Of integers, from codes counted from 0.
   if (threadIdx.x == 0)
-    sums[blockIdx.x] = EVEN ? 2 * sum - (LEVELS - 1) * 128 * blocks : sum + LOWEST * 128 * blocks;
+    sums[blockIdx.x] = STRIDE * sum - TOP * 128 * blocks;
 }

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from property_tests.prologues import HALVES, halves
-from quest import eager, ops, packing
+from quest import eager, operands, ops, packing
 from quest.estimators import STE
 from quest.kernels import blocks, cuda, outputs
 from quest.kernels.quantize import DISTANCE, Program
@@ -66,6 +66,8 @@ def _reference(
     _, codes, scale, mask, _ = eager.quantize(x, q, values=False, codes=True, packed=False)
     codes, levels = codes.int(), q.require_grid().levels
     integers = codes if levels % 2 else 2 * codes + 1
+    if form == blocks.INTEGERS:
+        integers = operands.form(q.require_grid(), "integers").spread * integers
     out = {
         blocks.VALUES: values, blocks.CODES: codes.to(torch.int8),
         blocks.INTEGERS: integers.to(torch.int8),

@@ -227,8 +227,8 @@ def test_two_blocks_quantize() -> None:
     made = quest.recipe("w4a4")
     kinds = operands.kinds(made.activation, made.weight)
     assert kinds is not None
-    units = [
-        operands.form(q.require_grid(), kind).unit
+    forms = [
+        operands.form(q.require_grid(), kind)
         for q, kind in zip((made.activation, made.weight), kinds, strict=True)
     ]
     names = (made.activation.spec, made.weight.require_grid().name)
@@ -244,13 +244,14 @@ def test_two_blocks_quantize() -> None:
                 found = few_linear_shown(x.cuda(), *weight, None, *names, torch.float32)
             y, a, a_scale, a_sums = (t.cpu() for t in found)
             integers = judges.whole(a, kinds[0], width)
-            shown = torch.from_numpy((integers - 1) // 2).to(torch.int8)
+            shown = torch.from_numpy((integers // forms[0].spread - 1) // 2).to(torch.int8)
             for verdict in (
                 judges.scaled(x, a_scale, 128),
                 judges.coded(x, made.activation, shown, a_scale, conclusive=False),
                 judges.exact("sums", a_sums.numpy(), integers.sum(-1, keepdims=True)),
                 judges.multiplied(
-                    (integers, whole.numpy()), (units[0], units[1]), (a_scale, scale), None, y
+                    (integers, forms[1].spread * whole.numpy()),
+                    (forms[0].unit, forms[1].unit), (a_scale, scale), None, y,
                 ),
             ):
                 verdict.require()

@@ -63,17 +63,18 @@ def _judged(
     rows = lowbit.as_rows(x).cpu()
     a, scale, y = lowbit.as_rows(a), lowbit.as_rows(scale), lowbit.as_rows(y)
     integers = judges.whole(a, kinds[0], width)
-    codes = torch.from_numpy((integers - 1) // 2).to(torch.int8)
-    units = [
-        operands.form(q.require_grid(), kind).unit
+    forms = [
+        operands.form(q.require_grid(), kind)
         for q, kind in zip((made.activation, made.weight), kinds, strict=True)
     ]
+    codes = torch.from_numpy((integers // forms[0].spread - 1) // 2).to(torch.int8)
     for verdict in (
         judges.scaled(rows, scale, 128),
         judges.coded(rows, made.activation, codes, scale, conclusive=False),
         judges.exact("sums", lowbit.as_rows(sums).numpy(), integers.sum(-1, keepdims=True)),
         judges.multiplied(
-            (integers, whole.numpy()), (units[0], units[1]), (scale, weight[1]), bias, y
+            (integers, forms[1].spread * whole.numpy()), (forms[0].unit, forms[1].unit),
+            (scale, weight[1]), bias, y,
         ),
     ):
         verdict.require()

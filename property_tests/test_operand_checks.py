@@ -18,7 +18,7 @@ pytestmark = pytest.mark.whole
 
 FOUR = quest.Quantizer(grids.uniform(4))
 ROWS = torch.zeros(3, 128)
-OPERAND = torch.ones(3, 128, dtype=torch.int8)
+OPERAND = torch.full((3, 128), 8, dtype=torch.int8)  # of 4 bits: the code 0
 SCALE = torch.ones(3, 1)
 
 
@@ -65,7 +65,7 @@ def test_operands_of_another_form(operand: Tensor, kind: str) -> None:
 
 
 def test_one_row_alone_is_decoded_and_packed() -> None:
-    middle = FOUR.require_grid().points[8]  # the integer 1
+    middle = FOUR.require_grid().points[8]  # of the code 0
     row = lowbit.decode(OPERAND[0], SCALE[0], FOUR.spec, "integers", 128, torch.float32)
     assert torch.equal(row, torch.full((128,), middle))
     assert lowbit.pack_operand(OPERAND[0], FOUR.spec).shape == (64,)

@@ -46,7 +46,26 @@ def test_a_point_is_its_integer_times_the_unit(grid: Grid) -> None:
             turned = (p if grid.step is None else p / grid.step) * form.integer
             assert math.isclose(turned, round(turned), rel_tol=ROUNDINGS)
             assert math.isclose(round(turned) * form.unit, p, rel_tol=ROUNDINGS)
-            assert abs(round(turned)) == 1 or grid.levels > 2  # a pair of signs
+            assert abs(round(turned)) == form.spread or grid.levels > 2  # a pair of signs
+
+
+def test_integers_fill_int8() -> None:
+    """By hand: the largest is doubled while it fits, and all others with it."""
+    for grid, spread, largest in (
+        (grids.uniform(1), 64, 64), (grids.uniform(2), 32, 96), (grids.uniform(3), 16, 112),
+        (grids.uniform(4), 8, 120), (grids.uniform(5), 4, 124), (grids.uniform(6), 2, 126),
+        (grids.uniform(7), 1, 127), (grids.ternary(), 64, 64), (grids.e2m1(), 8, 96),
+        (_uniform(15), 16, 112), (_uniform(128), 1, 127), (_uniform(255), 1, 127),
+    ):  # fmt: skip
+        form = operands.form(grid, "integers")
+        assert form.spread == spread
+        assert round(grid.outer / form.unit) == largest
+    for grid, form in (
+        (grids.uniform(2), (64, 96)), (grids.uniform(4), (16, 120)), (grids.ternary(), (64, 64)),
+        (grids.uniform(3), (32, 112)),
+    ):  # fmt: skip
+        saved = operands.saved(quest.Quantizer(grid), "integers")
+        assert (saved.stride, saved.top) == form  # from one integer to the next; the largest
 
 
 def test_the_kinds_that_grids_have() -> None:

@@ -17,6 +17,7 @@ from quest.kernels import blocks, decode, few, hopper, pack, product, quantize, 
 pytestmark = pytest.mark.whole
 
 ONE, TWO, FOUR, EIGHT = (quest.Quantizer(grids.uniform(bits)) for bits in (1, 2, 4, 8))
+SPREADS = {2: 32, 4: 8}  # by bits: what odd integers are multiplied by; else 1
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 X = torch.zeros(3, 128)
 
@@ -144,7 +145,8 @@ def test_what_is_saved_is_packed_in_one_pass_or_after_it(
     assert first[1:] == [1, 2, 3]
     assert int(last) == 0
     name, arguments, _ = kernels.one()
-    assert (name, arguments) == ("pack.pack", (operand, bits, 2, 2**bits - 1))
+    step = 2 * SPREADS[bits]
+    assert (name, arguments) == ("pack.pack", (operand, bits, step, (2**bits - 1) * step // 2))
 
 
 @pytest.mark.parametrize(("q", "kind"), [(ONE, "bits"), (EIGHT, "codes")])
@@ -160,18 +162,18 @@ def test_what_is_saved_as_it_is(kernels: Kernels, q: quest.Quantizer, kind: str)
 def test_packing_and_decoding(kernels: Kernels) -> None:
     ternary = quest.Quantizer(grids.ternary())
     operand, scale = torch.zeros(3, 128, dtype=torch.int8), torch.ones(3, 1)
-    for q, form in ((TWO, (2, 2, 3)), (FOUR, (4, 2, 15)), (ternary, (2, 1, 1))):
+    for q, form in ((TWO, (2, 64, 96)), (FOUR, (4, 16, 120)), (ternary, (2, 64, 64))):
         _on_cuda("pack_operand", operand, q.spec)
         name, arguments, _ = kernels.one()
         assert (name, arguments[1:]) == ("pack.pack", form)
     for q, kind, (bits, stride, top) in (
         (ONE, "bits", (1, 2, 1)), (FOUR, "integers", (8, 1, 0)), (EIGHT, "codes", (8, 2, -1)),
-        (FOUR, "packed4", (4, 2, 15)), (TWO, "packed2", (2, 2, 3)),
+        (FOUR, "packed4", (4, 16, 120)), (TWO, "packed2", (2, 64, 96)),
     ):  # fmt: skip
         small = torch.zeros(3, 128 * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
         _on_cuda("decode", small, scale, q.spec, kind, 128, torch.bfloat16)
         name, arguments, keywords = kernels.one()
-        assert (name, arguments[2:4]) == ("decode.decode", (128, q.require_grid().step / 2))  # type: ignore[operator]
+        assert (name, arguments[2:4]) == ("decode.decode", (128, _unit(q)))
         assert arguments[4] == torch.bfloat16
         assert keywords == {"bits": bits, "stride": stride, "top": top}
 
@@ -181,6 +183,11 @@ def _half(q: quest.Quantizer) -> float:
     step = q.require_grid().step
     assert step is not None
     return step / 2
+
+
+def _unit(q: quest.Quantizer) -> float:
+    """The same as operands have it: what odd integers are multiplied by is divided out."""
+    return _half(q) / SPREADS.get(q.require_grid().storage_bits, 1)
 
 
 def _strided(t: Tensor) -> Tensor:
@@ -218,7 +225,7 @@ def test_products(kernels: Kernels) -> None:
             assert made is None or made.dtype == given.dtype  # the kernel reads any of three
             assert keywords["epilogue"] == (hopper.PLAIN if by is None else hopper.CORRECTED)
             assert keywords["length"] == length
-            assert keywords["factor"] == factor * _half(pair[0]) * _half(pair[1])
+            assert keywords["factor"] == factor * _unit(pair[0]) * _unit(pair[1])
     _on_cuda("accumulate", a, b)
     name, arguments, keywords = kernels.one()
     assert (name, arguments[2], keywords) == (
@@ -278,7 +285,7 @@ def test_packed_products(
         made = keywords["bias"]
         assert made is None if given is None else torch.equal(made, bias)
         assert keywords["length"] == (128 if bits == 1 else 0)
-        assert keywords["factor"] == _half(q) * _half(weight)
+        assert keywords["factor"] == _unit(q) * _half(weight)  # of codes as they are
     many = torch.zeros(few.LIMIT + 1, *a.shape[1:], dtype=a.dtype)
     n = len(many)
     with pytest.raises(ValueError, match="up to 64 rows of a multiple of 128 entries, got 65 of"):
@@ -295,6 +302,7 @@ def test_few_rows_in_one_kernel(
     w, w_scale, w_sums = _weight(bits)
     bias, grid = torch.arange(5.0), q.require_grid()
     said = (q.spec, str(weight.grid), torch.float16)
+    s = SPREADS.get(grid.storage_bits, 1)
     x = torch.zeros(2, 3, 128, dtype=torch.bfloat16)
     for given in (None, bias):
         vectors = (w_scale, w_sums, given)
@@ -303,7 +311,7 @@ def test_few_rows_in_one_kernel(
             for shown in (False, True):
                 name = "few_linear_shown" if shown else "few_linear"
                 made = _on_cuda(name, x, w, *strided, *said, settled)
-                assert _numbers(made) == [0, 1, 2, 3] if shown else int(made) == 0
+                assert _numbers(made) == [0, s, 2, 3 * s] if shown else int(made) == 0
                 _seen(kernels, x, w, vectors, bits, settled, shown)
             made = fused.unchecked(x, w, *vectors, *said, settled)
             assert int(made) == 0
@@ -311,6 +319,17 @@ def test_few_rows_in_one_kernel(
             step = 0.5 if kind == "bits" else 2 * _half(q)
             assert keywords["grid"] == few.Grid(len(grid.points), step)
             assert keywords["factor"] == _half(q) * _half(weight)
+
+
+def test_what_one_kernel_shows_is_what_others_make(kernels: Kernels) -> None:
+    """It multiplies odd integers as they are; as operands they are doubled while int8 has room."""
+    made = torch.zeros(1), torch.tensor([[-15, 1]]).char(), torch.ones(1, 1), torch.tensor([[-14]])
+    w, w_scale, w_sums = _weight(4)
+    said = (FOUR.spec, "uniform4", torch.float16, False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(few, "linear", lambda *_, **__: made)
+        _, a, _, sums = _on_cuda("few_linear_shown", X.half(), w, w_scale, w_sums, None, *said)
+    assert (a.tolist(), a.dtype, sums.tolist()) == ([[-120, 8]], torch.int8, [[-112]])
 
 
 def _seen(

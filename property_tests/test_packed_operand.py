@@ -33,7 +33,8 @@ def _codes(q: quest.Quantizer, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def _integers(q: quest.Quantizer, codes: Tensor) -> Tensor:
-    return codes if q.require_grid().levels % 2 else 2 * codes + 1
+    odds = codes if q.require_grid().levels % 2 else 2 * codes + 1
+    return operands.form(q.require_grid(), "integers").spread * odds
 
 
 def _judge(lane: Lane, q: quest.Quantizer, codes: Tensor, operand: Tensor, **how: Any) -> None:
@@ -87,9 +88,9 @@ def test_every_code_beside_every_other(lane: Lane, name: str) -> None:
 def test_the_form_by_hand() -> None:
     four, two, three = PLAIN["uniform4"], PLAIN["uniform2"], PLAIN["ternary"]
     operand = torch.tensor([[-15, 15, 1]], dtype=torch.int8)
-    assert lowbit.pack_operand(operand, four.spec).tolist() == [[0xF0, 0x08]]
-    assert lowbit.pack_operand(operand.clamp(-3, 3), two.spec).tolist() == [[0b101100]]
-    assert lowbit.pack_operand(operand.clamp(-1, 1), three.spec).tolist() == [[0b101000]]
+    assert lowbit.pack_operand(8 * operand, four.spec).tolist() == [[0xF0, 0x08]]
+    assert lowbit.pack_operand(32 * operand.clamp(-3, 3), two.spec).tolist() == [[0b101100]]
+    assert lowbit.pack_operand(64 * operand.clamp(-1, 1), three.spec).tolist() == [[0b101000]]
     packed, scale = torch.tensor([[0xF0, 0x08]], dtype=torch.uint8), torch.tensor([[2.0]])
     step = torch.tensor(four.require_grid().step, dtype=torch.float32)
     values = lowbit.decode(packed, scale, four.spec, "packed4", 3, torch.float32)

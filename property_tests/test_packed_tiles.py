@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from property_tests.lane_marks import every_lane
+from quest import operands
 from quest.conformance.lanes import Lane
 from quest.quantizer import parse
 
@@ -47,7 +48,8 @@ def test_operands_of_several_programs(
     rng = np.random.default_rng(0)
     codes = rng.integers(least, 2 if levels == 1 else -least, shape)
     integers = codes if levels == 1 else 2 * codes + 1
-    operand = torch.from_numpy(integers.astype(np.int8))
+    spread = operands.form(q.require_grid(), "integers").spread
+    operand = torch.from_numpy((spread * integers).astype(np.int8))
     scale = torch.from_numpy(2.0 ** rng.integers(-3, 4, (len(codes), 1))).float()
     expected = packed(codes - least, bits)
     if strided:

@@ -188,7 +188,8 @@ def _whole(saved: torch.Tensor, q: quest.Quantizer, kind: str, width: int) -> ND
         return judges.whole(saved, kind, width)
     index = reference.unpack(saved.numpy(), form.bits, width)
     codes = reference.from_unsigned(index, oracle.grid(q.require_grid()))
-    return codes if q.require_grid().levels % 2 else 2 * codes + 1
+    odds = codes if q.require_grid().levels % 2 else 2 * codes + 1
+    return operands.form_of(q, kind).spread * odds
 
 
 @pytest.mark.parametrize("device", DEVICES)

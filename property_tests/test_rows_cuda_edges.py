@@ -113,19 +113,21 @@ def _fused(x: torch.Tensor, recipe: str) -> None:
         assert torch.equal(first.view(torch.uint8), second.view(torch.uint8))
     y, a, scale, sums = seen[0]
     integers = judges.whole(a, kinds[0], width)
-    codes = torch.from_numpy((integers - 1) // 2).to(torch.int8)
-    units = [
-        operands.form(q.require_grid(), kind).unit
+    forms = [
+        operands.form(q.require_grid(), kind)
         for q, kind in zip((made.activation, made.weight), kinds, strict=True)
     ]
+    spread = forms[0].spread
+    codes = torch.from_numpy((integers // spread - 1) // 2).to(torch.int8)
     by = examine.TENSOR_CORES
     for verdict in (
-        judges.exact("odd", integers % 2, np.ones_like(integers)),
+        judges.exact("odd", integers % (2 * spread), np.full_like(integers, spread)),
         judges.scaled(x, scale, 128, by),
         judges.coded(x, made.activation, codes, scale, conclusive=False, sums=by),
         judges.exact("sums", sums.numpy(), integers.sum(-1, keepdims=True)),
         judges.multiplied(
-            (integers, whole.numpy()), (units[0], units[1]), (scale, scales), None, y
+            (integers, forms[1].spread * whole.numpy()), (forms[0].unit, forms[1].unit),
+            (scale, scales), None, y,
         ),
     ):
         verdict.require()

@@ -112,9 +112,10 @@ def test_what_the_kernel_is_given(biased: bool, kind: str, monkeypatch: pytest.M
         assert torch.equal(found, t)
     codes = kind == "codes"
     assert named.pop("epilogue") == (hopper.CORRECTED if codes else hopper.PLAIN)
-    # An integer stands for half of its grid's step; for codes the accumulator counts in halves.
-    half_steps = [q.require_grid().step or 0 for q in (EIGHT if codes else FOUR, SPARSE)]
-    assert named.pop("factor") == half_steps[0] / 2 * half_steps[1] / 2 * (2 if codes else 1)
+    # An integer stands for half of its grid's step, eight times, of 4 bits; for codes the
+    # accumulator counts in halves.
+    steps = [q.require_grid().step or 0 for q in (EIGHT if codes else FOUR, SPARSE)]
+    assert named.pop("factor") == steps[0] * steps[1] / (16 if codes else 16 * 16)
     vectors = {
         "feature_scale": w_scale, "token_scale": a_scale,
         "feature_sum": 2 * w_sums if codes else None, "bias": bias,

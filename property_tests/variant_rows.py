@@ -312,10 +312,14 @@ ADDITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def operand(codes: Tensor, levels: int) -> tuple[str, Tensor, Tensor]:
     """(kind, operand, sums) of codes (n, d) of a uniform grid; sums are (n, 1) int32.
 
-    An even grid's integers are twice its codes, and 1. Two levels are bits, the first of eight the
-    lowest: (n, ceil(d / 8)) uint8. The 256 of 8 bits stay codes, (n, d) int8, as integers do.
+    An even grid's integers are twice its codes, and 1; doubled as often as int8 has room. Two
+    levels are bits, the first of eight the lowest: (n, ceil(d / 8)) uint8. The 256 of 8 bits stay
+    codes, (n, d) int8, as integers do.
     """
     whole = 2 * codes + 1 if levels % 2 == 0 else codes
+    largest = levels - 1 if levels % 2 == 0 else levels // 2
+    while 2 < levels < 256 and 2 * largest < 128:
+        whole, largest = 2 * whole, 2 * largest
     sums = whole.sum(-1, keepdim=True).int()
     if levels == 2:
         spare = -codes.shape[-1] % 8

@@ -253,7 +253,8 @@ class _Plan:
     """What does not depend on the number of rows.
 
     program, form, bits: of the kernels that quantize. bytes: of a row's operand. epilogue, and
-    whether sums of rows and columns count: of the product.
+    whether sums of rows and columns count: of the product. spread: of the weight's operand, see
+    `operands.Form`; its packed codes have none.
     """
 
     program: Any
@@ -263,6 +264,7 @@ class _Plan:
     bytes: int
     terms: operands.Terms
     epilogue: int
+    spread: int
 
 
 @functools.lru_cache(maxsize=1024)
@@ -286,7 +288,7 @@ def _plan(
     form, bits = blocks.OPERANDS[kind]
     return _Plan(
         program, kind, form, bits, width // 8 if kind == "bits" else width, terms,
-        hopper.CORRECTED if terms.corrected else hopper.PLAIN,
+        hopper.CORRECTED if terms.corrected else hopper.PLAIN, pair[1].spread,
     )  # fmt: skip
 
 
@@ -410,8 +412,8 @@ def _multiply(made: _Room, held: Frozen, bias: Tensor | None, width: int, gate: 
         assert packed is not None
         few.launch(
             y.data_ptr(), a, packed.data_ptr(), n, columns, width,
-            packed.shape[1] * 8 // width, device, y.dtype, terms.factor, terms.length, scale,
-            at[0], sums, at[1], bias, True,
+            packed.shape[1] * 8 // width, device, y.dtype, terms.factor * plan.spread,
+            terms.length, scale, at[0], sums, at[1], bias, True,
         )  # fmt: skip
     else:
         product.launch(

@@ -15,6 +15,7 @@ wrapper alone takes more host time than the kernel takes on the device.
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,8 +59,12 @@ def pairs(activation: Quantizer, weight: grids.Grid) -> str | None:
 
 
 @functools.lru_cache(maxsize=256)
-def _parts(activation: str, weight_grid: str) -> tuple[str, int, float, Grid]:
-    """(kind, bits of the weight's codes, the product of both units, the grid of the rows)."""
+def _parts(activation: str, weight_grid: str) -> tuple[str, int, float, Grid, int]:
+    """(kind, bits of the weight's codes, factor, the grid of the rows, the spread of theirs).
+
+    The kernel multiplies what `operands.Form` spreads as it was before; factor: the product of both
+    units of that.
+    """
     from .kernels.few import Grid
 
     q, weight = ops.quantizer(activation), grids.parse(weight_grid)
@@ -72,10 +77,11 @@ def _parts(activation: str, weight_grid: str) -> tuple[str, int, float, Grid]:
         )
     grid = q.require_grid()
     assert grid.step is not None  # `pairs` has seen it
-    factor = operands.form(grid, kind).unit * operands.form(weight, kind).unit
+    forms = operands.form(grid, kind), operands.form(weight, kind)
+    factor = math.prod(form.unit * form.spread for form in forms)
     # Of bits the signs alone count: any step that the kernel has will do.
     step = 0.5 if kind == "bits" else grid.step
-    return kind, weight.storage_bits, factor, Grid(grid.levels, step)
+    return kind, weight.storage_bits, factor, Grid(grid.levels, step), forms[0].spread
 
 
 def _check(
@@ -108,7 +114,7 @@ def _on_cpu(
     x: Tensor, w: Tensor, w_scale: Tensor, w_sums: Tensor, bias: Tensor | None, activation: str,
     weight_grid: str, dtype: torch.dtype, settled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    kind, bits, _, _ = _parts(activation, weight_grid)
+    kind, bits, *_ = _parts(activation, weight_grid)
     _check(x, w, w_scale, w_sums, bias, bits, dtype)
     width = x.shape[-1]
     a, scale, _, sums = lowbit.encode(lowbit.as_rows(x), activation, kind)
@@ -148,12 +154,15 @@ def _launch(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     from .kernels import few
 
-    _, bits, factor, grid = _parts(activation, weight_grid)
+    _, bits, factor, grid, spread = _parts(activation, weight_grid)
     with ops.device_of(x):
-        return few.linear(
+        y, a, scale, sums = few.linear(
             x, w, bits, dtype, grid=grid, factor=factor, w_scale=w_scale, w_sum=w_sums, bias=bias,
             settled=settled, show=show,
         )  # fmt: skip
+        if a is not None and sums is not None and spread > 1:
+            a, sums = spread * a, spread * sums
+        return y, a, scale, sums
 
 
 def unchecked(
@@ -173,7 +182,7 @@ def _fake(
     x: Tensor, w: Tensor, w_scale: Tensor, w_sums: Tensor, bias: Tensor | None, activation: str,
     weight_grid: str, dtype: torch.dtype, settled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    kind, bits, _, _ = _parts(activation, weight_grid)
+    kind, bits, *_ = _parts(activation, weight_grid)
     _check(x, w, w_scale, w_sums, bias, bits, dtype)
     lead, width = x.shape[:-1], x.shape[-1]
     small, a = (width // 8, torch.uint8) if kind == "bits" else (width, torch.int8)

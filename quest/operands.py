@@ -1,8 +1,11 @@
 """How quantized rows become operands of an integer product.
 
 The points of a grid that are integers times a unit fit an exact product: signs as single bits,
-other integers as int8. Uniform grids of 8 bits have integers to 255, twice what int8 holds: there
-the codes themselves are multiplied, and sums of the rows supply the half that each of them lacks.
+other integers as int8, times the largest power of two that leaves them there: the same sums, but
+the bits that then are always 0 take no power, which is what holds back the tensor cores (a small
+negative integer sets all the upper ones). Uniform grids of 8 bits have integers to 255, twice what
+int8 holds: there the codes themselves are multiplied, and sums of the rows supply the half that
+each of them lacks.
 Source: method, section 3; QuEST (arXiv 2502.05003), section 4.
 """
 
@@ -32,7 +35,8 @@ class Form:
     or "codes", (..., d) int8, where the integer is 2 code + 1.
     integer: what turns a point (of a uniform grid: in steps) into its integer. unit: a point is
     its integer times unit. bits: of a stored entry, packed where they are fewer than 8; the integer
-    is stride times what is stored, less top.
+    is stride times what is stored, less top. spread: the power of two that integers are multiples
+    of.
     """
 
     kind: str
@@ -41,6 +45,7 @@ class Form:
     bits: int
     stride: int
     top: int
+    spread: int = 1
 
 
 _STORED = {"bits": (1, 2, 1), "integers": (8, 1, 0), "codes": (8, 2, -1)}
@@ -62,7 +67,8 @@ def form(grid: Grid, kind: str) -> Form:
     fits = {"bits": grid.levels == 2, "integers": largest <= 127, "codes": largest == 255}
     if not (fits[kind] and all(abs(p / unit - round(p / unit)) < 1e-9 for p in grid.points)):
         raise ValueError(f"grid {grid.name!r} has no operand of kind {kind!r}")
-    return Form(kind, factor, unit, *_STORED[kind])
+    spread = 1 << (127 // largest).bit_length() - 1 if kind == "integers" else 1
+    return Form(kind, factor * spread, unit / spread, *_STORED[kind], spread)
 
 
 def form_of(q: Quantizer, kind: str) -> Form:
@@ -89,7 +95,7 @@ def saved(q: Quantizer, kind: str) -> Form:
         made,
         kind=f"packed{grid.storage_bits}",
         bits=grid.storage_bits,
-        stride=1 if grid.levels % 2 else 2,
+        stride=made.spread if grid.levels % 2 else 2 * made.spread,
         top=round(grid.outer / made.unit),
     )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import grids, lowbit, ops, packing
+from . import grids, lowbit, operands, ops, packing
 
 
 def _bits(grid_names: str, kinds: str) -> int:
@@ -27,6 +27,11 @@ def _bits(grid_names: str, kinds: str) -> int:
         "packed weights have 1 bit on both sides, or uniform grids of 2 and 4 bits, got "
         f"{grid_names!r} as {kinds!r}"
     )
+
+
+def _spread(grid_names: str, kinds: str) -> int:
+    """What odd integers of the weight are multiplied by in its operand, and not in its codes."""
+    return operands.form(grids.parse(grid_names.split(",")[1]), kinds.split(",")[1]).spread
 
 
 def odd(grid: grids.Grid) -> bool:
@@ -57,7 +62,8 @@ def packed_product(
     if bits == 1:
         operand = w
     else:
-        operand = 2 * packing.unpack(w, bits, width).to(torch.int8) - (2**bits - 1)
+        odds = 2 * packing.unpack(w, bits, width).to(torch.int8) - (2**bits - 1)
+        operand = _spread(grid_names, kinds) * odds
     return lowbit.eager_product(
         a, operand, a_scale, w_scale, a_sums, w_sums, bias, grid_names, kinds, width, dtype
     )
@@ -107,7 +113,8 @@ def launch_packed(
     terms = lowbit.terms(grid_names, kinds, width)
     with ops.device_of(a):
         return few.product(
-            a.contiguous(), w.contiguous(), bits, dtype, factor=terms.factor, length=terms.length,
+            a.contiguous(), w.contiguous(), bits, dtype,
+            factor=terms.factor * _spread(grid_names, kinds), length=terms.length,
             a_scale=a_scale.contiguous(), w_scale=w_scale.contiguous(),
             a_sum=a_sums.contiguous(), w_sum=w_sums.contiguous(),
             bias=None if bias is None else bias.contiguous(),

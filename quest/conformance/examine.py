@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -369,11 +370,13 @@ def _quantized(
     if any(v.failure for v in forms):
         return forms
     whole = judges.whole(operand, kind, d)
-    even = q.require_grid().levels % 2 == 0
-    if even and (whole % 2 == 0).any():
-        told = "an even integer, where every point is half of an odd number of steps"
+    # Of an even number of levels a point is half of an odd number of steps.
+    even, spread = q.require_grid().levels % 2 == 0, operands.form_of(q, kind).spread
+    index, rest = np.divmod(whole - spread * even, spread * (1 + even))
+    if rest.any():
+        told = f"an integer that is not {'an odd' if even else 'any'} multiple of {spread}"
         return [*forms, Verdict(f"{stage} operand", whole.size, math.inf, failure=told)]
-    codes = torch.from_numpy((whole - 1) // 2 if even else whole).to(torch.int16)
+    codes = torch.from_numpy(index).to(torch.int16)
     order = q.transform.order(d)
     return [
         *forms,

@@ -50,7 +50,7 @@ def pack(operand: torch.Tensor, bits: int, stride: int, top: int) -> torch.Tenso
     if packed.numel():
         r, w = tile(rows, width, *TILE, least=8 // bits)
         _pack[(quotient(rows, r), quotient(width, w))](
-            operand.contiguous(), packed, rows, width, bytes_, 8 // bits, stride.bit_length() - 1, top, r, w,
-            num_warps=4,
+            operand.contiguous(), packed, rows, width, bytes_,
+            8 // bits, stride.bit_length() - 1, top, r, w, num_warps=4,
         )  # fmt: skip
     return packed

@@ -144,11 +144,11 @@ def test_turns_of_the_widest_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     program = ops.program(parse(FOUR), x)
     operand, scale, _, sums, _ = blocks.quantize(x, program, form=blocks.INTEGERS, sums=True)
     # Of a block's transform the first number is far beyond the grid, and the others are 0.
-    expected = torch.ones(3, 384, 128, dtype=torch.int8)
-    expected[..., 0] = 15
+    expected = torch.full((3, 384, 128), 8, dtype=torch.int8)
+    expected[..., 0] = 120
     assert torch.equal(operand.cpu().view(3, 384, 128), expected)
     assert scale.flatten().tolist() == [1, 2, 4]
-    assert sums.flatten().tolist() == 3 * [384 * (15 + 127)]
+    assert sums.flatten().tolist() == 3 * [384 * (120 + 127 * 8)]
 
 
 def test_turns_of_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:

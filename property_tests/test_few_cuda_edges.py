@@ -164,22 +164,26 @@ def test_scales_near_and_far(factor: float) -> None:
 
 
 def test_far_rows_round_as_in_the_product() -> None:
-    """Beside a bias, near ones among them: bit for bit what the other kernel makes of them."""
+    """Beside a bias, near ones among them: bit for bit what the other kernel makes of them.
+
+    Whose factor is an eighth, for its weight's integers are spread: rows of scales from 2^98 to
+    2^101 are far here, and near there.
+    """
     made, rows, columns, width = quest.recipe("w4a4"), 8, 200, 256
     pair = (made.activation, made.weight)
     kinds = operands.kinds(*pair) or ("", "")
     x, w = (inputs.draw("gaussian", (n, width), torch.float32, n).cuda() for n in (rows, columns))
     a, _, _, a_sums = lowbit.encode(x, pair[0].spec, kinds[0])
     b, b_scale, _, b_sums = lowbit.encode(w, pair[1].spec, kinds[1])
-    near = torch.tensor([1.3, 1.7, 1.9]) * 2.0**94  # as large as can be
-    far = torch.tensor([1 + 2.0**-23, 1.7, 5.3, 15.9, 77.0]) * 2.0**100
+    near = torch.tensor([1.3, 1.7, 1.9]) * 2.0**97  # as large as can be
+    far = torch.tensor([1 + 2.0**-23, 1.7, 5.3, 15.9, 77.0]) * 2.0**104
     scale = torch.cat((near, far))
     bias = 30 * inputs.draw("gaussian", (columns,), torch.float32, 0).cuda()
     rest = (
         scale[:, None].cuda(), b_scale * 2.0**-100, a_sums, b_sums, bias,
         ",".join(q.require_grid().name for q in pair), ",".join(kinds), width, torch.float32,
     )  # fmt: skip
-    packed = packing.pack((b.cpu().long() + 15) // 2, 4).cuda()  # b: 2 code - 15
+    packed = packing.pack((b.cpu().long() + 120) // 16, 4).cuda()  # b: 8 (2 code - 15)
     y = packed_product(a, packed, *rest)
     assert y.isfinite().all()
     assert torch.equal(y, lowbit.product(a, b, *rest))
@@ -251,7 +255,10 @@ def test_two_blocks_quantize() -> None:
                 judges.exact("sums", a_sums.numpy(), integers.sum(-1, keepdims=True)),
                 judges.multiplied(
                     (integers, forms[1].spread * whole.numpy()),
-                    (forms[0].unit, forms[1].unit), (a_scale, scale), None, y,
+                    (forms[0].unit, forms[1].unit),
+                    (a_scale, scale),
+                    None,
+                    y,
                 ),
             ):
                 verdict.require()

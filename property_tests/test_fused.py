@@ -73,8 +73,11 @@ def _judged(
         judges.coded(rows, made.activation, codes, scale, conclusive=False),
         judges.exact("sums", lowbit.as_rows(sums).numpy(), integers.sum(-1, keepdims=True)),
         judges.multiplied(
-            (integers, forms[1].spread * whole.numpy()), (forms[0].unit, forms[1].unit),
-            (scale, weight[1]), bias, y,
+            (integers, forms[1].spread * whole.numpy()),
+            (forms[0].unit, forms[1].unit),
+            (scale, weight[1]),
+            bias,
+            y,
         ),
     ):
         verdict.require()

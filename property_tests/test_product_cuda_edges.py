@@ -189,12 +189,16 @@ def test_scales_near_and_far(factor: float) -> None:
 
 @pytest.mark.parametrize("scales", ["far", "mixed"])
 def test_far_rows_with_a_bias(scales: str) -> None:
-    """They, and near ones that are as large as can be, are rounded as few.cu does it."""
+    """They, and near ones that are as large as can be, are rounded as few.cu does it.
+
+    Its factor is eight times as large, for the weight's codes are odd integers as they are: rows
+    of scales from 2^98 to 2^101 are far there, and near here.
+    """
     q = _sides("w4a4")[1][0]
     x, w = (inputs.draw("gaussian", (n, 256), torch.float32, n) for n in (5, 24))
     made = _operands("w4a4", x, w)
-    far = 2.0**100
-    values = [far] * 5 if scales == "far" else [far, 1.3 * far, 1.3 * 2.0**94, 1e36, 1.7 * 2.0**94]
+    far = 2.0**104
+    values = [far] * 5 if scales == "far" else [far, 1.3 * far, 1.3 * 2.0**97, 1e36, 1.7 * 2.0**97]
     made[2] = torch.tensor(values)[:, None]
     made[3] = made[3] * 2.0**-100
     bias = 30 * inputs.draw("gaussian", (24,), torch.float32, 0)

@@ -126,8 +126,11 @@ def _fused(x: torch.Tensor, recipe: str) -> None:
         judges.coded(x, made.activation, codes, scale, conclusive=False, sums=by),
         judges.exact("sums", sums.numpy(), integers.sum(-1, keepdims=True)),
         judges.multiplied(
-            (integers, forms[1].spread * whole.numpy()), (forms[0].unit, forms[1].unit),
-            (scale, scales), None, y,
+            (integers, forms[1].spread * whole.numpy()),
+            (forms[0].unit, forms[1].unit),
+            (scale, scales),
+            None,
+            y,
         ),
     ):
         verdict.require()

@@ -251,14 +251,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     wait_for_previous();
     u32 at = team * steps, tiles = 0;
     int d[TILE_N / 2];
+    int pair, column;
+    place(first + team * stride, pairs, across, pair, column);
     for (int turn = first + team * stride; turn < pairs * across; turn += TEAMS * stride) {
-      int pair, column;
       u32 last = 0;
-      place(turn, pairs, across, pair, column);
-      const int tile_row = first_row<TILE_M>(CLUSTER * pair + rank, g.rows);
+      const int tile_row = first_row<TILE_M>(CLUSTER * pair + rank, g.rows), column0 = column * TILE_OUT;
       const int row0 = tile_row + 64 * member + 16 * (warp % 4);
       Fetched fetched;
-      if (EPILOGUE != RAW && tile_row >= 0) fetched.ask(g, row0 + lane / 4, column * TILE_OUT);
       // The other team must have met all stages of the tile before: a barrier's parity tells a phase
       // from the next, and not from the one after.
       if (TEAMS > 1) barrier_wait(base + TURN_AT + 8 * team, (tiles++ + team + 1) & 1);
@@ -271,6 +270,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         }
         if (TEAMS > 1 && lane == 0) barrier_arrive(base + TURN_AT + 8 * (team ^ 1), rank);
         at += (TEAMS - 1) * steps;
+        place(turn + TEAMS * stride, pairs, across, pair, column);
         continue;
       }
       for (int k = 0; k < steps; k++, at++) {
@@ -282,6 +282,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
         for (int i = 0; i < TILE_K / 32; i++) multiply(d, a + 2 * i, b + 2 * i, k | i);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        if (k == 0) {
+          // Behind the tensor cores' work: by themselves this and the divisions by which the next tile
+          // is found took 900 cycles of a tile's 21000. The last one finds none.
+          if (EPILOGUE != RAW) fetched.ask(g, row0 + lane / 4, column0);
+          place(turn + TEAMS * stride, pairs, across, pair, column);
+          asm volatile("" : "+r"(pair), "+r"(column));  // here, and not where they are read
+        }
         // The products of the stage before are done: give it back to both blocks' producers.
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
         if (k > 0 && lane < CLUSTER) barrier_arrive(base + EMPTY_AT + 8 * last, lane);
@@ -300,8 +307,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         meet(group);  // the columns stand
       }
       char *staging = raw + OUT_AT + warp * STAGING;
-      if (__any_sync(0xFFFFFFFF, rare)) write<true>(d, g, own, columns, staging, row0, column * TILE_OUT);
-      else write<false>(d, g, own, columns, staging, row0, column * TILE_OUT);
+      if (__any_sync(0xFFFFFFFF, rare)) write<true>(d, g, own, columns, staging, row0, column0);
+      else write<false>(d, g, own, columns, staging, row0, column0);
     }
   }
   cluster_sync();  // no block leaves while the other may still write to its shared memory

@@ -33,6 +33,10 @@ constexpr u32 A_AT = 0, B_AT = STAGES * A_BYTES, OUT_AT = B_AT + STAGES * B_BYTE
 constexpr u32 COLUMNS_AT = OUT_AT + WARPS * STAGING;  // scales, biases and sums of a consumer's columns
 constexpr u32 FULL_AT = COLUMNS_AT + CONSUMERS * 3 * 4 * TILE_N, EMPTY_AT = FULL_AT + 8 * STAGES;
 constexpr u32 TURN_AT = EMPTY_AT + 8 * STAGES;        // a barrier for each team
+// What a tile's epilogue asks for, and the divisions by which the next tile is found, took 900 cycles of
+// a tile's 21000 between two tiles. They hide behind the tensor cores' work; of two teams, behind the
+// other's, whose turn they must not put off.
+constexpr bool BEHIND = TEAMS == 1;
 constexpr int GROUP = 8;                              // pairs of row tiles that share the L2 cache
 constexpr int PARTS = 1 + GATE, TILE_OUT = TILE_N / PARTS;  // products behind a column of y; of a tile
 static_assert(!GATE || CLUSTER == 2 && OUT_SIZE == 2 && EPILOGUE != RAW, "a gate is of 16 bits, each block loads one part");
@@ -206,7 +210,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     for (int t = 0; t < TEAMS; t++) barrier_init(base + TURN_AT + 8 * t, 4 * TEAM);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  cluster_sync();
+  // Relaxed, for the fence has released what is to be seen: a release here would be one of all memory.
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
   // Not rounded up by a sum, which may leave int32; neither is 0.
   const int pairs = (g.rows - 1) / (CLUSTER * TILE_M) + 1;
   const int across = (g.columns - 1) / TILE_OUT + 1, steps = (g.bytes + TILE_K - 1) / TILE_K;
@@ -242,6 +247,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
           if (there) load(base + A_AT + stage * A_BYTES, &a_map, k * TILE_K, row, full);
         }
       }
+      // No block leaves while the other may still give back stages here. (What it loads to here, the
+      // consumers have waited for.)
+      const u32 held_back = at < STAGES ? at : STAGES;
+      for (u32 k = at - held_back; k < at; k++) barrier_wait(base + EMPTY_AT + 8 * (k % STAGES), (k / STAGES) & 1);
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
@@ -252,12 +261,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     u32 at = team * steps, tiles = 0;
     int d[TILE_N / 2];
     int pair, column;
-    place(first + team * stride, pairs, across, pair, column);
+    if (BEHIND) place(first, pairs, across, pair, column);
     for (int turn = first + team * stride; turn < pairs * across; turn += TEAMS * stride) {
       u32 last = 0;
+      if (!BEHIND) place(turn, pairs, across, pair, column);
       const int tile_row = first_row<TILE_M>(CLUSTER * pair + rank, g.rows), column0 = column * TILE_OUT;
       const int row0 = tile_row + 64 * member + 16 * (warp % 4);
       Fetched fetched;
+      if (!BEHIND && EPILOGUE != RAW && tile_row >= 0) fetched.ask(g, row0 + lane / 4, column0);
       // The other team must have met all stages of the tile before: a barrier's parity tells a phase
       // from the next, and not from the one after.
       if (TEAMS > 1) barrier_wait(base + TURN_AT + 8 * team, (tiles++ + team + 1) & 1);
@@ -270,7 +281,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         }
         if (TEAMS > 1 && lane == 0) barrier_arrive(base + TURN_AT + 8 * (team ^ 1), rank);
         at += (TEAMS - 1) * steps;
-        place(turn + TEAMS * stride, pairs, across, pair, column);
+        if (BEHIND) place(turn + stride, pairs, across, pair, column);
         continue;
       }
       for (int k = 0; k < steps; k++, at++) {
@@ -282,11 +293,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
         for (int i = 0; i < TILE_K / 32; i++) multiply(d, a + 2 * i, b + 2 * i, k | i);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        if (k == 0) {
-          // Behind the tensor cores' work: by themselves this and the divisions by which the next tile
-          // is found took 900 cycles of a tile's 21000. The last one finds none.
+        if (BEHIND && k == 0) {
+          // The last one finds no tile.
           if (EPILOGUE != RAW) fetched.ask(g, row0 + lane / 4, column0);
-          place(turn + TEAMS * stride, pairs, across, pair, column);
+          place(turn + stride, pairs, across, pair, column);
           asm volatile("" : "+r"(pair), "+r"(column));  // here, and not where they are read
         }
         // The products of the stage before are done: give it back to both blocks' producers.
@@ -311,5 +321,4 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       else write<false>(d, g, own, columns, staging, row0, column0);
     }
   }
-  cluster_sync();  // no block leaves while the other may still write to its shared memory
 }

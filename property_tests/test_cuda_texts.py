@@ -202,7 +202,8 @@ def test_clusters_arrive_and_wait_in_turn(source: str) -> None:
     """PTX ISA, barrier.cluster: a thread arrives once before the barrier completes, and again only
     when it has waited; whole warps come to what is .aligned. So that it stands in no loop, and only
     under conditions of constants. CUDA C++ Programming Guide, Distributed Shared Memory: all blocks
-    have begun before one writes to another, and none ends before they have.
+    have begun before one writes to another, and none ends before they have; or one thread of each
+    waits for what others write there (see the next).
     """
     for variant, text in _of(source):
         if variant.cluster == 1:  # a block alone has nobody to wait for
@@ -211,7 +212,35 @@ def test_clusters_arrive_and_wait_in_turn(source: str) -> None:
         met = _meetings(kernel.body, text, {})
         barriers = [each for each in met if each != "remote"]
         assert barriers == ["arrive", "wait"] * max(len(barriers) // 2, 1), (variant, met)
-        assert "remote" not in (*met[: met.index("wait")], *met[-2:]), (variant, met)
+        ends = [] if source in WAITS_AT_THE_END else met[-2:]
+        assert "remote" not in (*met[: met.index("wait")], *ends), (variant, met)
+
+
+WAITS_AT_THE_END = ("product.cu",)
+
+
+@pytest.mark.parametrize("source", WAITS_AT_THE_END)
+def test_a_block_ends_when_its_last_stages_are_given_back(source: str) -> None:
+    """By both blocks: the producer waits for the phase of each one's last use, behind its loop."""
+    for variant, text in _of(source):
+        (kernel,) = text.functions[source.partition(".")[0]]
+        stages, empty = text.names["STAGES"], text.names["EMPTY_AT"]
+        waits = [
+            (line, around)
+            for line, around in statements(kernel.body)
+            if line.startswith("barrier_wait(base + EMPTY_AT")
+        ]
+        line, around = waits[-1]  # the others are in the loop of turns
+        told = [each for each in around if each[0] != "let"]
+        assert [kind for kind, _ in told] == ["if", "if", "for"], told
+        assert told[:2] == [each for each in waits[0][1] if each[0] == "if"][:2]
+        for at in range(3 * stages + 2):
+            seen = []
+            for world in worlds(around[-2:], {**text.names, "at": at}):
+                bar, parity = split(line[len("barrier_wait(") : -1])
+                seen.append((value(bar, {**world, "base": 0}) - empty, value(parity, world)))
+            uses = range(max(0, at - stages), at)
+            assert seen == [(8 * (k % stages), k // stages % 2) for k in uses], (variant, at)
 
 
 @each_source

@@ -61,7 +61,7 @@ def turns(tiles: product.Shape, gate: int, given: Names) -> Iterator[Names]:
     text = compiled(tiles, gate)
     (kernel,) = text.functions["product"]
     for line, around in statements(kernel.body):
-        if line.startswith("place("):
+        if "row = first_row<TILE_M>(" in line:
             yield from worlds(_flat(around), {**text.names, **given})
 
 

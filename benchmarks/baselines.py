@@ -87,7 +87,7 @@ def fake_quantize(x: Tensor, h: Tensor, q: Quantizer) -> tuple[Tensor, Tensor]:
 
 def pack_operand(operand: Tensor, form: operands.Form) -> Tensor:
     """(rows, bytes) uint8 of an operand (rows, d) int8; d a multiple of the entries of a byte."""
-    index = ((operand + form.top) // form.stride).to(torch.uint8)
+    index = ((operand.short() + form.top) // form.stride).to(torch.uint8)
     entries = index.view(len(index), -1, 8 // form.bits)
     shifts = torch.arange(0, 8, form.bits, dtype=torch.uint8, device=index.device)
     return (entries << shifts).sum(-1, dtype=torch.uint8)

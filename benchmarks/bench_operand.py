@@ -54,7 +54,7 @@ def test_encode_saved(timed: Timed, rows: int, width: int, grid: str) -> None:
     def judge(lane: Lane, name: str) -> list[Verdict]:
         x = gate.normal(gate.ROWS, width, name)
         operand, *_, saved = (t.cpu() for t in made(x.to(cases.DEVICE), q, "integers"))
-        codes = operand // stride  # of 2 code + 1, rounded down
+        codes = operand // stride  # of stride times code + 1/2, rounded down
         return [*examine.encoded(lane, x, q, "integers"), judges.packed(q, codes, saved)]
 
     timed(

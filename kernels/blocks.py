@@ -127,10 +127,11 @@ def quantize(
     """(out, scale, mask, sums, saved) of x (..., d), d a multiple of 128; see `supports`.
 
     form: VALUES, out (..., d) of x's dtype; PACKED, out (..., d bits / 8) uint8; CODES or INTEGERS,
-    out (..., d) int8, codes or (L even) 2 code + 1. scale: (..., 1) float32. mask: (..., d / 8)
-    uint8, or where not `masked` of shape (0,). sums: (..., 1) int32 of 2 code + 1 (L odd: of
-    codes), or of shape (0,). saved: of integers, in 2 or 4 bits an entry, what `pack` makes of
-    out, (..., d saved / 8) uint8; or, for 0, of shape (0,).
+    out (..., d) int8: codes; or 2 code + 1 (L odd: the code), times the largest power of two that
+    leaves it in int8. scale: (..., 1) float32. mask: (..., d / 8) uint8, or where not `masked` of
+    shape (0,). sums: (..., 1) int32 of such integers, or, with codes and bits, of 2 code + 1; or of
+    shape (0,). saved: of integers, in 2 or 4 bits an entry, what `pack` makes of out,
+    (..., d saved / 8) uint8; or, for 0, of shape (0,).
     """
     if sums and (form == VALUES or (form == PACKED and bits > 1)):
         raise ValueError(f"there are no sums of form {form} with {bits} bits")

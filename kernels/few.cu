@@ -1,6 +1,6 @@
 // y = A W^T for few rows of A (1 to 64) and packed low-bit W, which is read from memory once.
 //
-// A: (rows, bytes), signs as single bits (BITS 1) or int8 of odd integers; or, ROWS, what they are
+// A: (rows, bytes), signs as single bits (BITS 1) or int8 of integers; or, ROWS, what they are
 // quantized from here, see few_rows.cuh. W: (columns, bytes), codes from 0 of BITS bits, little-endian
 // within a byte. Both row-major, K a multiple of 128, so that a row of W is whole chunks of 16 bytes. The tensor cores multiply W's codes as they are, unsigned,
 // with A: m16n8k32 (or, BITS 1, m16n8k256) with 16 rows of W as its rows and 8 rows of A as its
@@ -20,7 +20,7 @@
 //
 // Written for every element, with acc the int32 sum of integer times code:
 //   BITS 1     p = 4 acc - a_sum[i] - w_sum[j] - length, the sum of products of signs
-//   otherwise  p = 2 acc - (2^BITS - 1) a_sum[i], that of odd integers
+//   otherwise  p = 2 acc - (2^BITS - 1) a_sum[i], that of A's integers and W's odd ones
 //   and y = float(p) * (factor * a_scale[i]) * w_scale[j] + bias[j]
 #ifndef BITS
 #define BITS 4

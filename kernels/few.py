@@ -1,10 +1,10 @@
 """y = A W^T for few rows of A and packed weights: CUDA C++ for Hopper, from few.cu.
 
 With few rows the time is that of reading the weights, which lie packed at 1, 2 or 4 bits and are
-read once. A holds signs as single bits, or int8 of odd integers 2 code + 1 (`product`); or it is
-quantized by the same kernel, while the weights come (`linear`). The weights' codes are counted from
-0 and multiplied as they are: the sums of A's rows supply the rest. The epilogue is `product`'s,
-with the same roundings.
+read once. A holds signs as single bits, or int8 of integers (`product`); or it is quantized by the
+same kernel, while the weights come, to odd integers 2 code + 1 (`linear`). The weights' codes are
+counted from 0 and multiplied as they are: the sums of A's rows supply the rest. The epilogue is
+`product`'s, with the same roundings.
 
 Source: QuEST (arXiv 2502.05003), section 4; PTX ISA, `mma.sync` m16n8k32 and m16n8k256.
 """
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from cuda.core import ObjectCode
 
 LIMIT = 64  # rows
-MAX_WIDTH = 2**16  # for which sums fit int32, and are exact as float32
+# For which sums fit int32, and are exact as float32: those of integers to 15, or to 120 in eights.
+MAX_WIDTH = 2**16
 CHUNK = 128  # a row of one bit is whole chunks of 16 bytes
 OUT = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # the numbers of few.cu
 ARCHITECTURE = "sm_90a"

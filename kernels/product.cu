@@ -45,7 +45,8 @@ static_assert(!GATE || CLUSTER == 2 && OUT_SIZE == 2 && EPILOGUE != RAW, "a gate
 // share rows of A and of B.
 __device__ __forceinline__ void place(int turn, int pairs, int across, int &pair, int &column) {
   int in_group = GROUP * across, first = turn / in_group * GROUP;
-  int height = min(GROUP, pairs - first), rest = turn % in_group;
+  // At least 1: behind the last turn there is no tile, and yet nothing may be divided by 0.
+  int height = max(1, min(GROUP, pairs - first)), rest = turn % in_group;
   pair = first + rest % height;
   column = rest / height;
 }
@@ -64,7 +65,7 @@ struct Columns {
 };
 
 // What a thread fetches for its tile's epilogue: columns for all, and its own two rows. Asked for
-// before the main loop and used after it.
+// before the main loop, or in its first step (BEHIND), and used after it.
 struct Fetched {
   static constexpr int PER = TILE_N / 128;  // a consumer's threads take as many columns each
   float scale[PER], row_scale[2];

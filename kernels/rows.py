@@ -48,8 +48,7 @@ def quantize(
     """(operand, scale, sums) of x (..., d), d a multiple of 128; see `blocks.supports`.
 
     kind: "bits", operand (..., d / 8) uint8 of a grid of two levels; "codes" or "integers", one of
-    (..., d) int8, codes or (L even) 2 code + 1. scale: (..., 1) float32. sums: (..., 1) int32 of
-    2 code + 1 (L odd: of codes).
+    (..., d) int8, and sums (..., 1) int32, as in `blocks.quantize`. scale: (..., 1) float32.
     """
     lead, d, device = x.shape[:-1], x.shape[-1], x.device
     rows = math.prod(lead)

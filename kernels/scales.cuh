@@ -1,4 +1,5 @@
-// y = p (factor scale) column + bias for a sum p, below 2^31 in size and no smaller than 1/4, or 0.
+// y = p (factor scale) column + bias for a sum p, below 2^31 in size and no smaller than 1/4, or 0; or for
+// 4 p, with a quarter of the factor once `scale_of` has judged it.
 //
 // Where factor times scale is very large or small, p times it may leave float32's normal range, though
 // the column's scale brings it back. Such a row is far, well before that, and multiplied in double. So

@@ -1,5 +1,6 @@
 // y = x w^T for int8 operands on Hopper's sparse tensor cores (sm_90a), w 2:4 sparse and compressed,
-// with the dequantizing epilogue of product.cu.
+// with the dequantizing epilogue of product.cu; CORRECTED sums beyond 2^24 whose weight is of 7 bits are
+// rounded twice here.
 //
 // The sparse operand of `wgmma` is its A. So a tile is one of y^T: its rows are w's rows, features,
 // and its columns are x's rows, tokens. w: values (features, width / 2) and metadata (features,

@@ -12,7 +12,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from property_tests.cuda_reader import Around, Names, Text, read, statements, worlds
+from property_tests.cuda_reader import (
+    Around,
+    Names,
+    Text,
+    read,
+    split,
+    statements,
+    value,
+    worlds,
+)  # fmt: skip
 from quest.kernels import hopper, product
 
 pytestmark = pytest.mark.whole
@@ -105,6 +114,25 @@ def test_each_tile_is_taken_once(tiles: product.Shape, gate: int) -> None:
             assert tiles.team == 1 or by[0] == by[1]
             loaded += mine
         assert sorted(loaded) == sorted([*range(pairs * across)] * cluster)
+
+
+@each_kind
+def test_a_tile_is_that_of_its_turn(tiles: product.Shape, gate: int) -> None:
+    """In the producer; and in consumers, which of one team find the next one a turn before."""
+    text = compiled(tiles, gate)
+    (kernel,) = text.functions["product"]
+    found: dict[bool, list[str]] = {False: [], True: []}
+    for line, around in statements(kernel.body):
+        if not line.startswith("place("):
+            continue
+        told = [c for kind, c in around if kind in ("if", "else") and "BEHIND" in c]
+        if all(value(c.partition(" && ")[0], text.names) for c in told):
+            turn, *rest = split(line[len("place(") : -1])
+            assert rest == ["pairs", "across", "pair", "column"]
+            found[("if", "group == CONSUMERS") in around].append(turn)
+    assert found[True] == ["turn"]
+    behind = ["first", "turn + stride", "turn + stride"]  # of a block without rows, and of others
+    assert found[False] == (behind if tiles.team > 1 else ["turn"])
 
 
 @each_kind

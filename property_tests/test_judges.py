@@ -2066,11 +2066,17 @@ def test_gated_operand_that_is_wrong(name: str) -> None:
     # The operand is of another x than the one that is shown.
     found = failing_with(**cpu.call("encode", value, q=q, kind=kind))
     assert {"gated scale", "gated codes"} <= found
+    form, even = operands.form_of(q, kind), q.require_grid().levels % 2 == 0
     turned = honest["operand"].clone()
-    turned[3, 5] ^= 127 if kind == "bits" else 2  # to a neighbour, or one further off
+    if kind == "integers":  # to a neighbour
+        turned[3, 5] += (-1 if turned[3, 5] > 0 else 1) * form.spread * (1 + even)
+    else:  # or one further off
+        turned[3, 5] ^= 127 if kind == "bits" else 2
     assert "gated codes" in failing_with(operand=turned)
-    if kind == "integers" and q.require_grid().levels % 2 == 0:
-        assert failing_with(operand=honest["operand"] + 1) == {"gated operand"}
+    if kind == "integers":
+        for by in (1, form.spread)[: 1 + even]:  # between two, and the even multiple
+            apart = honest["operand"] - by * honest["operand"].sign()
+            assert failing_with(operand=apart) == {"gated operand"}
 
 
 def normal(h: Array, w: Array, eps: float = 1e-5) -> Array:

@@ -204,8 +204,8 @@ def test_warps_of_few_rows() -> None:
 @pytest.mark.parametrize(
     ("tiles", "rows_", "shared"),
     [
-        (product.WIDE[False], 128, 220240), (product.WIDE[True], 64, 231520),
-        (product.MIDDLE, 128, 218736), (product.NARROW, 64, 220304),
+        (product.WIDE[False], 128, 223312), (product.WIDE[True], 64, 231520),
+        (product.MIDDLE, 128, 220272), (product.NARROW, 64, 220304),
     ],
 )  # fmt: skip
 def test_shared_memory_of_a_product(tiles: product.Shape, rows_: int, shared: int) -> None:

@@ -143,7 +143,7 @@ def test_nothing_is_written_beside_the_rows() -> None:
 
 @pytest.mark.parametrize("name", ["w8a8", "w4a4"])
 def test_one_half_of_a_team_has_less_to_write(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is ahead by what the other writes, and both read the same columns' scales and sums.
+    """It is ahead by what the other writes; each has the same columns' scales and sums.
 
     61 entries: where it is odd, the sum of codes and halves ends in a quarter.
     """
@@ -185,6 +185,43 @@ def test_scales_near_and_far(factor: float) -> None:
         )  # fmt: skip
     p = a.numpy().astype(np.int64) @ b.numpy().astype(np.int64).T
     assert torch.equal(y.cpu(), far_scales.dequantized(p, factor, row, column))
+
+
+def _ends(n: int, width: int, low: int, high: int) -> Tensor:
+    """int8 rows of their ends: all of one, of the other, in turn, and by chance."""
+    g = torch.Generator().manual_seed(width)
+    made = torch.where(torch.rand(n, width, generator=g) < 0.5, low, high)
+    made[0], made[1] = low, high
+    made[2, ::2], made[2, 1::2] = low, high
+    return made.to(torch.int8)
+
+
+@pytest.mark.parametrize("tiles", [product.WIDE[False], product.NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize("width", [32768, 33040, 65536])
+@pytest.mark.parametrize("other", ["codes", "integers"])
+def test_codes_at_their_ends_in_long_rows(width: int, other: str, tiles: product.Shape) -> None:
+    """Of code + 1/2 four products fit int32 up to 32768 of them, and beyond are made in double:
+    rounded once, either way, beside a row that is far, too.
+    """
+    a, low = _ends(5, width, -128, 127), -128 if other == "codes" else -127
+    b = _ends(70, width, low, 127)
+    twice = 2 * b.long() + 1 if other == "codes" else 2 * b.long()
+    exact = ((2 * a.long() + 1) @ twice.T).double() / 4
+    sums = {
+        "row_sum": (2 * a.long() + 1).sum(1) * (other == "codes"),
+        "column_sum": twice.sum(1), "length": width * (other == "codes"),
+    }  # fmt: skip
+    scale = torch.ones(5)
+    for far in (1.0, 2.0**-110):
+        scale[3] = far
+        with outputs.poisoned(0xFF), product.only(tiles):
+            y = product.product(
+                a.cuda(), b.cuda(), torch.float32,
+                epilogue=hopper.CORRECTED, factor=1.0, length=int(sums["length"]),
+                row_scale=scale.cuda(), column_scale=torch.ones(70, device="cuda"),
+                row_sum=sums["row_sum"].int().cuda(), column_sum=sums["column_sum"].int().cuda(),
+            ).cpu()  # fmt: skip
+        assert torch.equal(y, (exact.float().double() * scale[:, None].double()).float())
 
 
 @pytest.mark.parametrize("scales", ["far", "mixed"])

@@ -160,8 +160,8 @@ def _launch(
             x, w, bits, dtype, grid=grid, factor=factor, w_scale=w_scale, w_sum=w_sums, bias=bias,
             settled=settled, show=show,
         )  # fmt: skip
-        if a is not None and sums is not None and spread > 1:
-            a, sums = spread * a, spread * sums
+        if show:
+            a, sums = (None if t is None else spread * t for t in (a, sums))
         return y, a, scale, sums
 
 

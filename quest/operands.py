@@ -45,7 +45,7 @@ class Form:
     bits: int
     stride: int
     top: int
-    spread: int = 1
+    spread: int
 
 
 _STORED = {"bits": (1, 2, 1), "integers": (8, 1, 0), "codes": (8, 2, -1)}

@@ -8,6 +8,8 @@ bfloat16. CPU: unpacked, in plain PyTorch. CUDA: `quest.kernels.few`.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -29,9 +31,11 @@ def _bits(grid_names: str, kinds: str) -> int:
     )
 
 
+@functools.lru_cache(maxsize=1024)
 def _spread(grid_names: str, kinds: str) -> int:
     """What odd integers of the weight are multiplied by in its operand, and not in its codes."""
-    return operands.form(grids.parse(grid_names.split(",")[1]), kinds.split(",")[1]).spread
+    name, kind = (both.rpartition(",")[2] for both in (grid_names, kinds))
+    return operands.form(grids.parse(name), kind).spread
 
 
 def odd(grid: grids.Grid) -> bool:

@@ -5,8 +5,9 @@ constexpr bool EVEN = LEVELS % 2 == 0;
 // odd; as INTEGERS times the largest power of two that leaves it in a byte. (`operands.Form`: their
 // lowest bits are always 0, and cost the tensor cores no power.)
 constexpr int LARGEST_INTEGER = EVEN ? LEVELS - 1 : LEVELS / 2;
-__device__ constexpr int spread_of(int largest) { return 2 * largest <= 127 ? 2 * spread_of(2 * largest) : 1; }
-constexpr int SPREAD = FORM == INTEGERS ? spread_of(LARGEST_INTEGER) : 1;
+constexpr int ROOM = LARGEST_INTEGER > 63 ? 1 : LARGEST_INTEGER > 31 ? 2 : LARGEST_INTEGER > 15 ? 4 : LARGEST_INTEGER > 7 ? 8
+                     : LARGEST_INTEGER > 3 ? 16 : LARGEST_INTEGER > 1 ? 32 : 64;
+constexpr int SPREAD = FORM == INTEGERS ? ROOM : 1;
 constexpr int STRIDE = (EVEN ? 2 : 1) * SPREAD, TOP = LARGEST_INTEGER * SPREAD;
 // Sums of squares between these have lost nothing that counts, and neither has anything else.
 constexpr float SMALL = 1.3234889800848443e-23f, GREAT = 1.2676506002282294e30f;  // 2^-76, 2^100

@@ -30,6 +30,8 @@ from property_tests.cuda_reader import (
     value,
     worlds,
 )  # fmt: skip
+from quest import operands
+from quest.grids import Grid
 from quest.kernels import blocks, cuda, few, hopper, product, rows, sparse
 
 pytestmark = pytest.mark.whole
@@ -214,6 +216,32 @@ def test_clusters_arrive_and_wait_in_turn(source: str) -> None:
         assert barriers == ["arrive", "wait"] * max(len(barriers) // 2, 1), (variant, met)
         ends = [] if source in WAITS_AT_THE_END else met[-2:]
         assert "remote" not in (*met[: met.index("wait")], *ends), (variant, met)
+
+
+@pytest.mark.parametrize("source", ["blocks.cu", "rows.cu"])
+def test_what_codes_become_is_what_operands_say(source: str) -> None:
+    """By hand as well: 4 bits are 16 codes from 0, less 120; of sums as of entries."""
+    seen = {}
+    for levels in (*range(2, 129), 256):
+        points = tuple(float(2 * i - (levels - 1)) for i in range(levels))
+        grid = Grid(f"of{levels}", points, 2.0, 1.0)
+        for kind in operands.KINDS if levels in (2, 256) else ("integers",):
+            if (kind == "codes") != (levels == 256):
+                continue
+            if source == "rows.cu":
+                macros = rows.macros(torch.float32, levels, kind)
+            else:
+                macros = blocks.macros(torch.float32, levels, False, *blocks.OPERANDS[kind])
+            names = read(source, tuple(macros.items())).names
+            form = operands.form(grid, kind)
+            step = form.spread * (1 if levels % 2 else 2)
+            top = round(grid.outer / form.unit)
+            assert (names["STRIDE"], names["TOP"]) == (step, top), (levels, kind)
+            seen[levels, kind] = step, top
+    assert seen[16, "integers"] == (16, 120)
+    assert seen[3, "integers"] == seen[2, "integers"][1:] * 2 == (64, 64)
+    assert seen[2, "bits"] == (2, 1)
+    assert seen[256, "codes"] == (2, 255)
 
 
 WAITS_AT_THE_END = ("product.cu",)

@@ -157,8 +157,9 @@ def test_that_packed_codes_stand_for_the_points(bits: int) -> None:
     name = f"uniform{bits}:{levels - 1}.0"
     w = packing.pack(torch.arange(levels)[None], bits)
     one, none = torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32)
+    spread = {2: 32, 4: 8}[bits]  # what stands for 1 in an operand, and not in packed codes
     y = packed_product(
-        torch.eye(levels, dtype=torch.int8), w, one.expand(levels, 1), one,
+        spread * torch.eye(levels, dtype=torch.int8), w, one.expand(levels, 1), one,
         none.expand(levels, 1), none, None, f"{name},{name}", "integers,integers", levels,
         torch.float32,
     )  # fmt: skip

@@ -87,7 +87,8 @@ def fake_quantize(x: Tensor, h: Tensor, q: Quantizer) -> tuple[Tensor, Tensor]:
 
 def pack_operand(operand: Tensor, form: operands.Form) -> Tensor:
     """(rows, bytes) uint8 of an operand (rows, d) int8; d a multiple of the entries of a byte."""
-    index = ((operand.short() + form.top) // form.stride).to(torch.uint8)
+    # Modulo 256, where a sum that int8 does not hold is what it should be.
+    index = (operand.view(torch.uint8) + form.top) // form.stride
     entries = index.view(len(index), -1, 8 // form.bits)
     shifts = torch.arange(0, 8, form.bits, dtype=torch.uint8, device=index.device)
     return (entries << shifts).sum(-1, dtype=torch.uint8)

@@ -21,7 +21,7 @@ from property_tests.cuda_reader import (
     statements,
     value,
     worlds,
-)  # fmt: skip
+)
 from quest.kernels import hopper, product
 
 pytestmark = pytest.mark.whole
@@ -121,7 +121,7 @@ def test_a_tile_is_that_of_its_turn(tiles: product.Shape, gate: int) -> None:
     """In the producer; and in consumers, which of one team find the next one a turn before."""
     text = compiled(tiles, gate)
     (kernel,) = text.functions["product"]
-    found: dict[bool, list[str]] = {False: [], True: []}
+    found: dict[bool, list[tuple[str, ...]]] = {False: [], True: []}
     for line, around in statements(kernel.body):
         if not line.startswith("place("):
             continue
@@ -129,10 +129,14 @@ def test_a_tile_is_that_of_its_turn(tiles: product.Shape, gate: int) -> None:
         if all(value(c.partition(" && ")[0], text.names) for c in told):
             turn, *rest = split(line[len("place(") : -1])
             assert rest == ["pairs", "across", "pair", "column"]
-            found[("if", "group == CONSUMERS") in around].append(turn)
-    assert found[True] == ["turn"]
-    behind = ["first", "turn + stride", "turn + stride"]  # of a block without rows, and of others
-    assert found[False] == (behind if tiles.team > 1 else ["turn"])
+            found[("if", "group == CONSUMERS") in around].append((turn, *told))
+    assert found[True] == [("turn",)]
+    behind = [
+        ("first", "BEHIND"),
+        ("turn + stride", "BEHIND"),  # of a block without rows
+        ("turn + stride", "BEHIND && k == 0"),
+    ]
+    assert found[False] == (behind if tiles.team > 1 else [("turn", "!BEHIND")])
 
 
 @each_kind

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import quest
+from benchmarks import baselines
 from property_tests.lane_marks import every_lane, fewer
 from property_tests.ledger import LEDGER
 from quest import eager, grids, lowbit, lowbit_linear, operands, ops, paths
@@ -95,6 +96,22 @@ def test_the_form_by_hand() -> None:
     step = torch.tensor(four.require_grid().step, dtype=torch.float32)
     values = lowbit.decode(packed, scale, four.spec, "packed4", 3, torch.float32)
     torch.testing.assert_close(values, torch.tensor([[-15.0, 15.0, 1.0]]) * step)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_what_benchmarks_time_beside_it_does_the_same(name: str) -> None:
+    """Torch's own packing and decoding, which no gate judges."""
+    q, form = PLAIN[name], operands.saved(PLAIN[name], "integers")
+    levels = q.require_grid().levels
+    codes = torch.arange(4 * levels, dtype=torch.int16).view(4, levels) % levels - levels // 2
+    codes = codes.to(torch.int8).repeat(1, 8)
+    operand, scale = _integers(q, codes), torch.tensor([[0.5], [1.0], [3.0], [0.75]])
+    packed = baselines.pack_operand(operand, form)
+    assert torch.equal(packed, lowbit.pack_operand(operand, q.spec))
+    for stored, kind in ((packed, form), (operand, operands.form(q.require_grid(), "integers"))):
+        values = baselines.decode(stored, scale, kind, codes.shape[1])
+        asked = (q.spec, kind.kind, codes.shape[1], values.dtype)
+        assert torch.equal(values, lowbit.decode(stored, scale, *asked))
 
 
 @pytest.mark.parametrize(

@@ -374,7 +374,7 @@ def _quantized(
     even, spread = q.require_grid().levels % 2 == 0, operands.form_of(q, kind).spread
     index, rest = np.divmod(whole - spread * even, spread * (1 + even))
     if rest.any():
-        told = f"an integer that is not {'an odd' if even else 'any'} multiple of {spread}"
+        told = f"an integer that is no {'odd ' if even else ''}multiple of {spread}"
         return [*forms, Verdict(f"{stage} operand", whole.size, math.inf, failure=told)]
     codes = torch.from_numpy(index).to(torch.int16)
     order = q.transform.order(d)

@@ -34,6 +34,7 @@ typedef long long i64;
 
 #include "halves.cuh"
 #include "codes.cuh"
+#include "exchange.cuh"
 
 constexpr int IN_BITS = IN == FLOAT32 ? 32 : 16;
 constexpr int ORDER = 128, CHUNKS = IN_BITS;  // elements of a block; its 16-byte chunks
@@ -41,7 +42,7 @@ constexpr int WORD = 32 / IN_BITS;            // elements of 4 bytes
 constexpr int SOURCES = PROLOGUE == GATED || PROLOGUE == ADDED ? 2 : 1;  // tiles of a row
 constexpr int BUFFERS = WORD / SOURCES;             // rows that a warp has room for
 constexpr int TILE = 32;                 // blocks of a warp
-constexpr int MAX_WARPS = 12, MAX_TEAMS = 4;
+constexpr int MAX_TEAMS = ROWS > 1 ? 4 / WARPS : 4;
 constexpr bool NORMS = PROLOGUE == NORMED || PROLOGUE == ADDED;
 constexpr int SUMS = NORMS ? 2 : 1;  // of squares, that the warps of a row exchange
 // Of an element; also the chunks of 16 bytes that a block becomes.
@@ -140,44 +141,6 @@ template <int FROM, int TO> __device__ __forceinline__ void butterfly(float (&y)
     }
   }
 }
-
-struct Add { template <typename T> __device__ T operator()(T a, T b) const { return a + b; } };
-struct Max { __device__ u32 operator()(u32 a, u32 b) const { return max(a, b); } };
-
-// Over the threads of a warp that share a row.
-template <typename T, typename F> __device__ __forceinline__ T over_warp(T value, F f, int segment) {
-  for (int i = 1; i < segment; i *= 2) value = f(value, __shfl_xor_sync(0xFFFFFFFF, value, i));
-  return value;
-}
-
-// Where the warps of a team leave a number each and fetch those of all. Two places in turn: a warp
-// that leaves one for a row knows that all have fetched those of the row before the last.
-template <typename T> struct Exchange {
-  unsigned long long barrier;
-  T slots[2][MAX_WARPS];
-
-  __device__ u32 at() { return (u32)__cvta_generic_to_shared(&barrier); }
-  __device__ void init(int warps) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at()), "r"(warps) : "memory");
-  }
-  __device__ void leave(T value, int turn, int part) {
-    if (threadIdx.x % 32) return;
-    slots[turn & 1][part] = value;
-    asm volatile("{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}" ::"r"(at()) : "memory");
-  }
-  template <typename F> __device__ T fetch(F f, int turn, int warps) {
-    asm volatile(
-        "{.reg .pred done;\nagain:\n mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
-        " @!done bra again;\n}" ::"r"(at()), "r"(turn & 1) : "memory");
-    // Of one lane, that which arrives: its reads lie before its arrival at the next turn.
-    T value = T();
-    if (threadIdx.x % 32 == 0) {
-      value = slots[turn & 1][0];
-      for (int i = 1; i < warps; i++) value = f(value, slots[turn & 1][i]);
-    }
-    return __shfl_sync(0xFFFFFFFF, value, 0);
-  }
-};
 
 // The codes of a chunk's words, one in each byte, in SAVED bits each: words w of a chunk of those.
 // A product puts the codes of a word side by side, each bit in a place of its own: nothing carries.
@@ -293,11 +256,22 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
   uint4 *own = tiles + warp * BUFFERS * SOURCES * TILE * CHUNKS;
   const i64 stride = (i64)gridDim.x * teams;
   const bool packs = segment < TILE;  // rows into a warp
-  auto first_block = [&](i64 unit) { return packs ? unit * TILE : unit * blocks + part * TILE; };
+  // Blocks lie one behind the other whatever their rows: those of a unit are `whole`, but for the last.
+  const int whole = ROWS * blocks;
+  auto first_block = [&](i64 unit) { return packs ? unit * TILE : unit * whole + part * TILE; };
+  auto of_unit = [&](i64 unit) { return ROWS > 1 ? (int)min((i64)whole, total - unit * whole) : blocks; };
   auto held = [&](i64 unit) {
-    const i64 left = packs ? total - unit * TILE : blocks - part * TILE;
+    const i64 left = packs ? total - unit * TILE : of_unit(unit) - part * TILE;
     return left < 0 ? 0 : left < TILE ? (int)left : TILE;
   };
+  // Of a block of the team, its row among the team's; of one behind them the last.
+  auto row_of = [&](int block) {
+    int row = 0;
+#pragma unroll
+    for (int r = 1; r < ROWS; r++) row += block >= r * blocks;
+    return row;
+  };
+  const Place at = {warps, part, segment, blocks, row_of(part * TILE + lane)};
   // A copy of a thread: chunk id % CHUNKS of block id / CHUNKS, id = 32 i + lane. Its place repeats
   // eight blocks further on.
   constexpr int AT_ONCE = 32 / CHUNKS, SPOTS = 8 / AT_ONCE;
@@ -327,17 +301,19 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
       const int pitch = SOURCES > 1 && slot ? beside_pitch : x_pitch;
       u32 shift = slot * TILE * CHUNKS * 16;
       const int left = held(unit) - half;
-      int offset = packs ? lane % CHUNKS : part * TILE * CHUNKS + lane;
+      int offset = packs || ROWS > 1 ? lane % CHUNKS : part * TILE * CHUNKS + lane;
       asm volatile("" : "+r"(offset));  // not kept from row to row: that would be one register too many
-      const uint4 *from = base + (packs ? unit << (5 - log) : unit) * pitch + offset;
-      if (packs) {
+      const uint4 *from = base + (packs ? unit << (5 - log) : unit * ROWS) * pitch + offset;
+      if (packs || ROWS > 1) {
         // Four copies at a time: what the compiler would keep of all sixteen places, it spills.
 #pragma unroll 1
         for (int b = half; b < TILE; b += 4 * AT_ONCE, shift += 4 * 512) {
-          auto at = [&](int block) {
-            return from + (u32)((block >> log) * pitch + (block & (segment - 1)) * CHUNKS);
+          auto block_at = [&](int block) {
+            if (ROWS == 1) return from + (u32)((block >> log) * pitch + (block & (segment - 1)) * CHUNKS);
+            const int row = row_of(part * TILE + block);
+            return from + (u32)(row * pitch + (part * TILE + block - row * blocks) * CHUNKS);
           };
-#define COPY_ROW(i) copy_in<512 * (i), 0>(spot[i] + shift, at(b + AT_ONCE * (i)), left <= AT_ONCE * (i) + b - half)
+#define COPY_ROW(i) copy_in<512 * (i), 0>(spot[i] + shift, block_at(b + AT_ONCE * (i)), left <= AT_ONCE * (i) + b - half)
           COPY_ROW(0), COPY_ROW(1), COPY_ROW(2), COPY_ROW(3);
 #undef COPY_ROW
         }
@@ -350,7 +326,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
 #endif
 #undef EIGHT
 #undef COPY
-  if (warps > 1) {
+  if (ROWS > 1 || warps > 1) {
     if (threadIdx.x < teams) {
       first[threadIdx.x].init(warps), second[threadIdx.x].init(warps);
       largest[threadIdx.x].init(warps), counts[threadIdx.x].init(warps);
@@ -395,13 +371,10 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
       }
     }
     if (NORMS) {
-      float s = over_warp(inside ? squares_of(tile, lane) : 0.0f, Add(), segment);
-      if (warps > 1) {
-        first[team].leave(s, SUMS * turn, part);
-        s = first[team].fetch(Add(), SUMS * turn, warps);
-      }
+      float s = first[team].leave(inside ? squares_of(tile, lane) : 0.0f, Add(), SUMS * turn, at);
+      s = first[team].fetch(s, Add(), SUMS * turn, at);
       const float inverse = 1.0f / sqrtf(s / n + eps);
-      const int block = packs ? lane & (segment - 1) : inside ? part * TILE + lane : 0;
+      const int block = packs ? lane & (segment - 1) : inside ? part * TILE + lane - at.row * blocks : 0;
       __syncwarp();  // h is written as it lies there
       make(tile, lane, weights, block, seen, [&](float h, float w) { return __fmul_rn(__fmul_rn(h, inverse), w); });
     }
@@ -411,15 +384,17 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     // Three stages make the sum of squares eight times as large. (Of the inputs themselves, the compiler
     // would convert them twice.)
     butterfly<1, 8>(y);
-    float s = over_warp(inside ? 0.125f * squares(y) : 0.0f, Add(), segment);
-    if (warps > 1) first[team].leave(s, SUMS * turn + SUMS - 1, part);
+    float s = first[team].leave(inside ? 0.125f * squares(y) : 0.0f, Add(), SUMS * turn + SUMS - 1, at);
     butterfly<8, ORDER>(y);  // while the others' sums come
-    if (warps > 1) s = first[team].fetch(Add(), SUMS * turn + SUMS - 1, warps);
+    bool any = false;  // of the team's rows
+    s = first[team].fetch(s, Add(), SUMS * turn + SUMS - 1, at, [&](int r, float sum) {
+      any |= !(sum >= SMALL && sum <= GREAT) && r * blocks < of_unit(unit);
+    });
     float sigma = sqrtf(s / n), inner = sigma;
-    // Rows that share a warp are computed again together. Those that had no need get the same bits:
-    // a row's numbers are its own, whatever lies beside it.
+    // Rows that share a warp, or a team, are computed again together. Those that had no need get the same
+    // bits: a row's numbers are its own, whatever lies beside it.
     const bool rare = !(s >= SMALL && s <= GREAT);
-    if (packs ? __any_sync(0xFFFFFFFF, rare && inside) : rare) {
+    if (ROWS > 1 ? any : packs ? __any_sync(ALL, rare && inside) : rare) {
       // A chunk at a time: the code stays short.
       u32 top = 0;
 #pragma unroll 1
@@ -431,11 +406,8 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
           if (WORD == 2) top = max(top, __float_as_uint(high(words[i])) & 0x7FFFFFFF);
         }
       }
-      top = over_warp(inside ? top : 0, Max(), segment);
-      if (warps > 1) {
-        largest[team].leave(top, rares, part);
-        top = largest[team].fetch(Max(), rares, warps);
-      }
+      top = largest[team].leave(inside ? top : 0, Max(), rares, at);
+      top = largest[team].fetch(top, Max(), rares, at);
       const u32 field = rare ? min(max(top >> 23, 1u), 253u) : 127;
       const float down = __uint_as_float((254 - field) << 23), up = __uint_as_float(field << 23);
       const bool finite = top < 0x7F800000;
@@ -449,11 +421,8 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
           again = fmaf(a, a, fmaf(b, b, again));
         }
       }
-      again = over_warp(inside ? again : 0.0f, Add(), segment);
-      if (warps > 1) {
-        second[team].leave(again, rares, part);
-        again = second[team].fetch(Add(), rares++, warps);
-      }
+      again = second[team].leave(inside ? again : 0.0f, Add(), rares, at);
+      again = second[team].fetch(again, Add(), rares++, at);
       if (rare) s = again;
       sigma = fminf(sqrtf(s / n) * up, LARGEST);
       inner = sigma * down;
@@ -470,15 +439,14 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     const float limit = sigma == sigma ? threshold * inner * ROOT : -1.0f;
     __syncwarp();  // all have read their blocks of the tile
     int sum = emit(y, inverse, limit, step, sigma, tile, out, mask, saved, start, count);
-    const i64 row = packs ? (start + lane) / segment : unit;
-    const bool leads = part == 0 && lane % segment == 0 && inside;
+    const i64 row = packs ? (start + lane) / segment : unit * ROWS + at.row;
+    const bool leads =
+        (ROWS > 1 ? part * TILE + lane == at.row * blocks : part == 0 && lane % segment == 0) && inside;
     if (leads) scale[row] = sigma;
     if (FORM != VALUES && sums) {
-      sum = over_warp(inside ? sum : 0, Add(), segment);
-      if (warps > 1) {
-        counts[team].leave(sum, turn, part);
-        if (part == 0) sum = counts[team].fetch(Add(), turn, warps);
-      }
+      sum = counts[team].leave(inside ? sum : 0, Add(), turn, at);
+      if (ROWS > 1 ? __any_sync(ALL, leads) : warps > 1 && part == 0)
+        sum = counts[team].fetch(sum, Add(), turn, at);
       if (leads) sums[row] = STRIDE * sum - TOP * 128 * blocks;  // of integers, from codes counted from 0
     }
     __syncwarp();  // the tile is free for the copy of the unit after next, or of the next

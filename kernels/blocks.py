@@ -29,10 +29,13 @@ WARP_LIMIT = RESIDENT = 12
 REGISTERS = 168
 SHARED_OF_WARP = 2 * TILE * 2 * ORDER  # two buffers of 16-bit blocks, or one of float32
 STATIC = 3072  # more than blocks.cu declares besides: 1664, and 1024 of the system's
+SLOTS_OF_WARP = 4 * 2 * TILE * 4  # what it declares more where a team holds several rows
 RESERVED = 1024  # of a thread block, for the system (CUDA C++ Programming Guide)
 # The numbers of blocks.cu.
 VALUES, PACKED, CODES, INTEGERS = range(4)
 OPERANDS = {"bits": (PACKED, 1), "codes": (CODES, 0), "integers": (INTEGERS, 0)}  # form, bits
+# Of a team that holds several rows, at most. What it fills must be so much more than a row alone fills.
+MOST_ROWS, MOST_WARPS, GAIN = 6, 4, 1.1
 INPUTS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 PLAIN, GATED, NORMED, ADDED = range(4)  # prologues
 
@@ -54,64 +57,102 @@ def supports(program: Program, x: torch.Tensor, weighted: bool = False) -> bool:
         # y / (sigma step), at most sqrt(d) / step, is rounded beside 1.5 * 2^23.
         and math.sqrt(x.shape[-1]) < 2**22 * program.step
         and cuda.unavailable(x.device) is None
-        and _shared(x.shape[-1] // ORDER) + more + STATIC <= cuda.shared(x.device.index)
+        and _bytes(_shape(x.shape[-1] // ORDER), more) <= cuda.shared(x.device.index)
     )
 
 
-def _shared(blocks: int) -> int:
-    """Bytes of a thread block's buffers, for rows of so many blocks."""
-    warps, _, teams, _ = _shape(blocks)
-    return warps * teams * SHARED_OF_WARP
+class Shape(NamedTuple):
+    """How a multiprocessor's threads share rows.
 
-
-def _shape(blocks: int) -> tuple[int, int, int, int]:
-    """(warps of a team, blocks of a row that share a warp or TILE, teams of a thread block, thread
-    blocks of a multiprocessor) for rows of so many blocks.
+    rows: of a team of `warps`. segment: blocks of a row that share a warp, or TILE. teams: of a
+    thread block. resident: thread blocks of a multiprocessor.
     """
+
+    rows: int
+    warps: int
+    segment: int
+    teams: int
+    resident: int
+
+    @property
+    def tiles(self) -> int:
+        """Bytes of a thread block's buffers."""
+        return self.warps * self.teams * SHARED_OF_WARP
+
+
+def _bytes(shape: Shape, more: int) -> int:
+    """Of shared memory that a thread block has, with so many besides its tiles; at the most."""
+    slots = shape.warps * shape.teams * SLOTS_OF_WARP if shape.rows > 1 else 0
+    return shape.tiles + more + STATIC + slots
+
+
+@functools.cache
+def _shape(blocks: int) -> Shape:
+    """For rows of so many blocks."""
     if blocks < TILE and blocks & (blocks - 1) == 0:
-        return 1, blocks, 4, RESIDENT // 4
-    warps = -(-blocks // TILE)
+        return Shape(1, 1, blocks, 4, RESIDENT // 4)
+    rows, warps = _team(blocks)
     teams = max(1, 4 // warps)
-    return warps, TILE, teams, RESIDENT // (warps * teams)
+    return Shape(rows, warps, TILE, teams, RESIDENT // (warps * teams))
+
+
+def _team(blocks: int) -> tuple[int, int]:
+    """(rows, warps) whose threads they fill best: one row, or several if that is well worth it."""
+
+    def filled(team: tuple[int, int]) -> float:
+        return team[0] * blocks / (team[1] * TILE)
+
+    alone, *several = ((n, -(-n * blocks // TILE)) for n in range(1, MOST_ROWS + 1))
+    fit = [team for team in several if team[1] <= MOST_WARPS]
+    best = max(fit, key=filled, default=alone)
+    return best if filled(best) >= GAIN * filled(alone) else alone
 
 
 def macros(
     dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, prologue: int = PLAIN,
-    shown: bool = False, saved: int = 0,
+    shown: bool = False, saved: int = 0, rows: int = 1, warps: int = 0,
 ) -> dict[str, int]:  # fmt: skip
-    """What blocks.cu is compiled with, for an input of `dtype`."""
+    """What blocks.cu is compiled with, for an input of `dtype`.
+
+    rows: of a team; of several also its warps.
+    """
     return {
         "REGISTERS": REGISTERS, "IN": INPUTS[dtype], "LEVELS": levels,
         "EDGE": int(edge), "FORM": form, "BITS": bits, "PROLOGUE": prologue, "SHOWN": int(shown),
-        "SAVED": saved,
+        "SAVED": saved, "ROWS": rows, "WARPS": warps,
     }  # fmt: skip
 
 
 @functools.cache
 def _kernel(
-    warps: int, dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, device: int,
+    shape: Shape, dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, device: int,
     prologue: int = PLAIN, shown: bool = False, saved: int = 0, more: int = 0,
 ) -> cuda.Kernel:  # fmt: skip
-    made = macros(dtype, levels, edge, form, bits, prologue, shown, saved)
+    several = {"rows": shape.rows, "warps": shape.warps} if shape.rows > 1 else {}
+    made = macros(dtype, levels, edge, form, bits, prologue, shown, saved, **several)
     code = cuda.compile_("blocks.cu", cuda.architecture(device), made)
+    threads = 32 * shape.warps * shape.teams
     return cuda.load(
-        code, "quantize", device, threads=32 * warps, shared=warps * SHARED_OF_WARP + more,
+        code, "quantize", device, threads=threads, shared=shape.tiles + more,
         layout="6P2q4i2f" + ("2P2i2Pf" if prologue else ""),
     )  # fmt: skip
 
 
-def _grid(rows: int, blocks: int, device: int, more: int = 0) -> tuple[int, tuple[int, ...], int]:
-    """(thread blocks, what the kernel is told of the shape, warps of a thread block).
+def _grid(
+    rows: int, blocks: int, device: int, more: int = 0
+) -> tuple[int, tuple[int, ...], Shape]:
+    """(thread blocks, what the kernel is told of the shape, the shape).
 
     more: bytes of shared memory that a thread block takes besides its tiles.
     """
-    warps, segment, teams, resident = _shape(blocks)
+    shape = _shape(blocks)
+    of_team, warps, segment, teams, resident = shape
     if more:
-        one = warps * teams * SHARED_OF_WARP + more + STATIC + RESERVED
+        one = _bytes(shape, more) + RESERVED
         resident = max(1, min(resident, (cuda.shared(device) + RESERVED) // one))
-    units = -(-rows * blocks // TILE) if segment < TILE else rows
+    units = -(-rows * blocks // TILE) if segment < TILE else -(-rows // of_team)
     count = min(-(-units // teams), resident * cuda.processors(device))
-    return count, (units, rows * blocks, blocks, warps, segment, teams), warps * teams
+    return count, (units, rows * blocks, blocks, warps, segment, teams), shape
 
 
 def quantize(
@@ -173,9 +214,9 @@ def launch(
     mask, sums, kept: or 0. saved: the bits of an entry of `kept`.
     """
     device = x.device.index
-    count, told, warps = _grid(rows, d // ORDER, device)
+    count, told, shape = _grid(rows, d // ORDER, device)
     kernel = _kernel(
-        warps, x.dtype, program.levels, program.estimator != STE, form, bits, device, saved=saved
+        shape, x.dtype, program.levels, program.estimator != STE, form, bits, device, saved=saved
     )
     kernel.launch(
         count, x.data_ptr(), scale, out, mask, sums, kept, *told, program.step, program.threshold
@@ -285,10 +326,10 @@ def launch_prologue(
     second = None if second is None else readable(second)
     more = 0 if weight is None else d * weight.element_size()
     weight = None if weight is None else readable(weight[None])
-    count, told, warps = _grid(rows, d // ORDER, device, more)
+    count, told, shape = _grid(rows, d // ORDER, device, more)
     edge = bool(mask) and program.estimator != STE
     kernel = _kernel(
-        warps, first.dtype, program.levels, edge, form, bits, device, prologue, bool(shown), saved,
+        shape, first.dtype, program.levels, edge, form, bits, device, prologue, bool(shown), saved,
         more,
     )  # fmt: skip
     chunk = 16 // first.element_size()

@@ -139,9 +139,9 @@ def _rows(name: str, width: int, dtype: torch.dtype) -> Launch:
     return run
 
 
-# More than the blocks of one multiprocessor take in a turn: 384 rows of 128, 12 of 4096, 4 of 11008
-# (`blocks._shape`).
-TURNS = {128: 1000, 256: 500, 4096: 30, 11008: 9}
+# More than the blocks of one multiprocessor take in a turn: 384 rows of 128, 12 of 4096, 8 of 5632, 4 of
+# 11008 (`blocks._shape`).
+TURNS = {128: 1000, 256: 500, 4096: 30, 5632: 19, 11008: 9}
 
 
 def _prologues(name: str, width: int, dtype: torch.dtype) -> Launch:
@@ -232,6 +232,9 @@ def launches() -> Iterator[tuple[str, Launch]]:
     # The widest row: as many warps as a block may have.
     yield "blocks w4a4 49152 in turns", _in_turns(_blocks("w4a4", 49152, torch.bfloat16))
     yield "prologues w2a2 4096", _prologues("w2a2", 4096, torch.bfloat16)
+    # Two rows a team of three warps, whose threads leave each other sums.
+    yield "blocks w4a4 5632 in turns", _in_turns(_blocks("w4a4", 5632, torch.bfloat16))
+    yield "prologues w4a4 5632", _prologues("w4a4", 5632, torch.bfloat16)
     # Lanes that exchange nothing while they sum squares, since each has a row.
     yield "prologues w4a4 128", _prologues("w4a4", 128, torch.bfloat16)
     yield "rows w4a4 17408", _rows("w4a4", 17408, torch.bfloat16)  # two turns of a row

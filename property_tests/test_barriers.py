@@ -19,6 +19,7 @@ LAUNCHES = (
     "sparse narrow",
     "sparse int32",
     "blocks w4a4 49152 in turns",
+    "blocks w4a4 5632 in turns",
     "few clusters",
 )
 

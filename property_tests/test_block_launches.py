@@ -183,14 +183,20 @@ class Kernel:
         assert segment == of_row if packs else segment == 32
         assert warps == 1 or not packs
         assert 32 % segment == 0
-        assert units == math.ceil(total / 32 if packs else total / of_row)
-        firsts = [unit * 32 if packs else unit * of_row for unit in range(units)]
+        # A team of several rows is compiled for its warps: each of its threads has its own slots.
+        of_team, slots = self.macros["ROWS"], self.macros["WARPS"]
+        assert slots == (warps if of_team > 1 else 0)
+        assert of_team == 1 or (not packs and warps * teams <= 4)
+        unit = 32 if packs else of_team * of_row
+        assert units == math.ceil(total / unit)
         held = [
-            first + part * 32 + lane for first in firsts for part in range(warps)
-            for lane in range(min(32, (total - first if packs else of_row) - part * 32))
+            first + part * 32 + lane
+            for first in range(0, units * unit, unit) for part in range(warps)
+            for lane in range(min(32, min(unit, total - first) - part * 32))
         ]  # fmt: skip
         assert held == list(range(total))
-        at_once = min(WARPS // (warps * teams), BYTES // (self.shared + DECLARED + KEPT))
+        declared = DECLARED + (4 * 2 * 32 * slots * 4 * teams if of_team > 1 else 0)
+        at_once = min(WARPS // (warps * teams), BYTES // (self.shared + declared + KEPT))
         assert count == min(math.ceil(units / teams), at_once * self.device.processors)
 
     def emit(self, x: Tensor, told: dict[str, Any]) -> None:
@@ -316,7 +322,7 @@ def test_rows_that_lie_elsewhere(device: Device) -> None:
 @pytest.mark.parametrize(
     ("rows", "of_row"),
     [(1, 1), (33, 1), (1000, 1), (17, 2), (40, 16), (5, 3), (9, 31), (20, 32), (1, 33), (20, 33),
-     (9, 64), (3, 65), (2, 129), (2, 384)],
+     (9, 64), (3, 65), (2, 129), (2, 384), (1, 44), (21, 44), (20, 20), (13, 5), (5, 24), (7, 40)],
 )  # fmt: skip
 @pytest.mark.parametrize("processors", [1, 5])
 def test_rows_of_any_width(rows: int, of_row: int, processors: int, device: Device) -> None:
@@ -567,8 +573,8 @@ def test_a_kernel_that_nothing_more_is_asked_of(
     seen: list[tuple[dict[str, int], int]] = []
     monkeypatch.setattr(cuda, "load", lambda code, *_, shared, **__: seen.append((code, shared)))
     given = (torch.bfloat16, 16, True, blocks.INTEGERS, 0)
-    blocks._kernel(4, *given, None)
-    blocks._kernel(4, *given, None, blocks.PLAIN, False, 0, 0)
+    blocks._kernel(blocks._shape(32), *given, None)
+    blocks._kernel(blocks._shape(32), *given, None, blocks.PLAIN, False, 0, 0)
     assert seen == [(blocks.macros(*given), 4 * 16384)] * 2
     macros = seen[0][0]
     assert (macros["PROLOGUE"], macros["SHOWN"], macros["SAVED"]) == (blocks.PLAIN, 0, 0)

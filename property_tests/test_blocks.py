@@ -24,9 +24,9 @@ SPECS = (
     "uniform8/hadamard128/trust1.5/dense",
     "ternary/hadamard128/trust1.0/dense",
 )
-# Rows of 1, 2 and 4 blocks share a warp; 12 blocks have one of their own; 33 and more have a team;
-# the last is the widest.
-WIDTHS = (128, 256, 512, 1536, 2048, 4096, 4224, 11008, 49152)
+# Rows of 1, 4 and 16 blocks share a warp; those of 5, 12, 33 and 44 a team, six, five, three and two
+# of them; 28 blocks have a warp of their own, 86 a team; the last is the widest.
+WIDTHS = (128, 512, 640, 1536, 2048, 3584, 4224, 5632, 11008, 49152)
 KINDS = ("gaussian", "heavy", "mixed_rows", "non_finite", "outlier")
 
 
@@ -55,6 +55,17 @@ def test_every_variant_compiles_without_a_gpu(
     macros = blocks.macros(dtype, levels, edge, form, bits)
     made = cuda.compile_("blocks.cu", "sm_90a", macros, cached=False)
     assert made.code[:4] == b"\x7fELF"
+    assert b"quantize" in made.code
+
+
+@pytest.mark.parametrize("shape", sorted({blocks._shape(n)[:2] for n in range(1, 49)} - {(1, 1)}))
+@pytest.mark.parametrize("prologue", [blocks.PLAIN, blocks.GATED, blocks.NORMED, blocks.ADDED])
+def test_teams_of_several_rows_compile_without_a_gpu(prologue: int, shape: tuple[int, int]) -> None:
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    macros = blocks.macros(
+        torch.bfloat16, 16, False, blocks.INTEGERS, 0, prologue, rows=shape[0], warps=shape[1]
+    )
+    made = cuda.compile_("blocks.cu", "sm_90a", macros, cached=False)
     assert b"quantize" in made.code
 
 
@@ -148,7 +159,7 @@ def test_what_is_not_saved_does_not_compile(form: int, saved: int) -> None:
         cuda.compile_("blocks.cu", "sm_90a", macros, cached=False)
 
 
-@pytest.mark.parametrize("blocks_of_row", [1, 16, 32, 33, 40, 64, 86, 192])
+@pytest.mark.parametrize("blocks_of_row", [1, 5, 16, 24, 32, 40, 44, 64, 86, 192])
 def test_thread_blocks_with_weights_fit_a_multiprocessor(
     blocks_of_row: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,25 +167,28 @@ def test_thread_blocks_with_weights_fit_a_multiprocessor(
     monkeypatch.setattr(cuda, "shared", lambda _: 227 * 1024)
     monkeypatch.setattr(cuda, "processors", lambda _: 10)
     more = 256 * blocks_of_row
-    count, told, warps = blocks._grid(10**6, blocks_of_row, 0, more)
+    count, told, shape = blocks._grid(10**6, blocks_of_row, 0, more)
+    warps = shape.warps * shape.teams
     each = warps * blocks.SHARED_OF_WARP + more + blocks.STATIC + blocks.RESERVED
+    each += warps * blocks.SLOTS_OF_WARP if shape.rows > 1 else 0
     assert count % 10 == 0
     assert count // 10 * each <= 228 * 1024
     plain, same, _ = blocks._grid(10**6, blocks_of_row, 0)
     assert told == same
     assert count <= plain
-    assert (count == plain) == (blocks_of_row <= 32 or warps > 6)
+    assert (count == plain) == (blocks_of_row in (1, 5, 16, 32))
 
 
-@pytest.mark.parametrize("blocks_of_row", [1, 2, 3, 16, 31, 32, 33, 86, 112, 384])
+@pytest.mark.parametrize("blocks_of_row", [*range(1, 49), 86, 112, 384])
 def test_shapes_fit_a_multiprocessor(blocks_of_row: int) -> None:
-    warps, segment, teams, resident = blocks._shape(blocks_of_row)
-    assert warps * 32 >= blocks_of_row
+    rows, warps, segment, teams, resident = blocks._shape(blocks_of_row)
+    assert rows * blocks_of_row <= warps * 32 < rows * blocks_of_row + 32
     assert segment in (blocks_of_row, blocks.TILE)
     assert 1 <= warps * teams <= 12
     assert resident >= 1
     assert warps * teams * resident * 32 * blocks.REGISTERS <= 65536
-    assert warps * teams * resident * blocks.SHARED_OF_WARP <= 227 * 1024
+    each = blocks._bytes(blocks._shape(blocks_of_row), 0) + blocks.RESERVED
+    assert resident * each <= 228 * 1024
 
 
 @pytest.mark.parametrize(
@@ -293,7 +307,7 @@ def test_the_kernel_of_those_without_a_compiler(spec: str, monkeypatch: pytest.M
         LEDGER.judge(LANE, examine.encoded(LANE, x, q, kind), told)
 
 
-@pytest.mark.parametrize("width", [256, 4096, 11008])
+@pytest.mark.parametrize("width", [256, 4096, 5632, 11008])
 @pytest.mark.parametrize("dtype", list(blocks.INPUTS), ids=str)
 def test_many_turns_of_a_block(
     dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch

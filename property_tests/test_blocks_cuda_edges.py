@@ -102,7 +102,8 @@ def test_signs_and_how_many(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
 def test_rows_that_are_computed_again(dtype: torch.dtype) -> None:
     """Far from 1, or not finite: found in whichever chunk, block and warp of a row it lies."""
-    for width, step in ((256, 1), (384, 5), (4224, 7)):  # a part of a warp, a warp, a team
+    # A part of a warp, of a team, a warp, a team: by one row, and by several.
+    for width, step in ((256, 1), (640, 5), (3584, 7), (5632, 7), (8192, 7)):
         _judge(_not_finite(dtype, width)[::step], FOUR, "not finite")
     _judge(_far(dtype), FOUR, "far from 1")
     for i, kind in enumerate(("tiny", "subnormal", "huge", "mixed_rows", "zeros")):
@@ -127,8 +128,11 @@ def test_values_and_masks(dtype: torch.dtype, spec: str) -> None:
     LEDGER.judge(LANE, found, f"{dtype}, {spec}", conclusive=False)
 
 
-# Three turns of 12 rows; two of 4; three of 6, of which a thread block has two.
-@pytest.mark.parametrize(("width", "rows"), [(384, 30), (8320, 5), (4224, 15)])
+# Three turns of 12 rows; two of 4; three of 6, of which a thread block has two; three of 8, which a
+# team has two of, and of 72, six a team: the last team has a row, and four.
+@pytest.mark.parametrize(
+    ("width", "rows"), [(3584, 30), (8320, 5), (8192, 15), (5632, 19), (640, 160)]
+)
 def test_turns_of_a_multiprocessor(width: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """No row is left out, and none has the numbers of another, which differ much."""
     monkeypatch.setattr(cuda, "processors", lambda _: 1)
@@ -151,12 +155,13 @@ def test_turns_of_the_widest_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sums.flatten().tolist() == 3 * [384 * (120 + 127 * 8)]
 
 
-def test_turns_of_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three turns of 4 rows, each with sums of two kinds that its two warps exchange."""
+# Three turns of 4 rows, each with sums of two kinds that its two warps exchange; and of 6, by twos.
+@pytest.mark.parametrize(("width", "rows"), [(8192, 9), (5632, 17)])
+def test_turns_of_a_norm(width: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "processors", lambda _: 1)
-    powers = torch.arange(9) * 37 % 41 - 20
-    x = (_normal((9, 4224)) * 2.0 ** powers[:, None].double()).to(HALF)
-    weight = _normal((4224,), 1).to(HALF)
+    powers = torch.arange(rows) * 37 % 41 - 20
+    x = (_normal((rows, width)) * 2.0 ** powers[:, None].double()).to(HALF)
+    weight = _normal((width,), 1).to(HALF)
     q, kind = parse(FOUR), _kind(FOUR)
     found = examine.normed(LANE, x, None, weight, 1e-5, q, kind, conclusive=False)
     LEDGER.judge(LANE, found, "norms of rows of unlike magnitudes", conclusive=False)
@@ -174,7 +179,10 @@ def test_a_gate() -> None:
 @pytest.mark.parametrize(
     ("spec", "form", "bits"), [(FOUR, blocks.INTEGERS, 0), (SIGNS, blocks.PACKED, 1)]
 )
-@pytest.mark.parametrize(("rows", "width"), [(1, 128), (1, 256), (3, 512), (5, 384), (3, 4224)])
+@pytest.mark.parametrize(
+    ("rows", "width"),
+    [(1, 128), (1, 256), (3, 512), (5, 3584), (3, 8192), (3, 5632), (4, 640), (1, 384)],
+)
 def test_nothing_is_written_beside_the_outputs(
     rows: int, width: int, spec: str, form: int, bits: int
 ) -> None:
@@ -199,7 +207,7 @@ def test_nothing_is_written_beside_the_outputs(
         assert (t[-around:] == 77).all()
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1, 128), (3, 384)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 128), (3, 384), (3, 3584), (3, 5632)])
 def test_nothing_is_read_beside_the_inputs(rows: int, width: int) -> None:
     """Neither blocks that a warp has room for nor rows of the next turn."""
     x = _normal((rows, width)).to("cuda", HALF)

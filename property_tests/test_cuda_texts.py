@@ -74,8 +74,9 @@ def _variants() -> Iterator[Variant]:
             (blocks.VALUES, 0, 0), (blocks.PACKED, 1, 0), (blocks.PACKED, 4, 0),
             (blocks.CODES, 0, 0), (blocks.INTEGERS, 0, 2), (blocks.INTEGERS, 0, 4),
         ):  # fmt: skip
-            macros = blocks.macros(dtype, 4, True, form, bits, prologue, saved=saved)
-            yield made("blocks.cu", tuple(macros.items()))
+            for several in ({}, {"rows": 2, "warps": 3}):
+                macros = blocks.macros(dtype, 4, True, form, bits, prologue, saved=saved, **several)
+                yield made("blocks.cu", tuple(macros.items()))
     for dtype, kind in itertools.product((SIXTEEN, FLOAT), blocks.OPERANDS):
         yield made("rows.cu", tuple(rows.macros(dtype, 2, kind).items()))
 

@@ -83,9 +83,8 @@ def test_numbers_of_the_sources() -> None:
     )
     for name in ("PACKED", "CODES", "INTEGERS"):
         assert numbers("rows.cu")[name] == forms[name]
-    assert (
-        forms["ORDER"], forms["TILE"], forms["MAX_WARPS"],
-    ) == (blocks.ORDER, blocks.TILE, blocks.WARP_LIMIT)  # fmt: skip
+    assert (forms["ORDER"], forms["TILE"]) == (blocks.ORDER, blocks.TILE)
+    assert numbers("exchange.cuh")["MAX_WARPS"] == blocks.WARP_LIMIT
     assert numbers("sparse.cu")["TILE_K"] == sparse.TILE_K == 128
     assert sparse.BLOCK == 256
     assert (product.TILE_K, product.CLUSTER, product.CONSUMERS) == (128, 2, 2)
@@ -108,25 +107,31 @@ def test_parameters_of_the_quantizer(prologue: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cuda, "compile_", lambda *_: None)
     monkeypatch.setattr(cuda, "architecture", lambda _: "")
     monkeypatch.setattr(cuda, "load", lambda *_, **how: told.update(how))
-    blocks._kernel.__wrapped__(4, torch.bfloat16, 16, True, blocks.INTEGERS, 0, 0, prologue)
+    shape = blocks._shape(44)
+    blocks._kernel.__wrapped__(shape, torch.bfloat16, 16, True, blocks.INTEGERS, 0, 0, prologue)
     assert "".join(cuda._letters(told["layout"])) == letters
 
 
 @pytest.mark.parametrize(
-    ("count", "warps", "segment", "teams", "resident"),
+    ("count", "shape"),
     [
-        (1, 1, 1, 4, 3), (2, 1, 2, 4, 3), (16, 1, 16, 4, 3), (3, 1, 32, 4, 3), (31, 1, 32, 4, 3),
-        (32, 1, 32, 4, 3), (33, 2, 32, 2, 3), (64, 2, 32, 2, 3), (65, 3, 32, 1, 4),
-        (86, 3, 32, 1, 4), (128, 4, 32, 1, 3), (129, 5, 32, 1, 2), (384, 12, 32, 1, 1),
+        (1, (1, 1, 1, 4, 3)), (2, (1, 1, 2, 4, 3)), (16, (1, 1, 16, 4, 3)), (3, (6, 1, 32, 4, 3)),
+        (5, (6, 1, 32, 4, 3)), (20, (3, 2, 32, 2, 3)), (24, (4, 3, 32, 1, 4)),
+        (28, (1, 1, 32, 4, 3)), (31, (1, 1, 32, 4, 3)), (32, (1, 1, 32, 4, 3)),
+        (33, (3, 4, 32, 1, 3)), (40, (3, 4, 32, 1, 3)), (44, (2, 3, 32, 1, 4)),
+        (48, (2, 3, 32, 1, 4)), (49, (1, 2, 32, 2, 3)), (64, (1, 2, 32, 2, 3)),
+        (65, (1, 3, 32, 1, 4)), (86, (1, 3, 32, 1, 4)), (128, (1, 4, 32, 1, 3)),
+        (129, (1, 5, 32, 1, 2)), (384, (1, 12, 32, 1, 1)),
     ],
 )  # fmt: skip
-def test_rows_of_blocks(count: int, warps: int, segment: int, teams: int, resident: int) -> None:
-    """Warps of a row, blocks of a row that share a warp, rows of a thread block at a time, and
+def test_rows_of_blocks(count: int, shape: tuple[int, int, int, int, int]) -> None:
+    """Rows of a team, its warps, blocks of a row that share a warp, teams of a thread block, and
     thread blocks of a multiprocessor: twelve warps are what its registers hold.
     """
-    assert blocks._shape(count) == (warps, segment, teams, resident)
-    assert blocks._shape(count)[0] * teams * resident <= blocks.RESIDENT
-    assert blocks._shared(count) == warps * teams * 2 * 32 * 2 * 128
+    made = blocks._shape(count)
+    assert made == shape
+    assert made.warps * made.teams * made.resident <= blocks.RESIDENT
+    assert made.tiles == made.warps * made.teams * 2 * 32 * 2 * 128
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,13 @@ LAUNCHES = {
         "blocks w1a1 11008 torch.float32",
         "blocks w2a2 4096 torch.bfloat16",
         "blocks w8a8 256 torch.bfloat16",
+        "blocks w4a4 5632 in turns",
         "rows w1a1 11008 torch.bfloat16",
         "rows w4a4 256 torch.float32",
     ),
-    "prologues": ("prologues w2a2 4096", "prologues w8a8 256 torch.float16"),
+    "prologues": (
+        "prologues w2a2 4096", "prologues w8a8 256 torch.float16", "prologues w4a4 5632",
+    ),
     "products": (
         "product w1a1 bias torch.float32",
         "product w4a4 bias torch.bfloat16",

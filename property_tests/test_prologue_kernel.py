@@ -69,7 +69,8 @@ def test_what_a_gate_asks_of_the_kernel(
         gate, value, program, form=blocks.INTEGERS, masked=masked, saved=saved
     )  # fmt: skip
     asked, _, x, scale, out, mask, sums, kept = told[:8]
-    variant = (4, torch.bfloat16, 16, edge and masked, blocks.INTEGERS, 0, None, blocks.GATED)
+    shape = blocks._shape(2)
+    variant = (shape, torch.bfloat16, 16, edge and masked, blocks.INTEGERS, 0, None, blocks.GATED)
     assert asked == ((*variant, False, saved, 0), {})
     pointers = (gate, made.scale, made.out, made.mask, made.sums, made.saved)
     assert (x, scale, out, mask, sums, kept) == tuple(map(cuda.pointer, pointers))
@@ -93,8 +94,8 @@ def _needs_kernel() -> None:
         pytest.skip(reason)
 
 
-# As in test_blocks: rows that share a warp, that have one, and that have a team.
-WIDTHS = (128, 256, 512, 1536, 2048, 4224, 5632, 11008, 49152)
+# As in test_blocks: rows that share a warp or a team, and that have one of their own.
+WIDTHS = (128, 640, 1536, 2048, 3584, 4224, 5632, 11008, 49152)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -121,7 +122,7 @@ def test_rows_of_a_kernel(name: str, dtype: torch.dtype, width: int) -> None:
             assert torch.equal(t.view(torch.uint8), expected.view(torch.uint8)), told
 
 
-@pytest.mark.parametrize("width", [128, 256, 2048, 5632, 11008])
+@pytest.mark.parametrize("width", [128, 640, 2048, 5632, 11008])
 @pytest.mark.parametrize("name", ["w1a1", "w4a4"])
 def test_many_turns_of_a_block(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One multiprocessor has all rows, special ones among them: the same as by themselves."""
@@ -185,7 +186,7 @@ def test_rows_of_several_warps(dtype: torch.dtype) -> None:
     """Sums of two kinds that warps exchange, and weights of every part of a row."""
     _needs_kernel()
     lane, (spec, kind) = Lane("triton-cuda", "cuda", "dispatch"), SPECS["w4a4"]
-    for width in (4224, 11008):
+    for width in (4224, 5632, 11008):
         x, residual = (inputs.draw("mixed_rows", (5, width), dtype, i) for i in range(2))
         weight = inputs.draw("gaussian", (width,), dtype, 5)
         for beside in (None, residual):
@@ -237,7 +238,7 @@ def test_layouts_of_a_kernel() -> None:
     """Rows that lie apart, off a multiple of 16 bytes, or on one another: the same bits."""
     _needs_kernel()
     spec, kind = SPECS["w4a4"]
-    for width in (128, 256, 384, 2048):
+    for width in (128, 256, 384, 2048, 5632):
         gate, value = torch.randn(2, 9, width, device="cuda").bfloat16()
         expected = prologue.gated_encode_shown(gate, value, spec, kind)
         around = torch.full((9, 2 * width + 24), torch.nan, dtype=torch.bfloat16, device="cuda")

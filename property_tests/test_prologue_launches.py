@@ -229,7 +229,7 @@ def test_for_which_rows_there_is_a_kernel(shared: list[int]) -> None:
 
 def test_what_a_weight_takes_of_shared_memory(shared: list[int]) -> None:
     """Two bytes an entry beside the rows."""
-    four, rows = SPECS["w4a4"][0], blocks._shared(2) + blocks.STATIC
+    four, rows = SPECS["w4a4"][0], blocks._shape(2).tiles + blocks.STATIC
     for more, plain, weighted in ((-1, False, False), (0, True, False), (511, True, False),
                                   (512, True, True)):  # fmt: skip
         shared[0] = rows + more

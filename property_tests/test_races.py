@@ -9,7 +9,7 @@ import pytest
 
 from property_tests import sanitized
 
-# Of `sanitized`: rows that share a warp, have one and have a team; the quickest of the tiles, and
+# Of `sanitized`: rows that share a warp, have one, have a team and share one; the quickest of the tiles, and
 # what has fewer columns than threads; rows that are quantized on the way. The tool takes ten
 # seconds to start.
 LAUNCHES = {
@@ -17,12 +17,14 @@ LAUNCHES = {
         "blocks w4a4 256 torch.bfloat16",
         "blocks w4a4 4096 torch.float32",
         "blocks w4a4 49152 in turns",
+        "blocks w4a4 5632 in turns",
         "rows w4a4 256 torch.bfloat16",
         "rows w4a4 4096 torch.bfloat16",
         "rows w4a4 17408",
     ),
     "prologues": (
         "prologues w4a4 128",
+        "prologues w4a4 5632",
         "prologues w4a4 256 torch.bfloat16",
         "prologues w1a1 11008 torch.bfloat16",
     ),

@@ -9,7 +9,10 @@
 //
 // Formulas and special rows are those of quantize.py. There is no mask: few rows are inference.
 //
-// Macros: IN (the input's dtype), LEVELS, FORM.
+// NORMED: what is quantized are the rows h weight / sqrt(mean(h^2) + eps) of inputs h of 16 bits, computed
+// in float32 and rounded once to their dtype.
+//
+// Macros: IN (the input's dtype), LEVELS, FORM, NORMED.
 #define PACKED 1    // codes from 0, of one bit
 #define CODES 2     // int8: the code
 #define INTEGERS 3  // int8: 2 code + 1, or the code where LEVELS is odd, spread: see codes.cuh
@@ -25,6 +28,7 @@ constexpr int SIZE = IN == FLOAT32 ? 4 : 2;     // bytes of an element
 constexpr int WORDS = 8 * SIZE;                 // 4-byte words of 32 elements
 constexpr int PARTS = SIZE / 2;                 // chunks of 16 bytes that eight elements are
 constexpr u32 ALL = 0xFFFFFFFF;
+static_assert(!NORMED || IN != FLOAT32, "a norm takes 16 bits");
 
 struct Add { template <typename T> __device__ T operator()(T a, T b) const { return a + b; } };
 struct Max { __device__ u32 operator()(u32 a, u32 b) const { return max(a, b); } };
@@ -48,6 +52,17 @@ __device__ __forceinline__ void read(u32 (&w)[WORDS], const char *row, int block
     if (block < blocks) v = *(const uint4 *)(from + i / PARTS * (32 * SIZE) + i % PARTS * 16);
     w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
   }
+}
+
+// h, as `read` has it, as the row that is quantized; `shown` gets it too, or is null.
+__device__ __forceinline__ void norm(u32 (&w)[WORDS], const u32 (&by)[WORDS], float inverse, char *shown, int block, int blocks) {
+#pragma unroll
+  for (int i = 0; i < WORDS; i++)
+    w[i] = pair_of(__fmul_rn(__fmul_rn(low(w[i]), inverse), low(by[i])), __fmul_rn(__fmul_rn(high(w[i]), inverse), high(by[i])));
+  if (!shown || block >= blocks) return;
+  char *to = shown + (i64)block * (ORDER * SIZE) + threadIdx.x % 4 * (8 * SIZE);
+#pragma unroll
+  for (int i = 0; i < 4; i++) *(uint4 *)(to + 64 * i) = make_uint4(w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]);
 }
 
 // Element 8 k + i: of chunk k of the four, times `factor`.
@@ -129,9 +144,13 @@ __device__ __forceinline__ int emit(const float (&y)[32], float inverse, char *o
 }
 
 // x: rows of `blocks` blocks, `stride` bytes apart, each at a multiple of 16. scale, sums: (rows,). out: by 32
-// elements. The grid has a thread block for each row.
+// elements. The grid has a thread block for each row. weight: a row; shown: rows, or null.
 extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS)
-    rows(const char *x, float *scale, char *out, int *sums, i64 stride, int blocks, float step) {
+    rows(const char *x, float *scale, char *out, int *sums, i64 stride, int blocks, float step
+#if NORMED
+         , const char *weight, char *shown, float eps
+#endif
+    ) {
   extern __shared__ float4 tiles[];
   __shared__ float first[MAX_WARPS], second[MAX_WARPS];
   __shared__ u32 largest[MAX_WARPS];
@@ -152,6 +171,31 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS)
     if (block - begin + hop >= blocks) break;  // alike for all: each warp has as many turns
   }
   const float n = 128.0f * blocks;
+#if NORMED
+  __shared__ float before[MAX_WARPS];
+  u32 by[WORDS];
+  read(by, weight, block, blocks);  // while the sums come
+  const float root = 1.0f / sqrtf(over_row(s, Add(), before) / n + eps);
+  if (shown) shown += (i64)blockIdx.x * blocks * (ORDER * SIZE);
+  // From the last group, which is in registers, back to the first; and where there are more the last again.
+  s = 0.0f;
+  const int end = block;
+#pragma unroll 1
+  for (;;) {
+    norm(w, by, root, shown, block, blocks);
+    s += squares(w, 1.0f);
+    if (block == begin) break;
+    block -= hop;
+    read(w, row, block, blocks), read(by, weight, block, blocks);
+  }
+  auto fetch = [&](int block) {
+    read(w, row, block, blocks), read(by, weight, block, blocks);
+    norm(w, by, root, nullptr, block, blocks);
+  };
+  if (end != begin) fetch(block = end);
+#else
+  auto fetch = [&](int block) { read(w, row, block, blocks); };
+#endif
   s = over_row(s, Add(), first);
   float sigma = sqrtf(s / n), inner = sigma, down = 1.0f;
   if (!(s >= SMALL && s <= GREAT)) {  // alike for all
@@ -159,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS)
     u32 top = 0;
 #pragma unroll 1
     for (block = begin;; block += hop) {
-      read(w, row, block, blocks);
+      fetch(block);
 #pragma unroll
       for (int e = 0; e < 32; e++) top = max(top, __float_as_uint(element(w, e, 1.0f)) & 0x7FFFFFFF);
       if (block == last) break;
@@ -170,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS)
     s = 0.0f;
 #pragma unroll 1
     for (block = begin;; block += hop) {
-      read(w, row, block, blocks);
+      fetch(block);
       s += squares(w, down);
       if (block == last) break;
     }
@@ -192,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS)
     if (block < blocks) sum += emit(y, inverse, out, ((i64)blockIdx.x * blocks + block) * 4 + lane % 4);
     if (block == begin) break;
     block -= hop;
-    read(w, row, block, blocks);
+    fetch(block);
   }
   sum = over_row(sum, Add(), counts);
   // Of integers, from codes counted from 0.

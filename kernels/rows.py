@@ -28,18 +28,24 @@ def _warps(width: int) -> int:
     return min(WARPS, -(-width // (GROUP * blocks.ORDER)))
 
 
-def macros(dtype: torch.dtype, levels: int, kind: str) -> dict[str, int]:
+def macros(dtype: torch.dtype, levels: int, kind: str, normed: bool = False) -> dict[str, int]:
     """What rows.cu is compiled with, for an input of `dtype`."""
-    return {"IN": blocks.INPUTS[dtype], "LEVELS": levels, "FORM": blocks.OPERANDS[kind][0]}
+    return {
+        "IN": blocks.INPUTS[dtype], "LEVELS": levels, "FORM": blocks.OPERANDS[kind][0],
+        "NORMED": int(normed),
+    }  # fmt: skip
 
 
 @functools.cache
-def _kernel(dtype: torch.dtype, levels: int, kind: str, warps: int, device: int) -> cuda.Kernel:
-    made = macros(dtype, levels, kind)
+def _kernel(
+    dtype: torch.dtype, levels: int, kind: str, warps: int, device: int, normed: bool = False
+) -> cuda.Kernel:
+    made = macros(dtype, levels, kind, normed)
     code = cuda.compile_("rows.cu", cuda.architecture(device), made)
     return cuda.load(
-        code, "rows", device, threads=32 * warps, shared=warps * SHARED_OF_WARP, layout="4Pqif"
-    )
+        code, "rows", device, threads=32 * warps, shared=warps * SHARED_OF_WARP,
+        layout="4Pqif" + ("2Pf" if normed else ""),
+    )  # fmt: skip
 
 
 def quantize(
@@ -50,29 +56,56 @@ def quantize(
     kind: "bits", operand (..., d / 8) uint8 of a grid of two levels; "codes" or "integers", one of
     (..., d) int8, and sums (..., 1) int32, as in `blocks.quantize`. scale: (..., 1) float32.
     """
-    lead, d, device = x.shape[:-1], x.shape[-1], x.device
-    rows = math.prod(lead)
-    width, dtype = (d // 8, torch.uint8) if kind == "bits" else (d, torch.int8)
-    operand = outputs.empty((*lead, width), dtype, device)
-    scale = outputs.empty((*lead, 1), torch.float32, device)
-    sums = outputs.empty((*lead, 1), torch.int32, device)
-    if rows:
+    lead, d = x.shape[:-1], x.shape[-1]
+    made = _outputs(x, kind)
+    if rows := math.prod(lead):
         x = rows_of(x if x.ndim == 2 else x.reshape(rows, d))
-        launch(x, program, kind, rows, d, operand.data_ptr(), scale.data_ptr(), sums.data_ptr())
-    return operand, scale, sums
+        launch(x, program, kind, rows, d, *(t.data_ptr() for t in made))
+    return made
+
+
+def normed(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, program: Program, kind: str, *,
+    show: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """`quantize` of rows = (x / sqrt(mean(x^2) + eps)) weight, and these if they are to be shown.
+
+    x: (rows, d) bfloat16 or float16, rows apart or not; weight: (d,) of that dtype. The rows are
+    computed in float32 and rounded once, as in `blocks.normed`.
+    """
+    made = _outputs(x, kind)
+    shown = outputs.empty(x.shape, x.dtype, x.device) if show else None
+    if len(x):
+        norm = blocks.readable(weight[None])[0], eps
+        x, at = blocks.readable(x), [t.data_ptr() for t in made]
+        launch(x, program, kind, *x.shape, *at, norm, cuda.pointer(shown))
+    return *made, shown
+
+
+def _outputs(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Memory for operand, scale and sums."""
+    lead, d, device = x.shape[:-1], x.shape[-1], x.device
+    width, dtype = (d // 8, torch.uint8) if kind == "bits" else (d, torch.int8)
+    return (
+        outputs.empty((*lead, width), dtype, device),
+        outputs.empty((*lead, 1), torch.float32, device),
+        outputs.empty((*lead, 1), torch.int32, device),
+    )
 
 
 def launch(
     x: torch.Tensor, program: Program, kind: str, rows: int, d: int, operand: int, scale: int,
-    sums: int,
+    sums: int, norm: tuple[torch.Tensor, float] | None = None, shown: int = 0,
 ) -> None:  # fmt: skip
     """`quantize` of x, rows of d contiguous entries at multiples of 16 bytes, to addresses.
 
-    x: (rows, d), or contiguous in any shape.
+    x: (rows, d), or contiguous in any shape. norm: of `normed`, its weight, which lies at a
+    multiple of 16 bytes, and eps; shown: or 0.
     """
     stride = x.stride(0) if x.ndim == 2 else d
-    _kernel(x.dtype, program.levels, kind, _warps(d), x.device.index).launch(
+    given = () if norm is None else (norm[0].data_ptr(), shown, norm[1])
+    _kernel(x.dtype, program.levels, kind, _warps(d), x.device.index, norm is not None).launch(
         rows,
         x.data_ptr(), scale, operand, sums, stride * x.element_size(), d // blocks.ORDER,
-        program.step,
+        program.step, *given,
     )  # fmt: skip

@@ -116,8 +116,15 @@ class Kernels:
 
     def _rows(
         self, x: Tensor, program: Any, kind: str, count: int, d: int, operand: int, scale: int,
-        sums: int,
+        sums: int, norm: tuple[Tensor, float] | None = None,
     ) -> None:  # fmt: skip
+        if norm is not None:
+            assert (x.data_ptr() % 16, x.stride(-1), norm[0].data_ptr() % 16) == (0, 1, 0)
+            self.given.append((x, None, *norm))
+            self.seen.append("normed rows")
+            normed = eager.normed(x, None, *norm)[1]
+            self._encode(normed, kind, (operand, scale, sums))
+            return
         self.seen.append("rows")
         self._quantize(x, program, kind, count, d, operand, scale, sums)
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import quest
-from quest import compression, fused, lowbit, operands, ops, prologue
+from quest import compression, fused, lowbit, operands, ops, paths, prologue
 from quest.gated_product import gated_product
 from quest.kernels import cuda, hopper, product, sparse
 from quest.packed import packed_product
@@ -159,11 +159,14 @@ def _prologues(name: str, width: int, dtype: torch.dtype) -> Launch:
             for gated in (prologue.gated_encode, prologue.gated_encode_shown)
         ]
         gates.append(prologue.launch_encode_gated(x, other, ops.quantizer(spec), kind, True))
-        norms = [
-            normed(x, residual, weight, 1e-5, spec, kind)
-            for normed in (prologue.normed_encode, prologue.normed_encode_shown)
-            for residual in (None, other)
-        ]
+        norms = []
+        for few in (False, True):  # rows: either kernel makes them where there is no sum
+            with mock.patch.object(paths, "has_few_rows", return_value=few):
+                norms += [
+                    normed(x, residual, weight, 1e-5, spec, kind)
+                    for normed in (prologue.normed_encode, prologue.normed_encode_shown)
+                    for residual in (None, other)[: 2 - few]
+                ]
         return gates, norms
 
     return _in_turns(run)

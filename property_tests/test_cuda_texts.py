@@ -78,7 +78,8 @@ def _variants() -> Iterator[Variant]:
                 macros = blocks.macros(dtype, 4, True, form, bits, prologue, saved=saved, **several)
                 yield made("blocks.cu", tuple(macros.items()))
     for dtype, kind in itertools.product((SIXTEEN, FLOAT), blocks.OPERANDS):
-        yield made("rows.cu", tuple(rows.macros(dtype, 2, kind).items()))
+        for normed in (False, True)[: 2 - (dtype == FLOAT)]:
+            yield made("rows.cu", tuple(rows.macros(dtype, 2, kind, normed).items()))
 
 
 VARIANTS = list(_variants())

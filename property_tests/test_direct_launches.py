@@ -101,8 +101,13 @@ def test_launches_on_addresses(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", RECIPES)
-def test_launches_behind_a_gate_or_a_norm(name: str, dtype: torch.dtype, kernels: Kernels) -> None:
+@pytest.mark.parametrize("few_rows", [False, True])
+def test_launches_behind_a_gate_or_a_norm(
+    few_rows: bool, name: str, dtype: torch.dtype, kernels: Kernels,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """One kernel makes rows and quantizes them, of inputs where they lie; one multiplies."""
+    monkeypatch.setattr(paths, "has_few_rows", lambda _: few_rows)
     held, kernels.activation = _held(name), quest.recipe(name).activation
     g = torch.Generator().manual_seed(1)
     wide = torch.randn(2, 3, 2 * WIDTH, generator=g).to(dtype)
@@ -132,7 +137,8 @@ def test_launches_behind_a_gate_or_a_norm(name: str, dtype: torch.dtype, kernels
             assert (made[0].dtype, made[0].shape) == (dtype, (*x.shape[:-1], OUT))
             torch.testing.assert_close(made[0], _expected(rows, held, given, dtype))
             packed = held.packed is not None and x.shape != (40, WIDTH)
-            assert kernels.take() == [way, "few" if packed else "product"]
+            taken = "normed rows" if way == "normed" and few_rows else way
+            assert kernels.take() == [taken, "few" if packed else "product"]
             ((first, second, read, eps),) = kernels.given
             assert first.data_ptr() == x.data_ptr()
             assert second is None or second.data_ptr() == other.data_ptr()

@@ -28,12 +28,12 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 LETTERS = {"i64": "q", "int": "i", "u32": "I", "float": "f"}
 
 
-def _declared(entry: str) -> dict[str, str]:
-    """The parameters of a kernel by name, with the letters of `struct`."""
+def _declared(entry: str, normed: int = 0) -> dict[str, str]:
+    """The parameters of a kernel by name, with the letters of `struct`; also those of a norm."""
     text = Path(few.__file__).with_name(f"{entry}.cu").read_text()
-    found = re.search(rf"\b{entry}\(([^()]*)\) {{", text)
+    found = re.search(rf"\b{entry}\(([^()#]*)(?:#if NORMED([^#]*)#endif\s*)?\) {{", text)
     assert found is not None
-    each = [p.strip() for p in found[1].split(",")]
+    each = [p.strip() for p in (found[1] + (found[2] if normed else "")).split(",")]
     return {
         re.split(r"[ *]", p)[-1]: "P" if "*" in p else LETTERS[p.rpartition(" ")[0]] for p in each
     }
@@ -46,7 +46,7 @@ class Fake(cuda.Kernel):
     def launch(self, blocks: int, *values: Any, overlap: bool = False) -> None:
         struct.pack(self.layout, *values)  # as many as there are, and of their types
         entry = self.context.entry
-        told = dict(zip(_declared(entry), values, strict=True))
+        told = dict(zip(_declared(entry, self.function.get("NORMED", 0)), values, strict=True))
         self.context.seen.append((self, blocks, overlap, told))
         a, w = (self.context.read.get(name, 0) for name in ("a", "w"))
         self.context.bytes = [ctypes.string_at(told[n], k) for n, k in (("a", a), ("w", w)) if k]
@@ -79,7 +79,8 @@ class Device:
         layout: str,
     ) -> Fake:  # fmt: skip
         assert entry == self.entry
-        assert "".join(cuda._letters(layout)) == "".join(_declared(entry).values())
+        declared = _declared(entry, code.get("NORMED", 0))
+        assert "".join(cuda._letters(layout)) == "".join(declared.values())
         self.most = shared
         return Fake(code, self, device, threads, shared, layout)
 
@@ -400,7 +401,7 @@ def test_rows_are_quantized(
         kernel, blocks, overlap, told = of_rows.one()
         levels, step = q.require_grid().levels, q.require_grid().step
         assert kernel.function == {
-            "IN": {F32: 1, BF16: 2, F16: 3}[dtype], "LEVELS": levels, "FORM": form,
+            "IN": {F32: 1, BF16: 2, F16: 3}[dtype], "LEVELS": levels, "FORM": form, "NORMED": 0,
         }  # fmt: skip
         assert (kernel.threads, kernel.shared) == (64, 2 * 8 * 128 * 4)
         assert (blocks, overlap) == (3 if len(lead) == 1 else 6 if lead else 1, False)
@@ -444,9 +445,50 @@ def test_rows_on_addresses(of_rows: Device) -> None:
         assert (told["x"], told["stride"], told["blocks"]) == (x.data_ptr(), stride, 1)
 
 
+@pytest.mark.parametrize("show", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize(("grid", "kind", "form"), [("uniform1", "bits", 1), ("uniform4", "integers", 3)])
+def test_norms_are_quantized(
+    grid: str, kind: str, form: int, dtype: torch.dtype, show: bool, of_rows: Device
+) -> None:
+    """Rows and a weight where they lie, at multiples of 16 bytes; the rows that were made on demand."""
+    of_rows.architecture = "sm of None"
+    q = quest.quantizer.parse(f"{grid}/hadamard128/ste/dense")
+    wide, weights = torch.zeros(3, 1168, dtype=dtype), torch.zeros(1160, dtype=dtype)
+    for x, weight in (
+        (wide[:, :1152], weights[:1152]), (wide[:, 8:1160], weights[8:]),
+        (wide[:, 1:1153], weights[1:1153]),
+    ):  # fmt: skip
+        operand, scale, sums, shown = rows.normed(
+            x, weight, 0.25, ops.program(q, x), kind, show=show
+        )
+        kernel, blocks, overlap, told = of_rows.one()
+        assert kernel.function == {
+            "IN": {BF16: 2, F16: 3}[dtype], "LEVELS": 2 if form == 1 else 16, "FORM": form,
+            "NORMED": 1,
+        }  # fmt: skip
+        assert (kernel.threads, blocks, overlap) == (64, 3, False)
+        at, by = told.pop("x"), told.pop("weight")
+        fits = x.data_ptr() % 16 == 0
+        assert ((at == x.data_ptr()), (by == weight.data_ptr())) == (fits, fits)
+        assert (at % 16, by % 16) == (0, 0)
+        assert (shown is not None) == show
+        if shown is not None:
+            assert (shown.shape, shown.dtype, shown.is_contiguous()) == (x.shape, dtype, True)
+        assert told == {
+            "scale": scale.data_ptr(), "out": operand.data_ptr(), "sums": sums.data_ptr(),
+            "stride": (1168 if fits else 1152) * 2, "blocks": 9,
+            "step": q.require_grid().step, "shown": 0 if shown is None else shown.data_ptr(),
+            "eps": 0.25,
+        }  # fmt: skip
+
+
 def test_no_rows(of_rows: Device) -> None:
     q = quest.quantizer.parse("uniform1/hadamard128/ste/dense")
     x = torch.zeros(2, 0, 256)
     made = rows.quantize(x, ops.program(q, x), "bits")
     assert [t.shape for t in made] == [(2, 0, 32), (2, 0, 1), (2, 0, 1)]
+    half = x[0].bfloat16()
+    *made, shown = rows.normed(half, half.new_ones(256), 1e-5, ops.program(q, x), "bits", show=True)
+    assert [t.shape for t in (*made, shown)] == [(0, 32), (0, 1), (0, 1), (0, 256)]
     assert not of_rows.seen

@@ -404,7 +404,7 @@ def test_gate_and_up_are_one_product(
                 (lambda: (x, quest.swiglu(x, *made.both, made.down)), "rows", (x, expected)),  # noqa: B023
                 (lambda: quest.normed_swiglu(x, made.norm, *made.both, made.down, other), "added",  # noqa: B023
                  (h, wanted)),
-                (lambda: quest.normed_swiglu(x, made.norm, *made.both, made.down), "normed",  # noqa: B023
+                (lambda: quest.normed_swiglu(x, made.norm, *made.both, made.down), "normed rows",  # noqa: B023
                  (x, alone)),
             ):  # fmt: skip
                 last.calls.clear()

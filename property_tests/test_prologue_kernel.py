@@ -10,7 +10,7 @@ from torch import Tensor
 
 from property_tests.ledger import LEDGER
 from property_tests.prologues import HALVES, SPECS, apart, halves
-from quest import lowbit, ops, prologue
+from quest import lowbit, ops, paths, prologue
 from quest.conformance import examine, inputs
 from quest.conformance.lanes import Lane
 from quest.kernels import blocks, cuda, outputs
@@ -154,12 +154,17 @@ def test_many_turns_of_a_block(name: str, width: int, monkeypatch: pytest.Monkey
                 assert torch.equal(t.view(torch.uint8), expected.view(torch.uint8))
 
 
-@pytest.mark.parametrize("width", [w for w in WIDTHS if w < 40000])
+# The last is of two turns of the kernel of few rows.
+@pytest.mark.parametrize("width", [*(w for w in WIDTHS if w < 40000), 17408])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", ["w1a1", "w4a4", "w8a8"])
-def test_norms_of_a_kernel(name: str, dtype: torch.dtype, width: int) -> None:
-    """As `test_rows_of_a_kernel`, with a residual and without."""
+@pytest.mark.parametrize("few_rows", [False, True])
+def test_norms_of_a_kernel(
+    few_rows: bool, name: str, dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `test_rows_of_a_kernel`, with a residual and without; few rows without one by the other."""
     _needs_kernel()
+    monkeypatch.setattr(paths, "has_few_rows", lambda _: few_rows)
     lane, (spec, kind) = Lane("triton-cuda", "cuda", "dispatch"), SPECS[name]
     q, probe = parse(spec), torch.empty(1, width, dtype=dtype, device="cuda")
     assert prologue.has_kernel(spec, probe, True)
@@ -167,6 +172,8 @@ def test_norms_of_a_kernel(name: str, dtype: torch.dtype, width: int) -> None:
     pairs = [("gaussian", None), ("heavy", "gaussian"), ("non_finite", None), ("huge", None),
              ("mixed_rows", "outlier"), ("tiny", "zeros"), ("zeros", None)]  # fmt: skip
     for i, (left, right) in enumerate(pairs):
+        if few_rows and right is not None:
+            continue  # made by blocks.cu, as without
         rows = (1, 9, 33)[i % 3] if width < 10000 else 5
         x = inputs.draw(left, (rows, width), dtype, i)
         residual = None if right is None else inputs.draw(right, (rows, width), dtype, 9)
@@ -175,16 +182,19 @@ def test_norms_of_a_kernel(name: str, dtype: torch.dtype, width: int) -> None:
         LEDGER.judge(lane, found, told)
         given_ = (x.cuda(), None if residual is None else residual.cuda(), weight.cuda(), 1e-5)
         *made, _, shown = prologue.normed_encode_shown(*given_, spec, kind)
-        operand, scale, _, sums = lowbit.launch_encode(shown, q, kind)
-        for t, expected in zip(made, (operand, scale, sums), strict=True):
+        for t, expected in zip(made, lowbit.launch_operand(shown, q, kind), strict=True):
             assert torch.equal(t.view(torch.uint8), expected.view(torch.uint8)), told
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.whole
-def test_rows_of_several_warps(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("few_rows", [False, True])
+def test_rows_of_several_warps(
+    few_rows: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sums of two kinds that warps exchange, and weights of every part of a row."""
     _needs_kernel()
+    monkeypatch.setattr(paths, "has_few_rows", lambda _: few_rows)
     lane, (spec, kind) = Lane("triton-cuda", "cuda", "dispatch"), SPECS["w4a4"]
     for width in (4224, 5632, 11008):
         x, residual = (inputs.draw("mixed_rows", (5, width), dtype, i) for i in range(2))

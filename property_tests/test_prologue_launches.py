@@ -17,8 +17,9 @@ from torch import Tensor
 
 import quest
 from property_tests.prologues import HALVES, SPECS, halves
-from quest import eager, lowbit, ops, prologue
+from quest import eager, lowbit, ops, paths, prologue
 from quest.kernels import blocks, cuda
+from quest.kernels import rows as few
 from quest.quantizer import parse
 
 pytestmark = pytest.mark.whole
@@ -63,8 +64,18 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         h, rows = eager.normed(x, residual, weight, eps)
         return _made(rows, None if residual is None else h, program, **how)
 
+    def normed_few(
+        x: Tensor, weight: Tensor, eps: float, program: Any, kind: str, *, show: bool
+    ) -> tuple[Tensor | None, ...]:
+        note("normed rows", x)
+        rows = eager.normed(x, None, weight, eps)[1]
+        form, bits = blocks.OPERANDS[kind]
+        made = _made(rows, None, program, form=form, bits=bits, show=show)
+        return made.out, made.scale, made.sums, made.rows
+
     monkeypatch.setattr(blocks, "gated", gated)
     monkeypatch.setattr(blocks, "normed", normed)
+    monkeypatch.setattr(few, "normed", normed_few)
 
     def elsewhere(name: str) -> Callable[..., Any]:
         real: Callable[..., Any] = getattr(eager, name)
@@ -142,11 +153,14 @@ def test_a_gate_that_is_trained(
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("few_rows", [False, True])
 def test_a_norm(
-    adds: bool, name: str, launched: list[Any], monkeypatch: pytest.MonkeyPatch
+    few_rows: bool, adds: bool, name: str, launched: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a gate; and the sum with a residual, in one piece."""
+    """As a gate; and the sum with a residual, in one piece. Of few rows, and no sum, another kernel's."""
     _there(monkeypatch, True)
+    monkeypatch.setattr(paths, "has_few_rows", lambda _: few_rows)
+    one = "normed rows" if few_rows and not adds else "normed"
     spec, kind = SPECS[name]
     for dtype in (torch.float32, *HALVES):
         weight = torch.linspace(-1, 2, 256).to(dtype)
@@ -164,8 +178,8 @@ def test_a_norm(
             *made, rows = prologue.launch_normed_encode(*given, True)
             _same((*made, rows), found)
             assert made[3].is_contiguous()
-            taken = "normed" if dtype in HALVES and x.numel() else "encode"
-            assert [one for one, _ in launched] == [taken] * 2
+            taken = one if dtype in HALVES and x.numel() else "encode"
+            assert [name for name, _ in launched] == [taken] * 2
             launched.clear()
 
 

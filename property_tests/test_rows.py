@@ -35,10 +35,15 @@ def _kind(spec: str) -> str:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_variant_compiles_without_a_gpu(dtype: torch.dtype, spec: str) -> None:
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
-    macros = rows.macros(dtype, parse(spec).require_grid().levels, _kind(spec))
-    made = cuda.compile_("rows.cu", "sm_90a", macros, cached=False)
-    assert made.code[:4] == b"\x7fELF"
-    assert b"rows" in made.code
+    for normed in (False, True):
+        macros = rows.macros(dtype, parse(spec).require_grid().levels, _kind(spec), normed)
+        if normed and dtype == torch.float32:
+            with pytest.raises(RuntimeError, match="a norm takes 16 bits"):
+                cuda.compile_("rows.cu", "sm_90a", macros, cached=False)
+            continue
+        made = cuda.compile_("rows.cu", "sm_90a", macros, cached=False)
+        assert made.code[:4] == b"\x7fELF"
+        assert b"rows" in made.code
 
 
 def test_warps_of_a_row() -> None:

@@ -342,6 +342,7 @@ def _behind(
     eps: float | None, gate: bool,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     from .kernels import blocks, cuda
+    from .kernels import rows as few
 
     x, alone = xs[0], len(xs) == 1
     width = x.shape[-1]
@@ -349,7 +350,7 @@ def _behind(
     # Without columns nothing is launched, and a sum with a residual is to be made all the same.
     if made is None or (x.numel() and not made.y.numel()):
         return None
-    y, plan, _, a, scale, sums, _ = made
+    y, plan, n, a, scale, sums, _ = made
     prologue, h = blocks.GATED, None
     if weight is not None:
         prologue = blocks.NORMED if alone else blocks.ADDED
@@ -357,10 +358,14 @@ def _behind(
     if y.numel():
         rows = [t.reshape(-1, width) for t in xs]
         with ops.device_of(x):
-            blocks.launch_prologue(
-                rows[0], None if alone else rows[1], plan.program, plan.form, plan.bits,
-                prologue, a, scale, sums, cuda.pointer(h), weight, eps or 0.0,
-            )  # fmt: skip
+            if weight is not None and alone and paths.has_few_rows(x):
+                first, norm = blocks.readable(rows[0]), (weight, eps or 0.0)
+                few.launch(first, plan.program, plan.kind, n, width, a, scale, sums, norm)
+            else:
+                blocks.launch_prologue(
+                    rows[0], None if alone else rows[1], plan.program, plan.form, plan.bits,
+                    prologue, a, scale, sums, cuda.pointer(h), weight, eps or 0.0,
+                )  # fmt: skip
             _multiply(made, held, bias, width, gate)
     return (y,) if h is None else (y, h)
 

@@ -43,8 +43,9 @@ SPARSE_ROWS = 512
 FUSED_ELEMENTS = 3 * 2**12
 
 # Elements of an input in inference that are quantized a row a thread block. From there on a
-# Hadamard block a thread is faster (tuning.txt): 512 rows of 4096, 190 of 11008. A compiled norm
-# before so few is the compiler's: it and this kernel take less than one for both (prefill.txt).
+# Hadamard block a thread is faster (tuning.txt): 512 rows of 4096, 190 of 11008. A compiled sum and
+# its norm before so few are the compiler's: these and this kernel take less than one for all three
+# (prefill.txt).
 OPERAND_ELEMENTS = 2**21
 
 _forced: str | None = None

@@ -201,17 +201,22 @@ def launch_normed_encode(
         operand, scale, _, sums = lowbit.launch_encode(rows, q, kind)
         return operand, scale, sums, _given(h, residual), rows if show else None
     from .kernels import blocks
+    from .kernels import rows as few
 
     program, _ = lowbit.plan(q, kind, (x.dtype, d, x.device))
     form, bits = blocks.OPERANDS[kind]
+    added = None
     with ops.device_of(x):
-        made = blocks.normed(
-            lowbit.as_rows(x), None if residual is None else lowbit.as_rows(residual), weight, eps,
-            program, form=form, bits=bits, show=show,
-        )  # fmt: skip
-    operand, scale, sums = (t.view(*x.shape[:-1], t.shape[-1]) for t in made[:3])
-    given = x.new_empty(0) if made.added is None else made.added.view(x.shape)
-    return operand, scale, sums, given, None if made.rows is None else made.rows.view(x.shape)
+        if residual is None and paths.has_few_rows(x):
+            *made, shown = few.normed(lowbit.as_rows(x), weight, eps, program, kind, show=show)
+        else:
+            beside = None if residual is None else lowbit.as_rows(residual)
+            *made, _, _, added, shown = blocks.normed(
+                lowbit.as_rows(x), beside, weight, eps, program, form=form, bits=bits, show=show
+            )
+    operand, scale, sums = (t.view(*x.shape[:-1], t.shape[-1]) for t in made)
+    given = x.new_empty(0) if added is None else added.view(x.shape)
+    return operand, scale, sums, given, None if shown is None else shown.view(x.shape)
 
 
 def _fake_norm(
@@ -299,12 +304,15 @@ def normed_encode_shown(
     return made
 
 
-def _held(layers: Sequence[nn.Module], x: Tensor, weighted: bool = False) -> frozen.Frozen | None:
+def _held(
+    layers: Sequence[nn.Module], x: Tensor, weighted: bool = False, summed: bool = False
+) -> frozen.Frozen | None:
     """The frozen weight of layers that a prologue can stand before; x: like their input.
 
-    weighted: by a norm. Not where something must see a layer's call or another dtype; nor,
-    compiled, where the compiler's one kernel for all that comes before and a kernel for few rows
-    take less: that which quantizes and multiplies, and behind a norm that which quantizes alone.
+    weighted: by a norm; summed: of a sum. Not where something must see a layer's call or another
+    dtype; nor, compiled, where the compiler's one kernel for all that comes before and a kernel for
+    few rows take less: that which quantizes and multiplies, and behind a sum and its norm that
+    which quantizes alone.
     """
     if torch.is_grad_enabled():
         return None
@@ -317,7 +325,7 @@ def _held(layers: Sequence[nn.Module], x: Tensor, weighted: bool = False) -> fro
     if held is None or held.operand is None:
         return None
     if torch.compiler.is_compiling() and (
-        paths.fuses(x, held.few) or (weighted and paths.has_few_rows(x))
+        paths.fuses(x, held.few) or (summed and paths.has_few_rows(x))
     ):
         return None
     # Without autocast x has the weight's dtype: `check` has looked.
@@ -398,7 +406,8 @@ def normed(
     x, residual: (..., in) floats of one shape. Where no gradient is asked for, both have one dtype,
     `norm` is a `torch.nn.RMSNorm` with a weight and without hooks, and `layers` are frozen
     `quest.Linear`s, stacked if several, that multiply integers, one kernel adds, normalises, rounds
-    once and quantizes; not compiled before few rows (`paths.has_few_rows`). Elsewhere these are
+    once and quantizes; not compiled where there are a residual and few rows (`paths.has_few_rows`),
+    nor of rows so few that one kernel quantizes and multiplies them. Elsewhere these are
     operations one after another, as in `quest.together`, and h has the dtype of a sum: under
     autocast a residual stream is float32. Raises TypeError and ValueError for an x and a residual
     of other shapes or devices, for a norm that is no module, and what `quest.together` raises.
@@ -417,7 +426,9 @@ def behind_norm(
     if not isinstance(norm, nn.Module):
         raise TypeError(f"norm must be a torch.nn.Module, got {type(norm).__name__}")
     weight = _weight(norm, x) if residual is None or residual.dtype == x.dtype else None
-    held = None if weight is None or isinstance(layers, nn.Module) else _held(layers, x, True)
+    held = None
+    if weight is not None and not isinstance(layers, nn.Module):
+        held = _held(layers, x, True, residual is not None)
     if held is None:
         h = x if residual is None else residual + x
         return h, projected(norm(h), layers, gate)

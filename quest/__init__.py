@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or "torch" in sys.modules:
     from . import grids
+    from .added import added
     from .estimators import STE, Clip, Trust
     from .joint import together
     from .linear import Linear, freeze_, quantize_
@@ -31,6 +32,7 @@ if TYPE_CHECKING or "torch" in sys.modules:
 else:
     _HOMES = {
         **dict.fromkeys(("STE", "Clip", "Trust"), "estimators"),
+        "added": "added",
         "together": "joint",
         **dict.fromkeys(("gated", "normed"), "prologue"),
         **dict.fromkeys(("Linear", "freeze_", "quantize_"), "linear"),
@@ -65,6 +67,7 @@ __all__ = [
     "Quantizer",
     "Recipe",
     "Trust",
+    "added",
     "freeze_",
     "gated",
     "grids",

@@ -2,9 +2,9 @@
 
 Int8 operands (2 to 8 bits) accumulate exactly in int32; operands of single bits are compared by AND
 and counted, since for signs s = 2 b - 1 the sum of s_a s_b is 4 |a & b| - 2 |a| - 2 |b| + K. The
-epilogue turns an accumulator into a dequantized value in the output's dtype; with a gate, two of
-them into silu(gate) value; and it adds a residual. NVRTC compiles each variant once (about a second) and keeps the binary
-in the user's cache.
+epilogue turns an accumulator into a dequantized value in the output's dtype, to which it may add a
+residual; with a gate, two of them into silu(gate) value. NVRTC compiles each variant once (about a
+second) and keeps the binary in the user's cache.
 
 Source: QuEST (arXiv 2502.05003), section 4; SwiGLU, arXiv 2002.05202; PTX ISA, `wgmma.mma_async`
 and `cp.async.bulk.tensor`.

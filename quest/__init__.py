@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or "torch" in sys.modules:
     from . import grids
-    from .added import added
     from .estimators import STE, Clip, Trust
     from .joint import together
     from .linear import Linear, freeze_, quantize_
@@ -27,12 +26,13 @@ if TYPE_CHECKING or "torch" in sys.modules:
     from .prologue import gated, normed
     from .quantizer import Packed, Quantized, Quantizer
     from .recipes import Recipe, recipe
+    from .residual import added
     from .sparsity import NM, Pairwise
     from .transforms import Hadamard, Identity
 else:
     _HOMES = {
         **dict.fromkeys(("STE", "Clip", "Trust"), "estimators"),
-        "added": "added",
+        "added": "residual",
         "together": "joint",
         **dict.fromkeys(("gated", "normed"), "prologue"),
         **dict.fromkeys(("Linear", "freeze_", "quantize_"), "linear"),

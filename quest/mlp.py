@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import eager, lowbit, operands, ops, paths
-from .added import added
 from .joint import alike, biases_of, projected
 from .linear import Linear
 from .lowbit_linear import (
@@ -36,6 +35,7 @@ from .lowbit_linear import (
 )
 from .prologue import behind_norm, check_layer, gated, has_kernel
 from .quantizer import Quantizer
+from .residual import added
 
 # Of x, gate and up with their sums, which the products need again.
 _FIRST = 3 * len(Operand._fields)
@@ -276,8 +276,8 @@ def _down(made: tuple[Tensor, ...], down: nn.Module, residual: Tensor | None = N
     if residual is not None:
         return added(made[0], down, residual)
     check_layer(down)
-    y = down(made[0])
-    return y
+    last: Tensor = down(made[0])
+    return last
 
 
 def normed_swiglu(

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quest.added import apart
 from quest.joint import hooked, together
 from quest.mlp import normed_swiglu, swiglu
 from quest.prologue import normed
+from quest.residual import apart
 
 INIT_STD = 0.02
 

@@ -133,7 +133,7 @@ __device__ __forceinline__ u32 sum_of(u32 residual, u32 y) {
                  __fadd_rn(bias_of(residual >> 16, OUT), bias_of(y >> 16, OUT)));
 }
 
-__device__ __forceinline__ int4 sum_of(const int4 &residual, const int4 &y) {
+__device__ __forceinline__ int4 sums_of(const int4 &residual, const int4 &y) {
   return make_int4(sum_of(residual.x, y.x), sum_of(residual.y, y.y), sum_of(residual.z, y.z), sum_of(residual.w, y.w));
 }
 
@@ -212,7 +212,7 @@ __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, 
 #pragma unroll
       for (int i = 0; i < 4; i++)
         if (row0 + lane / 8 + 4 * i < g.rows && column < g.columns)
-          *(int4 *)(to + (long long)4 * i * g.columns * OUT_SIZE) = RESIDUAL ? sum_of(residual[i], part[i]) : part[i];
+          *(int4 *)(to + (long long)4 * i * g.columns * OUT_SIZE) = RESIDUAL ? sums_of(residual[i], part[i]) : part[i];
     } else {
       for (int i = 0; i < 4 && row0 + lane / 8 + 4 * i < g.rows; i++) {
         const char *near = from + 4 * i * STAGE_ROW;

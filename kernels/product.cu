@@ -152,8 +152,8 @@ __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, 
   const int lane = threadIdx.x % 32;
   // Whole vectors of 16 bytes, where every row begins at one.
   const bool vectors = g.columns % (16 / OUT_SIZE) == 0;
-  // Groups of eight columns whose scales are held at a time; a residual takes as many registers as half.
-  constexpr int READ = SPAN / 8 / (PARTS + RESIDUAL);
+  // Groups of eight columns whose scales are held at a time; fewer where a residual takes registers.
+  constexpr int READ = SPAN / 8 / (PARTS + (BIAS ? 3 : 1) * RESIDUAL);
 #pragma unroll
   for (int c = 0; c < TILE_OUT / SPAN; c++) {
     int4 residual[4];

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +28,11 @@ from quest.models.llama import Block, LlamaConfig, rope_angles
 
 RECIPES = ("w1a1", "w1.58a1.58", "w2a2", "w4a4", "w8a8", "w4a8", "fp4")
 BITS = {2: torch.int16, 4: torch.int32}
+TILES = {
+    "wide": (product.WIDE[False], product.WIDE[True]),
+    "middle": (product.MIDDLE, product.MIDDLE),
+    "narrow": (product.NARROW, product.NARROW),
+}
 
 
 def _given(name: str, x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype) -> list[Any]:
@@ -207,6 +214,27 @@ def test_bits_are_told_apart() -> None:
         wrong = t.clone()
         wrong[i] = other
         assert not _same(t, wrong)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("tiles", ["wide", "middle", "narrow"])
+@pytest.mark.parametrize("binary", [False, True], ids=["int8", "bits"])
+def test_nothing_is_spilled(binary: bool, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ptxas says of registers: a residual takes some, beside 128 accumulators a thread."""
+    core = pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    asked: list[dict[str, int]] = []
+    monkeypatch.setattr(cuda, "compile_", lambda *told, cached: asked.append(told[2]))
+    for out, bias in ((torch.bfloat16, 0), (torch.bfloat16, 2), (torch.float32, 0)):
+        product.compile_(
+            binary, hopper.CORRECTED, out, bias, TILES[tiles][binary], residual=True
+        )  # fmt: skip
+        options = core.ProgramOptions(
+            std="c++17", arch=hopper.ARCHITECTURE, ptxas_options="-v",
+            define_macro=[(name, str(value)) for name, value in asked[-1].items()],
+        )  # fmt: skip
+        told = io.StringIO()
+        core.Program(cuda._text("product.cu"), "c++", options).compile("cubin", logs=told)
+        assert re.findall(r"(\d+) bytes (?:stack|spill)", told.getvalue()) == ["0"] * 3
 
 
 # --- who takes it -----------------------------------------------------------------------------
@@ -603,12 +631,6 @@ def test_what_a_block_leaves_to_its_second_norm(monkeypatch: pytest.MonkeyPatch)
 
 
 # --- on a GPU ---------------------------------------------------------------------------------
-
-TILES = {
-    "wide": (product.WIDE[False], product.WIDE[True]),
-    "middle": (product.MIDDLE, product.MIDDLE),
-    "narrow": (product.NARROW, product.NARROW),
-}
 
 
 @on_hopper

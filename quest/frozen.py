@@ -82,13 +82,7 @@ class Frozen:
 
         Of two weights of one size, stacked.
         """
-        return (
-            x.dtype in HALVES
-            and x.ndim > 0
-            and self.operand is not None
-            and self.form(math.prod(x.shape[:-1]), x.shape[-1]) == "operand"
-            and not paths.fuses(x, self.few)
-        )
+        return x.dtype in HALVES and self._alone(x)
 
     def adds(self, x: Tensor, residual: Tensor) -> bool:
         """Whether one kernel multiplies rows of x (..., in) and adds this to what comes out.
@@ -96,11 +90,18 @@ class Frozen:
         A residual (..., out) of x's dtype, where x lies.
         """
         return (
-            x.ndim > 0
+            self._alone(x)
             and self.operand is not None
             and residual.dtype == x.dtype
             and residual.device == x.device
             and residual.shape == (*x.shape[:-1], self.operand.shape[0])
+        )
+
+    def _alone(self, x: Tensor) -> bool:
+        """Whether the product of operands multiplies rows of x (..., in), and nothing else."""
+        return (
+            x.ndim > 0
+            and self.operand is not None
             and self.form(math.prod(x.shape[:-1]), x.shape[-1]) == "operand"
             and not paths.fuses(x, self.few)
         )

@@ -433,7 +433,7 @@ def test_who_does_not_take_it(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(paths, "choose", lambda *_: "values")
     if case == "autocast":
         layer.float().freeze()
-        x = x.float()
+        x, beside = x.float(), beside.float()  # which is not the dtype of what comes out
 
     def run(function: Callable[[], Tensor]) -> Tensor:
         cast = torch.autocast("cpu", HALF, enabled=case == "autocast")

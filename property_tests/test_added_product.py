@@ -687,8 +687,8 @@ def test_nothing_is_read_or_written_beside_it(
         for tiles in (product.WIDE[False], product.MIDDLE, product.NARROW):
             memory = torch.full((rows + 2, columns), 7.0, dtype=dtype, device="cuda")
             with walled(beside, front) as edged, product.only(tiles):
-                if edged.data_ptr() % 16:
-                    pytest.skip("a residual lies at 16 bytes")
+                if edged.data_ptr() % 16:  # where `product` would copy it
+                    continue
                 # y lies one row down, at 16 bytes where rows are whole vectors.
                 y = memory[1:-1] if columns * dtype.itemsize % 16 == 0 else memory
                 product.launch(

@@ -1,4 +1,4 @@
-"""The product of two low-bit operands, dequantized or gated, against bf16's of the same shape.
+"""The product of two low-bit operands, also gated or added, against bf16's of the same shape.
 
 A 2:4 sparse weight is read in its compressed form; its operations are counted as if it were dense.
 """
@@ -40,6 +40,17 @@ def test_gated_product(timed: Timed, rows: int, width: int, columns: int, recipe
     _time(timed, rows, width, 2 * columns, recipe, torch.compile(_gate))
 
 
+@pytest.mark.parametrize(("rows", "width", "columns", "recipe"), cases.added_products())
+def test_added_product(timed: Timed, rows: int, width: int, columns: int, recipe: str) -> None:
+    """residual + y in one kernel, against bf16's product and addition, compiled."""
+    torch.compiler.reset()
+    _time(timed, rows, width, columns, recipe, add=torch.compile(_add))
+
+
+def _add(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return residual + F.linear(x, weight)
+
+
 def _gate(y: Tensor) -> Tensor:
     first, second = y.tensor_split(2, -1)
     return F.silu(first) * second
@@ -48,6 +59,7 @@ def _gate(y: Tensor) -> Tensor:
 def _time(
     timed: Timed, rows: int, width: int, columns: int, recipe: str,
     gate_of: Callable[[Tensor], Tensor] | None = None,
+    add: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> None:  # fmt: skip
     if no_product(gate.lane()) is not None:
         pytest.skip(str(no_product(gate.lane())))
@@ -66,32 +78,34 @@ def _time(
         w = gate.normal(GATE_COLUMNS, width, "gaussian", seed=1)
         with gate.tiles_of(made, rows, columns):
             gated = gate_of is not None
-            return examine.product(lane, x, w, None, made, cases.DTYPE, compressed, gated)
+            beside = gate.normal(GATE_ROWS, GATE_COLUMNS, name, seed=2) if add else None
+            return examine.product(lane, x, w, None, made, cases.DTYPE, compressed, gated, beside)
 
-    def prepare(x: Tensor) -> tuple[Tensor, ...]:
+    def prepare(x: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
         a, scale, _, sums = lowbit.encode(x, pair[0].spec, kinds[0])
-        return a, scale, sums
+        return a, scale, sums, *beside
+
+    def run(*given: Tensor) -> Tensor:
+        a, scale, sums, *beside = given[2 if add else 1 :]
+        y: Tensor = multiply(
+            a, *weight, scale, b_scale, sums, b_sums, None, names, ",".join(kinds), width,
+            cases.DTYPE, *beside,
+        )  # fmt: skip
+        return y
+
+    def baseline(x: Tensor, *given: Tensor) -> Tensor:
+        if add:
+            return add(given[0], x, dense)
+        return (gate_of or (lambda y: y))(F.linear(x, dense))
 
     timed(
         spec=made.spec,
         shape=(rows, width, columns),
-        draw=((rows, width),),
-        key=("product", made.spec, rows, width, columns, gate_of is None),
+        draw=((rows, width), (rows, columns)) if add else ((rows, width),),
+        key=("product", made.spec, rows, width, columns, gate_of is None, add is None),
         judge=judge,
-        run=lambda _, a, scale, sums: multiply(
-            a,
-            *weight,
-            scale,
-            b_scale,
-            sums,
-            b_sums,
-            None,
-            names,
-            ",".join(kinds),
-            width,
-            cases.DTYPE,
-        ),
-        baseline=lambda x, *_: (gate_of or (lambda y: y))(F.linear(x, dense)),
+        run=run,
+        baseline=baseline,
         constant=(*weight, b_scale),
         prepare=prepare,
         operations=2.0 * rows * width * columns,

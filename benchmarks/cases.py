@@ -124,6 +124,12 @@ def gated_products() -> list[Any]:
     return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made if CUDA]
 
 
+def added_products() -> list[Any]:
+    """(rows, width, columns, recipe) of products that add a residual; Hopper's alone."""
+    made = [(4096, n, 2048, recipe) for n in (2048, 5632) for recipe in ("w1a1", "w4a4")]
+    return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made if CUDA]
+
+
 def frozen() -> list[Any]:
     """(tokens, in_features, out_features, recipe) of a layer whose weight is frozen."""
     made = [

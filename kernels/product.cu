@@ -15,8 +15,14 @@
 // GATE: B is a gate's weight with a value's below it, and y = silu(gate) value of the two products, each
 // rounded to the output's dtype as if it were written. Half of a tile's columns are the gate's, the other
 // the same columns of the value, so that a thread has both.
+//
+// RESIDUAL: y = residual + the product, which is rounded to the output's dtype as if it were written.
+// Not in place: rows that two tiles have would be added twice.
 #ifndef GATE
 #define GATE 0
+#endif
+#ifndef RESIDUAL
+#define RESIDUAL 0
 #endif
 #include "product.cuh"
 #include "bias.cuh"
@@ -40,6 +46,7 @@ constexpr bool BEHIND = TEAMS == 1;
 constexpr int GROUP = 8;                              // pairs of row tiles that share the L2 cache
 constexpr int PARTS = 1 + GATE, TILE_OUT = TILE_N / PARTS;  // products behind a column of y; of a tile
 static_assert(!GATE || CLUSTER == 2 && OUT_SIZE == 2 && EPILOGUE != RAW, "a gate is of 16 bits, each block loads one part");
+static_assert(!RESIDUAL || !GATE && EPILOGUE != RAW, "a residual is added to y itself, of its dtype");
 
 // The tile of a turn: pairs of row tiles in groups of GROUP, so that the blocks that run at a time
 // share rows of A and of B.
@@ -114,6 +121,30 @@ struct Fetched {
 
 __device__ __forceinline__ void meet(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
 
+// An output as it lies in memory.
+__device__ __forceinline__ u32 output_at(const char *at) {
+  return OUT_SIZE == 2 ? *(const unsigned short *)at : *(const u32 *)at;
+}
+
+// residual + y in a word of outputs, one of 32 bits or two of 16: added in float32, rounded once.
+__device__ __forceinline__ u32 sum_of(u32 residual, u32 y) {
+  if (OUT_SIZE == 4) return __float_as_uint(__fadd_rn(__uint_as_float(residual), __uint_as_float(y)));
+  return pair_of(__fadd_rn(bias_of(residual & 0xFFFF, OUT), bias_of(y & 0xFFFF, OUT)),
+                 __fadd_rn(bias_of(residual >> 16, OUT), bias_of(y >> 16, OUT)));
+}
+
+__device__ __forceinline__ int4 sums_of(const int4 &residual, const int4 &y) {
+  return make_int4(sum_of(residual.x, y.x), sum_of(residual.y, y.y), sum_of(residual.z, y.z), sum_of(residual.w, y.w));
+}
+
+// What a thread adds to the four vectors of a span that it stores: at this row, and every fourth below.
+__device__ __forceinline__ void ask_residual(int4 (&to)[4], const Arguments &g, int row, int column) {
+  const char *from = (const char *)g.residual + ((long long)row * g.columns + column) * OUT_SIZE;
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    if (row + 4 * i < g.rows && column < g.columns) to[i] = *(const int4 *)(from + (long long)4 * i * g.columns * OUT_SIZE);
+}
+
 // Writes a warp's 16 rows of a tile, SPAN columns at a time, through its own shared memory, so
 // that rows are written 16 bytes a thread and 128 bytes a row.
 template <bool RARE>
@@ -121,9 +152,13 @@ __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, 
   const int lane = threadIdx.x % 32;
   // Whole vectors of 16 bytes, where every row begins at one.
   const bool vectors = g.columns % (16 / OUT_SIZE) == 0;
-  constexpr int READ = SPAN / 8 / PARTS;  // groups of eight columns whose scales are held at a time
+  // Groups of eight columns whose scales are held at a time; fewer where a residual takes registers.
+  constexpr int READ = SPAN / 8 / (PARTS + (BIAS ? 3 : 1) * RESIDUAL);
 #pragma unroll
   for (int c = 0; c < TILE_OUT / SPAN; c++) {
+    int4 residual[4];
+    // First, so that it comes while the values are made.
+    if (RESIDUAL && vectors) ask_residual(residual, g, row0 + lane / 8, column0 + c * SPAN + lane % 8 * (16 / OUT_SIZE));
 #pragma unroll
     for (int first = 0; first < SPAN / 8; first += READ) {
       // Read before anything is stored, or each read waits for the stores before it.
@@ -177,14 +212,16 @@ __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, 
 #pragma unroll
       for (int i = 0; i < 4; i++)
         if (row0 + lane / 8 + 4 * i < g.rows && column < g.columns)
-          *(int4 *)(to + (long long)4 * i * g.columns * OUT_SIZE) = part[i];
+          *(int4 *)(to + (long long)4 * i * g.columns * OUT_SIZE) = RESIDUAL ? sums_of(residual[i], part[i]) : part[i];
     } else {
       for (int i = 0; i < 4 && row0 + lane / 8 + 4 * i < g.rows; i++) {
         const char *near = from + 4 * i * STAGE_ROW;
         char *far = to + (long long)4 * i * g.columns * OUT_SIZE;
+        const char *beside = (const char *)g.residual + (far - (char *)g.out);
         for (int e = 0; e < 16 && column + e / OUT_SIZE < g.columns; e += OUT_SIZE) {
-          if (OUT_SIZE == 2) *(unsigned short *)(far + e) = *(const unsigned short *)(near + e);
-          else *(int *)(far + e) = *(const int *)(near + e);
+          const u32 y = RESIDUAL ? sum_of(output_at(beside + e), output_at(near + e)) : output_at(near + e);
+          if (OUT_SIZE == 2) *(unsigned short *)(far + e) = y;
+          else *(u32 *)(far + e) = y;
         }
       }
     }
@@ -196,8 +233,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
             void *out, const float *row_scale, const float *column_scale, const void *bias,
             const int *row_sum, const int *column_sum, int rows, int columns, int bytes, int length,
-            float factor, int held, int settled) {
-  const Arguments g = {out, row_scale, column_scale, bias, row_sum, column_sum, rows, columns, bytes, length, factor};
+            float factor, int held, int settled
+#if RESIDUAL
+            , const void *residual) {
+#else
+            ) {
+  constexpr void *residual = nullptr;
+#endif
+  const Arguments g = {out, row_scale, column_scale, bias, row_sum, column_sum, rows, columns, bytes, length, factor, residual};
   extern __shared__ __align__(1024) char raw[];  // the swizzle counts from 1024-byte boundaries
   const u32 base = (u32)__cvta_generic_to_shared(raw);
   const int group = threadIdx.x / 128;

@@ -50,6 +50,7 @@ struct Arguments {
   const int *row_sum, *column_sum;
   int rows, columns, bytes, length;
   float factor;
+  const void *residual;  // what is added to y, of its dtype, where the kernel does that
 };
 
 // What a row brings to an element.

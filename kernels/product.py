@@ -2,9 +2,9 @@
 
 Int8 operands (2 to 8 bits) accumulate exactly in int32; operands of single bits are compared by AND
 and counted, since for signs s = 2 b - 1 the sum of s_a s_b is 4 |a & b| - 2 |a| - 2 |b| + K. The
-epilogue turns an accumulator into a dequantized value in the output's dtype; with a gate, two of
-them into silu(gate) value. NVRTC compiles each variant once (about a second) and keeps the binary
-in the user's cache.
+epilogue turns an accumulator into a dequantized value in the output's dtype, to which it may add a
+residual; with a gate, two of them into silu(gate) value. NVRTC compiles each variant once (about a
+second) and keeps the binary in the user's cache.
 
 Source: QuEST (arXiv 2502.05003), section 4; SwiGLU, arXiv 2002.05202; PTX ISA, `wgmma.mma_async`
 and `cp.async.bulk.tensor`.
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import cuda, outputs
+from . import cuda, layout, outputs
 from .hopper import ARCHITECTURE, OUT, aligned, bias_type, tensor_map
 
 if TYPE_CHECKING:
@@ -101,12 +101,12 @@ def shape(binary: bool, rows: int, columns: int, processors: int) -> Shape:
 
 def compile_(
     binary: bool, epilogue: int, out: torch.dtype, bias: int, tiles: Shape, gate: bool = False,
-    *, cached: bool = True,
+    residual: bool = False, *, cached: bool = True,
 ) -> ObjectCode:  # fmt: skip
     """The binary of a variant for sm_90a; bias: a `hopper.bias_type`. See `cuda.compile_`."""
     macros = {
         "BINARY": int(binary), "EPILOGUE": epilogue, "OUT": OUT[out], "BIAS": bias,
-        "GATE": int(gate),
+        "GATE": int(gate), "RESIDUAL": int(residual),
         "TILE_N": tiles.columns, "TILE_K": TILE_K, "CLUSTER": CLUSTER, "CONSUMERS": CONSUMERS,
         "TEAM": tiles.team, "STAGES": tiles.stages,
     }  # fmt: skip
@@ -115,12 +115,13 @@ def compile_(
 
 @functools.cache
 def _kernel(
-    binary: bool, epilogue: int, out: torch.dtype, bias: int, tiles: Shape, gate: bool, device: int
-) -> cuda.Kernel:
+    binary: bool, epilogue: int, out: torch.dtype, bias: int, tiles: Shape, gate: bool,
+    residual: bool, device: int,
+) -> cuda.Kernel:  # fmt: skip
     """The variant, loaded on the current device."""
     return cuda.load(
-        compile_(binary, epilogue, out, bias, tiles, gate), "product", device,
-        threads=THREADS, shared=tiles.shared, layout="128s128s6P4if2i",
+        compile_(binary, epilogue, out, bias, tiles, gate, residual), "product", device,
+        threads=THREADS, shared=tiles.shared, layout="128s128s6P4if2i" + "P" * residual,
     )  # fmt: skip
 
 
@@ -139,11 +140,14 @@ def product(
     bias: torch.Tensor | None = None,
     settled: bool = False,
     gate: bool = False,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """a (M, bytes), b (N, bytes): int8, or uint8 of eight bits each. Returns (M, N) of `out`.
 
     gate: (M, N / 2) of an `out` of 16 bits, silu(y[:, :N / 2]) y[:, N / 2:], computed in float32
     of y as it would be written, and rounded once. Not for RAW.
+    residual: (M, N) of `out`; what is returned is residual + y, computed in float32 of y as it
+    would be written, and rounded once. Not for RAW, nor with a gate.
 
     epilogue, of hopper.py: RAW writes the int32 accumulators; else y = p factor row_scale
     column_scale + bias. PLAIN: p is the accumulator. CORRECTED, for bits: the sum over `length` of
@@ -161,13 +165,14 @@ def product(
     if y.numel() == 0:
         return y
     given, a, b = b, aligned(a), aligned(b)
+    residual = None if residual is None else layout.aligned(residual)
     at = cuda.pointer
     launch(
         y.data_ptr(), a.data_ptr(), b.data_ptr(), rows, columns, a.shape[1], a.device.index, out,
         a.dtype == torch.uint8, epilogue, length, factor, at(row_scale), at(column_scale),
         at(bias), at(row_sum), at(column_sum),
         settled and b is given,  # a copy has just been written
-        bias_type(bias), gate,
+        bias_type(bias), gate, at(residual),
     )  # fmt: skip
     return y
 
@@ -176,19 +181,21 @@ def launch(
     y: int, a: int, b: int, rows: int, columns: int, width: int, device: int, out: torch.dtype,
     binary: bool, epilogue: int, length: int, factor: float, row_scale: int, column_scale: int,
     bias: int, row_sum: int, column_sum: int, settled: bool, bias_type: int, gate: bool = False,
+    residual: int = 0,
 ) -> None:  # fmt: skip
     """`product` on addresses, 0 for None, and a `hopper.bias_type`.
 
     Rows of a and b are of `width` bytes, a multiple of 16. columns: of y; b has twice as many rows
-    with a gate.
+    with a gate. residual: at a multiple of 16 bytes; y lies elsewhere.
     """
     processors, features = cuda.processors(device), columns * (1 + gate)
     tiles = _forced or shape(binary, rows, features, processors)
     held = min(tiles.rows, rows)  # of a tile: what lies outside of A is not asked for
-    _kernel(binary, epilogue, out, bias_type, tiles, gate, device).launch(
+    added = (residual,) if residual else ()
+    _kernel(binary, epilogue, out, bias_type, tiles, gate, bool(added), device).launch(
         CLUSTER * min(tiles.clusters(rows, features), processors // CLUSTER),
         tensor_map(a, rows, width, held, TILE_K),
         tensor_map(b, features, width, tiles.columns // CLUSTER, TILE_K),
         y, row_scale, column_scale, bias, row_sum, column_sum, rows, columns, width, length,
-        factor, held, settled, overlap=True,
+        factor, held, settled, *added, overlap=True,
     )  # fmt: skip

@@ -160,9 +160,10 @@ class Kernels:
         self, y: int, a: int, b: int, count: int, columns: int, width: int, device: None,
         out: torch.dtype, binary: bool, epilogue: int, length: int, factor: float, row_scale: int,
         column_scale: int, bias: int, row_sum: int, column_sum: int, settled: bool, bias_type: int,
-        gate: bool,
+        gate: bool, residual: int,
     ) -> None:  # fmt: skip
-        self.seen.append("gated product" if gate else "product")
+        assert not (gate and residual)
+        self.seen.append("gated product" if gate else "added product" if residual else "product")
         features = columns * (1 + gate)
         assert settled is True
         assert device is None
@@ -181,11 +182,15 @@ class Kernels:
         else:
             assert (row_sum, column_sum) == (0, 0)
         given = self.at(bias, (features,), BIASES[bias_type]) if bias else None
-        self._write(y, out, p, factor, row_scale, column_scale, given, gate)
+        added = self.at(residual, (count, columns), out) if residual else None
+        assert residual % 16 == 0
+        assert residual != y
+        self._write(y, out, p, factor, row_scale, column_scale, given, gate, added)
 
     def _write(
         self, y: int, out: torch.dtype, p: Tensor, factor: float, row_scale: int,
         column_scale: int, bias: Tensor | None, gate: bool = False,
+        residual: Tensor | None = None,
     ) -> None:  # fmt: skip
         count, columns = p.shape
         scales = self.at(row_scale, (count, 1), torch.float32) * self.at(
@@ -194,6 +199,8 @@ class Kernels:
         made = p * factor * scales + (0 if bias is None else bias.double())
         if gate:
             made = eager.gated(*made.to(out).chunk(2, -1))
+        if residual is not None:
+            made = residual + made.to(out)
         self.at(y, tuple(made.shape), out).copy_(made)
 
     def take(self) -> list[str]:

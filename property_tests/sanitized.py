@@ -61,15 +61,17 @@ def _names(name: str) -> tuple[str, str]:
 
 def _product(
     name: str, tiles: product.Shape, bias: torch.dtype | None = None, width: int = 640,
-    rows: int = 300, gate: bool = False,
+    rows: int = 300, gate: bool = False, residual: bool = False,
 ) -> Launch:  # fmt: skip
     def run() -> object:
         a, b = _encoded(name, _normal(rows, width), _normal(600, width))
         added = None if bias is None else _normal(1, 600, bias)[0]
+        further = (_normal(rows, 600),) if residual else ()
         with product.only(tiles):
             return (gated_product if gate else lowbit.product)(
-                a[0], b[0], a[1], b[1], a[2], b[2], added, *_names(name), width, torch.bfloat16
-            )
+                a[0], b[0], a[1], b[1], a[2], b[2], added, *_names(name), width, torch.bfloat16,
+                *further,
+            )  # fmt: skip
 
     return run
 
@@ -217,6 +219,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
         for told, tiles in (("wide", product.WIDE[binary]), ("narrow", product.NARROW)):
             yield f"product {name} {told}", _product(name, tiles)
             yield f"gated product {name} {told}", _product(name, tiles, torch.float16, gate=True)
+            yield f"added product {name} {told}", _product(name, tiles, residual=True)
     # More threads than columns of a tile.
     yield "product w4a4 middle", _product("w4a4", product.MIDDLE, torch.float32)
     yield "gated product w4a4 middle", _product("w4a4", product.MIDDLE, torch.float32, gate=True)

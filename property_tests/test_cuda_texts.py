@@ -64,8 +64,10 @@ def _variants() -> Iterator[Variant]:
                 asked = product.compile_(one == product.WIDE[True], epilogue, out, 2, one)
                 yield made(*asked, product.CLUSTER, product.THREADS - 128, one.shared)
                 if epilogue != hopper.RAW:
-                    asked = product.compile_(one == product.WIDE[True], epilogue, out, 2, one, True)
-                    yield made(*asked, product.CLUSTER, product.THREADS - 128, one.shared)
+                    for more in ((True,), (False, True)):  # with a gate, and with a residual
+                        binary = one == product.WIDE[True]
+                        asked = product.compile_(binary, epilogue, out, 2, one, *more)
+                        yield made(*asked, product.CLUSTER, product.THREADS - 128, one.shared)
             for tile in (sparse.WIDE, sparse.NARROW):
                 asked = sparse.compile_(epilogue, out, tile)
                 yield made(*asked, tile.cluster, tile.threads - 128, tile.shared)

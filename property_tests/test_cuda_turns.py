@@ -56,9 +56,12 @@ class Int(int):
         return Int(n)
 
 
-def compiled(tiles: product.Shape, gate: int = 0, out: torch.dtype = torch.bfloat16) -> Text:
+def compiled(
+    tiles: product.Shape, gate: int = 0, out: torch.dtype = torch.bfloat16, residual: int = 0
+) -> Text:
     macros = {
         "BINARY": 0, "EPILOGUE": hopper.PLAIN, "OUT": hopper.OUT[out], "BIAS": 0, "GATE": gate,
+        "RESIDUAL": residual,
         "TILE_N": tiles.columns, "TILE_K": product.TILE_K, "CLUSTER": product.CLUSTER,
         "CONSUMERS": product.CONSUMERS, "TEAM": tiles.team, "STAGES": tiles.stages,
     }  # fmt: skip
@@ -160,13 +163,21 @@ def test_as_many_tiles_as_ints_count(
     assert (world["across"] - 1) * tile <= MOST
 
 
+@pytest.mark.parametrize("residual", [0, 1])
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.float32])
-def test_vectors_begin_where_they_may(out: torch.dtype) -> None:
-    """PTX ISA, st: 16 bytes at a multiple of 16, in every row."""
-    text = compiled(product.NARROW, out=out)
+def test_vectors_begin_where_they_may(out: torch.dtype, residual: int) -> None:
+    """PTX ISA, ld and st: 16 bytes at a multiple of 16, in every row; of a residual likewise."""
+    text = compiled(product.NARROW, out=out, residual=residual)
     (write,) = (f for f in text.functions["write"] if "vectors" in f.body)
-    told = [a for line, a in statements(write.body, write.arrays) if "*(int4 *)(to " in line]
+    lines = list(statements(write.body, write.arrays))
+    told = [a for line, a in lines if "*(int4 *)(to " in line]
     assert told
+    asked = [a for line, a in lines if line.startswith("ask_residual(")]
+    (ask,) = text.functions["ask_residual"]
+    assert "*(const int4 *)(from " in ask.body
+    assert len(asked) == 1
+    told += asked if residual else []
+    assert residual or not list(worlds(_flat(asked[0]), {**text.names, "g_columns": 64}))
     for columns in (*range(1, 70), MOST - 15, MOST):
         for around in told:
             known = list(worlds(_flat(around), {**text.names, "g_columns": columns}))

@@ -284,7 +284,7 @@ class Ways:
         self, held: frozen.Frozen, xs: Sequence[Tensor], reads: Sequence[Tensor | None],
         told: direct.Told,
     ) -> tuple[Tensor] | None:  # fmt: skip
-        assert told == (None, False)
+        assert told == direct.Told(added=len(xs) > 1)
         self.seen.append("again")
         self.asked.append((*xs, held, *reads))
         return None if self.kept is None else (self.kept,)
@@ -293,14 +293,15 @@ class Ways:
         self, held: frozen.Frozen, xs: Sequence[Tensor], reads: Sequence[Tensor | None],
         run: Callable[[], tuple[Tensor] | None], told: direct.Told,
     ) -> tuple[Tensor] | None:  # fmt: skip
-        assert told == (None, False)
+        assert told == direct.Told(added=len(xs) > 1)
         self.seen.append("recorded")
         self.asked.append((*xs, held, *reads))
         return run()
 
     def _linear(
-        self, x: Tensor, held: frozen.Frozen, bias: Tensor | None, dtype: torch.dtype, gate: bool
-    ) -> tuple[Tensor] | None:
+        self, x: Tensor, held: frozen.Frozen, bias: Tensor | None, dtype: torch.dtype, gate: bool,
+        residual: Tensor | None,
+    ) -> tuple[Tensor] | None:  # fmt: skip
         assert not gate
         self.seen.append("direct")
         if not self.linear:
@@ -313,7 +314,8 @@ class Ways:
             rows[0], held.operand, rows[1], held.scale, rows[3], held.sums, bias, held.names,
             held.kinds, x.shape[-1], dtype,
         )  # fmt: skip
-        return (y.view(*x.shape[:-1], -1),)
+        y = y.view(*x.shape[:-1], -1)
+        return (y if residual is None else residual + y,)
 
     def take(self) -> list[str]:
         """What was called since this was asked last."""
@@ -377,6 +379,39 @@ def test_the_ways_of_few_rows(name: str, dtype: torch.dtype, ways: Ways) -> None
         assert frozen.linear(x, held, bias_, recipe) is expected
         assert ways.take() == ["again"]
         ways.kept = None
+
+
+@pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
+def test_the_ways_with_a_residual(dtype: torch.dtype, ways: Ways) -> None:
+    """Those of the operand; where something watches the residual alone, by operators."""
+    recipe = quest.recipe("w8a8")
+    held = frozen.freeze(_weight(), recipe)
+    x, beside, bias = torch.randn(2, 3, 256), torch.randn(2, 3, 24), torch.randn(24)
+    x, beside = x.to(dtype), beside.to(dtype)
+    assert held.adds(x, beside)
+    ways.direct = False
+    expected = beside + frozen.linear(x, held, bias, recipe)
+    ways.take()
+
+    def check(*called: str, x: Tensor = x) -> None:
+        y = frozen.linear(x, held, bias, recipe, residual=beside)
+        assert torch.equal(y, expected)
+        assert ways.take() == list(called)
+
+    check("operand", "product")
+    ways.direct = True
+    check("again", "recorded", "direct")
+    for asked in ways.asked:
+        assert [a is b for a, b in zip(asked, (x, beside, held, bias), strict=True)] == [True] * 4
+    assert len(ways.asked) == 2
+    check("again", "direct", x=x.mT.contiguous().mT)
+    ways.linear = False
+    check("again", "recorded", "direct", "launch operand", "launch product")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "direct", lambda t: t is x)
+        check("operand", "product")
+    ways.kept = expected
+    check("again")
 
 
 def test_the_ways_of_many_rows(ways: Ways) -> None:

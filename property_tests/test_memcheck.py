@@ -30,6 +30,8 @@ LAUNCHES = {
         "gated product w4a4 wide",
         "gated product w4a4 middle",
         "gated product w1a1 narrow",
+        "added product w4a4 wide",
+        "added product w1a1 narrow",
         "product w8a8 wide",
         "product int32",
         "sparse bias torch.float32",

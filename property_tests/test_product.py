@@ -425,8 +425,10 @@ def test_every_variant_compiles_without_a_gpu(
     shape = TILES[tiles][binary]
     kind = hopper.bias_type(None if bias is None else torch.empty(0, dtype=bias))
     gates = (False, True) if epilogue != hopper.RAW and out.itemsize == 2 else (False,)
-    for gate in gates:
-        made = product.compile_(binary, epilogue, out, kind, shape, gate, cached=False)
+    more = [(gate, False) for gate in gates]
+    more += [(False, True)] if epilogue != hopper.RAW else []
+    for told in more:
+        made = product.compile_(binary, epilogue, out, kind, shape, *told, cached=False)
         assert b"product" in made.code
         assert made.code[:4] == b"\x7fELF"
     assert shape.shared <= 227 * 1024

@@ -10,7 +10,6 @@ import ctypes
 import re
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,15 +18,15 @@ import torch
 from torch import Tensor
 
 from property_tests.cuda_reader import read
-from quest.kernels import cuda, hopper, product, sparse
+from quest.kernels import cuda, hopper, layout, product, sparse
 
 real = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
 pytestmark = pytest.mark.whole
 
 
-def parameters(source: str, entry: str) -> dict[str, str]:
+def parameters(source: str, entry: str, macros: dict[str, int]) -> dict[str, str]:
     """The names of a kernel's parameters, in their order, with their letters in a layout."""
-    text = (Path(cuda.__file__).parent / source).read_text()
+    text = read(source, tuple(macros.items())).code
     found = re.search(rf"\s{entry}\((const __grid_constant__ [^{{]*)\) {{", text)
     assert found is not None
     letters = {"TensorMap": "128s", "int": "i", "float": "f"}
@@ -85,7 +84,7 @@ class Driver:
 
     def load(self, code: tuple[Any, ...], entry: str, device: int | None, **how: Any) -> Any:
         self.devices.add(device)
-        declared = parameters(code[0], entry)
+        declared = parameters(code[0], entry, code[2])
         assert cuda._letters(how["layout"]) == list(declared.values())
 
         def launch(blocks: int, *values: Any, overlap: bool = False) -> None:
@@ -168,6 +167,7 @@ class Case:
     tiles: tuple[int, int, int]
     blocks: int
     gate: bool = False
+    residual: bool = False
 
 
 CASES = [
@@ -191,6 +191,11 @@ CASES = [
     # Of a gate and a value as many tiles as of a product of both: here three turns of bits.
     Case(BITS, (128 * 198, 256, 16), hopper.CORRECTED, torch.float16, None, 132, None,
          (1, 5, 256), 132, True),
+    # A residual has the tiles of the product alone.
+    Case(BITS, (70, 9, 16), hopper.CORRECTED, torch.bfloat16, torch.float16, 132, None,
+         (1, 8, 128), 2, residual=True),
+    Case(BYTES, (513, 258, 48), hopper.PLAIN, torch.float32, None, 132, product.WIDE[False],
+         (2, 4, 256), 12, residual=True),
 ]  # fmt: skip
 
 
@@ -203,6 +208,8 @@ def test_the_product(case: Case, driver: Driver) -> None:
         "row_sum": torch.arange(rows).int(), "column_sum": torch.arange(columns).int(),
         "bias": None if case.bias is None else torch.rand(columns).to(case.bias),
     }  # fmt: skip
+    if case.residual:
+        vectors["residual"] = torch.rand(rows, columns).to(case.out)
     driver.processors = case.processors
     with product.only(case.forced):
         y = product.product(
@@ -216,6 +223,7 @@ def test_the_product(case: Case, driver: Driver) -> None:
     macros = {
         "BINARY": int(case.operands == BITS), "EPILOGUE": case.epilogue, "OUT": OUT[case.out],
         "BIAS": 0 if case.bias is None else OUT[case.bias], "GATE": int(case.gate),
+        "RESIDUAL": int(case.residual),
         "TILE_N": tile, "TILE_K": 128, "CLUSTER": 2, "CONSUMERS": 2, "TEAM": team, "STAGES": stages,
     }  # fmt: skip
     assert found.compiled == ("product.cu", "sm_90a", macros, True)
@@ -232,10 +240,39 @@ def test_the_product(case: Case, driver: Driver) -> None:
     }  # fmt: skip
 
 
-def test_a_binary_without_a_gate_unless_it_is_asked_for(driver: Driver) -> None:
-    for given, gate in (((), 0), ((False,), 0), ((True,), 1)):
+def test_a_binary_without_a_gate_and_a_residual_unless_they_are_asked_for(driver: Driver) -> None:
+    for given, gate, residual in (
+        ((), 0, 0), ((False,), 0, 0), ((True,), 1, 0), ((False, True), 0, 1)
+    ):  # fmt: skip
         made: Any = product.compile_(False, hopper.PLAIN, torch.bfloat16, 0, product.NARROW, *given)
-        assert made[2]["GATE"] == gate
+        assert (made[2]["GATE"], made[2]["RESIDUAL"]) == (gate, residual)
+
+
+def test_a_residual_is_read_in_rows_at_16_bytes(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that lies otherwise is copied, as it is; one that does not is read where it lies."""
+    a, b = _operand(6, 16), _operand(8, 16)
+    storage = torch.rand(6 * 16 + 16).half()
+    at = -storage.data_ptr() % 16 // 2
+    whole, later = (storage[start:][:48].view(6, 8) for start in (at, at + 1))
+    wide = storage[at:][:96].view(6, 16)[:, :8]
+    real, copies = layout.aligned, list[Tensor]()
+
+    def noted(x: Tensor) -> Tensor:
+        copies.append(real(x))
+        return copies[-1]
+
+    monkeypatch.setattr(layout, "aligned", noted)
+    for residual in (whole, later, wide, whole.view(8, 6).T):
+        copies.clear()
+        product.product(a, b, torch.float16, epilogue=hopper.PLAIN, residual=residual)
+        (found,) = (t for t in copies if t.dtype == torch.float16)
+        assert driver.one().given["residual"] == found.data_ptr()
+        assert torch.equal(found, residual)
+        assert found.is_contiguous()
+        assert found.data_ptr() % 16 == 0
+        assert (found is residual) == (residual is whole)
 
 
 def test_what_a_product_is_not_told_is_neutral(driver: Driver) -> None:
@@ -278,7 +315,7 @@ def test_a_product_of_addresses(driver: Driver) -> None:
     assert driver.devices == {3}
     assert (found.compiled[2]["BIAS"], found.compiled[2]["OUT"]) == (2, 2)
     assert (found.compiled[2]["EPILOGUE"], found.compiled[2]["BINARY"]) == (hopper.CORRECTED, 0)
-    assert found.compiled[2]["GATE"] == 0
+    assert (found.compiled[2]["GATE"], found.compiled[2]["RESIDUAL"]) == (0, 0)
     _is(found.given.pop("a_map"), a, (64, 128))
     _is(found.given.pop("b_map"), b, (64, 128))
     assert found.given == {
@@ -286,6 +323,13 @@ def test_a_product_of_addresses(driver: Driver) -> None:
         "column_sum": 105, "rows": 70, "columns": 9, "bytes": 48, "length": 11, "factor": 0.5,
         "held": 64, "settled": True,
     }  # fmt: skip
+    product.launch(
+        y.data_ptr(), a.data_ptr(), b.data_ptr(), 70, 9, 48, 3, torch.bfloat16, False,
+        hopper.CORRECTED, 11, 0.5, 101, 102, 103, 104, 105, True, 2, residual=106,
+    )  # fmt: skip
+    found = driver.one()
+    assert (found.compiled[2]["GATE"], found.compiled[2]["RESIDUAL"]) == (0, 1)
+    assert (found.given["residual"], found.given["settled"]) == (106, True)
 
 
 @pytest.mark.parametrize("out_size", [2, 4])
@@ -335,6 +379,27 @@ def test_that_no_gate_is_compiled_where_it_can_not_stand(told: dict[str, int]) -
         "STAGES": 8,
     }  # fmt: skip
     with pytest.raises(RuntimeError, match="a gate is of 16 bits"):
+        cuda.compile_("product.cu", hopper.ARCHITECTURE, macros | told, cached=False)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"GATE": 1},
+        {"EPILOGUE": hopper.RAW},
+        {"EPILOGUE": hopper.RAW, "OUT": hopper.OUT[torch.int32]},
+    ],
+    ids=["gate", "raw", "accumulators"],
+)
+def test_that_no_residual_is_compiled_where_it_can_not_stand(told: dict[str, int]) -> None:
+    """By the source itself: it would be added to a gate's halves, or to accumulators."""
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    macros = {
+        "BINARY": 1, "EPILOGUE": hopper.PLAIN, "OUT": hopper.OUT[torch.bfloat16], "BIAS": 0,
+        "RESIDUAL": 1, "TILE_N": 128, "TILE_K": 128, "CLUSTER": 2, "CONSUMERS": 2, "TEAM": 1,
+        "STAGES": 8,
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match="a residual is added to y itself"):
         cuda.compile_("product.cu", hopper.ARCHITECTURE, macros | told, cached=False)
 
 

@@ -34,6 +34,8 @@ LAUNCHES = {
         "product w1a1 wide",
         "gated product w4a4 wide",
         "gated product w1a1 narrow",
+        "added product w4a4 wide",
+        "added product w1a1 narrow",
         "sparse narrow",
         "sparse int32",
     ),

@@ -26,11 +26,13 @@ if TYPE_CHECKING or "torch" in sys.modules:
     from .prologue import gated, normed
     from .quantizer import Packed, Quantized, Quantizer
     from .recipes import Recipe, recipe
+    from .residual import added
     from .sparsity import NM, Pairwise
     from .transforms import Hadamard, Identity
 else:
     _HOMES = {
         **dict.fromkeys(("STE", "Clip", "Trust"), "estimators"),
+        "added": "residual",
         "together": "joint",
         **dict.fromkeys(("gated", "normed"), "prologue"),
         **dict.fromkeys(("Linear", "freeze_", "quantize_"), "linear"),
@@ -65,6 +67,7 @@ __all__ = [
     "Quantizer",
     "Recipe",
     "Trust",
+    "added",
     "freeze_",
     "gated",
     "grids",

@@ -9,7 +9,8 @@ What a second call of a kind launches is recorded, and a call like it (`again`) 
 launches the addresses of its inputs and its outputs, and does nothing else. All recorded calls of a
 thread and a stream share the memory between their kernels: there one ends before the next begins.
 
-`linear` is the layer, `behind` the layer behind a gate or a norm (see `prologue`).
+`linear` is the layer, to which a residual may be added; `behind` the layer behind a gate or a norm
+(see `prologue`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,21 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 Call = tuple[Any, tuple[Tensor, ...], Tensor | None]
-Told = tuple[float | None, bool]  # a norm's eps, and whether the product ends in a gate
+
+
+class Told(NamedTuple):
+    """How a call is made of its inputs, which their number does not say.
+
+    eps: of a norm. gate: whether the product ends in one. added: whether the last input is added to
+    what the layer makes of the first.
+    """
+
+    eps: float | None = None
+    gate: bool = False
+    added: bool = False
+
+
+PLAIN = Told()
 
 
 class Calls(dict[tuple[object, ...], Call | None]):
@@ -151,7 +166,7 @@ def _kind(
 
 
 def again(
-    held: Frozen, xs: Sequence[Any], reads: Sequence[Tensor | None], told: Told = (None, False),
+    held: Frozen, xs: Sequence[Any], reads: Sequence[Tensor | None], told: Told = PLAIN,
     before: Callable[[], object] | None = None,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     """What comes out, by launches that were recorded for such inputs; None without them.
@@ -173,7 +188,7 @@ def again(
 
 def recorded(
     held: Frozen, xs: Sequence[Tensor], reads: Sequence[Tensor | None],
-    run: Callable[[], tuple[Tensor, ...] | None], told: Told = (None, False),
+    run: Callable[[], tuple[Tensor, ...] | None], told: Told = PLAIN,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     """run(), what comes out or None; at the second of a kind its launches are kept for `again`.
 
@@ -293,11 +308,13 @@ def _plan(
 
 
 def linear(
-    x: Tensor, held: Frozen, bias: Tensor | None, dtype: torch.dtype, gate: bool = False
-) -> tuple[Tensor] | None:
+    x: Tensor, held: Frozen, bias: Tensor | None, dtype: torch.dtype, gate: bool = False,
+    residual: Tensor | None = None,
+) -> tuple[Tensor] | None:  # fmt: skip
     """(y,), y (..., out) of `dtype` for x (..., in) on CUDA; None where there is another way.
 
-    held has an operand; bias is contiguous and lies where x does. gate: as in `frozen.linear`.
+    held has an operand; bias is contiguous and lies where x does. gate, residual: as in
+    `frozen.linear`.
     """
     from .kernels import blocks, layout, rows
 
@@ -307,6 +324,8 @@ def linear(
     y, plan, n, a, scale, sums, _ = made
     if y.numel():
         x, width = layout.aligned(x), x.shape[-1]
+        # A copy has an address that no recorded call knows: such a call is made anew each time.
+        residual = None if residual is None else layout.aligned(residual)
         with ops.device_of(x):
             if paths.has_few_rows(x):
                 rows.launch(x, plan.program, plan.kind, n, width, a, scale, sums)
@@ -314,7 +333,7 @@ def linear(
                 blocks.launch(
                     x, plan.program, plan.form, plan.bits, n, width, a, scale, 0, sums
                 )  # fmt: skip
-            _multiply(made, held, bias, width, gate)
+            _multiply(made, held, bias, width, gate, residual)
     return (y,)
 
 
@@ -329,7 +348,7 @@ def behind(
     is to hold, and `fits` for the bias and the norm's weight.
     """
     weight, eps = (None, None) if norm is None else norm
-    reads, told = (bias, weight), (eps, gate)
+    reads, told = (bias, weight), Told(eps, gate)
     made = again(held, xs, reads, told)
     if made is None:
         run = functools.partial(_behind, xs, held, bias, weight, eps, gate)
@@ -402,9 +421,12 @@ def _room(x: Tensor, held: Frozen, dtype: torch.dtype, gate: bool) -> _Room | No
     return _Room(y, plan, n, a, a + size, a + size + 4 * n, memory)
 
 
-def _multiply(made: _Room, held: Frozen, bias: Tensor | None, width: int, gate: bool) -> None:
-    """Launch the product that writes y."""
-    from .kernels import few, hopper
+def _multiply(
+    made: _Room, held: Frozen, bias: Tensor | None, width: int, gate: bool,
+    residual: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Launch the product that writes y. residual: where `Frozen.adds`."""
+    from .kernels import cuda, few, hopper
 
     y, plan, n, a, scale, sums, _ = made
     w, packed, terms, device = held.operand, held.packed, plan.terms, y.device.index
@@ -426,4 +448,5 @@ def _multiply(made: _Room, held: Frozen, bias: Tensor | None, width: int, gate: 
             plan.kind == "bits", plan.epilogue, terms.length, terms.factor, scale, at[0],
             0 if bias is None else bias.data_ptr(), sums if terms.rows else 0,
             at[1] if terms.columns else 0, True, hopper.bias_type(bias), gate,
+            cuda.pointer(residual),
         )  # fmt: skip

@@ -82,9 +82,25 @@ class Frozen:
 
         Of two weights of one size, stacked.
         """
+        return x.dtype in HALVES and self._alone(x)
+
+    def adds(self, x: Tensor, residual: Tensor) -> bool:
+        """Whether one kernel multiplies rows of x (..., in) and adds this to what comes out.
+
+        A residual (..., out) of x's dtype, where x lies.
+        """
         return (
-            x.dtype in HALVES
-            and x.ndim > 0
+            self._alone(x)
+            and self.operand is not None
+            and residual.dtype == x.dtype
+            and residual.device == x.device
+            and residual.shape == (*x.shape[:-1], self.operand.shape[0])
+        )
+
+    def _alone(self, x: Tensor) -> bool:
+        """Whether the product of operands multiplies rows of x (..., in), and nothing else."""
+        return (
+            x.ndim > 0
             and self.operand is not None
             and self.form(math.prod(x.shape[:-1]), x.shape[-1]) == "operand"
             and not paths.fuses(x, self.few)
@@ -193,11 +209,13 @@ def _can_be_read(weight: Tensor, bits: int) -> bool:
 
 
 def linear(
-    x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe, gate: bool = False
-) -> Tensor:
+    x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe, gate: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """y (..., out) of x's dtype for x (..., in); no gradient.
 
-    gate: (..., out / 2), see `gated_product`; where `frozen.gates(x)`.
+    gate: (..., out / 2), see `gated_product`; where `frozen.gates(x)`. residual: (..., out); then
+    residual + y; where `frozen.adds(x, residual)`.
     """
     dtype = x.dtype
     if frozen.operand is None:
@@ -205,13 +223,14 @@ def linear(
         values = recipe.activation(x)
         b = None if bias is None else bias.to(dtype)
         return torch.nn.functional.linear(values, frozen.values.to(dtype), b)
-    unwatched = ops.direct(x) and direct.fits(bias, x, frozen.operand.shape[0])
-    told = None, gate
-    if unwatched and (made := direct.again(frozen, (x,), (bias,), told)) is not None:
+    xs = (x,) if residual is None else (x, residual)
+    unwatched = all(map(ops.direct, xs)) and direct.fits(bias, x, frozen.operand.shape[0])
+    told = direct.Told(None, gate, residual is not None)
+    if unwatched and (made := direct.again(frozen, xs, (bias,), told)) is not None:
         return made[0]
     run: Callable[[], tuple[Tensor] | None] | None = None
     if unwatched:
-        run = functools.partial(direct.linear, x, frozen, bias, dtype, gate)
+        run = functools.partial(direct.linear, x, frozen, bias, dtype, gate, residual)
     if frozen.packed is not None and paths.fuses(x, frozen.few):
         assert frozen.scale is not None
         assert frozen.sums is not None
@@ -227,7 +246,7 @@ def linear(
     if run is not None:
         # Rows that lie apart may be copied first.
         whole = x.is_contiguous()
-        made = direct.recorded(frozen, (x,), (bias,), run, told) if whole else run()
+        made = direct.recorded(frozen, xs, (bias,), run, told) if whole else run()
         if made is not None:
             return made[0]
     rows, kind = lowbit.as_rows(x), frozen.kinds.partition(",")[0]
@@ -235,7 +254,8 @@ def linear(
         quantized = lowbit.launch_operand(rows, ops.quantizer(frozen.spec), kind)
     else:
         quantized = lowbit.operand(rows, frozen.spec, kind)
-    y = multiply(quantized, frozen, bias, x.shape[-1], dtype, unwatched, gate)
+    added = None if residual is None else lowbit.as_rows(residual)
+    y = multiply(quantized, frozen, bias, x.shape[-1], dtype, unwatched, gate, added)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -245,12 +265,12 @@ def _alone(run: Callable[[], Tensor]) -> tuple[Tensor]:
 
 def multiply(
     rows: tuple[Tensor, Tensor, Tensor], frozen: Frozen, bias: Tensor | None, width: int,
-    dtype: torch.dtype, unwatched: bool, gate: bool = False,
+    dtype: torch.dtype, unwatched: bool, gate: bool = False, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """y (n, out) of `dtype` for rows of `width` entries and a weight, both as integers.
 
     rows: operand (n, bytes), scale (n, 1), sums (n, 1), as `lowbit.operand` makes them.
-    unwatched: `ops.direct` of what they were made of. gate: as in `linear`.
+    unwatched: `ops.direct` of what they were made of. gate: as in `linear`; residual: (n, out).
     """
     assert frozen.operand is not None
     assert frozen.scale is not None
@@ -259,6 +279,8 @@ def multiply(
     weight: tuple[Tensor, ...] = (frozen.operand,)
     function, launch = lowbit.product, lowbit.launch_product
     form = frozen.form(len(a), width)
+    added = () if residual is None else (residual,)
+    assert form == "operand" or not added
     if gate:
         assert form == "operand"
         function, launch = gated_product, launch_gated_product
@@ -272,6 +294,6 @@ def multiply(
         function, launch, weight = packed_product, launch_packed, (frozen.packed,)
     y: Tensor = (launch if unwatched else function)(
         a, *weight, a_scale, frozen.scale, a_sums, frozen.sums, bias, frozen.names, frozen.kinds,
-        width, dtype,
+        width, dtype, *added,
     )  # fmt: skip
     return y

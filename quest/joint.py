@@ -76,12 +76,12 @@ def gates(x: Tensor, layers: Sequence[Any], one: frozen.Frozen) -> bool:
 
 def again(
     xs: tuple[Tensor, ...], layers: Sequence[nn.Module], weight: Tensor | None = None,
-    eps: float | None = None, *, gate: bool = False,
+    eps: float | None = None, *, gate: bool = False, added: bool = False,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     """What comes out of layers whose call with such inputs was checked and recorded; else None.
 
     xs: their input, or what a gate or a norm with this weight and eps makes it of; see `direct`.
-    gate: what comes out may be gated, see `projected`.
+    gate: what comes out may be gated, see `projected`. added: the last of xs is added to it.
     All that is looked at here is what may have changed since: nothing is raised, and nothing
     queued but the biases of several layers, joined, and what was recorded.
     """
@@ -106,7 +106,7 @@ def again(
             return None
         join = functools.partial(torch.cat, several, out=bias)
     gate = gate and isinstance(xs[0], Tensor) and gates(xs[0], layers, one)
-    return direct.again(one, xs, (bias, weight), (eps, gate), join)
+    return direct.again(one, xs, (bias, weight), direct.Told(eps, gate, added), join)
 
 
 def split(y: Tensor, layers: Sequence[Any], gate: bool = False) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ quest::operand(x, spec, kind) -> (operand, scale, sums)     of an input in infer
 quest::pack_operand(operand, spec) -> packed         integers in 2 or 4 bits
 quest::decode(operand, scale, spec, kind, width, dtype) -> values
 quest::accumulate(a, b) -> int32                     exact products of operands
-quest::product(a, b, ...) -> y                       the same, dequantized
+quest::product(a, b, ...) -> y                       the same, dequantized, or residual + y
 
 CPU: plain PyTorch (`eager`). CUDA: the kernels; products need Hopper (`unavailable` says why not).
 `kind` is one of `operands.KINDS`; `decode` also reads `operands.PACKED`.
@@ -161,27 +161,37 @@ def product(
     kinds: str,
     width: int,
     dtype: torch.dtype,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """y (M, N) of `dtype` = values(a) values(b)^T + bias, for operands as `encode` makes them.
 
     a (M, bytes), b (N, bytes); scales (M, 1), (N, 1) float32; sums (M, 1), (N, 1) int32; bias (N,).
-    grid_names and kinds: of a and b, with a comma between.
+    grid_names and kinds: of a and b, with a comma between. residual: (M, N) of `dtype`; then
+    residual + y, for y rounded to `dtype`. No gradient.
     """
     return eager_product(
-        a, b, a_scale, b_scale, a_sums, b_sums, bias, grid_names, kinds, width, dtype
+        a, b, a_scale, b_scale, a_sums, b_sums, bias, grid_names, kinds, width, dtype, residual
     )
 
 
 def eager_product(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, a_sums: Tensor, b_sums: Tensor,
     bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
+    residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`product` in plain PyTorch, on any device."""
     terms = check_product(
         a, b, a_scale, b_scale, a_sums, b_sums, bias, grid_names, kinds, width, dtype
     )
+    _check_residual(residual, a, b, dtype)
     scales, sums = (a_scale[:, 0], b_scale[:, 0]), (a_sums[:, 0], b_sums[:, 0])
-    return eager.product(a, b, scales, sums, bias, terms, dtype)
+    y = eager.product(a, b, scales, sums, bias, terms, dtype)
+    return y if residual is None else residual.contiguous() + y
+
+
+def _check_residual(residual: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
+    if residual is not None:
+        check_vector("residual", residual, dtype, (a.shape[0], b.shape[0]), a)
 
 
 def check_product(
@@ -336,7 +346,7 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 def launch_product(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, a_sums: Tensor, b_sums: Tensor,
     bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
-    *, gate: bool = False,
+    residual: Tensor | None = None, *, gate: bool = False,
 ) -> Tensor:  # fmt: skip
     """`eager_product` by the kernel. gate: `gated_product.eager_gated_product`."""
     from .kernels import hopper
@@ -345,6 +355,7 @@ def launch_product(
     terms = check_product(
         a, b, a_scale, b_scale, a_sums, b_sums, bias, grid_names, kinds, width, dtype
     )
+    _check_residual(residual, a, b, dtype)
     require_product(a.device)
 
     def scaled(sums: Tensor, by: int) -> Tensor | None:
@@ -357,7 +368,7 @@ def launch_product(
             length=terms.length, factor=terms.factor,
             row_scale=a_scale.contiguous(), column_scale=b_scale.contiguous(),
             row_sum=scaled(a_sums, terms.rows), column_sum=scaled(b_sums, terms.columns),
-            bias=None if bias is None else bias.contiguous(), gate=gate,
+            bias=None if bias is None else bias.contiguous(), gate=gate, residual=residual,
         )  # fmt: skip
 
 
@@ -414,7 +425,9 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 def _(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, a_sums: Tensor, b_sums: Tensor,
     bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
+    residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    _check_residual(residual, a, b, dtype)
     return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
 
 

@@ -35,6 +35,7 @@ from .lowbit_linear import (
 )
 from .prologue import behind_norm, check_layer, gated, has_kernel
 from .quantizer import Quantizer
+from .residual import added
 
 # Of x, gate and up with their sums, which the products need again.
 _FIRST = 3 * len(Operand._fields)
@@ -267,26 +268,30 @@ def _composed(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Ten
     return _down(projected(x, (gate, up), True), down)
 
 
-def _down(made: tuple[Tensor, ...], down: nn.Module) -> Tensor:
-    """The last layer, of gate and up or of what was made of both."""
+def _down(made: tuple[Tensor, ...], down: nn.Module, residual: Tensor | None = None) -> Tensor:
+    """The last layer, of gate and up or of what was made of both; added to a residual."""
     if len(made) > 1:
-        return gated(made[0], made[1], down)
+        y = gated(made[0], made[1], down)
+        return y if residual is None else residual + y
+    if residual is not None:
+        return added(made[0], down, residual)
     check_layer(down)
-    y: Tensor = down(made[0])
-    return y
+    last: Tensor = down(made[0])
+    return last
 
 
 def normed_swiglu(
     x: Tensor, norm: nn.Module, gate: nn.Module, up: nn.Module, down: nn.Module,
-    residual: Tensor | None = None,
+    residual: Tensor | None = None, *, add: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(h, `swiglu(norm(h), gate, up, down)`), for h = residual + x, or h = x without a residual.
 
     The norm and both layers behind it as in `quest.normed`, the rest as in `swiglu` without
-    `recompute`. Raises what those two raise.
+    `recompute`. add: h + that in its place; behind one kernel for gate and up as `quest.added`
+    makes it. Raises what those three raise.
     """
     h, made = behind_norm(x, norm, (gate, up), residual, True)
-    return h, _down(made, down)
+    return h, _down(made, down, h if add else None)
 
 
 def _live(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor | None:

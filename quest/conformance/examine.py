@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -215,11 +216,13 @@ def product(
     dtype: torch.dtype,
     compressed: bool = False,
     gate: bool = False,
+    residual: Tensor | None = None,
 ) -> list[Verdict]:
     """T0 of the accumulators and T6 of the product of two operands, x (n, in), w (out, in).
 
     compressed: the product reads w, 2:4 sparse, in its compressed form. gate: T6 of what a gated
-    product makes of it, (n, out / 2).
+    product makes of it, (n, out / 2). residual: (n, out) of `dtype`; T0, too, of what a product
+    makes that adds it; not with the other two.
     """
     kinds = operands.kinds(made.activation, made.weight)
     if kinds is None:
@@ -235,16 +238,22 @@ def product(
     if compressed:
         form = lane.call("compress", b["operand"])
         stage, weight = "sparse_product", (form["values"], form["metadata"])
-    y = lane.call(
-        stage, a["operand"], *weight, a["scale"], b["scale"], a["sums"], b["sums"], *extra,
-        grids=",".join(q.require_grid().name for q, _ in pairs), kinds=",".join(kinds),
-        width=x.shape[-1], dtype=dtype,
-    )["y"]  # fmt: skip
+    given = (a["operand"], *weight, a["scale"], b["scale"], a["sums"], b["sums"], *extra)
+    static: dict[str, Any] = {
+        "grids": ",".join(q.require_grid().name for q, _ in pairs), "kinds": ",".join(kinds),
+        "width": x.shape[-1], "dtype": dtype,
+    }  # fmt: skip
+    y = lane.call(stage, *given, **static)["y"]
     shape, made_shape = (x.shape[0], w.shape[0]), (x.shape[0], w.shape[0] // (1 + gate))
     forms = [
         judges.form("accumulators", acc, shape, torch.int32),
         judges.form("gated product" if gate else "product", y, made_shape, dtype),
     ]
+    sums = []
+    if residual is not None:
+        h = lane.call("added_product", residual, *given, **static)["h"]
+        forms.append(judges.form("added", h, shape, dtype))
+        sums = [judges.added(y, residual, h)] if forms[-1].failure is None else []
     if any(v.failure for v in forms):
         return forms
     d = x.shape[-1]
@@ -258,6 +267,7 @@ def product(
         (judges.gated_product if gate else judges.multiplied)(
             (whole[0], whole[1]), (units[0], units[1]), (a["scale"], b["scale"]), bias, y
         ),
+        *sums,
     ]
 
 

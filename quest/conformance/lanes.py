@@ -59,7 +59,7 @@ class Lane:
         """Whether the lane has an implementation of its own for this call."""
         if self.backend != "dispatch" and (stage == "frozen" or static.get("path") == "integers"):
             return False  # the layer of the other lanes is composed, of values
-        products = ("accumulate", "product", "gated_product", "sparse_product")
+        products = ("accumulate", "product", "added_product", "gated_product", "sparse_product")
         if stage in products or static.get("path") == "integers":
             return self.backend != "launch" and no_product(self) is None
         q = static.get("q")
@@ -332,6 +332,16 @@ def _product(lane: Lane, *tensors: Tensor, stage: str = "product", **static: Any
     return {"y": y}
 
 
+def _added_product(lane: Lane, residual: Tensor, *tensors: Tensor, **static: Any) -> Outputs:
+    # As for `_product`, behind what is added to it.
+    bias = tensors[6] if len(tensors) > 6 else None
+    h = operators(lane.backend).product(
+        *tensors[:6], bias, static["grids"], static["kinds"], static["width"], static["dtype"],
+        residual,
+    )  # fmt: skip
+    return {"h": h}
+
+
 def _sparse_product(lane: Lane, a: Tensor, *tensors: Tensor, **static: Any) -> Outputs:
     # As for `_product`, but for b: its values and metadata.
     bias = tensors[6] if len(tensors) > 6 else None
@@ -528,6 +538,7 @@ _STAGES: dict[str, Callable[..., Outputs]] = {
     "accumulate": _accumulate,
     "product": _product,
     "gated_product": functools.partial(_product, stage="gated_product"),
+    "added_product": _added_product,
     "sparse_product": _sparse_product,
 }
 

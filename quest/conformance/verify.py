@@ -182,6 +182,19 @@ def _gated_products(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verd
     return found
 
 
+def _added_products(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
+    found = []
+    for i, kind in enumerate(("gaussian", "heavy", "non_finite")):
+        x = inputs.draw("gaussian", (133, 384), dtype, i)
+        # Rows of whole vectors, and of others.
+        w = inputs.draw("gaussian", (56 + i % 2, 384), dtype, i + 1) / 16
+        bias = inputs.draw("gaussian", (len(w),), dtype, i + 3)
+        residual = inputs.draw(kind, (133, len(w)), dtype, i + 4)
+        made = quest.recipe(name)
+        found.append(examine.product(lane, x, w, bias, made, dtype, residual=residual))
+    return found
+
+
 def rows(lane: Lane, quick: bool) -> Iterator[Row]:
     """What is judged in a lane; `quick` takes a tenth of it."""
     dtypes = DTYPES[:2] if quick else DTYPES
@@ -212,6 +225,8 @@ def rows(lane: Lane, quick: bool) -> Iterator[Row]:
                 yield Row(lane, "normed", name, dtype, partial(_normed, lane, name, dtype))
             if no_product(lane) is None:
                 yield Row(lane, "product", name, dtype, partial(_products, lane, name, dtype))
+                added = partial(_added_products, lane, name, dtype)
+                yield Row(lane, "added product", name, dtype, added)
                 if dtype in HALVES:
                     judged = partial(_gated_products, lane, name, dtype)
                     yield Row(lane, "gated product", name, dtype, judged)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from quest.joint import hooked, together
 from quest.mlp import normed_swiglu, swiglu
 from quest.prologue import normed
+from quest.residual import apart
 
 INIT_STD = 0.02
 
@@ -129,10 +130,11 @@ class Attention(nn.Module):
         return self.q_proj, self.k_proj, self.v_proj
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return self.mixed(together(x, self.inputs), cos, sin)
+        out: Tensor = self.o_proj(self.mixed(together(x, self.inputs), cos, sin))
+        return out
 
     def mixed(self, projected: tuple[Tensor, ...], cos: Tensor, sin: Tensor) -> Tensor:
-        """What follows from the outputs of `inputs`."""
+        """What `o_proj` sees, of the outputs of `inputs`."""
         q, k, v = (
             torch.unflatten(each, -1, (self.heads, -1)).transpose(1, 2)  # (B, h, T, d/h)
             for each in projected
@@ -140,8 +142,7 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(
             rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True
         )
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(-2))
-        return out
+        return mixed.transpose(1, 2).flatten(-2)
 
 
 class MLP(nn.Module):
@@ -184,12 +185,13 @@ class Block(nn.Module):
             x = x + attention(self.input_layernorm(x), cos, sin)
             out: Tensor = x + mlp(self.post_attention_layernorm(x))
             return out
-        # The same, where a frozen layer's quantizer takes over the norm before it.
+        # The same, where a frozen layer's quantizer takes over the norm before it, and its product
+        # the sum behind it; what `o_proj` leaves to be added, the second norm's kernel adds.
         _, projected = normed(x, self.input_layernorm, attention.inputs)
-        mixed = attention.mixed(projected, cos, sin)
+        y, rest = apart(attention.mixed(projected, cos, sin), attention.o_proj, x)
         norm, (gate, up) = self.post_attention_layernorm, mlp.inputs
-        h, y = normed_swiglu(mixed, norm, gate, up, mlp.down_proj, x)
-        return h + y
+        _, out = normed_swiglu(y, norm, gate, up, mlp.down_proj, rest, add=True)
+        return out
 
 
 def _own(module: nn.Module, kind: type[nn.Module]) -> bool:

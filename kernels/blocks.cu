@@ -34,14 +34,15 @@ typedef long long i64;
 
 #include "halves.cuh"
 #include "codes.cuh"
-#include "teams.cuh"
+#include "exchange.cuh"
 
 constexpr int IN_BITS = IN == FLOAT32 ? 32 : 16;
 constexpr int ORDER = 128, CHUNKS = IN_BITS;  // elements of a block; its 16-byte chunks
 constexpr int WORD = 32 / IN_BITS;            // elements of 4 bytes
 constexpr int SOURCES = PROLOGUE == GATED || PROLOGUE == ADDED ? 2 : 1;  // tiles of a row
 constexpr int BUFFERS = WORD / SOURCES;             // rows that a warp has room for
-constexpr int MAX_TEAMS = PIECES ? 1 : 4;  // that exchange something
+constexpr int TILE = 32;                 // blocks of a warp
+constexpr int MAX_TEAMS = ROWS > 1 ? 4 / WARPS : 4;
 constexpr bool NORMS = PROLOGUE == NORMED || PROLOGUE == ADDED;
 constexpr int SUMS = NORMS ? 2 : 1;  // of squares, that the warps of a row exchange
 // Of an element; also the chunks of 16 bytes that a block becomes.
@@ -149,19 +150,22 @@ __device__ __forceinline__ u32 narrowed(const u32 (&codes)[4], int w) {
   return __byte_perm(low, __byte_perm(codes[2] * 0x01041040, codes[3] * 0x01041040, 0x7300), 0x7610);
 }
 
+// Blocks of a warp: where the first lies among those of all rows, and how many there are.
+struct Held { i64 start; int count; };
+
 // Writes tiles of COUNT chunks a block to where they lie in a row: whole lines.
 template <int COUNT> __device__ __forceinline__ void write(const uint4 *tile, uint4 *out, const Held &held) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < COUNT; i++) {
     const int id = 32 * i + lane, block = id / COUNT;
-    if (held.there(block))
-      out[PIECES ? held.at(block) * COUNT + id % COUNT : held.start * COUNT + id] = tile[place<COUNT>(block, id % COUNT)];
+    if (block < held.count) out[held.start * COUNT + id] = tile[place<COUNT>(block, id % COUNT)];
   }
 }
 
 // Writes out what follows from a row's transform: its codes, or values, its mask, and what is saved.
 // Returns the sum of the block's codes, counted from 0 (of its bits, for codes of one bit).
+// held(): says it anew, rather than keep it while a transform takes all registers.
 template <typename F>
 __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, float limit, float step, float sigma,
                                     uint4 *tile, uint4 *out, uint4 *mask, uint4 *saved, F held) {
@@ -178,7 +182,7 @@ __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, floa
   }
   if (mask) {
     const Held its = held();
-    if (its.there(lane)) mask[its.at(lane)] = make_uint4(~flags[0], ~flags[1], ~flags[2], ~flags[3]);
+    if (lane < its.count) mask[its.start + lane] = make_uint4(~flags[0], ~flags[1], ~flags[2], ~flags[3]);
   }
   if (OUT_BITS == 1) {
     u32 words[4] = {};
@@ -188,7 +192,7 @@ __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, floa
       for (int w = 0; w < 4; w++)  // + 0: a negative zero is not negative
         words[w] = __funnelshift_l(__float_as_uint(y[32 * w + i] + 0.0f), words[w], 1);
     const Held its = held();
-    if (its.there(lane)) out[its.at(lane)] = make_uint4(~words[0], ~words[1], ~words[2], ~words[3]);
+    if (lane < its.count) out[its.start + lane] = make_uint4(~words[0], ~words[1], ~words[2], ~words[3]);
     return ORDER - __popc(words[0]) - __popc(words[1]) - __popc(words[2]) - __popc(words[3]);
   }
   constexpr int SAVED_WORDS = SAVED / 2;  // of a chunk of bytes
@@ -256,24 +260,28 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");  // the product may start where there is room
 #endif
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int team = warp / warps, part = warp % warps, its_own = MAX_TEAMS > 1 ? team : 0;
+  const int team = warp / warps, part = warp % warps;
   uint4 *own = tiles + warp * BUFFERS * SOURCES * TILE * CHUNKS;
   const i64 stride = (i64)gridDim.x * teams;
-  const bool packs = !PIECES && segment < TILE;  // rows into a warp
-  // In pieces made anew where it is needed: a transform takes all registers.
-  auto here = [&] {
-    int thread = threadIdx.x;
-    if (PIECES) asm volatile("" : "+r"(thread));
-    return Place(warps, !PIECES ? part : warps > 1 ? thread / 32 : 0, segment, blocks);
+  const bool packs = segment < TILE;  // rows into a warp
+  // Blocks lie one behind the other whatever their rows: those of a unit are `whole`, but for the last.
+  const int whole = ROWS * blocks;
+  auto of_unit = [&](i64 unit) { return ROWS > 1 ? (int)min((i64)whole, total - unit * whole) : blocks; };
+  auto held = [&](i64 unit) {
+    const i64 left = packs ? total - unit * TILE : of_unit(unit) - part * TILE;
+    return Held{packs ? unit * TILE : unit * whole + part * TILE, left < 0 ? 0 : left < TILE ? (int)left : TILE};
   };
-  auto held = [&](i64 unit, const Place &at) {
-    if (PIECES) {
-      const i64 row = unit * at.rows + at.row, left = total - row;
-      return Held{row * blocks + at.first, (int)(left < TILE ? left : TILE), __ffs(at.segment) - 1, at.segment - 1, blocks, at.columns};
-    }
-    const i64 left = packs ? total - unit * TILE : blocks - part * TILE;
-    const int count = left < 0 ? 0 : left < TILE ? (int)left : TILE;
-    return Held{packs ? unit * TILE : unit * blocks + part * TILE, count, __ffs(segment) - 1, segment - 1};
+  // Of a block of the team, its row among the team's; of one behind them the last.
+  auto row_of = [&](int block) {
+    int row = 0;
+#pragma unroll
+    for (int r = 1; r < ROWS; r++) row += block >= r * blocks;
+    return row;
+  };
+  auto here = [&] {
+    int block = part * TILE + lane;
+    if (ROWS > 1) asm volatile("" : "+r"(block));  // not kept: a transform takes all registers
+    return Place{warps, part, segment, blocks, row_of(block)};
   };
   // A copy of a thread: chunk id % CHUNKS of block id / CHUNKS, id = 32 i + lane. Its place repeats
   // eight blocks further on.
@@ -284,51 +292,43 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     spot[i] = (u32)__cvta_generic_to_shared(own + place<CHUNKS>(AT_ONCE * i + half, lane % CHUNKS)) - 512 * i;
 #define COPY(i) copy_in<512 * (i), 512 * (i)>(spot[(i) % SPOTS] + shift, from, left <= AT_ONCE * (i))
 #define EIGHT(F, i) F(i), F(i + 1), F(i + 2), F(i + 3), F(i + 4), F(i + 5), F(i + 6), F(i + 7)
-  // Of blocks that lie apart, rows of a segment of the warp `pitch` chunks from each other. A few copies at
-  // a time: what the compiler would keep of all their places, it spills.
-  auto copy_apart = [&](const uint4 *from, int pitch, const Held &held, u32 shift) {
-#pragma unroll 1
-    for (int b = half; b < TILE; b += SPOTS * AT_ONCE, shift += SPOTS * 512) {
-      auto block_at = [&](int block) {
-        return from + (u32)((block >> held.log) * pitch + (block & held.mask) * CHUNKS);
-      };
-#define COPY_ROW(i) copy_in<512 * (i), 0>(spot[i] + shift, block_at(b + AT_ONCE * (i)), !held.there(b + AT_ONCE * (i)))
-      COPY_ROW(0), COPY_ROW(1), COPY_ROW(2), COPY_ROW(3);
-      if constexpr (SPOTS == 8) COPY_ROW(4), COPY_ROW(5), COPY_ROW(6), COPY_ROW(7);
-#undef COPY_ROW
-    }
-  };
 #if PROLOGUE == PLAIN
   auto fetch = [&](i64 unit, int buffer) {
     if (unit < units) {
-      const Held its = held(unit, here());
+      const Held its = held(unit);
+      const uint4 *from = x + its.start * CHUNKS + lane;
       const u32 shift = buffer * TILE * CHUNKS * 16;
-      if (PIECES) {
-        copy_apart(x + its.start * CHUNKS + lane % CHUNKS, blocks * CHUNKS, its, shift);
-      } else {
-        const uint4 *from = x + its.start * CHUNKS + lane;
-        const int left = its.count - half;
-        EIGHT(COPY, 0), EIGHT(COPY, 8);
-        if (CHUNKS == 32) EIGHT(COPY, 16), EIGHT(COPY, 24);
-      }
+      const int left = its.count - half;
+      EIGHT(COPY, 0), EIGHT(COPY, 8);
+      if (CHUNKS == 32) EIGHT(COPY, 16), EIGHT(COPY, 24);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
 #else
   // Into slot 1 comes what is beside x, where a row has two sources; else the next row of x.
+  const int log = __ffs(segment) - 1;
   auto fetch = [&](i64 unit, int slot) {
     if (unit < units) {
       const uint4 *base = SOURCES > 1 && slot ? beside : x;
       const int pitch = SOURCES > 1 && slot ? beside_pitch : x_pitch;
-      const u32 shift = slot * TILE * CHUNKS * 16;
-      const Place at = here();
-      const Held its = held(unit, at);
-      const int left = its.count - half;
-      int offset = PIECES ? at.first * CHUNKS + lane % CHUNKS : packs ? lane % CHUNKS : part * TILE * CHUNKS + lane;
+      u32 shift = slot * TILE * CHUNKS * 16;
+      const int left = held(unit).count - half;
+      int offset = packs || ROWS > 1 ? lane % CHUNKS : part * TILE * CHUNKS + lane;
       asm volatile("" : "+r"(offset));  // not kept from row to row: that would be one register too many
-      const uint4 *from = base + (PIECES ? unit * at.rows + at.row : packs ? unit << (5 - its.log) : unit) * pitch + offset;
-      if (packs || PIECES) {
-        copy_apart(from, pitch, its, shift);
+      const uint4 *from = base + (packs ? unit << (5 - log) : unit * ROWS) * pitch + offset;
+      if (packs || ROWS > 1) {
+        // Four copies at a time: what the compiler would keep of all sixteen places, it spills.
+#pragma unroll 1
+        for (int b = half; b < TILE; b += 4 * AT_ONCE, shift += 4 * 512) {
+          auto block_at = [&](int block) {
+            if (ROWS == 1) return from + (u32)((block >> log) * pitch + (block & (segment - 1)) * CHUNKS);
+            const int row = row_of(part * TILE + block);
+            return from + (u32)(row * pitch + (part * TILE + block - row * blocks) * CHUNKS);
+          };
+#define COPY_ROW(i) copy_in<512 * (i), 0>(spot[i] + shift, block_at(b + AT_ONCE * (i)), left <= AT_ONCE * (i) + b - half)
+          COPY_ROW(0), COPY_ROW(1), COPY_ROW(2), COPY_ROW(3);
+#undef COPY_ROW
+        }
       } else {
         EIGHT(COPY, 0), EIGHT(COPY, 8);
       }
@@ -338,8 +338,8 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
 #endif
 #undef EIGHT
 #undef COPY
-  if (warps > 1) {
-    if (threadIdx.x < min(teams, MAX_TEAMS)) {
+  if (ROWS > 1 || warps > 1) {
+    if (threadIdx.x < teams) {
       first[threadIdx.x].init(warps), second[threadIdx.x].init(warps);
       largest[threadIdx.x].init(warps), counts[threadIdx.x].init(warps);
     }
@@ -363,12 +363,12 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     asm volatile("cp.async.wait_group %0;" ::"n"(BUFFERS - 1) : "memory");
     __syncwarp();
     uint4 *tile = own + buffer * TILE * CHUNKS;
+    const Held its = held(unit);
+    const bool inside = lane < its.count;
     const Place at = here();
-    const Held its = held(unit, at);
-    const bool inside = its.there(lane);
     const float n = 128.0f * blocks;
 #if PROLOGUE != PLAIN
-    uint4 *const seen = SHOWN && inside ? shown + its.at(lane) * CHUNKS : nullptr;
+    uint4 *const seen = SHOWN && inside ? shown + (its.start + lane) * CHUNKS : nullptr;
     if (SOURCES > 1) {
       if (PROLOGUE == GATED) make(tile, lane, tile + TILE * CHUNKS, lane, seen, gated);
       else make(tile, lane, tile + TILE * CHUNKS, lane, nullptr, [](float a, float b) { return __fadd_rn(a, b); });
@@ -379,15 +379,14 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
 #pragma unroll 4
       for (int i = 0; i < CHUNKS; i++) {
         const int id = 32 * i + lane, block = id / CHUNKS;
-        if (its.there(block)) added[its.at(block) * CHUNKS + id % CHUNKS] = chunk_of(tile, block, id % CHUNKS);
+        if (block < its.count) added[its.start * CHUNKS + id] = chunk_of(tile, block, id % CHUNKS);
       }
     }
     if (NORMS) {
-      float s = first[its_own].leave(inside ? squares_of(tile, lane) : 0.0f, Add(), SUMS * turn, at);
-      s = first[its_own].fetch(s, Add(), SUMS * turn, at);
+      float s = first[team].leave(inside ? squares_of(tile, lane) : 0.0f, Add(), SUMS * turn, at);
+      s = first[team].fetch(s, Add(), SUMS * turn, at);
       const float inverse = 1.0f / sqrtf(s / n + eps);
-      const int block = PIECES ? (inside ? at.first + (lane & (at.segment - 1)) : 0)
-                        : packs ? lane & (segment - 1) : inside ? part * TILE + lane : 0;
+      const int block = packs ? lane & (segment - 1) : inside ? part * TILE + lane - at.row * blocks : 0;
       __syncwarp();  // h is written as it lies there
       make(tile, lane, weights, block, seen, [&](float h, float w) { return __fmul_rn(__fmul_rn(h, inverse), w); });
     }
@@ -397,17 +396,17 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     // Three stages make the sum of squares eight times as large. (Of the inputs themselves, the compiler
     // would convert them twice.)
     butterfly<1, 8>(y);
-    float s = first[its_own].leave(inside ? 0.125f * squares(y) : 0.0f, Add(), SUMS * turn + SUMS - 1, at);
+    float s = first[team].leave(inside ? 0.125f * squares(y) : 0.0f, Add(), SUMS * turn + SUMS - 1, at);
     butterfly<8, ORDER>(y);  // while the others' sums come
-    bool far = false;  // a row of the team, of PIECES
-    s = first[its_own].fetch(s, Add(), SUMS * turn + SUMS - 1, at, [&](int row, float sum) {
-      far = !(sum >= SMALL && sum <= GREAT) && row < total - unit * at.rows;
+    bool far = false;  // a row of a team of several, whichever
+    s = first[team].fetch(s, Add(), SUMS * turn + SUMS - 1, at, [&](int row, float sum) {
+      far = !(sum >= SMALL && sum <= GREAT) && row * blocks < of_unit(unit);
     });
     float sigma = sqrtf(s / n), inner = sigma;
     // Rows that share a warp, or a team, are computed again together. Those that had no need get the same
     // bits: a row's numbers are its own, whatever lies beside it.
     const bool rare = !(s >= SMALL && s <= GREAT);
-    if (packs || PIECES ? __any_sync(ALL, far || rare && inside) : rare) {
+    if (ROWS > 1 ? __any_sync(ALL, far) : packs ? __any_sync(ALL, rare && inside) : rare) {
       // A chunk at a time: the code stays short.
       u32 top = 0;
 #pragma unroll 1
@@ -419,8 +418,8 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
           if (WORD == 2) top = max(top, __float_as_uint(high(words[i])) & 0x7FFFFFFF);
         }
       }
-      top = largest[its_own].leave(inside ? top : 0, Max(), rares, at);
-      top = largest[its_own].fetch(top, Max(), rares, at);
+      top = largest[team].leave(inside ? top : 0, Max(), rares, at);
+      top = largest[team].fetch(top, Max(), rares, at);
       const u32 field = rare ? min(max(top >> 23, 1u), 253u) : 127;
       const float down = __uint_as_float((254 - field) << 23), up = __uint_as_float(field << 23);
       const bool finite = top < 0x7F800000;
@@ -434,8 +433,8 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
           again = fmaf(a, a, fmaf(b, b, again));
         }
       }
-      again = second[its_own].leave(inside ? again : 0.0f, Add(), rares, at);
-      again = second[its_own].fetch(again, Add(), rares++, at);
+      again = second[team].leave(inside ? again : 0.0f, Add(), rares, at);
+      again = second[team].fetch(again, Add(), rares++, at);
       if (rare) s = again;
       sigma = fminf(sqrtf(s / n) * up, LARGEST);
       inner = sigma * down;
@@ -451,17 +450,16 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     // Zeros lie within the limit; nothing of a row that is not finite does.
     const float limit = sigma == sigma ? threshold * inner * ROOT : -1.0f;
     __syncwarp();  // all have read their blocks of the tile
-    int sum = emit(y, inverse, limit, step, sigma, tile, out, mask, saved, [&] { return held(unit, here()); });
+    int sum = emit(y, inverse, limit, step, sigma, tile, out, mask, saved, [&] { return held(unit); });
     const Place now = here();
-    const Held then = held(unit, now);
-    const bool within = then.there(lane);
-    const i64 row = PIECES ? unit * now.rows + now.own() : packs ? (then.start + lane) / segment : unit;
-    const bool leads = now.part < (PIECES ? 2 : 1) && lane % now.segment == 0 && within;
+    const i64 row = packs ? (its.start + lane) / segment : unit * ROWS + now.row;
+    const bool leads =
+        (ROWS > 1 ? part * TILE + lane == now.row * blocks : part == 0 && lane % segment == 0) && inside;
     if (leads) scale[row] = sigma;
     if (FORM != VALUES && sums) {
-      sum = counts[its_own].leave(within ? sum : 0, Add(), turn, now);
-      if (PIECES ? warps > 1 && now.part < 2 : warps > 1 && part == 0)
-        sum = counts[its_own].fetch(sum, Add(), turn, now);
+      sum = counts[team].leave(inside ? sum : 0, Add(), turn, now);
+      if (ROWS > 1 ? __any_sync(ALL, leads) : warps > 1 && part == 0)
+        sum = counts[team].fetch(sum, Add(), turn, now);
       if (leads) sums[row] = STRIDE * sum - TOP * 128 * blocks;  // of integers, from codes counted from 0
     }
     __syncwarp();  // the tile is free for the copy of the unit after next, or of the next

@@ -29,11 +29,13 @@ WARP_LIMIT = RESIDENT = 12
 REGISTERS = 168
 SHARED_OF_WARP = 2 * TILE * 2 * ORDER  # two buffers of 16-bit blocks, or one of float32
 STATIC = 3072  # more than blocks.cu declares besides: 1664, and 1024 of the system's
-SLOTS = 4 * 2 * 2 * TILE * 4  # what it declares more where rows lie in pieces
+SLOTS_OF_WARP = 4 * 2 * TILE * 4  # what it declares more where a team holds several rows
 RESERVED = 1024  # of a thread block, for the system (CUDA C++ Programming Guide)
 # The numbers of blocks.cu.
 VALUES, PACKED, CODES, INTEGERS = range(4)
 OPERANDS = {"bits": (PACKED, 1), "codes": (CODES, 0), "integers": (INTEGERS, 0)}  # form, bits
+# Of a team that holds several rows, at most. What it fills must be so much more than a row alone fills.
+MOST_ROWS, MOST_WARPS, GAIN = 6, 4, 1.1
 INPUTS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 PLAIN, GATED, NORMED, ADDED = range(4)  # prologues
 
@@ -60,23 +62,17 @@ def supports(program: Program, x: torch.Tensor, weighted: bool = False) -> bool:
 
 
 class Shape(NamedTuple):
-    """How a multiprocessor's threads share rows, see teams.cuh.
+    """How a multiprocessor's threads share rows.
 
-    pieces: whether rows lie in segments of powers of two, which their blocks do not fill. warps: of
-    a team. segment: blocks of a row that share a warp, or TILE; of pieces the first. teams: of a
+    rows: of a team of `warps`. segment: blocks of a row that share a warp, or TILE. teams: of a
     thread block. resident: thread blocks of a multiprocessor.
     """
 
-    pieces: bool
+    rows: int
     warps: int
     segment: int
     teams: int
     resident: int
-
-    @property
-    def rows(self) -> int:
-        """Of a team, in pieces."""
-        return (2 if self.warps > 1 else 1) * TILE // self.segment
 
     @property
     def tiles(self) -> int:
@@ -86,33 +82,44 @@ class Shape(NamedTuple):
 
 def _bytes(shape: Shape, more: int) -> int:
     """Of shared memory that a thread block has, with so many besides its tiles; at the most."""
-    return shape.tiles + more + STATIC + (SLOTS if shape.pieces else 0)
+    slots = shape.warps * shape.teams * SLOTS_OF_WARP if shape.rows > 1 else 0
+    return shape.tiles + more + STATIC + slots
 
 
 @functools.cache
 def _shape(blocks: int) -> Shape:
     """For rows of so many blocks."""
-    power = 1 << (blocks.bit_length() - 1)
-    if power == blocks < TILE:
-        return Shape(False, 1, blocks, 4, RESIDENT // 4)
-    if power < blocks <= power * 3 // 2 <= TILE * 3 // 2:
-        return Shape(True, 3, power, 1, RESIDENT // 3)
-    if power < blocks < 2 * power < TILE:
-        return Shape(True, 1, 2 * power, 4, RESIDENT // 4)
-    warps = -(-blocks // TILE)
+    if blocks < TILE and blocks & (blocks - 1) == 0:
+        return Shape(1, 1, blocks, 4, RESIDENT // 4)
+    rows, warps = _team(blocks)
     teams = max(1, 4 // warps)
-    return Shape(False, warps, TILE, teams, RESIDENT // (warps * teams))
+    return Shape(rows, warps, TILE, teams, RESIDENT // (warps * teams))
+
+
+def _team(blocks: int) -> tuple[int, int]:
+    """(rows, warps) whose threads they fill best: one row, or several if that is well worth it."""
+
+    def filled(team: tuple[int, int]) -> float:
+        return team[0] * blocks / (team[1] * TILE)
+
+    alone, *several = ((n, -(-n * blocks // TILE)) for n in range(1, MOST_ROWS + 1))
+    fit = [team for team in several if team[1] <= MOST_WARPS]
+    best = max(fit, key=filled, default=alone)
+    return best if filled(best) >= GAIN * filled(alone) else alone
 
 
 def macros(
     dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, prologue: int = PLAIN,
-    shown: bool = False, saved: int = 0, pieces: bool = False,
+    shown: bool = False, saved: int = 0, rows: int = 1, warps: int = 0,
 ) -> dict[str, int]:  # fmt: skip
-    """What blocks.cu is compiled with, for an input of `dtype`."""
+    """What blocks.cu is compiled with, for an input of `dtype`.
+
+    rows: of a team; of several also its warps.
+    """
     return {
         "REGISTERS": REGISTERS, "IN": INPUTS[dtype], "LEVELS": levels,
         "EDGE": int(edge), "FORM": form, "BITS": bits, "PROLOGUE": prologue, "SHOWN": int(shown),
-        "SAVED": saved, "PIECES": int(pieces),
+        "SAVED": saved, "ROWS": rows, "WARPS": warps,
     }  # fmt: skip
 
 
@@ -121,7 +128,8 @@ def _kernel(
     shape: Shape, dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, device: int,
     prologue: int = PLAIN, shown: bool = False, saved: int = 0, more: int = 0,
 ) -> cuda.Kernel:  # fmt: skip
-    made = macros(dtype, levels, edge, form, bits, prologue, shown, saved, shape.pieces)
+    several = {"rows": shape.rows, "warps": shape.warps} if shape.rows > 1 else {}
+    made = macros(dtype, levels, edge, form, bits, prologue, shown, saved, **several)
     code = cuda.compile_("blocks.cu", cuda.architecture(device), made)
     threads = 32 * shape.warps * shape.teams
     return cuda.load(
@@ -138,14 +146,11 @@ def _grid(
     more: bytes of shared memory that a thread block takes besides its tiles.
     """
     shape = _shape(blocks)
-    pieces, warps, segment, teams, resident = shape
+    of_team, warps, segment, teams, resident = shape
     if more:
         one = _bytes(shape, more) + RESERVED
         resident = max(1, min(resident, (cuda.shared(device) + RESERVED) // one))
-    if pieces:
-        units = -(-rows // shape.rows)
-    else:
-        units = -(-rows * blocks // TILE) if segment < TILE else rows
+    units = -(-rows * blocks // TILE) if segment < TILE else -(-rows // of_team)
     count = min(-(-units // teams), resident * cuda.processors(device))
     return count, (units, rows * blocks, blocks, warps, segment, teams), shape
 

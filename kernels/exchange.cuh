@@ -1,0 +1,91 @@
+// What the threads that hold a row, or rows, have in common: a number for each row.
+//
+// Where a team has one row (ROWS = 1) each warp makes one number of its threads' and leaves it, and each
+// fetches those of all. (Rows that share a warp need no more than the warp.) A team of several rows has
+// warps with parts of two or more: each thread leaves its own number, and each warp makes those of all
+// rows of them, LANES a row, always in the order of a row's blocks. What a row gets then does not depend
+// on where among the team's it lies.
+//
+// Macros: ROWS, and of a team of several, WARPS.
+constexpr int MAX_WARPS = 12;
+constexpr int LANES = ROWS > 4 ? 4 : ROWS > 2 ? 8 : 16;
+constexpr u32 ALL = 0xFFFFFFFF;
+
+struct Add { template <typename T> __device__ T operator()(T a, T b) const { return a + b; } };
+struct Max { __device__ u32 operator()(u32 a, u32 b) const { return max(a, b); } };
+
+// Over the threads of a warp that share a row.
+template <typename T, typename F> __device__ __forceinline__ T over_warp(T value, F f, int segment) {
+  for (int i = 1; i < segment; i *= 2) value = f(value, __shfl_xor_sync(ALL, value, i));
+  return value;
+}
+
+// Where a thread is: warps of its team, its warp among them, threads of a warp that share a row, blocks of
+// a row, and its row among the team's.
+struct Place { int warps, part, segment, blocks, row; };
+
+struct Nothing { template <typename T> __device__ void operator()(int, T) const {} };
+
+// Two sets of slots in turn: who leaves a number for a turn knows that all have fetched those of the turn
+// before the last.
+template <typename T> struct Exchange {
+  unsigned long long barrier;
+  T slots[2][ROWS > 1 ? 32 * WARPS : MAX_WARPS];
+
+  __device__ u32 at() { return (u32)__cvta_generic_to_shared(&barrier); }
+  __device__ void init(int warps) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at()), "r"(warps) : "memory");
+  }
+  __device__ void arrive() {
+    asm volatile("{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}" ::"r"(at()) : "memory");
+  }
+
+  // A thread's number; what it returns is for `fetch`.
+  template <typename F> __device__ __forceinline__ T leave(T value, F f, int turn, const Place &p) {
+    if (ROWS > 1) {
+      slots[turn & 1][32 * p.part + threadIdx.x % 32] = value;
+      __syncwarp();  // what they fetched before lies before the arrival, too
+      if (threadIdx.x % 32 == 0) arrive();
+      return value;
+    }
+    value = over_warp(value, f, p.segment);
+    if (p.warps > 1) {
+      if (threadIdx.x % 32 == 0) {
+        slots[turn & 1][p.part] = value;
+        arrive();
+      }
+    }
+    return value;
+  }
+
+  // The number of a thread's row, once all have left theirs. each(row, number): of a team of several rows,
+  // of each by some threads of the warp; row may be one that there is not.
+  template <typename F, typename G = Nothing>
+  __device__ __forceinline__ T fetch(T left, F f, int turn, const Place &p, G each = G()) {
+    if (ROWS == 1 && p.warps == 1) return left;
+    asm volatile(
+        "{.reg .pred done;\nagain:\n mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
+        " @!done bra again;\n}" ::"r"(at()), "r"(turn & 1) : "memory");
+    T own = T();
+    if (ROWS > 1) {
+      int lane = threadIdx.x % 32;
+      asm volatile("" : "+r"(lane));  // or all places are kept from row to row, and more is spilled
+      const int row = lane / LANES;
+      constexpr int MOST = 32 * WARPS / ROWS;  // blocks of a row
+#pragma unroll
+      for (int first = 0; first < MOST; first += LANES) {
+        const int block = first + lane % LANES;
+        if (row < ROWS && block < p.blocks) own = f(own, slots[turn & 1][row * p.blocks + block]);
+      }
+      own = over_warp(own, f, LANES);
+      each(row, own);
+      return __shfl_sync(ALL, own, p.row * LANES);
+    }
+    // Of one lane, that which arrives: its reads lie before its arrival at the next turn.
+    if (threadIdx.x % 32 == 0) {
+      own = slots[turn & 1][0];
+      for (int i = 1; i < p.warps; i++) own = f(own, slots[turn & 1][i]);
+    }
+    return __shfl_sync(ALL, own, 0);
+  }
+};

@@ -57,7 +57,10 @@ def supports(program: Program, x: torch.Tensor, weighted: bool = False) -> bool:
         # y / (sigma step), at most sqrt(d) / step, is rounded beside 1.5 * 2^23.
         and math.sqrt(x.shape[-1]) < 2**22 * program.step
         and cuda.unavailable(x.device) is None
-        and _bytes(_shape(x.shape[-1] // ORDER), more) <= cuda.shared(x.device.index)
+        and all(
+            _bytes(_shape(x.shape[-1] // ORDER, several), more) <= cuda.shared(x.device.index)
+            for several in (False, True)
+        )
     )
 
 
@@ -87,22 +90,22 @@ def _bytes(shape: Shape, more: int) -> int:
 
 
 @functools.cache
-def _shape(blocks: int) -> Shape:
-    """For rows of so many blocks."""
+def _shape(blocks: int, several: bool = True) -> Shape:
+    """For rows of so many blocks; several: whether a team may hold more than one."""
     if blocks < TILE and blocks & (blocks - 1) == 0:
         return Shape(1, 1, blocks, 4, RESIDENT // 4)
-    rows, warps = _team(blocks)
+    rows, warps = _team(blocks, MOST_ROWS if several else 1)
     teams = max(1, 4 // warps)
     return Shape(rows, warps, TILE, teams, RESIDENT // (warps * teams))
 
 
-def _team(blocks: int) -> tuple[int, int]:
-    """(rows, warps) whose threads they fill best: one row, or several if that is well worth it."""
+def _team(blocks: int, most: int) -> tuple[int, int]:
+    """(rows, warps) whose threads they fill best: one row, or up to `most` if that is well worth it."""
 
     def filled(team: tuple[int, int]) -> float:
         return team[0] * blocks / (team[1] * TILE)
 
-    alone, *several = ((n, -(-n * blocks // TILE)) for n in range(1, MOST_ROWS + 1))
+    alone, *several = ((n, -(-n * blocks // TILE)) for n in range(1, most + 1))
     fit = [team for team in several if team[1] <= MOST_WARPS]
     best = max(fit, key=filled, default=alone)
     return best if filled(best) >= GAIN * filled(alone) else alone
@@ -139,13 +142,13 @@ def _kernel(
 
 
 def _grid(
-    rows: int, blocks: int, device: int, more: int = 0
+    rows: int, blocks: int, device: int, more: int = 0, several: bool = True
 ) -> tuple[int, tuple[int, ...], Shape]:
     """(thread blocks, what the kernel is told of the shape, the shape).
 
     more: bytes of shared memory that a thread block takes besides its tiles.
     """
-    shape = _shape(blocks)
+    shape = _shape(blocks, several)
     of_team, warps, segment, teams, resident = shape
     if more:
         one = _bytes(shape, more) + RESERVED
@@ -214,7 +217,8 @@ def launch(
     mask, sums, kept: or 0. saved: the bits of an entry of `kept`.
     """
     device = x.device.index
-    count, told, shape = _grid(rows, d // ORDER, device)
+    # Of values a thread writes so much that with several rows it spills, and takes longer.
+    count, told, shape = _grid(rows, d // ORDER, device, several=form != VALUES)
     kernel = _kernel(
         shape, x.dtype, program.levels, program.estimator != STE, form, bits, device, saved=saved
     )

@@ -186,6 +186,7 @@ class Kernel:
         # A team of several rows is compiled for its warps: each of its threads has its own slots.
         of_team, slots = self.macros["ROWS"], self.macros["WARPS"]
         assert slots == (warps if of_team > 1 else 0)
+        assert of_team == 1 or self.macros["FORM"] != blocks.VALUES
         assert of_team == 1 or (not packs and warps * teams <= 4)
         unit = 32 if packs else of_team * of_row
         assert units == math.ceil(total / unit)
@@ -331,8 +332,10 @@ def test_rows_of_any_width(rows: int, of_row: int, processors: int, device: Devi
     q = device.q
     x = _rows(rows, 128 * of_row).bfloat16()
     device.known[:] = [x]
-    made = blocks.quantize(x, _program(q, 128 * of_row), form=blocks.PACKED, bits=1, sums=True)
-    _check(made, x, q, (blocks.PACKED, 1, True, 0), True)
+    for form, bits, sums in ((blocks.PACKED, 1, True), (blocks.VALUES, 0, False)):
+        device.known[:] = [x]
+        made = blocks.quantize(x, _program(q, 128 * of_row), form=form, bits=bits, sums=sums)
+        _check(made, x, q, (form, bits, sums, 0), True)
 
 
 def test_addresses_alone(device: Device) -> None:

@@ -162,7 +162,7 @@ def test_a_prologue_makes_an_operand_alone(monkeypatch: pytest.MonkeyPatch) -> N
     told: list[tuple[Any, ...]] = []
     kernel = SimpleNamespace(launch=lambda *values: told.append(values))
     monkeypatch.setattr(blocks, "_kernel", lambda *_: kernel)
-    monkeypatch.setattr(blocks, "_grid", lambda *_: (7, (8, 9), 1))
+    monkeypatch.setattr(blocks, "_grid", lambda *_, **__: (7, (8, 9), 1))
     program, x = (
         SimpleNamespace(step=0.5, threshold=2.0, levels=16, estimator=0),
         torch.zeros(3, 256),
@@ -184,7 +184,7 @@ def test_the_kernel_of_a_prologue_alone(monkeypatch: pytest.MonkeyPatch) -> None
         return SimpleNamespace(launch=lambda *_: None)
 
     monkeypatch.setattr(blocks, "_kernel", kernel)
-    monkeypatch.setattr(blocks, "_grid", lambda *_: (7, (8, 9), 1))
+    monkeypatch.setattr(blocks, "_grid", lambda *_, **__: (7, (8, 9), 1))
     program = SimpleNamespace(step=0.5, threshold=2.0, levels=16, estimator=0)
     x = torch.zeros(3, 256, dtype=torch.bfloat16)
     blocks.launch_prologue(x, x, program, blocks.INTEGERS, 0, blocks.GATED, 16, 32, 48)

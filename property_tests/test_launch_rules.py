@@ -130,6 +130,9 @@ def test_rows_of_blocks(count: int, shape: tuple[int, int, int, int, int]) -> No
     """
     made = blocks._shape(count)
     assert made == shape
+    alone = blocks._shape(count, False)
+    assert alone == (made if shape[0] == 1 else (1, *alone[1:]))
+    assert alone.warps == -(-count // 32)
     assert made.warps * made.teams * made.resident <= blocks.RESIDENT
     assert made.tiles == made.warps * made.teams * 2 * 32 * 2 * 128
 

@@ -163,7 +163,7 @@ def _prologues(name: str, width: int, dtype: torch.dtype) -> Launch:
         gates.append(prologue.launch_encode_gated(x, other, ops.quantizer(spec), kind, True))
         norms = []
         for few in (False, True):  # rows: either kernel makes them where there is no sum
-            with mock.patch.object(paths, "has_few_rows", return_value=few):
+            with mock.patch.object(paths, "norms_few_rows", return_value=few):
                 norms += [
                     normed(x, residual, weight, 1e-5, spec, kind)
                     for normed in (prologue.normed_encode, prologue.normed_encode_shown)

@@ -744,7 +744,7 @@ def test_a_layer_on_hopper(rows: int, recipe: str, compiled: bool) -> None:
 def test_a_block_on_hopper(tokens: int, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What its products add is what additions behind them make: eager and recorded."""
     # A norm of a sum is of another kernel than that of few rows, which adds squares in another order.
-    monkeypatch.setattr(paths, "has_few_rows", lambda _: False)
+    monkeypatch.setattr(paths, "norms_few_rows", lambda _: False)
     config = LlamaConfig(16, 1, 512, 4)
     torch.manual_seed(0)
     block = Block(config).to("cuda", HALF)

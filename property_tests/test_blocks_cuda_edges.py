@@ -37,6 +37,7 @@ def _needs_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(reason)
     # An operand without a mask, of the kernel for many rows, however few they are.
     monkeypatch.setattr(paths, "has_few_rows", lambda _: False)
+    monkeypatch.setattr(paths, "norms_few_rows", lambda _: False)
 
 
 def _kind(spec: str) -> str:

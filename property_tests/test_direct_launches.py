@@ -107,7 +107,7 @@ def test_launches_behind_a_gate_or_a_norm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """One kernel makes rows and quantizes them, of inputs where they lie; one multiplies."""
-    monkeypatch.setattr(paths, "has_few_rows", lambda _: few_rows)
+    monkeypatch.setattr(paths, "norms_few_rows", lambda _: few_rows)
     held, kernels.activation = _held(name), quest.recipe(name).activation
     g = torch.Generator().manual_seed(1)
     wide = torch.randn(2, 3, 2 * WIDTH, generator=g).to(dtype)

@@ -47,6 +47,12 @@ def test_up_to_which_rows_a_thread_block_quantizes_one() -> None:
         assert not paths.has_few_rows(torch.empty(rows + 1, width, device="meta"))
 
 
+def test_up_to_which_rows_a_thread_block_norms_one() -> None:
+    for rows, width in ((4096, 2048), (1489, 5632)):
+        assert paths.norms_few_rows(torch.empty(rows, width, device="meta"))
+        assert not paths.norms_few_rows(torch.empty(rows + 1, width, device="meta"))
+
+
 def test_bits_of_a_code() -> None:
     """None where rows have no entries."""
     for bits in (1, 2, 4, 8):

@@ -164,7 +164,8 @@ def test_norms_of_a_kernel(
 ) -> None:
     """As `test_rows_of_a_kernel`, with a residual and without; few rows without one by the other."""
     _needs_kernel()
-    monkeypatch.setattr(paths, "has_few_rows", lambda _: few_rows)
+    for name_ in ("has_few_rows", "norms_few_rows"):
+        monkeypatch.setattr(paths, name_, lambda _: few_rows)
     lane, (spec, kind) = Lane("triton-cuda", "cuda", "dispatch"), SPECS[name]
     q, probe = parse(spec), torch.empty(1, width, dtype=dtype, device="cuda")
     assert prologue.has_kernel(spec, probe, True)
@@ -194,7 +195,7 @@ def test_rows_of_several_warps(
 ) -> None:
     """Sums of two kinds that warps exchange, and weights of every part of a row."""
     _needs_kernel()
-    monkeypatch.setattr(paths, "has_few_rows", lambda _: few_rows)
+    monkeypatch.setattr(paths, "norms_few_rows", lambda _: few_rows)
     lane, (spec, kind) = Lane("triton-cuda", "cuda", "dispatch"), SPECS["w4a4"]
     for width in (4224, 5632, 11008):
         x, residual = (inputs.draw("mixed_rows", (5, width), dtype, i) for i in range(2))

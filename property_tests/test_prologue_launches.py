@@ -159,7 +159,7 @@ def test_a_norm(
 ) -> None:
     """As a gate; and the sum with a residual, in one piece. Of few rows, and no sum, another kernel's."""
     _there(monkeypatch, True)
-    monkeypatch.setattr(paths, "has_few_rows", lambda _: few_rows)
+    monkeypatch.setattr(paths, "norms_few_rows", lambda _: few_rows)
     one = "normed rows" if few_rows and not adds else "normed"
     spec, kind = SPECS[name]
     for dtype in (torch.float32, *HALVES):

@@ -243,10 +243,10 @@ def test_what_keeps_a_frozen_layer_from_it(
 
 
 @pytest.mark.parametrize("few", [False, True])
-def test_a_compiled_norm_before_few_rows_is_called(
+def test_a_compiled_norm_of_a_sum_before_few_rows_is_called(
     few: bool, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compiled, the norm is part of a kernel that there is; a gate goes on to have its own."""
+    """Compiled, the norm is part of a kernel that adds; one by itself, and a gate, have their own."""
     (layer,), norm, (x, other) = _frozen(monkeypatch), _norm(), _pair()
     monkeypatch.setattr(paths, "OPERAND_ELEMENTS", x.numel() - (not few))
     with torch.no_grad():
@@ -258,8 +258,10 @@ def test_a_compiled_norm_before_few_rows_is_called(
         if few:
             assert torch.equal(h, other + x)
             assert torch.equal(y, layer(norm(other + x)))
+        seen.calls.clear()
+        quest.normed(x, norm, [layer])
         quest.gated(x, other, layer)
-        assert seen.calls[-1] == "gated"
+        assert seen.calls == ["normed", "gated"]
 
 
 def test_norms_that_are_called(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -377,7 +377,7 @@ def _behind(
     if y.numel():
         rows = [t.reshape(-1, width) for t in xs]
         with ops.device_of(x):
-            if weight is not None and alone and paths.has_few_rows(x):
+            if weight is not None and alone and paths.norms_few_rows(x):
                 first, norm = blocks.readable(rows[0]), (weight, eps or 0.0)
                 few.launch(first, plan.program, plan.kind, n, width, a, scale, sums, norm)
             else:

@@ -47,6 +47,10 @@ FUSED_ELEMENTS = 3 * 2**12
 # its norm before so few are the compiler's: these and this kernel take less than one for all three
 # (prefill.txt).
 OPERAND_ELEMENTS = 2**21
+# The same behind a norm, which a Hadamard block a thread makes in two passes more: at 4096 rows of
+# 2048 the one takes 19.3 us with 4 bits and the other 22.8, at twice as many rows with 1 bit 30.8
+# and 31.3 (the records' quantizer.txt).
+NORM_ELEMENTS = 2**23
 
 _forced: str | None = None
 
@@ -120,6 +124,11 @@ def reads_compressed(rows: int) -> bool:
 def has_few_rows(x: Tensor) -> bool:
     """Whether x (..., d) is small for the quantizer; see OPERAND_ELEMENTS."""
     return x.numel() <= OPERAND_ELEMENTS
+
+
+def norms_few_rows(x: Tensor) -> bool:
+    """Whether x (..., d) is small for the quantizer with a norm; see NORM_ELEMENTS."""
+    return x.numel() <= NORM_ELEMENTS
 
 
 def few_rows(packed: Tensor, width: int) -> int:

@@ -207,7 +207,7 @@ def launch_normed_encode(
     form, bits = blocks.OPERANDS[kind]
     added = None
     with ops.device_of(x):
-        if residual is None and paths.has_few_rows(x):
+        if residual is None and paths.norms_few_rows(x):
             *made, shown = few.normed(lowbit.as_rows(x), weight, eps, program, kind, show=show)
         else:
             beside = None if residual is None else lowbit.as_rows(residual)

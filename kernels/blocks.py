@@ -34,7 +34,8 @@ RESERVED = 1024  # of a thread block, for the system (CUDA C++ Programming Guide
 # The numbers of blocks.cu.
 VALUES, PACKED, CODES, INTEGERS = range(4)
 OPERANDS = {"bits": (PACKED, 1), "codes": (CODES, 0), "integers": (INTEGERS, 0)}  # form, bits
-# Of a team that holds several rows, at most. What it fills must be so much more than a row alone fills.
+# Of a team that holds several rows, at most; and how much more of its threads they must fill than a
+# row alone would.
 MOST_ROWS, MOST_WARPS, GAIN = 6, 4, 1.1
 INPUTS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 PLAIN, GATED, NORMED, ADDED = range(4)  # prologues
@@ -100,7 +101,7 @@ def _shape(blocks: int, several: bool = True) -> Shape:
 
 
 def _team(blocks: int, most: int) -> tuple[int, int]:
-    """(rows, warps) whose threads they fill best: one row, or up to `most` if that is well worth it."""
+    """(rows, warps) whose threads they fill best: one, or up to `most` where that fills far more."""
 
     def filled(team: tuple[int, int]) -> float:
         return team[0] * blocks / (team[1] * TILE)

@@ -60,7 +60,8 @@ def quantize(
     made = _outputs(x, kind)
     if rows := math.prod(lead):
         x = rows_of(x if x.ndim == 2 else x.reshape(rows, d))
-        launch(x, program, kind, rows, d, *(t.data_ptr() for t in made))
+        operand, scale, sums = (t.data_ptr() for t in made)
+        launch(x, program, kind, rows, d, operand, scale, sums)
     return made
 
 
@@ -77,8 +78,9 @@ def normed(
     shown = outputs.empty(x.shape, x.dtype, x.device) if show else None
     if len(x):
         norm = blocks.readable(weight[None])[0], eps
-        x, at = blocks.readable(x), [t.data_ptr() for t in made]
-        launch(x, program, kind, *x.shape, *at, norm, cuda.pointer(shown))
+        x, (rows, d) = blocks.readable(x), x.shape
+        at = [t.data_ptr() for t in made]
+        launch(x, program, kind, rows, d, at[0], at[1], at[2], norm, cuda.pointer(shown))
     return *made, shown
 
 

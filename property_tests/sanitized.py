@@ -141,8 +141,8 @@ def _rows(name: str, width: int, dtype: torch.dtype) -> Launch:
     return run
 
 
-# More than the blocks of one multiprocessor take in a turn: 384 rows of 128, 12 of 4096, 8 of 5632, 4 of
-# 11008 (`blocks._shape`).
+# More than the blocks of one multiprocessor take in a turn: 384 rows of 128, 12 of 4096, 8 of 5632,
+# 4 of 11008 (`blocks._shape`).
 TURNS = {128: 1000, 256: 500, 4096: 30, 5632: 19, 11008: 9}
 
 

@@ -24,8 +24,8 @@ SPECS = (
     "uniform8/hadamard128/trust1.5/dense",
     "ternary/hadamard128/trust1.0/dense",
 )
-# Rows of 1, 4 and 16 blocks share a warp; those of 5, 12, 33 and 44 a team, six, five, three and two
-# of them; 28 blocks have a warp of their own, 86 a team; the last is the widest.
+# Rows of 1, 4 and 16 blocks share a warp; those of 5, 12, 33 and 44 a team, six, five, three and
+# two of them; 28 blocks have a warp of their own, 86 a team; the last is the widest.
 WIDTHS = (128, 512, 640, 1536, 2048, 3584, 4224, 5632, 11008, 49152)
 KINDS = ("gaussian", "heavy", "mixed_rows", "non_finite", "outlier")
 

@@ -447,11 +447,13 @@ def test_rows_on_addresses(of_rows: Device) -> None:
 
 @pytest.mark.parametrize("show", [False, True])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize(("grid", "kind", "form"), [("uniform1", "bits", 1), ("uniform4", "integers", 3)])
+@pytest.mark.parametrize(
+    ("grid", "kind", "form"), [("uniform1", "bits", 1), ("uniform4", "integers", 3)]
+)
 def test_norms_are_quantized(
     grid: str, kind: str, form: int, dtype: torch.dtype, show: bool, of_rows: Device
 ) -> None:
-    """Rows and a weight where they lie, at multiples of 16 bytes; the rows that were made on demand."""
+    """Rows and a weight where they lie, at multiples of 16 bytes; what was quantized on demand."""
     of_rows.architecture = "sm of None"
     q = quest.quantizer.parse(f"{grid}/hadamard128/ste/dense")
     wide, weights = torch.zeros(3, 1168, dtype=dtype), torch.zeros(1160, dtype=dtype)

@@ -21,7 +21,9 @@ LAUNCHES = {
         "rows w4a4 256 torch.float32",
     ),
     "prologues": (
-        "prologues w2a2 4096", "prologues w8a8 256 torch.float16", "prologues w4a4 5632",
+        "prologues w2a2 4096",
+        "prologues w8a8 256 torch.float16",
+        "prologues w4a4 5632",
     ),
     "products": (
         "product w1a1 bias torch.float32",

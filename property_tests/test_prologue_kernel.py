@@ -162,7 +162,7 @@ def test_many_turns_of_a_block(name: str, width: int, monkeypatch: pytest.Monkey
 def test_norms_of_a_kernel(
     few_rows: bool, name: str, dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `test_rows_of_a_kernel`, with a residual and without; few rows without one by the other."""
+    """As `test_rows_of_a_kernel`, with a residual and without; few rows, then, by the other."""
     _needs_kernel()
     for name_ in ("has_few_rows", "norms_few_rows"):
         monkeypatch.setattr(paths, name_, lambda _: few_rows)

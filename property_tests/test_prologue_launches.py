@@ -157,7 +157,7 @@ def test_a_gate_that_is_trained(
 def test_a_norm(
     few_rows: bool, adds: bool, name: str, launched: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a gate; and the sum with a residual, in one piece. Of few rows, and no sum, another kernel's."""
+    """As a gate; and the sum with a residual, in one piece. Of few rows, without, by another."""
     _there(monkeypatch, True)
     monkeypatch.setattr(paths, "norms_few_rows", lambda _: few_rows)
     one = "normed rows" if few_rows and not adds else "normed"

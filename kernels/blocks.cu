@@ -253,7 +253,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
 #endif
     ) {
   extern __shared__ uint4 tiles[];
-  __shared__ Exchange<float> first[MAX_TEAMS], second[MAX_TEAMS];
+  __shared__ Exchange<float, true> first[MAX_TEAMS], second[MAX_TEAMS];
   __shared__ Exchange<u32> largest[MAX_TEAMS];
   __shared__ Exchange<int> counts[MAX_TEAMS];
 #if __CUDA_ARCH__ >= 900

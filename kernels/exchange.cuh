@@ -1,10 +1,10 @@
 // What the threads that hold a row, or rows, have in common: a number for each row.
 //
 // Where a team has one row (ROWS = 1) each warp makes one number of its threads' and leaves it, and each
-// fetches those of all. (Rows that share a warp need no more than the warp.) A team of several rows has
-// warps with parts of two or more: each thread leaves its own number, and each warp makes those of all
-// rows of them, LANES a row, always in the order of a row's blocks. What a row gets then does not depend
-// on where among the team's it lies.
+// fetches those of all. (Rows that share a warp need no more than the warp.) In a team of several rows, of
+// one warp or more, a warp may have parts of several: each thread leaves its own number, and each warp
+// makes those of all rows of them, LANES a row, in the order in which a row by itself adds: what a row gets
+// depends neither on where among the team's it lies nor on how many rows a team has.
 //
 // Macros: ROWS, and of a team of several, WARPS.
 constexpr int MAX_WARPS = 12;
@@ -28,7 +28,7 @@ struct Nothing { template <typename T> __device__ void operator()(int, T) const 
 
 // Two sets of slots in turn: who leaves a number for a turn knows that all have fetched those of the turn
 // before the last.
-template <typename T> struct Exchange {
+template <typename T, bool ORDERED = false> struct Exchange {
   unsigned long long barrier;
   T slots[2][ROWS > 1 ? 32 * WARPS : MAX_WARPS];
 
@@ -72,12 +72,27 @@ template <typename T> struct Exchange {
       asm volatile("" : "+r"(lane));  // or all places are kept from row to row, and more is spilled
       const int row = lane / LANES;
       constexpr int MOST = 32 * WARPS / ROWS;  // blocks of a row
+      // Of floats in the order of a row that has warps of its own: a tree over each 32 blocks, and these one
+      // by one. What has no order takes fewer instructions.
+      constexpr int SPAN = ORDERED ? 32 : MOST;
 #pragma unroll
-      for (int first = 0; first < MOST; first += LANES) {
-        const int block = first + lane % LANES;
-        if (row < ROWS && block < p.blocks) own = f(own, slots[turn & 1][row * p.blocks + block]);
+      for (int first = 0; first < MOST; first += SPAN) {
+        T part[SPAN / LANES + 1] = {};
+#pragma unroll
+        for (int g = 0; g * LANES < SPAN && first + g * LANES < MOST; g++) {
+          const int block = first + g * LANES + lane % LANES;
+          T value = T();
+          if (row < ROWS && block < p.blocks) value = slots[turn & 1][row * p.blocks + block];
+          if (ORDERED) part[g] = over_warp(value, f, LANES);
+          else part[0] = f(part[0], value);
+        }
+#pragma unroll
+        for (int step = 1; ORDERED && step < 32 / LANES; step *= 2)
+#pragma unroll
+          for (int g = 0; g < 32 / LANES; g += 2 * step)
+            if (first + (g + step) * LANES < MOST) part[g] = f(part[g], part[g + step]);
+        own = f(own, ORDERED ? part[0] : over_warp(part[0], f, LANES));
       }
-      own = over_warp(own, f, LANES);
       each(row, own);
       return __shfl_sync(ALL, own, p.row * LANES);
     }

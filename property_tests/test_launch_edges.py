@@ -39,12 +39,13 @@ def _strided(t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("count", "warps", "teams"), [(1, 1, 4), (31, 1, 4), (33, 2, 2), (65, 3, 1), (129, 5, 1)]
+    ("count", "warps", "teams"), [(1, 1, 4), (31, 1, 4), (33, 4, 1), (49, 2, 2), (65, 3, 1), (129, 5, 1)]
 )
 def test_a_thread_block_of_the_block_quantizer(count: int, warps: int, teams: int) -> None:
-    """Four warps, or the row's where it has more than two; each with two buffers of 32 blocks."""
-    assert blocks._shape(count)[::2] == (warps, teams)
-    assert blocks._shared(count) == warps * teams * 2 * 32 * 2 * 128
+    """Four warps, or the team's where it has more than two; each with two buffers of 32 blocks."""
+    shape = blocks._shape(count)
+    assert (shape.warps, shape.teams) == (warps, teams)
+    assert shape.tiles == warps * teams * 2 * 32 * 2 * 128
 
 
 def test_how_much_a_block_of_few_rows_quantizes() -> None:

@@ -39,7 +39,8 @@ def _strided(t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("count", "warps", "teams"), [(1, 1, 4), (31, 1, 4), (33, 4, 1), (49, 2, 2), (65, 3, 1), (129, 5, 1)]
+    ("count", "warps", "teams"),
+    [(1, 1, 4), (31, 1, 4), (33, 4, 1), (49, 2, 2), (65, 3, 1), (129, 5, 1)],
 )
 def test_a_thread_block_of_the_block_quantizer(count: int, warps: int, teams: int) -> None:
     """Four warps, or the team's where it has more than two; each with two buffers of 32 blocks."""

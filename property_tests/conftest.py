@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 from property_tests.ledger import LEDGER, Ledger, slowest
+from property_tests.places import place  # noqa: F401, a fixture of all tests
 from quest.conformance import lanes
 
 torch.set_num_threads(1)

@@ -743,7 +743,7 @@ def test_a_layer_on_hopper(rows: int, recipe: str, compiled: bool) -> None:
 @pytest.mark.parametrize("tokens", [3, 60, 600])
 def test_a_block_on_hopper(tokens: int, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What its products add is what additions behind them make: eager and recorded."""
-    # A norm of a sum is of another kernel than one of few rows, which adds squares in another order.
+    # A norm of a sum is of another kernel than one of few rows: squares in another order.
     monkeypatch.setattr(paths, "norms_few_rows", lambda _: False)
     config = LlamaConfig(16, 1, 512, 4)
     torch.manual_seed(0)

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from property_tests.ledger import LEDGER
-from property_tests.walled import walled
-from quest import lowbit, operands, ops, paths, prologue
+from property_tests.places import Place
+from quest import lowbit, operands, ops, paths
 from quest.conformance import examine, inputs, judges
-from quest.conformance.lanes import Lane
+from quest.conformance.lanes import operators
 from quest.kernels import blocks, cuda
 from quest.quantizer import parse
 
 pytestmark = pytest.mark.whole
 
-LANE = Lane("triton-cuda", "cuda", "dispatch")
 SIGNS = "uniform1/hadamard128/ste/dense"
 FOUR = "uniform4/hadamard128/ste/dense"
 TERNARY = "ternary/hadamard128/ste/dense"
@@ -29,12 +28,7 @@ HALF, FULL = torch.bfloat16, torch.float32
 
 
 @pytest.fixture(autouse=True)
-def _needs_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    reason = cuda.unavailable(torch.device("cuda", torch.cuda.current_device()))
-    if reason is not None:
-        pytest.skip(reason)
+def _of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     # An operand without a mask, of the kernel for many rows, however few they are.
     monkeypatch.setattr(paths, "has_few_rows", lambda _: False)
     monkeypatch.setattr(paths, "norms_few_rows", lambda _: False)
@@ -44,10 +38,10 @@ def _kind(spec: str) -> str:
     return (operands.kinds(parse(spec), parse(spec)) or ("",))[0]
 
 
-def _judge(x: Tensor, spec: str, told: str) -> None:
+def _judge(place: Place, x: Tensor, spec: str, told: str) -> None:
     """T2, T3 and T0 of an operand; rows at the ends of a range may hold many near ties."""
-    found = examine.operand(LANE, x, parse(spec), _kind(spec))
-    LEDGER.judge(LANE, found, f"{told}, {tuple(x.shape)} {x.dtype}, {spec}", conclusive=False)
+    found = examine.operand(place.lane, x, parse(spec), _kind(spec))
+    LEDGER.judge(place.lane, found, f"{told}, {tuple(x.shape)} {x.dtype}, {spec}", conclusive=False)
 
 
 def _normal(shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -90,43 +84,43 @@ def _far(dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
-def test_signs_and_how_many(dtype: torch.dtype) -> None:
+def test_signs_and_how_many(place: Place, dtype: torch.dtype) -> None:
     """One bit an entry: every word of a block, a 0 among the positive ones, and their sums."""
     kinds = ("gaussian", "integers", "negative_zeros", "zeros", "non_finite", "one_hot")
     for i, kind in enumerate(kinds):
-        _judge(inputs.draw(kind, (9, 256), dtype, i), SIGNS, kind)
-    _judge(_odd(dtype), SIGNS, "equal numbers")
+        _judge(place, inputs.draw(kind, (9, 256), dtype, i), SIGNS, kind)
+    _judge(place, _odd(dtype), SIGNS, "equal numbers")
     if dtype == FULL:
-        _judge(_lost(), SIGNS, "a scale of 0")
+        _judge(place, _lost(), SIGNS, "a scale of 0")
 
 
 @pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
-def test_rows_that_are_computed_again(dtype: torch.dtype) -> None:
+def test_rows_that_are_computed_again(place: Place, dtype: torch.dtype) -> None:
     """Far from 1, or not finite: found in whichever chunk, block and warp of a row it lies."""
     # A part of a warp, of a team, a warp, a team: by one row, and by several.
     for width, step in ((256, 1), (640, 5), (3584, 7), (5632, 7), (8192, 7)):
-        _judge(_not_finite(dtype, width)[::step], FOUR, "not finite")
-    _judge(_far(dtype), FOUR, "far from 1")
+        _judge(place, _not_finite(dtype, width)[::step], FOUR, "not finite")
+    _judge(place, _far(dtype), FOUR, "far from 1")
     for i, kind in enumerate(("tiny", "subnormal", "huge", "mixed_rows", "zeros")):
-        _judge(inputs.draw(kind, (9, 256), dtype, i), FOUR, kind)
-    _judge(_odd(dtype), FOUR, "equal numbers")
+        _judge(place, inputs.draw(kind, (9, 256), dtype, i), FOUR, kind)
+    _judge(place, _odd(dtype), FOUR, "equal numbers")
 
 
-def test_sums_of_an_odd_grid() -> None:
+def test_sums_of_an_odd_grid(place: Place) -> None:
     for i, (kind, width) in enumerate(
         [("gaussian", 128), ("heavy", 256), ("zeros", 128), ("outlier", 384)]
     ):
-        _judge(inputs.draw(kind, (9, width), HALF, i), TERNARY, kind)
+        _judge(place, inputs.draw(kind, (9, width), HALF, i), TERNARY, kind)
 
 
 @pytest.mark.parametrize(("dtype", "spec"), [(HALF, CLIPPED), (FULL, TRUSTED)], ids=str)
-def test_values_and_masks(dtype: torch.dtype, spec: str) -> None:
+def test_values_and_masks(place: Place, dtype: torch.dtype, spec: str) -> None:
     """Of each word of a block; of zeros, which lie within any limit, and of an infinity."""
     x = _normal((11, 256)).to(dtype)
     x[:8] *= 2.0 ** torch.arange(-4, 4)[:, None]  # a limit is a product, not a sum
     x[8], x[9, 140] = 0.0, float("inf")
-    found = examine.quantizer(LANE, x, parse(spec), conclusive=False)
-    LEDGER.judge(LANE, found, f"{dtype}, {spec}", conclusive=False)
+    found = examine.quantizer(place.lane, x, parse(spec), conclusive=False)
+    LEDGER.judge(place.lane, found, f"{dtype}, {spec}", conclusive=False)
 
 
 # Three turns of 12 rows; two of 4; three of 6, of which a thread block has two; three of 8, which a
@@ -134,18 +128,20 @@ def test_values_and_masks(dtype: torch.dtype, spec: str) -> None:
 @pytest.mark.parametrize(
     ("width", "rows"), [(3584, 30), (8320, 5), (8192, 15), (5632, 19), (640, 160)]
 )
-def test_turns_of_a_multiprocessor(width: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turns_of_a_multiprocessor(
+    place: Place, width: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No row is left out, and none has the numbers of another, which differ much."""
     monkeypatch.setattr(cuda, "processors", lambda _: 1)
     powers = torch.arange(rows) * 37 % 41 - 20
     x = _normal((rows, width)) * 2.0 ** powers[:, None].double()
-    _judge(x.to(HALF), FOUR, "rows of unlike magnitudes")
+    _judge(place, x.to(HALF), FOUR, "rows of unlike magnitudes")
 
 
-def test_turns_of_the_widest_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turns_of_the_widest_rows(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three turns of a row of as many warps as there may be; of equal numbers all is exact."""
     monkeypatch.setattr(cuda, "processors", lambda _: 1)
-    x = (2.0 ** torch.arange(3)[:, None].repeat(1, 49152)).to("cuda", HALF)
+    x = (2.0 ** torch.arange(3)[:, None].repeat(1, 49152)).to(place.device, HALF)
     program = ops.program(parse(FOUR), x)
     operand, scale, _, sums, _ = blocks.quantize(x, program, form=blocks.INTEGERS, sums=True)
     # Of a block's transform the first number is far beyond the grid, and the others are 0.
@@ -158,23 +154,27 @@ def test_turns_of_the_widest_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Three turns of 4 rows, each with sums of two kinds that its two warps exchange; and of 6, by twos.
 @pytest.mark.parametrize(("width", "rows"), [(8192, 9), (5632, 17)])
-def test_turns_of_a_norm(width: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turns_of_a_norm(
+    place: Place, width: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cuda, "processors", lambda _: 1)
     powers = torch.arange(rows) * 37 % 41 - 20
     x = (_normal((rows, width)) * 2.0 ** powers[:, None].double()).to(HALF)
     weight = _normal((width,), 1).to(HALF)
     q, kind = parse(FOUR), _kind(FOUR)
-    found = examine.normed(LANE, x, None, weight, 1e-5, q, kind, conclusive=False)
-    LEDGER.judge(LANE, found, "norms of rows of unlike magnitudes", conclusive=False)
+    found = examine.normed(place.lane, x, None, weight, 1e-5, q, kind, conclusive=False)
+    LEDGER.judge(place.lane, found, "norms of rows of unlike magnitudes", conclusive=False)
 
 
-def test_a_gate() -> None:
+def test_a_gate(place: Place) -> None:
     """silu over all of its range, to where exp leaves float32; 16 rows a warp, and what is left."""
     gate = torch.linspace(-100, 100, 33 * 256).view(33, 256)
     gate[15:] /= 20
     gate, value = gate.to(HALF), inputs.draw("heavy", (33, 256), HALF, 1)
-    shown = prologue.gated_encode_shown(gate.cuda(), value.cuda(), FOUR, _kind(FOUR))[3]
-    LEDGER.judge(LANE, [judges.gated(gate, value, shown.cpu())], "a gate from -100 to 100")
+    shown = operators(place.lane.backend).gated_encode_shown(
+        gate.to(place.device), value.to(place.device), FOUR, _kind(FOUR)
+    )[3]
+    LEDGER.judge(place.lane, [judges.gated(gate, value, shown.cpu())], "a gate from -100 to 100")
 
 
 @pytest.mark.parametrize(
@@ -185,19 +185,19 @@ def test_a_gate() -> None:
     [(1, 128), (1, 256), (3, 512), (5, 3584), (3, 8192), (3, 5632), (4, 640), (1, 384)],
 )
 def test_nothing_is_written_beside_the_outputs(
-    rows: int, width: int, spec: str, form: int, bits: int
+    place: Place, rows: int, width: int, spec: str, form: int, bits: int
 ) -> None:
     """Addresses inside of larger tensors, as a prepared layer gives them; the last warp has room
     for rows that there are not.
     """
-    x = _normal((rows, width)).to("cuda", HALF)
+    x = _normal((rows, width)).to(place.device, HALF)
     program = ops.program(parse(spec), x)
     operand, scale, _, sums, _ = blocks.quantize(
         x, program, form=form, bits=bits, sums=True, masked=False
     )
     around = 64
     made = [
-        torch.full((around + t.numel() + around,), 77, dtype=t.dtype, device="cuda")
+        torch.full((around + t.numel() + around,), 77, dtype=t.dtype, device=place.device)
         for t in (operand, scale, sums)
     ]
     at = [t[around:].data_ptr() for t in made]
@@ -209,28 +209,28 @@ def test_nothing_is_written_beside_the_outputs(
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 128), (3, 384), (3, 3584), (3, 5632)])
-def test_nothing_is_read_beside_the_inputs(rows: int, width: int) -> None:
+def test_nothing_is_read_beside_the_inputs(place: Place, rows: int, width: int) -> None:
     """Neither blocks that a warp has room for nor rows of the next turn."""
-    x = _normal((rows, width)).to("cuda", HALF)
+    x = _normal((rows, width)).to(place.device, HALF)
     program, form = ops.program(parse(FOUR), x), blocks.INTEGERS
     plain = blocks.quantize(x, program, form=form)[0]
     gated = blocks.gated(x, x, program, form=form).out
-    with walled(x) as t:
+    with place.walled(x) as t:
         assert torch.equal(blocks.quantize(t, program, form=form)[0], plain)
         assert torch.equal(blocks.gated(t, t, program, form=form).out, gated)
 
 
-def test_rows_without_a_scale() -> None:
+def test_rows_without_a_scale(place: Place) -> None:
     """What plain PyTorch makes of them."""
     q = parse(FOUR)
     for dtype in (HALF, torch.float16, FULL):
         x = torch.cat((_not_finite(dtype, 256), torch.zeros(3, 256, dtype=dtype)))
-        made = lowbit.launch_operand(x.cuda(), q, _kind(FOUR))
+        made = lowbit.launch_operand(x.to(place.device), q, _kind(FOUR))
         for t, expected in zip(made, lowbit.eager_operand(x, q, _kind(FOUR)), strict=True):
             torch.testing.assert_close(t.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_what_is_lost_beside_the_largest() -> None:
+def test_what_is_lost_beside_the_largest(place: Place) -> None:
     """Numbers below half of the smallest, once their row's largest is brought near 1, are 0.
 
     All sums are exact: the arithmetic of plain PyTorch gives the same bits.
@@ -239,15 +239,15 @@ def test_what_is_lost_beside_the_largest() -> None:
     x[:, 5] = 2.0**127
     x[0, 128:], x[1, 128:] = -(2.0**-24), -(2.0**-20)
     q = parse(FOUR)
-    made = lowbit.launch_operand(x.cuda(), q, _kind(FOUR))
+    made = lowbit.launch_operand(x.to(place.device), q, _kind(FOUR))
     for t, expected in zip(made, lowbit.eager_operand(x, q, _kind(FOUR)), strict=True):
         assert torch.equal(t.cpu().view(torch.uint8), expected.view(torch.uint8))
 
 
-def test_the_same_numbers_in_float32() -> None:
+def test_the_same_numbers_in_float32(place: Place) -> None:
     """All is computed in float32, whatever the dtype: rows of usual magnitudes have its bits."""
     q = parse(FOUR)
-    x = (_normal((40, 256)) * 2.0 ** -torch.arange(40)[:, None].double()).to("cuda", HALF)
+    x = (_normal((40, 256)) * 2.0 ** -torch.arange(40)[:, None].double()).to(place.device, HALF)
     made = lowbit.launch_operand(x, q, _kind(FOUR))
     for t, expected in zip(made, lowbit.launch_operand(x.float(), q, _kind(FOUR)), strict=True):
         assert torch.equal(t.view(torch.uint8), expected.view(torch.uint8))

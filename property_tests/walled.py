@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -52,6 +54,26 @@ def walled(t: torch.Tensor, front: bool = False) -> Iterator[torch.Tensor]:
             .copy_(t)
         )
         torch.cuda.synchronize()
+
+
+@contextmanager
+def mapped(t: torch.Tensor, front: bool = False) -> Iterator[torch.Tensor]:
+    """As `walled`, in the memory of the CPU."""
+    page = mmap.PAGESIZE
+    held = -(-t.nbytes // page) * page
+    memory = mmap.mmap(-1, held + 2 * page)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    walls = [ctypes.c_void_p(base), ctypes.c_void_p(base + page + held)]
+    try:
+        for wall in walls:
+            assert libc.mprotect(wall, page, 0) == 0
+        offset = page + (0 if front else held - t.nbytes)
+        flat = torch.frombuffer(memory, dtype=torch.uint8, count=t.nbytes, offset=offset)
+        yield flat.view(t.dtype).view(t.shape).copy_(t)
+    finally:
+        for wall in walls:
+            libc.mprotect(wall, page, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 class _Bytes:

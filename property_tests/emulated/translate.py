@@ -1,0 +1,83 @@
+"""CUDA C++ as C++: inline PTX becomes calls of `device.h`."""
+
+from __future__ import annotations
+
+import re
+
+# What each PTX text does, with %i as its operands. As in the sources, but for space.
+PTX = {
+    "": "",
+    "griddepcontrol.launch_dependents;": "",
+    "mbarrier.init.shared.b64 [%0], %1;": "emulated::emulated_barrier_init(%0, %1)",
+    "{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}": "emulated::emulated_barrier_arrive(%0)",
+    "{.reg .pred done; again: mbarrier.test_wait.parity.shared.b64 done, [%0], %1; "
+    "@!done bra again; }": "emulated::emulated_barrier_wait(%0, %1)",
+    "{.reg .pred p; setp.eq.u32 p, %2, 0; @p cp.async.cg.shared.global [%0 + %3], [%1 + %4], 16; }":
+        "if (!(%2)) emulated::emulated_copy(%0 + %3, (const char *)(%1) + %4, 16)",
+    "cp.async.commit_group;": "emulated::emulated_commit()",
+    "cp.async.wait_group %0;": "emulated::emulated_wait_copies(%0)",
+    "ex2.approx.ftz.f32 %0, %1;": "%0 = emulated::flushed(exp2f(emulated::flushed(%1)))",
+    "rcp.approx.ftz.f32 %0, %1;": "%0 = emulated::flushed(1.0f / emulated::flushed(%1))",
+    "{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}": "%0 = emulated::half_at(%1, 0)",
+    "{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}": "%0 = emulated::half_at(%1, 16)",
+    "cvt.rn.f16x2.f32 %0, %1, %2;":
+        "%0 = emulated::half_of(%1) << 16 | emulated::half_of(%2)",
+    "cvt.rn.bf16x2.f32 %0, %1, %2;":
+        "%0 = emulated::bfloat_of(%1) << 16 | emulated::bfloat_of(%2)",
+}  # fmt: skip
+
+
+def _flat(ptx: str) -> str:
+    return re.sub(r"\s*([{};:,])\s*", r"\1", re.sub(r"\s+", " ", ptx).strip())
+
+
+MEANING = {_flat(ptx): done for ptx, done in PTX.items()}
+
+
+def translated(text: str) -> str:
+    """A kernel's source, its headers in place, as C++; ValueError for PTX that is not in `PTX`."""
+    text = re.sub(
+        r"extern __shared__ (\w+) (\w+)\[\];",
+        r"\1 *const \2 = emulated::dynamic_shared<\1>();",
+        text,
+    )
+    made, at = [], 0
+    for found in re.finditer(r"\basm(?: volatile)?\s*\(", text):
+        end = _closing(text, found.end())
+        made += [text[at : found.start()], _call(text[found.end() : end])]
+        at = end + 1
+    return "".join([*made, text[at:]])
+
+
+def _closing(text: str, at: int) -> int:
+    """Where the parenthesis that is open at `at` closes; quotes aside."""
+    depth, quoted = 1, False
+    while depth:
+        c = text[at]
+        if c == '"':
+            quoted = not quoted
+        elif not quoted:
+            depth += (c == "(") - (c == ")")
+        at += 1
+    return at - 1
+
+
+def _call(inside: str) -> str:
+    """The statement for what stands between the parentheses of an asm."""
+    said = re.match(r'(?:\s*"(?:[^"\\]|\\.)*")+', inside)
+    assert said is not None
+    ptx = _flat("".join(re.findall(r'"((?:[^"\\]|\\.)*)"', said[0])).replace("\\n", " "))
+    if ptx not in MEANING:
+        raise ValueError(f"the emulator has no such PTX: {ptx}")
+    operands, at = [], said.end()
+    while found := re.compile(r'\s*[:,]*\s*"([^"]*)"\s*(\()?').match(inside, at):
+        at = found.end()
+        if found[2]:
+            end = _closing(inside, at)
+            operands.append(inside[at:end].strip())
+            at = end + 1
+    return (
+        "do { "
+        + re.sub(r"%(\d+)", lambda n: f"({operands[int(n[1])]})", MEANING[ptx])
+        + "; } while (0)"
+    )

@@ -13,33 +13,23 @@ import torch
 
 import quest
 from property_tests.ledger import LEDGER
+from property_tests.places import Place
 from property_tests.prologues import on_hopper
 from property_tests.walled import walled
 from quest import operands, packing
 from quest.conformance import examine, inputs, judges
-from quest.conformance.lanes import Lane
 from quest.fused import few_linear_shown
-from quest.kernels import cuda, outputs
+from quest.kernels import outputs
 from quest.quantizer import parse
 
 pytestmark = pytest.mark.whole
 
 DEVICE = "cuda"
-LANE = Lane("triton-cuda", DEVICE, "dispatch")
 HALVES = (torch.bfloat16, torch.float16)
 WIDE = (torch.float32, torch.bfloat16)  # of a range that squares leave
 BITS, INTEGERS = "uniform1/hadamard128/ste/dense", "uniform4/hadamard128/ste/dense"
 # At the exponents 254, which is brought near 1 as 253 is, and 1; normal; below all exponents.
 POWERS = (127, 60, 1, -60, -126, -130)
-
-
-def _unavailable() -> str | None:
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    return cuda.unavailable(torch.device("cuda", torch.cuda.current_device()))
-
-
-on_cuda = pytest.mark.skipif(_unavailable() is not None, reason=str(_unavailable()))
 
 
 def _alone(value: float, dtype: torch.dtype) -> torch.Tensor:
@@ -136,11 +126,12 @@ def _fused(x: torch.Tensor, recipe: str) -> None:
         verdict.require()
 
 
-def _rows(x: torch.Tensor, spec: str) -> None:
+def _rows(place: Place, x: torch.Tensor, spec: str) -> None:
     """T2, T3 and T0 of an operand of few rows. Rows are made of ties, which prove nothing."""
     q = parse(spec)
     kind = (operands.kinds(q, q) or ("",))[0]
-    LEDGER.judge(LANE, examine.operand(LANE, x, q, kind), f"{x.dtype}, {spec}", conclusive=False)
+    found = examine.operand(place.lane, x, q, kind)
+    LEDGER.judge(place.lane, found, f"{x.dtype}, {spec}", conclusive=False)
 
 
 @on_hopper
@@ -241,34 +232,30 @@ def test_more_groups_than_warps() -> None:
     _fused(inputs.draw("mixed_rows", (16, 16384), torch.bfloat16, 3), "w4a4")
 
 
-@on_cuda
 @pytest.mark.parametrize("spec", [INTEGERS, BITS])
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
-def test_one_entry_at_every_place_of_a_row(dtype: torch.dtype, spec: str) -> None:
+def test_one_entry_at_every_place_of_a_row(place: Place, dtype: torch.dtype, spec: str) -> None:
     """The power of a row is that of its largest entry, wherever it lies."""
-    _rows(torch.cat([_alone(2.0**power, dtype) for power in POWERS]), spec)
+    _rows(place, torch.cat([_alone(2.0**power, dtype) for power in POWERS]), spec)
 
 
-@on_cuda
 @pytest.mark.parametrize("dtype", [*WIDE, torch.float16], ids=str)
-def test_an_entry_that_is_not_finite_at_every_place(dtype: torch.dtype) -> None:
+def test_an_entry_that_is_not_finite_at_every_place(place: Place, dtype: torch.dtype) -> None:
     x = inputs.draw("gaussian", (384, 128), dtype, 0)
     for i, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
         x[128 * i : 128 * i + 128].fill_diagonal_(bad)
-    _rows(x, INTEGERS)
+    _rows(place, x, INTEGERS)
 
 
-@on_cuda
 @pytest.mark.parametrize("spec", [BITS, INTEGERS])
 @pytest.mark.parametrize("dtype", [*WIDE, torch.float16], ids=str)
-def test_every_kind_of_row(dtype: torch.dtype, spec: str) -> None:
+def test_every_kind_of_row(place: Place, dtype: torch.dtype, spec: str) -> None:
     """Among them zeros of either sign, and rows at the ends of the range."""
     x = [inputs.draw(name, (8, 384), dtype, i) for i, name in enumerate(inputs.DISTRIBUTIONS)]
-    _rows(torch.cat([*x, _edges(dtype)]), spec)
+    _rows(place, torch.cat([*x, _edges(dtype)]), spec)
 
 
-@on_cuda
-def test_turns_of_a_row() -> None:
+def test_turns_of_a_row(place: Place) -> None:
     """As many blocks as the warps hold, two turns, three that are not full, and all that there are;
     one row that is large only at its end, one only at its beginning.
     """
@@ -277,12 +264,11 @@ def test_turns_of_a_row() -> None:
         x[1, -1], x[2, 0] = 2.0**100, -(2.0**127)
         x[3, width // 2] = torch.inf
         x[4] *= 2.0**-130
-        _rows(x, INTEGERS)
+        _rows(place, x, INTEGERS)
 
 
-@on_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_rows_whose_codes_are_not_odd(dtype: torch.dtype) -> None:
+def test_rows_whose_codes_are_not_odd(place: Place, dtype: torch.dtype) -> None:
     """A grid with a point at 0, and one of eight bits, beside what 16 bits and 32 have largest."""
     for spec in ("ternary/hadamard128/ste/dense", "uniform8/hadamard128/ste/dense"):
-        _rows(_edges(dtype), spec)
+        _rows(place, _edges(dtype), spec)

@@ -3,7 +3,9 @@
 //
 // A thread holds a block of 128 floats in registers, so that the butterfly is additions and nothing
 // else. (Two threads a block leave room for more warps; what they exchange costs more than that gains.)
-// A team of `warps` warps holds a row (or, where `segment` < 32, a warp holds 32 / segment rows).
+// A team of `warps` warps holds a row. Where a row alone would leave many threads idle it holds ROWS of
+// them, whose blocks lie one behind the other: a warp may have parts of several. Where `segment` < 32 a
+// warp holds 32 / segment rows. (Which is when: `Shape` in blocks.py.)
 // Rows come to shared memory by asynchronous copies, the next while this one is computed (of float32,
 // where a second buffer would halve the warps, after it); both ways a block's 16-byte chunks lie
 // swizzled, so that threads read their own blocks, and warps write whole lines, without bank conflicts.
@@ -20,7 +22,8 @@
 //
 // Macros: REGISTERS (of a thread), IN (the input's dtype), LEVELS, EDGE (mask by threshold; else all
 // ones), FORM, BITS, PROLOGUE, SHOWN (the rows that a prologue made are written, too), and SAVED: of
-// integers, the bits an entry, 2 or 4, in which the codes are written as well; or 0.
+// integers, the bits an entry, 2 or 4, in which the codes are written as well; or 0. ROWS: of a team; WARPS:
+// of a team of several rows, else of no account.
 #define VALUES 0    // dequantized, in the input's dtype
 #define PACKED 1    // codes from 0, BITS each
 #define CODES 2     // int8: the code
@@ -39,12 +42,12 @@ typedef long long i64;
 constexpr int IN_BITS = IN == FLOAT32 ? 32 : 16;
 constexpr int ORDER = 128, CHUNKS = IN_BITS;  // elements of a block; its 16-byte chunks
 constexpr int WORD = 32 / IN_BITS;            // elements of 4 bytes
-constexpr int SOURCES = PROLOGUE == GATED || PROLOGUE == ADDED ? 2 : 1;  // tiles of a row
-constexpr int BUFFERS = WORD / SOURCES;             // rows that a warp has room for
+constexpr int SOURCES = PROLOGUE == GATED || PROLOGUE == ADDED ? 2 : 1;  // tiles of a unit that a warp reads
+constexpr int BUFFERS = WORD / SOURCES;             // units whose tiles a warp has room for
 constexpr int TILE = 32;                 // blocks of a warp
 constexpr int MAX_TEAMS = ROWS > 1 ? 4 / WARPS : 4;
 constexpr bool NORMS = PROLOGUE == NORMED || PROLOGUE == ADDED;
-constexpr int SUMS = NORMS ? 2 : 1;  // of squares, that the warps of a row exchange
+constexpr int SUMS = NORMS ? 2 : 1;  // turns of `first` that a unit takes: sums of squares
 // Of an element; also the chunks of 16 bytes that a block becomes.
 constexpr int OUT_BITS = FORM == VALUES ? IN_BITS : FORM == PACKED ? BITS : 8;
 constexpr float ROOT = 11.313708498984761f;  // 128^0.5
@@ -241,7 +244,8 @@ __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, floa
 
 // x: (rows, 128 blocks) as chunks; scale (rows,), sums (rows,) or null; out, mask or null and, with SAVED,
 // saved by blocks.
-// units: rows, or, where segment < TILE, groups of TILE blocks; total: blocks of all rows; teams: of a
+// units: what a team holds at a time: a row; or ROWS rows, of which the last unit may have fewer; or, where
+// segment < TILE, TILE blocks. total: blocks of all rows; blocks: of a row; warps: of a team; teams: of a
 // thread block. beside: the second input, or null; shown: like x, or null; pitch: chunks from a row of x,
 // or of `beside`, to the next; weight: a row; added: h, as rows.
 extern "C" __global__ void __maxnreg__(REGISTERS)
@@ -305,7 +309,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
 #else
-  // Into slot 1 comes what is beside x, where a row has two sources; else the next row of x.
+  // Into slot 1 comes what is beside x, where there are two sources; else the next unit of x.
   const int log = __ffs(segment) - 1;
   auto fetch = [&](i64 unit, int slot) {
     if (unit < units) {
@@ -458,6 +462,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     if (leads) scale[row] = sigma;
     if (FORM != VALUES && sums) {
       sum = counts[team].leave(inside ? sum : 0, Add(), turn, now);
+      // Who leads no row needs no sum. That it may go on stands in exchange.cuh.
       if (ROWS > 1 ? __any_sync(ALL, leads) : warps > 1 && part == 0)
         sum = counts[team].fetch(sum, Add(), turn, now);
       if (leads) sums[row] = STRIDE * sum - TOP * 128 * blocks;  // of integers, from codes counted from 0

@@ -101,7 +101,7 @@ def _shape(blocks: int, several: bool = True) -> Shape:
 
 
 def _team(blocks: int, most: int) -> tuple[int, int]:
-    """(rows, warps) whose threads they fill best: one, or up to `most` where that fills far more."""
+    """(rows, warps) whose threads they fill best: one, or up to `most` where that is far more."""
 
     def filled(team: tuple[int, int]) -> float:
         return team[0] * blocks / (team[1] * TILE)

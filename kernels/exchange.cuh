@@ -27,7 +27,12 @@ struct Place { int warps, part, segment, blocks, row; };
 struct Nothing { template <typename T> __device__ void operator()(int, T) const {} };
 
 // Two sets of slots in turn: who leaves a number for a turn knows that all have fetched those of the turn
-// before the last.
+// before the last, since it fetched those of the last.
+//
+// A warp may skip a fetch if, before its next turn here, all fetch from another exchange, in which all arrive
+// after their turn here (of the codes' sums in blocks.cu: from that of the squares). Then all have arrived for
+// the turn that it skipped, and have fetched: no slot is still read, no phase gets two arrivals of a warp, and
+// the next fetch finds the barrier in its own phase or the next, which the parity tells apart.
 template <typename T, bool ORDERED = false> struct Exchange {
   unsigned long long barrier;
   T slots[2][ROWS > 1 ? 32 * WARPS : MAX_WARPS];

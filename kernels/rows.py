@@ -2,10 +2,15 @@
 
 The operand of a layer's input in inference: the same function as `blocks.quantize` for what it
 supports, blocks of 128 and uniform grids. There a block of 128 is a thread's, which takes the
-fewest instructions where rows are many; of few rows a thread's time is the kernel's. Squares are
-added in another order, so a scale may differ in its last bit from that of `blocks.quantize`.
+fewest instructions where rows are many; of few rows a thread's time is the kernel's.
+
+`normed` makes the rows itself by RMSNorm, as `blocks.normed` does without a residual, which saves
+writing them and reading them again.
+
+Squares are added in another order than in blocks.cu, so a scale, or an entry of a row that a norm
+makes, may differ in its last bit.
 The kernel after it may start early, see `cuda.Kernel.launch`.
-Source: QuEST (arXiv 2502.05003), Algorithm 1.
+Source: QuEST (arXiv 2502.05003), Algorithm 1; RMSNorm, arXiv 1910.07467.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ def _warps(width: int) -> int:
 
 
 def macros(dtype: torch.dtype, levels: int, kind: str, normed: bool = False) -> dict[str, int]:
-    """What rows.cu is compiled with, for an input of `dtype`."""
+    """What rows.cu is compiled with, for an input of `dtype`; normed: with a norm before it."""
     return {
         "IN": blocks.INPUTS[dtype], "LEVELS": levels, "FORM": blocks.OPERANDS[kind][0],
         "NORMED": int(normed),

@@ -251,3 +251,16 @@ def test_the_same_numbers_in_float32(place: Place) -> None:
     made = lowbit.launch_operand(x, q, _kind(FOUR))
     for t, expected in zip(made, lowbit.launch_operand(x.float(), q, _kind(FOUR)), strict=True):
         assert torch.equal(t.view(torch.uint8), expected.view(torch.uint8))
+
+
+# Five blocks, 20, 33 and 44: six, three, three and two rows a team; values are made of rows alone.
+@pytest.mark.parametrize("width", [640, 2560, 4224, 5632])
+def test_a_scale_is_that_of_a_row_by_itself(place: Place, width: int) -> None:
+    """Bit for bit, whatever is made of a row and wherever in a team it lies."""
+    x = _normal((25, width)).to(place.device, HALF)
+    program = ops.program(parse(FOUR), x)
+    scale = blocks.quantize(x, program, form=blocks.VALUES)[1]
+    for form, bits in ((blocks.INTEGERS, 0), (blocks.CODES, 0), (blocks.PACKED, 4)):
+        assert torch.equal(blocks.quantize(x, program, form=form, bits=bits)[1], scale)
+    alone = [blocks.quantize(row, program, form=blocks.INTEGERS)[1] for row in x.split(1)]
+    assert torch.equal(torch.cat(alone), scale)

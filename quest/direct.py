@@ -437,6 +437,7 @@ def _multiply(
     # The launch before lies between what wrote the weight and these, which makes it settled.
     if held.form(n, width) == "packed":
         assert packed is not None
+        assert residual is None  # `Frozen.adds` is of the operand's product
         few.launch(
             y.data_ptr(), a, packed.data_ptr(), n, columns, width,
             packed.shape[1] * 8 // width, device, y.dtype, terms.factor * plan.spread,

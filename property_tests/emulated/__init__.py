@@ -10,13 +10,17 @@ Takes the place of `kernels.cuda`'s compiler and loader, so that launchers are w
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,7 @@ HERE = Path(__file__).parent
 # Nothing is contracted or reordered: what a source leaves to NVRTC may differ in the last bit.
 # Calls tell of each access, for `runtime.cpp`.
 WATCHED = ("-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fsanitize=thread")
+KEPT = 3 * 86400  # seconds
 SHARED = 227 * 1024  # bytes of shared memory that a thread block may ask for, on Hopper
 
 
@@ -72,7 +77,9 @@ def _library(name: str, text: str, options: tuple[str, ...]) -> Path:
     line = [found, "-std=c++17", *options, "-w", "-fPIC", f"-I{HERE}"]
     told = "\n".join([*line, (HERE / "device.h").read_text(), text])
     made = _folder() / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.so"
-    if not made.exists():
+    if made.exists():
+        os.utime(made)
+    else:
         with tempfile.TemporaryDirectory(dir=_folder()) as work:
             # Linked apart, or the library of the tool that accesses are watched for comes along.
             part, whole = f"{work}/part.o", f"{work}/whole.so"
@@ -90,36 +97,49 @@ def _said(name: str, line: list[str], text: str) -> None:
 
 @functools.cache
 def _folder() -> Path:
-    path = Path(tempfile.gettempdir()) / f"quest-emulated-{os.getuid()}"
-    path.mkdir(mode=0o700, exist_ok=True)
+    """Where libraries are kept: in the user's cache; those not asked for in days are dropped."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    path = Path(cache) / "quest" / "emulated"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for old in path.glob("*.so"):
+            if time.time() - old.stat().st_mtime > KEPT:
+                old.unlink(missing_ok=True)
+    except OSError:  # a home that can't be written: compile in every process
+        path = Path(tempfile.mkdtemp(prefix="quest-emulated-"))
+        atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
 
 
 @dataclass
 class Kernel:
-    """As `cuda.Kernel`: a variant that is ready to be launched, at once and to its end."""
+    """As `cuda.Kernel`: a variant that is ready to be launched, at once and to its end.
+
+    run: of its library. seeds: one for each launch, which says who goes first and, where it is
+    odd, that copies happen as late as they may.
+    """
 
     run: Any
     device: int | None
     threads: int
     shared: int
     layout: str
-    seeds: list[int]
+    seeds: Iterator[int]
 
     def launch(self, blocks: int, *values: Any, overlap: bool = False) -> None:
         """As there; `Fault` for what a GPU would not forgive."""
-        assert blocks > 0
+        if blocks < 1:
+            raise Fault(f"a grid of {blocks} thread blocks")
         packed = cuda._Parameters(self.layout)
         packed.fill(*values)
-        for seed in self.seeds:
-            at = ctypes.c_void_p(packed.pointers)
-            if told := self.run(at, blocks, self.threads, self.shared, seed):
-                raise Fault(told.decode())
+        at = ctypes.c_void_p(packed.pointers)
+        if told := self.run(at, blocks, self.threads, self.shared, next(self.seeds)):
+            raise Fault(told.decode())
 
 
 @dataclass(frozen=True)
 class Code:
-    """What `compile_` would have compiled, which needs its entry to be."""
+    """What is compiled once its entry is known."""
 
     source: str
     macros: dict[str, int]
@@ -128,27 +148,29 @@ class Code:
 class Emulator:
     """Compiles and loads in the place of NVRTC and the driver.
 
-    seeds: of each launch, which is run with each in turn: who goes first, and (odd) whether copies
-    happen as late as they may. multiprocessors: of the device.
+    multiprocessors: of the device.
     """
 
-    def __init__(self, seeds: tuple[int, ...] = (0, 1), multiprocessors: int = 2) -> None:
-        self.seeds, self.multiprocessors = list(seeds), multiprocessors
+    def __init__(self, multiprocessors: int = 2) -> None:
+        self.multiprocessors = multiprocessors
         self.text: dict[str, str] = {}  # of a source, what stands in its place
+        self._seeds = itertools.count()
 
     def compile_(
         self, source: str, architecture: str, macros: dict[str, int], *, cached: bool = True
     ) -> Code:
+        """As `cuda.compile_`; what the compiler refuses is refused by `load`."""
         return Code(source, macros)
 
     def load(
         self, code: Code, entry: str, device: int | None, *, threads: int, shared: int, layout: str
     ) -> Kernel:
+        """As `cuda.load`; RuntimeError with what the compiler said."""
         path = compile_(code.source, code.macros, entry, self.text.get(code.source))
         runtime()
         run = ctypes.CDLL(str(path)).emulate
         run.restype = ctypes.c_char_p
-        return Kernel(run, device, threads, shared, layout, self.seeds)
+        return Kernel(run, device, threads, shared, layout, self._seeds)
 
 
 def instead(patch: pytest.MonkeyPatch, emulator: Emulator | None = None) -> Emulator:

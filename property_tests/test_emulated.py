@@ -1,0 +1,255 @@
+"""The emulator of CUDA C++: its numbers, and that it sees what a GPU would not forgive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from property_tests import emulated
+from property_tests.emulated.translate import translated
+from quest import ops
+from quest.kernels import blocks, cuda
+from quest.quantizer import parse
+
+pytestmark = [
+    pytest.mark.whole,
+    pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler"),
+]
+
+
+def _run(text: str, *arrays: Any, threads: int = 32, shared: int = 0, seed: int = 0) -> None:
+    """One block of the kernel `f`, of this body, which is given pointers p0, p1, ..."""
+    pointers = ", ".join(f"u32 *p{i}" for i in range(len(arrays)))
+    whole = f'typedef unsigned int u32;\nextern "C" __global__ void f({pointers}) {{\n{text}\n}}'
+    emulator = emulated.Emulator()
+    emulator.text["f.cu"] = whole
+    code = emulator.compile_("f.cu", "sm_90a", {})
+    layout = f"{len(arrays)}P"
+    kernel = emulator.load(code, "f", None, threads=threads, shared=shared, layout=layout)
+    for _ in range(seed):
+        next(kernel.seeds)
+    kernel.launch(1, *(a.ctypes.data for a in arrays))
+
+
+WORDS = st.lists(st.integers(0, 2**32 - 1), min_size=32, max_size=32)
+
+
+def _map(expression: str, *inputs: Any) -> np.ndarray[Any, Any]:
+    """An expression of words a, b and c, for 32 threads."""
+    arrays = [
+        t.view(np.uint32) if isinstance(t, np.ndarray) else np.array(t, np.uint32) for t in inputs
+    ]
+    out = np.zeros(32, np.uint32)
+    names = ", ".join(f"{name} = p{i}[t]" for i, name in enumerate("abc"[: len(arrays)]))
+    last = f"p{len(arrays)}"
+    _run(f"const int t = threadIdx.x; const u32 {names}; {last}[t] = {expression};", *arrays, out)
+    return out
+
+
+def _bytes(words: list[int]) -> np.ndarray[Any, Any]:
+    return np.array(words, np.uint32).view(np.uint8).reshape(-1, 4).astype(np.int64)
+
+
+@given(WORDS, WORDS, WORDS)
+def test_words(a: list[int], b: list[int], c: list[int]) -> None:
+    """Intrinsics by what the CUDA Math API says of them."""
+    x, y = _bytes(a), _bytes(b)
+    expected: dict[str, Any] = {
+        "__dp4a(a, b, c)": ((x * y).sum(1) + c) % 2**32,
+        "__vsub4(a, b)": ((x - y) % 256 << [0, 8, 16, 24]).sum(1),
+        "__funnelshift_l(a, b, c)": [
+            ((high << 32 | low) << (by % 32) >> 32) % 2**32
+            for low, high, by in zip(a, b, c, strict=True)
+        ],
+        "__popc(a)": [word.bit_count() for word in a],
+        "__ffs(a)": [(word & -word).bit_length() for word in a],
+    }
+    both, picks = np.concatenate([x, y], 1), [[n >> 4 * i & 15 for i in range(4)] for n in c]
+    picked = np.take_along_axis(both, np.array(picks) % 8, 1)
+    picked = np.where(np.array(picks) < 8, picked, picked // 128 * 255)
+    expected["__byte_perm(a, b, c)"] = (picked << [0, 8, 16, 24]).sum(1)
+    signed = [np.array(v, np.uint32).view(np.int32).astype(np.int64) for v in (a, b, c)]
+    total = (signed[0] + signed[1] + 2**31) % 2**32 - 2**31
+    expected["__viaddmin_s32_relu(a, b, c)"] = np.maximum(np.minimum(total, signed[2]), 0)
+    for expression, numbers in expected.items():
+        made = _map(expression, a, b, c)
+        assert made.tolist() == np.array(numbers, np.int64).tolist(), expression
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_floats(seed: int) -> None:
+    """Conversions are PyTorch's; what rounds down is the largest float that is not above."""
+    rng = np.random.default_rng(seed)
+    a, b, c = rng.integers(0, 2**32, (3, 32), np.uint32).view(np.float32)
+    for t in (a, b, c):
+        t[~np.isfinite(t)] = 0.0
+    a[8:20] = rng.normal(size=12)
+    b[8:20] = rng.normal(size=12) * 2.0 ** rng.integers(-30, 30, 12)
+    c[12:20] = -a[12:20].astype(np.float64) * b[12:20]  # what nearly cancels
+    for dtype, ptx in (
+        (torch.bfloat16, "cvt.rn.bf16x2.f32"), (torch.float16, "cvt.rn.f16x2.f32"),
+    ):  # fmt: skip
+        code = (
+            f'0; asm("{ptx} %0, %1, %2;" : "=r"(p2[t]) : '
+            '"f"(__uint_as_float(b)), "f"(__uint_as_float(a)))'
+        )
+        pairs = _map(code, a, b).view(np.int16).reshape(-1, 2)
+        made = torch.from_numpy(np.stack([a, b], 1)).to(dtype).view(torch.int16)
+        assert pairs.tolist() == made.tolist()
+    x, y, z = ([Fraction(float(v)) for v in t] for t in (a, b, c))
+    words = [f"__uint_as_float({name})" for name in "abc"]
+    for call, exact in (
+        ("__fadd_rd({}, {})", [u + v for u, v in zip(x, y, strict=True)]),
+        ("__fmaf_rd({}, {}, {})", [u * v + w for u, v, w in zip(x, y, z, strict=True)]),
+    ):
+        made_ = _map(f"__float_as_uint({call.format(*words)})", a, b, c).view(np.float32)
+        for number, got in zip(exact, made_, strict=True):
+            if abs(number) < Fraction(2.0**127):
+                above = np.nextafter(got, np.float32(np.inf))
+                assert Fraction(float(got)) <= number < Fraction(float(above))
+
+
+INIT = "__shared__ unsigned long long bar; const u32 at = __cvta_generic_to_shared(&bar);\n"
+MADE = (
+    'if (t == 0) asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(COUNT));\n'
+    "__syncthreads();\n"
+)
+ARRIVE = 'asm volatile("{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}" ::"r"(at));\n'
+WAIT = (
+    'asm volatile("{.reg .pred done;\\nagain:\\n mbarrier.test_wait.parity.shared.b64 done, [%0], '
+    '%1;\\n @!done bra again;\\n}" ::"r"(at), "r"(0));\n'
+)
+COPY = (
+    'asm volatile("{.reg .pred p;\\n setp.eq.u32 p, %2, 0;\\n @p cp.async.cg.shared.global '
+    '[%0 + %3], [%1 + %4], 16;\\n}" ::"r"(to), "l"(p0 + 4 * t), "r"(0), "n"(0), "n"(0));\n'
+    'asm volatile("cp.async.commit_group;");\n'
+)
+SET = "const int t = threadIdx.x; __shared__ u32 s[64];\n"
+# What a thread writes and its neighbour reads, with this between.
+PASSED = SET + "s[t] = t; {} p0[t] = s[t ^ 1];"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (PASSED.format(""), "a race"),
+        # Neither a shuffle nor a vote is a barrier of memory.
+        (PASSED.format("p1[t] = __shfl_xor_sync(~0u, t, 1);"), "a race"),
+        (PASSED.format("p1[t] = __any_sync(~0u, t);"), "a race"),
+        (SET + "s[t] = t; __syncwarp(); p0[t] = s[t ^ 32];", "a race"),
+        (SET + "s[t / 2] = t; __syncthreads(); p0[t] = s[0];", "a race: it writes shared"),
+        (SET + "p0[t] = s[t ^ 1]; s[t] = t;", "a race"),
+        (SET + "if (t < 31) __syncwarp();", "waits for ever: __syncwarp"),
+        (SET + "if (t < 31) __syncwarp();\nelse p0[t] = __shfl_sync(~0u, t, 0);", "others wait in"),
+        (SET + "__shfl_sync(1u, t, 0);", "of only some lanes"),
+        (SET + INIT + ARRIVE, "that was not initialized"),
+        (
+            SET + INIT + MADE.replace("__syncthreads();", "").replace("COUNT", "64") + ARRIVE,
+            "a race|not init",
+        ),
+        (SET + INIT + MADE.replace("COUNT", "65") + ARRIVE + WAIT, "waits for ever: a barrier"),
+        (SET + "__cvta_generic_to_shared(p0);", "is no address of shared memory"),
+        (SET + "const u32 to = (1u << 20) + 16 * t;" + COPY, "which are not the thread block's"),
+        (SET + "const u32 to = __cvta_generic_to_shared(s + t);" + COPY, "16 bytes at shared addr"),
+        (SET + "p0[t] = *(u32 *)(16 + 4 * t);", "which is not mapped"),
+    ],
+)
+def test_what_no_gpu_would_forgive(text: str, told: str) -> None:
+    for seed in range(4):
+        out = np.zeros((2, 256), np.uint32)
+        with pytest.raises(emulated.Fault, match=told):
+            _run(text, *out, threads=64, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_in_order(seed: int) -> None:
+    """By a barrier of the warp, of all, in shared memory; by a copy that was waited for."""
+    for between in ("__syncwarp();", "__syncthreads();"):
+        out = np.zeros((2, 256), np.uint32)
+        _run(PASSED.format(between), *out, threads=64, seed=seed)
+        assert out[0, :64].tolist() == [t ^ 1 for t in range(64)]
+    out = np.zeros((2, 256), np.uint32)
+    body = SET + INIT + MADE.replace("COUNT", "64") + "s[t] = t;\n" + ARRIVE + WAIT
+    _run(body + "p0[t] = s[63 - t];", *out, threads=64, seed=seed)
+    assert out[0, :64].tolist() == list(range(63, -1, -1))
+    source, out = np.arange(256, dtype=np.uint32), np.zeros(256, np.uint32)
+    body = "const int t = threadIdx.x; __shared__ uint4 s[64];\n"
+    body += "const u32 to = __cvta_generic_to_shared(s + t);\n" + COPY
+    body += 'asm volatile("cp.async.wait_group %0;" ::"n"(0) : "memory");\n'
+    body += "__syncwarp(); p1[t] = s[t ^ 1].y;"
+    _run(body, source, out, threads=64, seed=seed)
+    assert out[:64].tolist() == [4 * (t ^ 1) + 1 for t in range(64)]
+
+
+def test_copies_come_late_and_shared_memory_starts_as_nan() -> None:
+    """What is read before a copy was waited for is a race; what was there first, NaNs."""
+    source = np.arange(256, dtype=np.uint32)
+    body = "const int t = threadIdx.x; __shared__ uint4 s[64];\n"
+    body += "const u32 to = __cvta_generic_to_shared(s + t);\n" + COPY + "p1[t] = s[t].x;"
+    with pytest.raises(emulated.Fault, match="a copy write that was not waited for"):
+        _run(body, source, source.copy(), threads=64)
+    out = np.zeros(256, np.uint32)
+    _run(SET + "p0[t] = s[t];", out, threads=64)
+    assert out[:64].tolist() == [2**32 - 1] * 64
+
+
+def test_ptx_that_it_lacks() -> None:
+    with pytest.raises(ValueError, match=r"the emulator has no such PTX: frob\.u32 %0,%1;"):
+        translated('asm volatile("frob.u32 %0, %1;" : "=r"(a) : "r"(b));')
+    with pytest.raises(RuntimeError, match=r"f\.cu: (?s:.*)error: "):
+        _run("this is not C++")
+
+
+BLOCKS = cuda._text("blocks.cu")
+# What is lost of blocks.cu, or another than it was.
+BROKEN: dict[str, Callable[[str], str]] = {
+    "a tile is written while others read theirs": lambda s: s.replace(
+        "    __syncwarp();  // all have read their blocks of the tile\n", ""
+    ),
+    "a tile is fetched while others read theirs": lambda s: s.replace(
+        "    __syncwarp();  // the tile is free for the copy", "    //"
+    ),
+    "copies are not waited for": lambda s: s.replace(
+        '"n"(BUFFERS - 1) : "memory"', '"n"(BUFFERS) : "memory"'
+    ),
+    "copies of other threads are not waited for": lambda s: s.replace(
+        '"n"(BUFFERS - 1) : "memory");\n    __syncwarp();', '"n"(BUFFERS - 1) : "memory");'
+    ),
+    "a number is left before all have fetched": lambda s: s.replace(
+        "      __syncwarp();  // what they fetched before lies before the arrival, too\n", ""
+    ),
+    "one set of slots": lambda s: s.replace("slots[turn & 1]", "slots[0]"),
+    "the other parity": lambda s: s.replace('"r"(turn & 1)', '"r"(~turn & 1)'),
+    "barriers are used while they are made": lambda s: s.replace(
+        "    __syncthreads();\n  }\n#if PROLOGUE", "  }\n#if PROLOGUE"
+    ),
+    "a barrier counts one more": lambda s: s.replace(
+        "first[threadIdx.x].init(warps), second", "first[threadIdx.x].init(warps + 1), second"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [None, *BROKEN])
+def test_a_kernel_that_is_broken(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One multiprocessor: every buffer is used again."""
+    emulator = emulated.instead(monkeypatch, emulated.Emulator(multiprocessors=1))
+    text = BLOCKS if name is None else BROKEN[name](BLOCKS)
+    assert (text == BLOCKS) == (name is None)
+    emulator.text["blocks.cu"] = text
+    q, seen = parse("uniform4/hadamard128/ste/dense"), []
+    for rows, width in ((900, 128), (200, 640), (60, 5632), (20, 11008)):
+        blocks._kernel.cache_clear()
+        x = torch.randn(rows, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+        try:
+            blocks.quantize(x, ops.program(q, x), form=blocks.INTEGERS, sums=True)
+        except emulated.Fault as fault:
+            seen.append(str(fault))
+    blocks._kernel.cache_clear()
+    assert bool(seen) == (name is not None), seen

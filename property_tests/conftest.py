@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, Phase, Verbosity, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
+from property_tests import emulated
 from property_tests.ledger import LEDGER, Ledger, slowest
 from property_tests.places import place  # noqa: F401, a fixture of all tests
 from quest.conformance import lanes
@@ -106,6 +107,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         reason = lanes.missing(lane)
         if reason is not None:
             write(f"not run: {lane} ({reason})", yellow=True)
+    if emulated.compiler() is None:
+        write("not run: cuda-emulator (no C++ compiler)", yellow=True)
     for problem in _gathered.problems():
         write(problem, red=True)
     elements = sum(t.elements for t in _gathered.tallies.values())

@@ -13,7 +13,7 @@ from torch import Tensor
 from property_tests import emulated
 from property_tests.walled import mapped, walled
 from quest.conformance.lanes import Lane
-from quest.kernels import blocks, cuda, rows
+from quest.kernels import cuda
 
 
 @dataclass(frozen=True)
@@ -50,5 +50,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 def _forget() -> None:
     """Kernels that were loaded."""
+    from quest.kernels import blocks, rows  # which import Triton: not in every run
+
     for cached in (blocks._kernel, rows._kernel):
         cached.cache_clear()

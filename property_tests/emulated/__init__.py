@@ -70,7 +70,7 @@ def _library(name: str, text: str, options: tuple[str, ...]) -> Path:
     found = compiler()
     assert found is not None
     line = [found, "-std=c++17", *options, "-w", "-fPIC", f"-I{HERE}"]
-    told = "\n".join([*line, (HERE / "device.h").read_text(), text])
+    told = "\n".join([*line, *(path.read_text() for path in sorted(HERE.glob("*.h"))), text])
     made = _folder() / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.so"
     if not made.exists():
         with tempfile.TemporaryDirectory(dir=_folder()) as work:

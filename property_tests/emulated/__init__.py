@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from quest.kernels import cuda
+from quest.kernels import cuda, hopper
 
 from .translate import cluster, translated
 
@@ -161,6 +161,7 @@ def instead(patch: pytest.MonkeyPatch, emulator: Emulator | None = None) -> Emul
     patch.setattr(cuda, "compile_", emulator.compile_)
     patch.setattr(cuda, "load", emulator.load)
     patch.setattr(cuda, "unavailable", lambda _: None)
+    patch.setattr(hopper, "unavailable", lambda _: None)
     patch.setattr(cuda, "shared", lambda _: SHARED)
     patch.setattr(cuda, "processors", lambda _: emulator.multiprocessors)
     patch.setattr(cuda, "clusters", lambda _, size: max(1, emulator.multiprocessors // size))

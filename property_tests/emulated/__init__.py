@@ -27,14 +27,15 @@ from typing import Any
 
 import pytest
 
-from quest.kernels import cuda
+from quest.kernels import cuda, hopper
 
-from .translate import translated
+from .translate import cluster, translated
 
 HERE = Path(__file__).parent
 # Nothing is contracted or reordered: what a source leaves to NVRTC may differ in the last bit.
 # Calls tell of each access, for `runtime.cpp`.
 WATCHED = ("-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fsanitize=thread")
+PREPROCESSED = ("-E", "-D__CUDA_ARCH__=900", "-x", "c++", "-")
 KEPT = 3 * 86400  # seconds
 SHARED = 227 * 1024  # bytes of shared memory that a thread block may ask for, on Hopper
 
@@ -54,19 +55,18 @@ def compile_(source: str, macros: dict[str, int], entry: str, text: str | None =
 
     RuntimeError with what the compiler said where it refuses.
     """
-    whole = "\n".join([
-        *(f"#define {name} {value}" for name, value in macros.items()),
-        '#include "device.h"',
-        translated(cuda._text(source) if text is None else text),
-        f"EMULATED({entry})",
-    ])  # fmt: skip
-    return _library(source, whole, WATCHED)
+    found, text = compiler(), cuda._text(source) if text is None else text
+    assert found is not None
+    line = [found, *PREPROCESSED, *(f"-D{name}={value}" for name, value in macros.items())]
+    plain = _said(source, line, text)
+    made = f"EMULATED({entry}, {cluster(plain)})"
+    return _library(source, f'#include "device.h"\n{translated(plain)}\n{made}', WATCHED)
 
 
 @functools.cache
 def runtime() -> ctypes.CDLL:
     """What kernels run in, loaded such that their libraries find it."""
-    path = _library("runtime.cpp", (HERE / "runtime.cpp").read_text(), ("-O2",))
+    path = _library("runtime.cpp", (HERE / "runtime.cpp").read_text(), ("-O3",))
     return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
@@ -75,7 +75,7 @@ def _library(name: str, text: str, options: tuple[str, ...]) -> Path:
     found = compiler()
     assert found is not None
     line = [found, "-std=c++17", *options, "-w", "-fPIC", f"-I{HERE}"]
-    told = "\n".join([*line, (HERE / "device.h").read_text(), text])
+    told = "\n".join([*line, *(path.read_text() for path in sorted(HERE.glob("*.h"))), text])
     made = _folder() / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.so"
     if made.exists():
         os.utime(made)
@@ -89,10 +89,12 @@ def _library(name: str, text: str, options: tuple[str, ...]) -> Path:
     return made
 
 
-def _said(name: str, line: list[str], text: str) -> None:
+def _said(name: str, line: list[str], text: str) -> str:
+    """What a command makes of a text; RuntimeError."""
     done = subprocess.run(line, input=text, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr}")
+    return done.stdout
 
 
 @functools.cache
@@ -181,7 +183,9 @@ def instead(patch: pytest.MonkeyPatch, emulator: Emulator | None = None) -> Emul
     patch.setattr(cuda, "compile_", emulator.compile_)
     patch.setattr(cuda, "load", emulator.load)
     patch.setattr(cuda, "unavailable", lambda _: None)
+    patch.setattr(hopper, "unavailable", lambda _: None)
     patch.setattr(cuda, "shared", lambda _: SHARED)
     patch.setattr(cuda, "processors", lambda _: emulator.multiprocessors)
+    patch.setattr(cuda, "clusters", lambda _, size: max(1, emulator.multiprocessors // size))
     patch.setattr(cuda, "architecture", lambda _: "sm_90a")
     return emulator

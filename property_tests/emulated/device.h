@@ -10,13 +10,16 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __maxnreg__(...)
 #define __shared__ static __attribute__((section("emulated_shared")))
 #define __CUDA_ARCH__ 900
 
 struct Dimensions { unsigned x, y, z; };
 extern "C" Dimensions threadIdx, blockIdx, blockDim, gridDim;
+extern "C" unsigned emulated_rank;
 
+struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
@@ -29,10 +32,17 @@ static __attribute__((section("emulated_shared"), used)) char no_shared_memory[1
 namespace emulated {
 
 extern "C" {
-const char *emulated_run(void (*body)(void **), void **parameters, int blocks, int threads, int bytes,
-                         unsigned seed, char *shared, char *shared_end);
+const char *emulated_run(void (*body)(void **), void **parameters, int blocks, int cluster, int threads,
+                         int bytes, unsigned seed, char *shared, char *shared_end);
 void *emulated_dynamic();
 unsigned emulated_to_shared(const void *at);
+// shared: addresses of the thread's own block; else those of any of its cluster.
+unsigned emulated_map(unsigned at, unsigned rank);
+void emulated_put(unsigned at, const void *from, int bytes, bool shared);
+void emulated_add(unsigned at, unsigned value, bool shared);
+void emulated_aligned(const void *at, int bytes);  // or it fails
+void emulated_cluster_arrive(bool releases, int line);
+void emulated_cluster_wait(int line);
 void emulated_copy(unsigned to, const void *from, int bytes);
 void emulated_commit();
 void emulated_wait_copies(int left);
@@ -71,6 +81,17 @@ inline float add_down(double a, double b) {
   return (double)near > sum || ((double)near == sum && rest < 0) ? std::nextafterf(near, -INFINITY) : near;
 }
 
+// Nothing, and any values, from nowhere.
+inline void load(unsigned &a, unsigned &b, unsigned &c, unsigned &d, const void *from) {
+  a = b = c = d = 0xA5C3A5C3;
+  if (from) {
+    emulated_aligned(from, 16);
+    const unsigned *words = (const unsigned *)from;
+    a = words[0], b = words[1], c = words[2], d = words[3];
+  }
+}
+inline void put(unsigned at, uint2 words, bool shared) { emulated_put(at, &words, sizeof words, shared); }
+
 template <typename... A, size_t... I>
 void call(void (*kernel)(A...), void **parameters, std::index_sequence<I...>) {
   kernel(*(A *)parameters[I]...);
@@ -81,11 +102,14 @@ template <typename... A> void call(void (*kernel)(A...), void **parameters) {
 
 }  // namespace emulated
 
-// What Python calls: null, or what went wrong.
-#define EMULATED(kernel)                                                                                 \
+#include "mma.h"
+
+// What Python calls: null, or what went wrong. cluster: blocks of one.
+#define EMULATED(kernel, cluster)                                                                         \
   extern "C" const char *emulate(void **parameters, int blocks, int threads, int bytes, unsigned seed) { \
     return emulated::emulated_run([](void **p) { emulated::call(kernel, p); }, parameters, blocks,       \
-                                  threads, bytes, seed, __start_emulated_shared, __stop_emulated_shared); \
+                                  cluster, threads, bytes, seed, __start_emulated_shared,               \
+                                  __stop_emulated_shared);                                               \
   }
 
 #define __syncwarp() emulated::emulated_meet(false, 0xFFFFFFFF, 0, "__syncwarp", __builtin_LINE())
@@ -103,6 +127,18 @@ inline int __any_sync(unsigned mask, bool value, int line = __builtin_LINE()) {
   for (int i = 0; i < 32; i++)
     if (left[i]) return 1;
   return 0;
+}
+
+inline int __reduce_add_sync(unsigned mask, int value, int line = __builtin_LINE()) {
+  const uint64_t *left = emulated::emulated_meet(false, mask, emulated::packed(value), "__reduce_add_sync", line);
+  unsigned sum = 0;
+  for (int i = 0; i < 32; i++) sum += (unsigned)left[i];
+  return (int)sum;
+}
+inline int __reduce_max_sync(unsigned mask, int value, int line = __builtin_LINE()) {
+  const uint64_t *left = emulated::emulated_meet(false, mask, emulated::packed(value), "__reduce_max_sync", line);
+  for (int i = 0; i < 32; i++) value = value < (int)left[i] ? (int)left[i] : value;
+  return value;
 }
 
 template <typename A, typename B> std::common_type_t<A, B> min(A a, B b) {
@@ -123,6 +159,16 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rd(float a, float b) { return emulated::add_down(a, b); }
 inline float __fmaf_rd(float a, float b, float c) { return emulated::add_down((double)a * b, c); }
 inline int __viaddmin_s32_relu(int a, int b, int c) { return max(min((int)((unsigned)a + (unsigned)b), c), 0); }
+// Of both halves: max(min(a + b, c), 0).
+inline unsigned __viaddmin_s16x2_relu(unsigned a, unsigned b, unsigned c) {
+  unsigned r = 0;
+  for (int i = 0; i < 32; i += 16) {
+    const int16_t sum = (int16_t)((a >> i) + (b >> i)), most = (int16_t)(c >> i);
+    r |= (unsigned)max(min((int)sum, (int)most), 0) << i;
+  }
+  return r;
+}
+inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
 inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned by) {
   return (unsigned)((((uint64_t)high << 32 | low) << (by & 31)) >> 32);
 }
@@ -137,6 +183,10 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s) {
 }
 inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
   for (int i = 0; i < 32; i += 8) c += (a >> i & 0xFF) * (b >> i & 0xFF);
+  return c;
+}
+inline int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 32; i += 8) c += (int8_t)(a >> i) * (int8_t)(b >> i);
   return c;
 }
 inline unsigned __vsub4(unsigned a, unsigned b) {

@@ -4,20 +4,23 @@
 // drawn at random. What lies between two waits happens in one piece, but in any order: a barrier that is
 // missing shows as wrong numbers. It shows as well where the order happened to be right: what a thread
 // knows of the others (vector clocks) tells whether two accesses of shared memory were in an order at all.
-// Thread blocks run one after another.
+// Thread blocks run one after another; those of a cluster together, each with shared memory of its own.
 //
 // What no GPU would forgive ends the run with a message: races, threads that wait for what never comes,
-// lanes of a warp that meet at different instructions, accesses beyond shared memory or to memory that is
-// not mapped. Shared memory starts as NaNs. Asynchronous copies happen as soon, or as late, as they may.
+// lanes of a warp that meet at different instructions, accesses beyond shared memory, to that of a block which may
+// not have begun or has ended, or to memory that is not mapped. Shared memory starts as NaNs. Asynchronous copies happen as soon, or as late, as they may.
 //
 // Accesses are seen by the calls that the compiler makes of them for another tool, ThreadSanitizer, whose
 // own library is not there: the __tsan_ functions at the end.
 // Source of the order: PTX ISA, Memory Consistency Model; CUDA C++ Programming Guide (shuffles and votes are no
 // barriers of memory); FastTrack, Flanagan and Freund 2009, of which this is the plain form.
+#undef _FORTIFY_SOURCE  // which takes a jump to another stack for an error
+#include <csetjmp>
 #include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <ucontext.h>
 #include <unordered_map>
@@ -26,6 +29,7 @@
 struct Dimensions { unsigned x, y, z; };
 extern "C" {
 Dimensions threadIdx, blockIdx, blockDim, gridDim;
+unsigned emulated_rank;
 }
 
 namespace {
@@ -34,8 +38,10 @@ constexpr int WARP = 32;
 constexpr size_t STACK = 64 << 10;
 constexpr size_t LIMIT = 227 << 10;    // bytes of shared memory that a thread block may ask for
 constexpr uint32_t DYNAMIC = 1 << 20;  // where dynamic shared memory starts among addresses of shared memory
+constexpr int RANK = 24;               // of an address in a cluster: where its block's rank stands, from 1
 
-using Clock = std::vector<uint32_t>;  // of each thread, up to which moment it is known
+// Of each thread of a cluster, up to which moment it is known. Then how often all blocks are known to have met.
+using Clock = std::vector<uint32_t>;
 
 void join(Clock &own, const Clock &other) {
   for (size_t i = 0; i < own.size(); i++)
@@ -45,10 +51,13 @@ void join(Clock &own, const Clock &other) {
 struct Copy { char *to; const char *from; int bytes; };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // to begin
+  jmp_buf at;          // to go on
+  bool begun = false;
   std::vector<std::vector<Copy>> groups;  // of asynchronous copies; the last is not committed yet
   Clock clock;
   bool ended = false;
+  unsigned arrivals = 0, waits = 0;  // at the cluster's barrier
   const void *on = nullptr;  // what it waits for
   const char *what = "";
 };
@@ -60,6 +69,7 @@ struct Meeting {
   const char *what = nullptr;
   int line = 0;
   uint64_t left[2][WARP];
+  struct { uint32_t words[6]; } more[2][WARP];
   Clock known[2];
 };
 
@@ -69,29 +79,57 @@ struct Barrier {
   Clock coming, done;  // what those knew who arrived: in this phase, and up to the one before
 };
 
-// An access of some bytes of a word of shared memory; pending: by a copy that has not been waited for.
-struct Access { uint16_t thread; uint8_t bytes; bool writes, pending; uint32_t moment; };
+// An access of some bytes of a word of shared memory; pending: by a copy that has not been waited for. atomic: adds.
+struct Access { uint16_t thread; uint8_t bytes; bool writes, pending, atomic; uint32_t moment; };
 
-ucontext_t scheduler;
-std::vector<Fiber> fibers;
+struct Block {
+  Meeting all;
+  std::vector<std::vector<Access>> words[2];  // of static and dynamic shared memory
+  int alive;                                  // threads
+  Clock known;                                // what its threads knew when they ended
+};
+
+// The barrier of a cluster: how many threads have arrived, how often all had. coming, done: as of a `Barrier`.
+struct Gathering {
+  int arrived;
+  unsigned times;
+  Clock coming, done;
+};
+
+jmp_buf scheduler;
+std::vector<Fiber> fibers;  // of all blocks of a cluster
+std::vector<Block> blocks;  // of it
 std::vector<Meeting> warps;
-Meeting all;
-std::unordered_map<uint32_t, Barrier> barriers;
-std::vector<std::vector<Access>> words[2];  // of static and dynamic shared memory
+Gathering cluster;
+std::unordered_map<uint32_t, Barrier> barriers;  // by their addresses in the cluster
 std::vector<int> ready;
-int current = -1;
+int current = -1, alive;
+int resident;  // the block whose static shared memory lies where the compiler put it; others' are set aside
 std::mt19937 random_;
 bool late;
-std::vector<char> stacks, dynamic_memory;
-char *dynamic, *fixed, *fixed_end;
-size_t dynamic_bytes;
+std::unique_ptr<char[]> stacks;
+std::vector<char> memory;       // of all blocks
+char *dynamic, *aside;          // of the first
+size_t dynamic_hop, fixed_hop;  // to that of the next
+char *fixed, *fixed_end;
+size_t dynamic_bytes, stacks_bytes;
 void (*body)(void **);
 void **parameters;
 char message[512];
 bool failed;
 
 Fiber &self() { return fibers[current]; }
-void leave() { swapcontext(&self().context, &scheduler); }
+Block &own() { return blocks[emulated_rank]; }
+
+void leave() {
+  if (!_setjmp(self().at)) _longjmp(scheduler, 1);
+}
+void resume() {
+  if (_setjmp(scheduler)) return;
+  if (self().begun) _longjmp(self().at, 1);
+  self().begun = true;
+  setcontext(&self().context);
+}
 
 // Ends the run. Does not return.
 template <typename... A> void fail(const char *format, A... values) {
@@ -106,35 +144,50 @@ void wait(const void *on, const char *what) {
   leave();
 }
 
-void wake(const void *on) {
-  for (size_t i = 0; i < fibers.size(); i++)
-    if (fibers[i].on == on) fibers[i].on = nullptr, ready.push_back((int)i);
+void wake(const void *on, int first = 0, int count = (int)fibers.size()) {
+  for (int i = first; i < first + count; i++)
+    if (fibers[i].on == on) fibers[i].on = nullptr, ready.push_back(i);
 }
 
-// Where in shared memory an address lies: the address that instructions have for it; or -1.
-int64_t place(const void *at) {
+// An address of shared memory as those of a cluster: with the rank of its block.
+uint32_t ranked(uint32_t at, unsigned rank = emulated_rank) { return at >> RANK ? at : at | (rank + 1) << RANK; }
+unsigned rank_of(uint32_t at) { return (at >> RANK) - 1; }
+uint32_t offset_of(uint32_t at) { return at & ((1 << RANK) - 1); }
+
+// Where in shared memory an address lies; 0: nowhere.
+uint32_t place(const void *at) {
   const char *p = (const char *)at;
-  if (p >= dynamic && p < dynamic + dynamic_bytes) return DYNAMIC + (p - dynamic);
-  if (p >= fixed && p < fixed_end) return p - fixed;
-  return -1;
+  if (p >= dynamic && p < dynamic + dynamic_hop * blocks.size()) {
+    const size_t offset = (p - dynamic) % dynamic_hop;
+    return offset < dynamic_bytes ? ranked(DYNAMIC + offset, (p - dynamic) / dynamic_hop) : 0;
+  }
+  if (p >= fixed && p < fixed_end) return ranked(p - fixed);
+  if (p >= aside && p < aside + fixed_hop * blocks.size()) return ranked((p - aside) % fixed_hop, (p - aside) / fixed_hop);
+  return 0;
 }
 
-char *from_shared(uint32_t at, uint32_t bytes) {
+// shared: of the thread's own block; else of any of the cluster.
+char *from_shared(uint32_t at, uint32_t bytes, bool shared = true) {
+  const unsigned rank = rank_of(ranked(at));
+  const size_t offset = offset_of(at);
   if (at % bytes) fail("%u bytes at shared address %u", bytes, at);
-  if (at >= DYNAMIC && at - DYNAMIC + bytes <= dynamic_bytes) return dynamic + (at - DYNAMIC);
-  if (at + bytes <= (size_t)(fixed_end - fixed)) return fixed + at;
+  if (rank < blocks.size() && !(shared && rank != emulated_rank)) {
+    if (offset >= DYNAMIC && offset - DYNAMIC + bytes <= dynamic_bytes) return dynamic + rank * dynamic_hop + (offset - DYNAMIC);
+    if (offset + bytes <= (size_t)(fixed_end - fixed)) return (rank == emulated_rank ? fixed : aside + rank * fixed_hop) + offset;
+  }
   fail("%u bytes at shared address %u, which are not the thread block's", bytes, at);
   return nullptr;
 }
 
-enum Kind { READ, WRITE, COPY, COPIED };
-const char *const DOES[] = {"reads", "writes", "has a copy write", "has waited for a copy to"};
+enum Kind { READ, WRITE, ADD, COPY, COPIED };
+const char *const DOES[] = {"reads", "writes", "adds to", "has a copy write", "has waited for a copy to"};
 
 // An access of up to four bytes of a word of shared memory: an error where another is in no order with it.
-void access(int64_t at, int bytes, Kind kind) {
-  auto &word = words[at >= DYNAMIC][(at >= DYNAMIC ? at - DYNAMIC : at) / 4];
+void access(uint32_t place, int bytes, Kind kind) {
+  const uint32_t at = offset_of(place);
+  auto &word = blocks[rank_of(place)].words[at >= DYNAMIC][(at >= DYNAMIC ? at - DYNAMIC : at) / 4];
   const uint8_t mask = (uint8_t)(((1 << bytes) - 1) << at % 4);
-  const bool writes = kind != READ;
+  const bool writes = kind != READ, adds = kind == ADD;
   const Clock &clock = self().clock;
   if (kind == COPIED)  // its own, which it asked for
     for (size_t i = word.size(); i-- > 0;)
@@ -142,22 +195,30 @@ void access(int64_t at, int bytes, Kind kind) {
   for (size_t i = word.size(); i-- > 0;) {
     const Access &a = word[i];
     if (!(a.bytes & mask)) continue;
-    const bool before = a.thread == current || a.moment <= clock[a.thread];
-    if ((a.writes || writes) && (a.pending || !before))
-      fail("a race: it %s shared address %u, which thread %u %s", DOES[kind], (unsigned)at, (unsigned)a.thread,
-           a.pending ? "has a copy write that was not waited for" : a.writes ? "writes" : "reads");
-    if ((a.bytes & ~mask) == 0 && before && (writes || (a.thread == current && !a.writes)))
+    const bool mine = a.thread == current, before = mine || a.moment <= clock[a.thread];
+    if ((a.writes || writes) && !(a.atomic && adds) && (a.pending || !before)) {
+      const unsigned n = blockDim.x, first = blockIdx.x - emulated_rank;
+      fail("a race: it %s shared address %u of block %u, which thread %u of block %u %s", DOES[kind], at,
+           first + rank_of(place), a.thread % n, first + a.thread / n,
+           a.pending ? "has a copy write that was not waited for" : a.atomic ? "adds to" : a.writes ? "writes" : "reads");
+    }
+    // What the new one stands for: who is in order with it is in order with that.
+    if ((a.bytes & ~mask) == 0 && before && (adds ? mine && a.atomic : writes || (mine && !a.writes)))
       word[i] = word.back(), word.pop_back();
   }
-  word.push_back({(uint16_t)current, mask, writes, kind == COPY, clock[current]});
+  word.push_back({(uint16_t)current, mask, writes, kind == COPY, adds, clock[current]});
 }
 
 void accesses(const void *at, size_t bytes, Kind kind) {
   if (current < 0) return;
-  int64_t p = place(at);
-  if (p < 0) return;
-  for (const int64_t end = p + (int64_t)bytes; p < end;) {
-    const int n = (int)std::min<int64_t>(4 - p % 4, end - p);
+  uint32_t p = place(at);
+  if (!p) return;
+  if (const unsigned rank = rank_of(p); rank != emulated_rank) {
+    if (!self().clock.back()) fail("an access to shared memory of another block, which may not have begun");
+    if (!blocks[rank].alive) fail("an access to shared memory of another block, which has ended");
+  }
+  for (const uint32_t end = p + (uint32_t)bytes; p < end;) {
+    const int n = (int)std::min<uint32_t>(4 - p % 4, end - p);
     access(p, n, kind);
     p += n;
   }
@@ -165,52 +226,120 @@ void accesses(const void *at, size_t bytes, Kind kind) {
 
 Barrier &barrier(uint32_t at) {
   accesses(from_shared(at, 8), 8, READ);  // in order with what made it
-  const auto found = barriers.find(at);
+  const auto found = barriers.find(ranked(at));
   if (found == barriers.end()) fail("a barrier at shared address %u that was not initialized", at);
   return found->second;
 }
 
+struct Met { Meeting &meeting; unsigned turn; };
+
+// leave(meeting, turn): leaves what a thread brings.
+template <typename F> Met meet(bool block, unsigned mask, const char *what, int line, F leave) {
+  if (mask != 0xFFFFFFFF) fail("%s of line %d of only some lanes", what, line);
+  Meeting &m = block ? own().all : warps[current / WARP];
+  const int count = block ? (int)blockDim.x : WARP;
+  const bool orders = !strncmp(what, "__sync", 6);
+  if (m.arrived && (m.line != line || strcmp(m.what, what)))
+    fail("%s of line %d, where others wait in %s of line %d", what, line, m.what, m.line);
+  const unsigned turn = m.turn & 1;
+  if (!m.arrived) {
+    m.what = what, m.line = line;
+    if (orders) m.known[turn].assign(self().clock.size(), 0);
+  }
+  leave(m, turn);
+  if (orders) join(m.known[turn], self().clock);
+  if (++m.arrived == count) {
+    m.arrived = 0, m.turn++;
+    wake(&m, current / count * count, count);
+  } else {
+    while ((m.turn & 1) == turn) wait(&m, what);
+  }
+  if (orders) {
+    join(self().clock, m.known[turn]);
+    self().clock[current]++;
+  }
+  return {m, turn};
+}
+
+void gathered() {
+  cluster.arrived = 0, cluster.times++, cluster.done = cluster.coming;
+  wake(&cluster);
+}
+
+// The last thread of a block takes its shared memory along.
+void end_block(Block &block) {
+  const int first = (int)emulated_rank * (int)blockDim.x, last = first + (int)blockDim.x;
+  for (const auto &words : block.words)
+    for (const auto &word : words)
+      for (const Access &a : word)
+        if ((a.thread < first || a.thread >= last) && a.moment > block.known[a.thread])
+          fail("its block ends, whose shared memory thread %u of block %u %s", a.thread % blockDim.x,
+               blockIdx.x - emulated_rank + a.thread / blockDim.x, a.writes ? "writes" : "reads");
+}
+
 void enter() {
   body(parameters);
+  join(own().known, self().clock);
+  if (--own().alive == 0) end_block(own());
   self().ended = true;
+  if (--alive == cluster.arrived && alive) gathered();
   leave();
+}
+
+// The static shared memory of the thread's block, where the compiler put it.
+void bring() {
+  if (resident == (int)emulated_rank) return;
+  const size_t bytes = fixed_end - fixed;
+  memcpy(aside + resident * fixed_hop, fixed, bytes);
+  memcpy(fixed, aside + emulated_rank * fixed_hop, bytes);
+  resident = (int)emulated_rank;
 }
 
 // An access to memory that is not mapped, by a thread.
 void fault(int, siginfo_t *info, void *) { fail("an access to %p, which is not mapped", info->si_addr); }
 
-const char *run_block(int block, int threads) {
-  memset(fixed, 0xFF, fixed_end - fixed);
-  memset(dynamic, 0xFF, dynamic_bytes);
+// A cluster, from this block on.
+const char *run_blocks(int first, int threads) {
+  const size_t fixed_bytes = fixed_end - fixed;
+  const int count = threads * (int)blocks.size();
+  memset(memory.data(), 0xFF, memory.size());
+  memset(fixed, 0xFF, fixed_bytes);
+  const Clock none(count + 1, 0);
+  for (Block &block : blocks) {
+    block.all = Meeting{};
+    block.words[0].assign(fixed_bytes / 4 + 1, {});
+    block.words[1].assign(dynamic_bytes / 4 + 1, {});
+    block.alive = threads, block.known = none;
+  }
   barriers.clear();
-  words[0].assign((fixed_end - fixed) / 4 + 1, {});
-  words[1].assign(dynamic_bytes / 4 + 1, {});
-  warps.assign(threads / WARP, Meeting{});
-  all = Meeting{};
-  fibers.assign(threads, Fiber{});
+  warps.assign(count / WARP, Meeting{});
+  cluster = {0, 0, none, none};
+  fibers.clear();
+  fibers.resize(count);
   ready.clear();
-  for (int i = 0; i < threads; i++) {
+  resident = 0, alive = count;
+  for (int i = 0; i < count; i++) {
     Fiber &f = fibers[i];
     f.groups.emplace_back();
-    f.clock.assign(threads, 0);
+    f.clock = none;
     f.clock[i] = 1;
     getcontext(&f.context);
-    f.context.uc_stack.ss_sp = stacks.data() + STACK * i, f.context.uc_stack.ss_size = STACK;
-    f.context.uc_link = &scheduler;
+    f.context.uc_stack.ss_sp = stacks.get() + STACK * i, f.context.uc_stack.ss_size = STACK;
     makecontext(&f.context, enter, 0);
     ready.push_back(i);
   }
-  blockIdx.x = block;
   while (!ready.empty()) {
     std::swap(ready[random_() % ready.size()], ready.back());
     current = ready.back(), ready.pop_back();
-    threadIdx.x = current;
-    swapcontext(&scheduler, &self().context);
+    emulated_rank = current / threads, threadIdx.x = current % threads, blockIdx.x = first + emulated_rank;
+    bring();
+    resume();
     if (failed) return message;
   }
-  for (int i = 0; i < threads; i++) {
+  for (int i = 0; i < count; i++) {
     if (fibers[i].ended) continue;
-    snprintf(message, sizeof message, "block %d, thread %d waits for ever: %s", block, i, fibers[i].what);
+    snprintf(message, sizeof message, "block %d, thread %d waits for ever: %s", first + i / threads, i % threads,
+             fibers[i].what);
     return message;
   }
   return nullptr;
@@ -220,47 +349,95 @@ const char *run_block(int block, int threads) {
 
 extern "C" {
 
-// Runs the blocks of a grid, one after another: what went wrong, or null. An odd seed: copies happen when they
-// are waited for, and not before.
-const char *emulated_run(void (*kernel)(void **), void **values, int blocks, int threads, int bytes, unsigned seed,
-                         char *shared, char *shared_end) {
+const uint64_t *emulated_meet(bool block, unsigned mask, uint64_t value, const char *what, int line);
+
+// Runs a grid, in clusters of so many blocks: what went wrong, or null. An odd seed: copies happen when they are
+// waited for, and not before.
+const char *emulated_run(void (*kernel)(void **), void **values, int grid, int clustered, int threads, int bytes,
+                         unsigned seed, char *shared, char *shared_end) {
   if ((size_t)bytes + (shared_end - shared) > LIMIT) return "more shared memory than a thread block may have";
   if (threads % WARP) return "warps that are not whole";
+  if (grid % clustered) return "clusters that are not whole";
   body = kernel, parameters = values, failed = false, late = seed & 1;
   random_.seed(seed);
-  stacks.resize(STACK * threads);
-  dynamic_memory.resize(bytes + 1024);
-  dynamic = (char *)(((uintptr_t)dynamic_memory.data() + 1023) / 1024 * 1024), dynamic_bytes = bytes;
-  fixed = shared, fixed_end = shared_end;
-  gridDim = {(unsigned)blocks, 1, 1}, blockDim = {(unsigned)threads, 1, 1};
+  blocks.assign(clustered, Block{});
+  if (const size_t wanted = STACK * threads * clustered; wanted > stacks_bytes)
+    stacks.reset(new char[wanted]), stacks_bytes = wanted;  // of which little is ever touched
+  fixed = shared, fixed_end = shared_end, fixed_hop = fixed_end - fixed;
+  dynamic_bytes = bytes, dynamic_hop = (bytes + 1024) / 1024 * 1024;
+  memory.resize(1024 + (dynamic_hop + fixed_hop) * clustered);
+  dynamic = (char *)(((uintptr_t)memory.data() + 1023) / 1024 * 1024), aside = dynamic + dynamic_hop * clustered;
+  gridDim = {(unsigned)grid, 1, 1}, blockDim = {(unsigned)threads, 1, 1};
 
-  static char aside[64 << 10];  // a fiber's stack may be what is not mapped
+  static char spare[64 << 10];  // a fiber's stack may be what is not mapped
   stack_t stack{}, stack_before;
-  stack.ss_sp = aside, stack.ss_size = sizeof aside;
+  stack.ss_sp = spare, stack.ss_size = sizeof spare;
   sigaltstack(&stack, &stack_before);
   struct sigaction action {}, before[2];
   action.sa_sigaction = fault, action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
   sigaction(SIGSEGV, &action, &before[0]), sigaction(SIGBUS, &action, &before[1]);
   const char *told = nullptr;
-  for (int block = 0; block < blocks && !told; block++) told = run_block(block, threads);
+  for (int block = 0; block < grid && !told; block += clustered) told = run_blocks(block, threads);
   current = -1;
   sigaction(SIGSEGV, &before[0], nullptr), sigaction(SIGBUS, &before[1], nullptr);
   sigaltstack(&stack_before, nullptr);
   return told;
 }
 
-void *emulated_dynamic() { return dynamic; }
+void *emulated_dynamic() { return dynamic + emulated_rank * dynamic_hop; }
 
 unsigned emulated_to_shared(const void *at) {
-  if (at == dynamic + dynamic_bytes) return DYNAMIC + (unsigned)dynamic_bytes;
-  const int64_t found = place(at);
-  if (found < 0) fail("%p is no address of shared memory", at);
-  return (unsigned)found;
+  if (at == (char *)emulated_dynamic() + dynamic_bytes) return DYNAMIC + (unsigned)dynamic_bytes;
+  const uint32_t found = place(at);
+  if (!found || rank_of(found) != emulated_rank) fail("%p is no address of the thread block's shared memory", at);
+  return offset_of(found);
+}
+
+// Shared memory of a cluster's blocks.
+unsigned emulated_map(unsigned at, unsigned rank) {
+  if (rank >= blocks.size()) fail("there is no block %u in a cluster of %zu", rank, blocks.size());
+  return ranked(offset_of(at), rank);
+}
+void emulated_put(unsigned at, const void *from, int bytes, bool shared) {
+  char *const to = from_shared(at, bytes, shared);
+  accesses(to, bytes, WRITE);
+  memcpy(to, from, bytes);
+}
+void emulated_add(unsigned at, unsigned value, bool shared) {
+  char *const to = from_shared(at, sizeof value, shared);
+  accesses(to, sizeof value, ADD);
+  *(unsigned *)to += value;
+}
+
+// The barrier of a cluster. releases: what was written before can be seen behind it.
+void emulated_cluster_arrive(bool releases, int line) {
+  emulated_meet(false, 0xFFFFFFFF, 0, "barrier.cluster.arrive", line);  // aligned
+  Fiber &f = self();
+  if (f.arrivals != f.waits) fail("barrier.cluster.arrive of line %d, again, and no wait before it", line);
+  f.arrivals++;
+  if (releases) {
+    join(cluster.coming, f.clock);
+    f.clock[current]++;
+  }
+  if (++cluster.arrived == alive) gathered();
+}
+void emulated_cluster_wait(int line) {
+  emulated_meet(false, 0xFFFFFFFF, 0, "barrier.cluster.wait", line);
+  Fiber &f = self();
+  if (f.arrivals == f.waits) fail("barrier.cluster.wait of line %d, and no arrive before it", line);
+  while (cluster.times < f.arrivals) wait(&cluster, "barrier.cluster.wait");
+  f.waits++;
+  join(f.clock, cluster.done);
+  f.clock.back() = f.waits;
+}
+
+void emulated_aligned(const void *at, int bytes) {
+  if ((uintptr_t)at % bytes) fail("%d bytes at %p, no multiple of them", bytes, at);
 }
 
 // Asynchronous copies of a thread.
 void emulated_copy(unsigned to, const void *from, int bytes) {
-  if ((uintptr_t)from % bytes) fail("an asynchronous copy of %d bytes from %p, no multiple of them", bytes, from);
+  emulated_aligned(from, bytes);
   const Copy copy{from_shared(to, bytes), (const char *)from, bytes};
   accesses(copy.to, bytes, COPY);
   if (!late) memcpy(copy.to, copy.from, bytes);
@@ -280,8 +457,8 @@ void emulated_wait_copies(int left) {
 
 void emulated_barrier_init(unsigned at, unsigned count) {
   accesses(from_shared(at, 8), 8, WRITE);
-  const Clock none(fibers.size(), 0);
-  barriers[at] = {count, count, 0, none, none};
+  const Clock none(self().clock.size(), 0);
+  barriers[ranked(at)] = {count, count, 0, none, none};
 }
 void emulated_barrier_arrive(unsigned at) {
   Barrier &b = barrier(at);
@@ -299,30 +476,15 @@ void emulated_barrier_wait(unsigned at, unsigned parity) {
 }
 
 const uint64_t *emulated_meet(bool block, unsigned mask, uint64_t value, const char *what, int line) {
-  if (mask != 0xFFFFFFFF) fail("%s of line %d of only some lanes", what, line);
-  Meeting &m = block ? all : warps[current / WARP];
-  const int count = block ? (int)fibers.size() : WARP;
-  const bool orders = !strncmp(what, "__sync", 6);
-  if (m.arrived && (m.line != line || strcmp(m.what, what)))
-    fail("%s of line %d, where others wait in %s of line %d", what, line, m.what, m.line);
-  const unsigned turn = m.turn & 1;
-  if (!m.arrived) {
-    m.what = what, m.line = line;
-    if (orders) m.known[turn].assign(fibers.size(), 0);
-  }
-  m.left[turn][current % WARP] = value;
-  if (orders) join(m.known[turn], self().clock);
-  if (++m.arrived == count) {
-    m.arrived = 0, m.turn++;
-    wake(&m);
-  } else {
-    while ((m.turn & 1) == turn) wait(&m, what);
-  }
-  if (orders) {
-    join(self().clock, m.known[turn]);
-    self().clock[current]++;
-  }
-  return m.left[turn];
+  const Met met = meet(block, mask, what, line, [&](Meeting &m, int turn) { m.left[turn][current % WARP] = value; });
+  return met.meeting.left[met.turn];
+}
+// Of a warp: six words from each.
+const void *emulated_gather(const void *own, const char *what, int line) {
+  const Met met = meet(false, 0xFFFFFFFF, what, line, [&](Meeting &m, int turn) {
+    memcpy(&m.more[turn][current % WARP], own, sizeof m.more[turn][0]);
+  });
+  return met.meeting.more[met.turn];
 }
 
 // What the compiler calls before each access.

@@ -8,6 +8,23 @@ import re
 PTX = {
     "": "",
     "griddepcontrol.launch_dependents;": "",
+    "griddepcontrol.wait;": "",
+    "mov.u32 %0, %%cluster_ctarank;": "%0 = emulated_rank",
+    "barrier.cluster.arrive.relaxed.aligned;":
+        "emulated::emulated_cluster_arrive(false, __builtin_LINE())",
+    "barrier.cluster.arrive.release.aligned;":
+        "emulated::emulated_cluster_arrive(true, __builtin_LINE())",
+    "barrier.cluster.wait.acquire.aligned;": "emulated::emulated_cluster_wait(__builtin_LINE())",
+    "mapa.shared::cluster.u32 %0, %0, %1;": "%0 = emulated::emulated_map(%0, %1)",
+    "red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;":
+        "emulated::emulated_add(%0, %1, false)",
+    "red.relaxed.cta.shared::cta.add.u32 [%0], %1;": "emulated::emulated_add(%0, %1, true)",
+    "st.shared::cluster.v2.u32 [%0], {%1, %2};": "emulated::put(%0, {%1, %2}, false)",
+    "st.shared::cta.v2.u32 [%0], {%1, %2};": "emulated::put(%0, {%1, %2}, true)",
+    "{.reg .pred p; setp.ne.u32 p, %5, 0; "
+    "@p ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];}":
+        "emulated::load(%0, %1, %2, %3, %5 ? %4 : nullptr)",
+    "ld.global.v4.u32 {%0, %1, %2, %3}, [%4];": "emulated::load(%0, %1, %2, %3, %4)",
     "mbarrier.init.shared.b64 [%0], %1;": "emulated::emulated_barrier_init(%0, %1)",
     "{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}": "emulated::emulated_barrier_arrive(%0)",
     "{.reg .pred done; again: mbarrier.test_wait.parity.shared.b64 done, [%0], %1; "
@@ -20,6 +37,28 @@ PTX = {
     "rcp.approx.ftz.f32 %0, %1;": "%0 = emulated::flushed(1.0f / emulated::flushed(%1))",
     "{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}": "%0 = emulated::half_at(%1, 0)",
     "{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}": "%0 = emulated::half_at(%1, 16)",
+    **{
+        f"mma.sync.aligned.{shape} {{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, "
+        "{%0, %1, %2, %3};":
+            "int sum_[4] = {%0, %1, %2, %3}; "
+            f"emulated::{does}(sum_, {{{{%4, %5, %6, %7}}, {{%8, %9}}}}, __builtin_LINE()); "
+            "%0 = sum_[0], %1 = sum_[1], %2 = sum_[2], %3 = sum_[3]"
+        for shape, does in (
+            ("m16n8k256.row.col.s32.b1.b1.s32.and.popc", "mma_and_popc"),
+            ("m16n8k32.row.col.s32.u8.s8.s32", "mma_u8_s8"),
+        )
+    },
+    **{
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};":
+            "float sum_[4] = {%10, %10, %10, %10}; "
+            f"emulated::mma_{kind}(sum_, {{{{%4, %5, %6, %7}}, {{%8, %9}}}}, __builtin_LINE()); "
+            "%0 = sum_[0], %1 = sum_[1], %2 = sum_[2], %3 = sum_[3]"
+        for kind in ("f16", "bf16")
+    },
+    "cvt.f32.f16 %0, %1;": "%0 = emulated::half_at(%1, 0)",
+    "cvt.rn.f16.f32 %0, %1;": "%0 = emulated::half_of(%1)",
+    "cvt.rn.bf16.f32 %0, %1;": "%0 = emulated::bfloat_of(%1)",
     "cvt.rn.f16x2.f32 %0, %1, %2;":
         "%0 = emulated::half_of(%1) << 16 | emulated::half_of(%2)",
     "cvt.rn.bf16x2.f32 %0, %1, %2;":
@@ -34,8 +73,14 @@ def _flat(ptx: str) -> str:
 MEANING = {_flat(ptx): done for ptx, done in PTX.items()}
 
 
+def cluster(text: str) -> str:
+    """How many blocks a cluster of the kernel has, as C++."""
+    found = re.search(r"__cluster_dims__\(([^,]*), 1, 1\)", text)
+    return found[1] if found else "1"
+
+
 def translated(text: str) -> str:
-    """A kernel's source, its headers in place, as C++; ValueError for PTX that is not in `PTX`."""
+    """A kernel's source, preprocessed, as C++; ValueError for PTX that is not in `PTX`."""
     text = re.sub(
         r"extern __shared__ (\w+) (\w+)\[\];",
         r"\1 *const \2 = emulated::dynamic_shared<\1>();",
@@ -64,6 +109,7 @@ def _closing(text: str, at: int) -> int:
 
 def _call(inside: str) -> str:
     """The statement for what stands between the parentheses of an asm."""
+    inside = re.sub(r"(?m)^#.*$", "", inside)  # where a line stood
     said = re.match(r'(?:\s*"(?:[^"\\]|\\.)*")+', inside)
     assert said is not None
     ptx = _flat("".join(re.findall(r'"((?:[^"\\]|\\.)*)"', said[0])).replace("\\n", " "))

@@ -1,0 +1,80 @@
+"""Thread blocks of a cluster in the emulator: shared memory of each, and what orders accesses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from property_tests import emulated
+from quest.kernels import cuda
+
+# Each thread adds its block's rank plus 1 to one of the next block's 64 sums.
+SUMS = r"""
+typedef unsigned int u32;
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) sums(int *out) {
+  extern __shared__ int held[];
+  __shared__ int kept[64];
+  u32 rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  held[threadIdx.x] = kept[threadIdx.x] = 100 * rank;
+  ARRIVE; WAIT;
+  u32 at = __cvta_generic_to_shared(held + threadIdx.x);
+  asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(at) : "r"((rank + 1) % CLUSTER));
+  asm volatile("red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;" ::"r"(at), "r"(rank + 1) : "memory");
+  ARRIVE; WAIT;
+  out[blockIdx.x * 64 + threadIdx.x] = held[threadIdx.x] + (kept[threadIdx.x] == 100 * rank);
+}
+"""  # noqa: E501
+RELAXED = 'asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory")'
+ARRIVE = 'asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory")'
+WAIT = 'asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory")'
+
+
+def _run(text: str, cluster: int = 4) -> torch.Tensor:
+    if emulated.compiler() is None:
+        pytest.skip("no C++ compiler")
+    emulator = emulated.Emulator()
+    for name, said in (("RELAXED", RELAXED), ("ARRIVE", ARRIVE), ("WAIT", WAIT)):
+        text = text.replace(name, said)
+    emulator.text["sums"] = text
+    out = torch.zeros(3 * cluster, 64, dtype=torch.int32)
+    code = emulator.compile_("sums", "", {"CLUSTER": cluster})
+    kernel = emulator.load(code, "sums", None, threads=64, shared=256, layout="P")
+    kernel.launch(3 * cluster, cuda.pointer(out))
+    return out
+
+
+def test_each_block_has_memory_of_its_own() -> None:
+    """Others reach it by its rank."""
+    for cluster in (1, 2, 4):
+        ranks = torch.arange(cluster)
+        expected = 100 * ranks + (ranks - 1) % cluster + 1 + 1
+        assert torch.equal(_run(SUMS, cluster), expected.repeat(3)[:, None].expand(-1, 64).int())
+
+
+@pytest.mark.parametrize(
+    ("number", "lost", "instead", "told"),
+    [
+        (1, "ARRIVE; WAIT;", "", "another block, which may not have begun"),
+        (2, "ARRIVE; WAIT;", "", "a race"),
+        (1, "WAIT;", "", "another block, which may not have begun"),
+        (1, "WAIT;", "ARRIVE;", "again, and no wait before it"),
+        (2, "WAIT;", "", "a race"),
+        (1, "ARRIVE;", "", "no arrive before it"),
+        (1, "ARRIVE;", "RELAXED;", "a race"),
+        (2, "ARRIVE;", "RELAXED;", "a race"),
+        (2, "ARRIVE; WAIT;", "__syncthreads();", "a race"),
+    ],
+)
+def test_what_a_cluster_lacks(number: int, lost: str, instead: str, told: str) -> None:
+    parts = SUMS.split(lost)
+    text = lost.join(parts[:number]) + instead + lost.join(parts[number:])
+    with pytest.raises(emulated.Fault, match=told):
+        _run(text)
+
+
+def test_a_block_that_ends_too_early() -> None:
+    """Another one still adds to its shared memory."""
+    early = SUMS.replace("ARRIVE; WAIT;\n  out", "if (rank == 0) return;\n  ARRIVE; WAIT;\n  out")
+    with pytest.raises(emulated.Fault, match=r"its block ends|has ended"):
+        _run(early)

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from property_tests import emulated
 from property_tests.walled import mapped, walled
 from quest import fused
+from quest.conformance import lanes
 from quest.conformance.lanes import Lane
 from quest.kernels import cuda
 
@@ -31,6 +33,11 @@ class Place:
         return (walled if self.device == "cuda" else mapped)(t, front)
 
     @property
+    def operators(self) -> Any:
+        """The functions of the lane by operator name, as `lanes.operators` has them."""
+        return lanes.operators(self.lane.backend)
+
+    @property
     def few_linear_shown(self) -> Callable[..., tuple[Tensor, ...]]:
         """The operator, or what it calls on a GPU."""
         if self.device == "cuda":
@@ -40,7 +47,7 @@ class Place:
 
 
 GPU = Place(Lane("triton-cuda", "cuda", "dispatch"), "cuda")
-CPU = Place(Lane("cuda-emulator", "cpu", "launch"), "cpu")
+CPU = Place(Lane("cuda-emulator", "cpu", "emulated"), "cpu")
 # Of a test that the emulator takes too long for.
 on_a_gpu = pytest.mark.parametrize("place", [GPU], indirect=True, ids=lambda p: str(p.lane))
 
@@ -52,6 +59,10 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     if found is CPU:
         _forget()
         emulated.instead(monkeypatch)
+        made, others = _operators(), lanes.operators
+        monkeypatch.setattr(
+            lanes, "operators", lambda backend: made if backend == "emulated" else others(backend)
+        )
     elif not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     elif reason := cuda.unavailable(torch.device("cuda", torch.cuda.current_device())):
@@ -59,6 +70,18 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     yield found
     if found is CPU:
         _forget()
+
+
+def _operators() -> Any:
+    """Launchers of kernels in CUDA C++, which run in the emulator; for the rest plain PyTorch."""
+    names = (
+        "encode", "operand", "quantize", "fake_quantize", "gated_encode", "gated_encode_shown",
+        "normed_encode", "normed_encode_shown",
+    )  # fmt: skip
+    launched = vars(lanes.operators("launch"))
+    return SimpleNamespace(
+        **{**vars(lanes.operators("eager")), **{name: launched[name] for name in names}}
+    )
 
 
 def _forget() -> None:

@@ -13,7 +13,6 @@ from property_tests.ledger import LEDGER
 from property_tests.places import Place
 from quest import lowbit, operands, ops, paths
 from quest.conformance import examine, inputs, judges
-from quest.conformance.lanes import operators
 from quest.kernels import blocks, cuda
 from quest.quantizer import parse
 
@@ -171,7 +170,7 @@ def test_a_gate(place: Place) -> None:
     gate = torch.linspace(-100, 100, 33 * 256).view(33, 256)
     gate[15:] /= 20
     gate, value = gate.to(HALF), inputs.draw("heavy", (33, 256), HALF, 1)
-    shown = operators(place.lane.backend).gated_encode_shown(
+    shown = place.operators.gated_encode_shown(
         gate.to(place.device), value.to(place.device), FOUR, _kind(FOUR)
     )[3]
     LEDGER.judge(place.lane, [judges.gated(gate, value, shown.cpu())], "a gate from -100 to 100")

@@ -57,6 +57,7 @@ OWN = {
     ),
     "kernels/blocks.cu": (
         "blocks_cuda_edges",
+        "blocks_drawn",
         "blocks",
         "prologue_kernel",
         "gated_layer",
@@ -73,6 +74,7 @@ OWN = {
     ),
     "kernels/exchange.cuh": (
         "blocks_cuda_edges",
+        "blocks_drawn",
         "blocks",
         "prologue_kernel",
         "gated_layer",
@@ -89,6 +91,7 @@ OWN = {
     ),
     "kernels/codes.cuh": (
         "blocks_cuda_edges",
+        "blocks_drawn",
         "blocks",
         "rows",
         "prologue_kernel",
@@ -136,6 +139,7 @@ OWN = {
     ),
     "kernels/gate.cuh": (
         "blocks_cuda_edges",
+        "blocks_drawn",
         "prologue_kernel",
         "prologue",
         "gated_product",
@@ -143,6 +147,7 @@ OWN = {
     ),
     "kernels/halves.cuh": (
         "blocks_cuda_edges",
+        "blocks_drawn",
         "blocks",
         "rows",
         "few",
@@ -205,6 +210,7 @@ OWN = {
     ),
     "kernels/rows.cu": (
         "rows_cuda_edges",
+        "blocks_drawn",
         "rows",
         "frozen",
         "launch_rules",

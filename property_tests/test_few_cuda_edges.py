@@ -116,6 +116,14 @@ def test_a_block_that_waits_for_another(place: Place, steps: int) -> None:
             _exact(place, 4, (1, 16000, _width(4, steps)))  # it has long to wait
 
 
+@pytest.mark.parametrize("cluster", [4, 8])
+def test_clusters_whose_last_blocks_have_no_step(place: Place, cluster: int) -> None:
+    """Nor a tile to write out; of every number of tiles of rows that is compiled."""
+    with _split(clusters=(cluster,)):
+        for bits, rows in ((1, 24), (2, 64), (4, 10), (4, 3)):
+            _exact(place, bits, (rows, 40, _width(bits, cluster + 1)))
+
+
 @pytest.mark.parametrize("bits", [1, 4])
 def test_more_columns_than_threads(place: Place, bits: int) -> None:
     """Scales, sums and biases of any dtype are those of their columns."""
@@ -231,8 +239,9 @@ def test_rows_that_another_launch_had(place: Place) -> None:
         assert torch.equal(y.cpu().double(), expected[: y.shape[0]])
 
 
-def test_two_blocks_quantize(place: Place) -> None:
-    """Both have begun before either writes to the other; the second may have nothing to do."""
+@pytest.mark.parametrize("cluster", [2, 8])
+def test_blocks_quantize_together(place: Place, cluster: int) -> None:
+    """All have begun before one writes to another; the last ones may have nothing to do."""
     made = quest.recipe("w4a4")
     kinds = operands.kinds(made.activation, made.weight)
     assert kinds is not None
@@ -249,7 +258,7 @@ def test_two_blocks_quantize(place: Place) -> None:
         weight = tuple(t.to(place.device) for t in (packing.pack(codes, 4), scale, sums))
         x = inputs.draw("gaussian", (rows, width), torch.bfloat16, rows)
         for share in (16, 1):
-            with _split((share,), (2,)), outputs.poisoned(0xFF):
+            with _split((share,), (cluster,)), outputs.poisoned(0xFF):
                 found = place.few_linear_shown(
                     x.to(place.device), *weight, None, *names, torch.float32
                 )

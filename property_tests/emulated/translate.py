@@ -41,18 +41,20 @@ PTX = {
         f"mma.sync.aligned.{shape} {{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, "
         "{%0, %1, %2, %3};":
             "int sum_[4] = {%0, %1, %2, %3}; "
-            f"emulated::{does}(sum_, {{{{%4, %5, %6, %7}}, {{%8, %9}}}}, __builtin_LINE()); "
+            f"emulated::emulated_mma_{does}(sum_, {{{{%4, %5, %6, %7}}, {{%8, %9}}}}, "
+            "__builtin_LINE()); "
             "%0 = sum_[0], %1 = sum_[1], %2 = sum_[2], %3 = sum_[3]"
         for shape, does in (
-            ("m16n8k256.row.col.s32.b1.b1.s32.and.popc", "mma_and_popc"),
-            ("m16n8k32.row.col.s32.u8.s8.s32", "mma_u8_s8"),
+            ("m16n8k256.row.col.s32.b1.b1.s32.and.popc", "and_popc"),
+            ("m16n8k32.row.col.s32.u8.s8.s32", "u8_s8"),
         )
     },
     **{
         f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};":
             "float sum_[4] = {%10, %10, %10, %10}; "
-            f"emulated::mma_{kind}(sum_, {{{{%4, %5, %6, %7}}, {{%8, %9}}}}, __builtin_LINE()); "
+            f"emulated::emulated_mma_{kind}(sum_, {{{{%4, %5, %6, %7}}, {{%8, %9}}}}, "
+            "__builtin_LINE()); "
             "%0 = sum_[0], %1 = sum_[1], %2 = sum_[2], %3 = sum_[3]"
         for kind in ("f16", "bf16")
     },
@@ -89,7 +91,8 @@ def translated(text: str) -> str:
     made, at = [], 0
     for found in re.finditer(r"\basm(?: volatile)?\s*\(", text):
         end = _closing(text, found.end())
-        made += [text[at : found.start()], _call(text[found.end() : end])]
+        inside = re.sub(r"(?m)^#.*\n", "", text[found.end() : end])  # what tells of a line
+        made += [text[at : found.start()], _call(inside), "\n" * inside.count("\n")]
         at = end + 1
     return "".join([*made, text[at:]])
 
@@ -109,7 +112,6 @@ def _closing(text: str, at: int) -> int:
 
 def _call(inside: str) -> str:
     """The statement for what stands between the parentheses of an asm."""
-    inside = re.sub(r"(?m)^#.*$", "", inside)  # where a line stood
     said = re.match(r'(?:\s*"(?:[^"\\]|\\.)*")+', inside)
     assert said is not None
     ptx = _flat("".join(re.findall(r'"((?:[^"\\]|\\.)*)"', said[0])).replace("\\n", " "))

@@ -13,7 +13,7 @@ from torch import Tensor
 from property_tests import emulated
 from property_tests.walled import mapped, walled
 from quest.conformance.lanes import Lane
-from quest.kernels import blocks, cuda, rows
+from quest.kernels import blocks, cuda, hopper, product, rows
 
 
 @dataclass(frozen=True)
@@ -50,5 +50,5 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 def _forget() -> None:
     """Kernels that were loaded."""
-    for cached in (blocks._kernel, rows._kernel):
+    for cached in (blocks._kernel, rows._kernel, product._kernel, hopper.tensor_map):
         cached.cache_clear()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -23,8 +24,9 @@ from typing import Any
 
 import pytest
 
-from quest.kernels import cuda
+from quest.kernels import cuda, hopper
 
+from . import tensor_maps
 from .translate import cluster, translated
 
 HERE = Path(__file__).parent
@@ -70,7 +72,7 @@ def _library(name: str, text: str, options: tuple[str, ...]) -> Path:
     found = compiler()
     assert found is not None
     line = [found, "-std=c++17", *options, "-w", "-fPIC", f"-I{HERE}"]
-    told = "\n".join([*line, (HERE / "device.h").read_text(), text])
+    told = "\n".join([*line, *(at.read_text() for at in sorted(HERE.glob("*.h"))), text])
     made = _folder() / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.so"
     if not made.exists():
         with tempfile.TemporaryDirectory(dir=_folder()) as work:
@@ -161,8 +163,11 @@ def instead(patch: pytest.MonkeyPatch, emulator: Emulator | None = None) -> Emul
     patch.setattr(cuda, "compile_", emulator.compile_)
     patch.setattr(cuda, "load", emulator.load)
     patch.setattr(cuda, "unavailable", lambda _: None)
+    patch.setattr(hopper, "unavailable", lambda _: None)
     patch.setattr(cuda, "shared", lambda _: SHARED)
     patch.setattr(cuda, "processors", lambda _: emulator.multiprocessors)
     patch.setattr(cuda, "clusters", lambda _, size: max(1, emulator.multiprocessors // size))
     patch.setattr(cuda, "architecture", lambda _: "sm_90a")
+    if importlib.util.find_spec("cuda.bindings") is not None:  # else there are no tensor maps
+        patch.setattr("cuda.bindings.driver.cuTensorMapEncodeTiled", tensor_maps.encode)
     return emulator

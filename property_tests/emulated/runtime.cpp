@@ -15,11 +15,13 @@
 // Source of the order: PTX ISA, Memory Consistency Model; CUDA C++ Programming Guide (shuffles and votes are no
 // barriers of memory); FastTrack, Flanagan and Freund 2009, of which this is the plain form.
 #undef _FORTIFY_SOURCE  // which takes a jump to another stack for an error
+#include <algorithm>
 #include <csetjmp>
 #include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <random>
 #include <ucontext.h>
@@ -40,7 +42,10 @@ constexpr size_t LIMIT = 227 << 10;    // bytes of shared memory that a thread b
 constexpr uint32_t DYNAMIC = 1 << 20;  // where dynamic shared memory starts among addresses of shared memory
 constexpr int RANK = 24;               // of an address in a cluster: where its block's rank stands, from 1
 
-// Of each thread of a cluster, up to which moment it is known. Then how often all blocks are known to have met.
+constexpr int ENGINES = 128;           // what accesses shared memory beside threads, at most
+
+// Of each thread of a cluster, up to which moment it is known; of each engine, which makes moments of its own.
+// Then how often all blocks are known to have met.
 using Clock = std::vector<uint32_t>;
 
 void join(Clock &own, const Clock &other) {
@@ -55,7 +60,7 @@ struct Fiber {
   jmp_buf at;          // to go on
   bool begun = false;
   std::vector<std::vector<Copy>> groups;  // of asynchronous copies; the last is not committed yet
-  Clock clock;
+  Clock clock, fenced;  // fenced: at its last fence of barriers' initialization
   bool ended = false;
   unsigned arrivals = 0, waits = 0;  // at the cluster's barrier
   const void *on = nullptr;  // what it waits for
@@ -72,9 +77,11 @@ struct Meeting {
   Clock known[2];
 };
 
-// A barrier in shared memory (mbarrier).
+// A barrier in shared memory (mbarrier). bytes: that are yet to come in this phase. engine: what brings them,
+// whose moments are phases.
 struct Barrier {
-  uint32_t count, pending, parity;
+  uint32_t count, pending, phase, engine;
+  int64_t bytes;
   Clock coming, done;  // what those knew who arrived: in this phase, and up to the one before
 };
 
@@ -102,6 +109,7 @@ std::vector<Meeting> warps;
 Gathering cluster;
 std::unordered_map<uint32_t, Barrier> barriers;  // by their addresses in the cluster
 std::vector<int> ready;
+std::vector<const char *> engines;  // what each is
 int current = -1, alive;
 int resident;  // the block whose static shared memory lies where the compiler put it; others' are set aside
 std::mt19937 random_;
@@ -181,53 +189,81 @@ char *from_shared(uint32_t at, uint32_t bytes, bool shared = true) {
 enum Kind { READ, WRITE, ADD, COPY, COPIED };
 const char *const DOES[] = {"reads", "writes", "adds to", "has a copy write", "has waited for a copy to"};
 
+// Who makes an access: a thread or an engine.
+struct Name {
+  char told[48];
+  Name(uint32_t by) {
+    const unsigned n = blockDim.x;
+    if (by >= fibers.size()) snprintf(told, sizeof told, "%s", engines[by - fibers.size()]);
+    else snprintf(told, sizeof told, "thread %u of block %u", by % n, blockIdx.x - cluster_rank + by / n);
+  }
+};
+
+Clock nothing() { return Clock(fibers.size() + ENGINES + 1, 0); }
+
+uint32_t engine(const char *what) {
+  if (engines.size() == ENGINES) fail("more barriers and warpgroups than the emulator has room for");
+  engines.push_back(what);
+  return (uint32_t)(fibers.size() + engines.size() - 1);
+}
+
 // An access of up to four bytes of a word of shared memory: an error where another is in no order with it.
-void access(uint32_t place, int bytes, Kind kind) {
+// By a thread or an engine, at a moment of its own, which knows of others what `clock` says.
+void access(uint32_t place, int bytes, Kind kind, uint32_t by, uint32_t moment, const Clock &clock) {
   const uint32_t at = offset_of(place);
   auto &word = blocks[rank_of(place)].words[at >= DYNAMIC][(at >= DYNAMIC ? at - DYNAMIC : at) / 4];
   const uint8_t mask = (uint8_t)(((1 << bytes) - 1) << at % 4);
   const bool writes = kind != READ, adds = kind == ADD;
-  const Clock &clock = self().clock;
   if (kind == COPIED)  // its own, which it asked for
     for (size_t i = word.size(); i-- > 0;)
-      if (word[i].pending && word[i].thread == current) word.erase(word.begin() + i);
+      if (word[i].pending && word[i].thread == by) word.erase(word.begin() + i);
   for (size_t i = word.size(); i-- > 0;) {
     const Access &a = word[i];
     if (!(a.bytes & mask)) continue;
-    const bool mine = a.thread == current, before = mine || a.moment <= clock[a.thread];
-    if ((a.writes || writes) && !(a.atomic && adds) && (a.pending || !before)) {
-      const unsigned n = blockDim.x, first = blockIdx.x - cluster_rank;
-      fail("a race: it %s shared address %u of block %u, which thread %u of block %u %s", DOES[kind], at,
-           first + rank_of(place), a.thread % n, first + a.thread / n,
+    const bool mine = a.thread == by, before = mine || a.moment <= clock[a.thread];
+    if ((a.writes || writes) && !(a.atomic && adds) && (a.pending || !before))
+      fail("a race: %s %s shared address %u of block %u, which %s %s", Name(by).told, DOES[kind], at,
+           blockIdx.x - cluster_rank + rank_of(place), Name(a.thread).told,
            a.pending ? "has a copy write that was not waited for" : a.atomic ? "adds to" : a.writes ? "writes" : "reads");
-    }
     // What the new one stands for: who is in order with it is in order with that.
     if ((a.bytes & ~mask) == 0 && before && (adds ? mine && a.atomic : writes || (mine && !a.writes)))
       word[i] = word.back(), word.pop_back();
   }
-  word.push_back({(uint16_t)current, mask, writes, kind == COPY, adds, clock[current]});
+  word.push_back({(uint16_t)by, mask, writes, kind == COPY, adds, moment});
+}
+
+// Ends the run unless the shared memory of a block of the cluster is there.
+void insist(unsigned rank) {
+  if (rank == cluster_rank) return;
+  if (!self().clock.back()) fail("an access to shared memory of another block, which may not have begun");
+  if (!blocks[rank].alive) fail("an access to shared memory of another block, which has ended");
 }
 
 void accesses(const void *at, size_t bytes, Kind kind) {
   if (current < 0) return;
   uint32_t p = place(at);
   if (!p) return;
-  if (const unsigned rank = rank_of(p); rank != cluster_rank) {
-    if (!self().clock.back()) fail("an access to shared memory of another block, which may not have begun");
-    if (!blocks[rank].alive) fail("an access to shared memory of another block, which has ended");
-  }
+  insist(rank_of(p));
   for (const uint32_t end = p + (uint32_t)bytes; p < end;) {
     const int n = (int)std::min<uint32_t>(4 - p % 4, end - p);
-    access(p, n, kind);
+    access(p, n, kind, current, self().clock[current], self().clock);
     p += n;
   }
 }
 
-Barrier &barrier(uint32_t at) {
-  accesses(from_shared(at, 8), 8, READ);  // in order with what made it
+// seen: by a thread, in order with what made it.
+Barrier &barrier(uint32_t at, bool shared = true, bool seen = true) {
+  if (char *const p = from_shared(at, 8, shared); seen) accesses(p, 8, READ);
   const auto found = barriers.find(ranked(at));
   if (found == barriers.end()) fail("a barrier at shared address %u that was not initialized", at);
   return found->second;
+}
+
+// Ends a phase of a barrier whose arrivals and bytes have all come.
+void advance(Barrier &b) {
+  if (b.pending || b.bytes) return;
+  b.pending = b.count, b.done = b.coming, b.done[b.engine] = ++b.phase;
+  wake(&b);
 }
 
 void gathered() {
@@ -242,8 +278,7 @@ void end_block(Block &block) {
     for (const auto &word : words)
       for (const Access &a : word)
         if ((a.thread < first || a.thread >= last) && a.moment > block.known[a.thread])
-          fail("its block ends, whose shared memory thread %u of block %u %s", a.thread % blockDim.x,
-               blockIdx.x - cluster_rank + a.thread / blockDim.x, a.writes ? "writes" : "reads");
+          fail("its block ends, whose shared memory %s %s", Name(a.thread).told, a.writes ? "writes" : "reads");
 }
 
 void enter() {
@@ -264,6 +299,12 @@ void bring() {
   resident = (int)cluster_rank;
 }
 
+void begin_hopper();
+bool come_late();
+
+// What happens where no thread can go on; false: nothing.
+bool idle() { return _setjmp(scheduler) || come_late(); }
+
 // An access to memory that is not mapped, by a thread.
 void fault(int, siginfo_t *info, void *) { fail("an access to %p, which is not mapped", info->si_addr); }
 
@@ -273,7 +314,10 @@ const char *run_blocks(int first, int threads) {
   const int count = threads * (int)blocks.size();
   memset(memory.data(), 0xFF, memory.size());
   memset(fixed, 0xFF, fixed_bytes);
-  const Clock none(count + 1, 0);
+  fibers.clear();
+  fibers.resize(count);
+  engines.clear();
+  const Clock none = nothing();
   for (Block &block : blocks) {
     block.all = Meeting{};
     block.words[0].assign(fixed_bytes / 4 + 1, {});
@@ -283,8 +327,7 @@ const char *run_blocks(int first, int threads) {
   barriers.clear();
   warps.assign(count / WARP, Meeting{});
   cluster = {0, 0, none, none};
-  fibers.clear();
-  fibers.resize(count);
+  begin_hopper();
   ready.clear();
   resident = 0, alive = count;
   for (int i = 0; i < count; i++) {
@@ -297,7 +340,9 @@ const char *run_blocks(int first, int threads) {
     makecontext(&f.context, enter, 0);
     ready.push_back(i);
   }
-  while (!ready.empty()) {
+  while (!ready.empty() || idle()) {
+    if (failed) return message;
+    if (ready.empty()) continue;
     std::swap(ready[random_() % ready.size()], ready.back());
     current = ready.back(), ready.pop_back();
     cluster_rank = current / threads, threadIdx.x = current % threads, blockIdx.x = first + cluster_rank;
@@ -387,6 +432,8 @@ void emulated_cluster_arrive(bool releases, int line) {
   if (releases) {
     join(cluster.coming, f.clock);
     f.clock[current]++;
+  } else if (!f.fenced.empty()) {
+    join(cluster.coming, f.fenced);
   }
   if (++cluster.arrived == alive) gathered();
 }
@@ -426,21 +473,24 @@ void emulated_wait_copies(int left) {
 
 void emulated_barrier_init(unsigned at, unsigned count) {
   accesses(from_shared(at, 8), 8, WRITE);
-  const Clock none(self().clock.size(), 0);
-  barriers[ranked(at)] = {count, count, 0, none, none};
+  barriers[ranked(at)] = {count, count, 0, engine("a bulk copy"), 0, nothing(), nothing()};
 }
-void emulated_barrier_arrive(unsigned at) {
-  Barrier &b = barrier(at);
+// Those that this thread made can be seen behind its next arrival, of whatever kind.
+void emulated_barrier_fence() {
+  self().fenced = self().clock;
+  self().clock[current]++;
+}
+void emulated_barrier_arrive(unsigned at, bool shared) {
+  Barrier &b = barrier(at, shared);
+  if (!b.pending) fail("more arrivals at a barrier than it counts");
   join(b.coming, self().clock);
   self().clock[current]++;
-  if (--b.pending == 0) {
-    b.pending = b.count, b.parity ^= 1, b.done = b.coming;
-    wake(&b);
-  }
+  b.pending--;
+  advance(b);
 }
 void emulated_barrier_wait(unsigned at, unsigned parity) {
   Barrier &b = barrier(at);
-  while (b.parity == (parity & 1)) wait(&b, "a barrier in shared memory");
+  while ((b.phase & 1) == (parity & 1)) wait(&b, "a barrier in shared memory");
   join(self().clock, b.done);
 }
 
@@ -470,6 +520,12 @@ const uint64_t *emulated_meet(bool block, unsigned mask, uint64_t value, const c
   }
   return m.left[turn];
 }
+
+}  // extern "C"
+
+#include "hopper.h"
+
+extern "C" {
 
 // What the compiler calls before each access.
 #define ACCESS(n)                                                           \

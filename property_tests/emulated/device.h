@@ -18,7 +18,7 @@
 
 struct Dimensions { unsigned x, y, z; };
 extern "C" Dimensions threadIdx, blockIdx, blockDim, gridDim;
-extern "C" unsigned cluster_rank;
+extern "C" unsigned emulated_rank;
 
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(8) int2 { int x, y; };
@@ -123,6 +123,8 @@ template <typename... A> void call(void (*kernel)(A...), void **parameters) {
 
 }  // namespace emulated
 
+#include "mma.h"
+
 // What Python calls: null, or what went wrong. cluster: blocks of one.
 #define EMULATED(kernel, cluster)                                                                         \
   extern "C" const char *emulate(void **parameters, int blocks, int threads, int bytes, unsigned seed) { \
@@ -148,6 +150,18 @@ inline int __any_sync(unsigned mask, bool value, int line = __builtin_LINE()) {
   return 0;
 }
 
+inline int __reduce_add_sync(unsigned mask, int value, int line = __builtin_LINE()) {
+  const uint64_t *left = emulated::emulated_meet(false, mask, emulated::packed(value), "__reduce_add_sync", line);
+  unsigned sum = 0;
+  for (int i = 0; i < 32; i++) sum += (unsigned)left[i];
+  return (int)sum;
+}
+inline int __reduce_max_sync(unsigned mask, int value, int line = __builtin_LINE()) {
+  const uint64_t *left = emulated::emulated_meet(false, mask, emulated::packed(value), "__reduce_max_sync", line);
+  for (int i = 0; i < 32; i++) value = value < (int)left[i] ? (int)left[i] : value;
+  return value;
+}
+
 template <typename A, typename B> std::common_type_t<A, B> min(A a, B b) {
   using T = std::common_type_t<A, B>;
   return (T)b < (T)a ? (T)b : (T)a;
@@ -166,6 +180,16 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rd(float a, float b) { return emulated::add_down(a, b); }
 inline float __fmaf_rd(float a, float b, float c) { return emulated::add_down((double)a * b, c); }
 inline int __viaddmin_s32_relu(int a, int b, int c) { return max(min((int)((unsigned)a + (unsigned)b), c), 0); }
+// Of both halves: max(min(a + b, c), 0).
+inline unsigned __viaddmin_s16x2_relu(unsigned a, unsigned b, unsigned c) {
+  unsigned r = 0;
+  for (int i = 0; i < 32; i += 16) {
+    const int16_t sum = (int16_t)((a >> i) + (b >> i)), most = (int16_t)(c >> i);
+    r |= (unsigned)max(min((int)sum, (int)most), 0) << i;
+  }
+  return r;
+}
+inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
 inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned by) {
   return (unsigned)((((uint64_t)high << 32 | low) << (by & 31)) >> 32);
 }
@@ -180,6 +204,10 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s) {
 }
 inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
   for (int i = 0; i < 32; i += 8) c += (a >> i & 0xFF) * (b >> i & 0xFF);
+  return c;
+}
+inline int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 32; i += 8) c += (int8_t)(a >> i) * (int8_t)(b >> i);
   return c;
 }
 inline unsigned __vsub4(unsigned a, unsigned b) {

@@ -126,7 +126,7 @@ void look(const Warpgroup &w, uint64_t descriptor, int rows) {
 }
 
 template <typename T> void gather(T *to, uint64_t descriptor, int rows) {
-  const char *const window = dynamic + cluster_rank * dynamic_hop - DYNAMIC;
+  const char *const window = dynamic + emulated_rank * dynamic_hop - DYNAMIC;
   for (int r = 0; r < rows; r++)
     for (int c = 0; c < SPAN / 16; c++) {
       const char *const from = window + operand_at(descriptor, r, c);
@@ -251,7 +251,7 @@ void emulated_wgmma(int *registers, int columns, bool bits, uint64_t a, uint64_t
 // bar.sync
 void emulated_bar_sync(unsigned id, int count, int line) {
   if (id >= 16 || count % WARP) fail("bar.sync of line %d of barrier %u, of %d threads", line, id, count);
-  Named &m = named[16 * cluster_rank + id];
+  Named &m = named[16 * emulated_rank + id];
   const unsigned turn = m.turn & 1;
   if (!m.arrived) m.count = count, m.known[turn].assign(self().clock.size(), 0);
   if (m.count != count) fail("bar.sync of line %d of %d threads, where others wait for %d", line, count, m.count);

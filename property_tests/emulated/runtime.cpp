@@ -31,7 +31,7 @@
 struct Dimensions { unsigned x, y, z; };
 extern "C" {
 Dimensions threadIdx, blockIdx, blockDim, gridDim;
-unsigned cluster_rank;
+unsigned emulated_rank;
 }
 
 namespace {
@@ -74,6 +74,7 @@ struct Meeting {
   const char *what = nullptr;
   int line = 0;
   uint64_t left[2][WARP];
+  struct { uint32_t words[6]; } more[2][WARP];
   Clock known[2];
 };
 
@@ -126,7 +127,7 @@ char message[512];
 bool failed;
 
 Fiber &self() { return fibers[current]; }
-Block &own() { return blocks[cluster_rank]; }
+Block &own() { return blocks[emulated_rank]; }
 
 void leave() {
   if (!_setjmp(self().at)) _longjmp(scheduler, 1);
@@ -157,7 +158,7 @@ void wake(const void *on, int first = 0, int count = (int)fibers.size()) {
 }
 
 // An address of shared memory as those of a cluster: with the rank of its block.
-uint32_t ranked(uint32_t at, unsigned rank = cluster_rank) { return at >> RANK ? at : at | (rank + 1) << RANK; }
+uint32_t ranked(uint32_t at, unsigned rank = emulated_rank) { return at >> RANK ? at : at | (rank + 1) << RANK; }
 unsigned rank_of(uint32_t at) { return (at >> RANK) - 1; }
 uint32_t offset_of(uint32_t at) { return at & ((1 << RANK) - 1); }
 
@@ -178,9 +179,9 @@ char *from_shared(uint32_t at, uint32_t bytes, bool shared = true) {
   const unsigned rank = rank_of(ranked(at));
   const size_t offset = offset_of(at);
   if (at % bytes) fail("%u bytes at shared address %u", bytes, at);
-  if (rank < blocks.size() && !(shared && rank != cluster_rank)) {
+  if (rank < blocks.size() && !(shared && rank != emulated_rank)) {
     if (offset >= DYNAMIC && offset - DYNAMIC + bytes <= dynamic_bytes) return dynamic + rank * dynamic_hop + (offset - DYNAMIC);
-    if (offset + bytes <= (size_t)(fixed_end - fixed)) return (rank == cluster_rank ? fixed : aside + rank * fixed_hop) + offset;
+    if (offset + bytes <= (size_t)(fixed_end - fixed)) return (rank == emulated_rank ? fixed : aside + rank * fixed_hop) + offset;
   }
   fail("%u bytes at shared address %u, which are not the thread block's", bytes, at);
   return nullptr;
@@ -195,7 +196,7 @@ struct Name {
   Name(uint32_t by) {
     const unsigned n = blockDim.x;
     if (by >= fibers.size()) snprintf(told, sizeof told, "%s", engines[by - fibers.size()]);
-    else snprintf(told, sizeof told, "thread %u of block %u", by % n, blockIdx.x - cluster_rank + by / n);
+    else snprintf(told, sizeof told, "thread %u of block %u", by % n, blockIdx.x - emulated_rank + by / n);
   }
 };
 
@@ -223,7 +224,7 @@ void access(uint32_t place, int bytes, Kind kind, uint32_t by, uint32_t moment, 
     const bool mine = a.thread == by, before = mine || a.moment <= clock[a.thread];
     if ((a.writes || writes) && !(a.atomic && adds) && (a.pending || !before))
       fail("a race: %s %s shared address %u of block %u, which %s %s", Name(by).told, DOES[kind], at,
-           blockIdx.x - cluster_rank + rank_of(place), Name(a.thread).told,
+           blockIdx.x - emulated_rank + rank_of(place), Name(a.thread).told,
            a.pending ? "has a copy write that was not waited for" : a.atomic ? "adds to" : a.writes ? "writes" : "reads");
     // What the new one stands for: who is in order with it is in order with that.
     if ((a.bytes & ~mask) == 0 && before && (adds ? mine && a.atomic : writes || (mine && !a.writes)))
@@ -234,7 +235,7 @@ void access(uint32_t place, int bytes, Kind kind, uint32_t by, uint32_t moment, 
 
 // Ends the run unless the shared memory of a block of the cluster is there.
 void insist(unsigned rank) {
-  if (rank == cluster_rank) return;
+  if (rank == emulated_rank) return;
   if (!self().clock.back()) fail("an access to shared memory of another block, which may not have begun");
   if (!blocks[rank].alive) fail("an access to shared memory of another block, which has ended");
 }
@@ -266,6 +267,36 @@ void advance(Barrier &b) {
   wake(&b);
 }
 
+struct Met { Meeting &meeting; unsigned turn; };
+
+// leave(meeting, turn): leaves what a thread brings.
+template <typename F> Met meet(bool block, unsigned mask, const char *what, int line, F leave) {
+  if (mask != 0xFFFFFFFF) fail("%s of line %d of only some lanes", what, line);
+  Meeting &m = block ? own().all : warps[current / WARP];
+  const int count = block ? (int)blockDim.x : WARP;
+  const bool orders = !strncmp(what, "__sync", 6);
+  if (m.arrived && (m.line != line || strcmp(m.what, what)))
+    fail("%s of line %d, where others wait in %s of line %d", what, line, m.what, m.line);
+  const unsigned turn = m.turn & 1;
+  if (!m.arrived) {
+    m.what = what, m.line = line;
+    if (orders) m.known[turn].assign(self().clock.size(), 0);
+  }
+  leave(m, turn);
+  if (orders) join(m.known[turn], self().clock);
+  if (++m.arrived == count) {
+    m.arrived = 0, m.turn++;
+    wake(&m, current / count * count, count);
+  } else {
+    while ((m.turn & 1) == turn) wait(&m, what);
+  }
+  if (orders) {
+    join(self().clock, m.known[turn]);
+    self().clock[current]++;
+  }
+  return {m, turn};
+}
+
 void gathered() {
   cluster.arrived = 0, cluster.times++, cluster.done = cluster.coming;
   wake(&cluster);
@@ -273,7 +304,7 @@ void gathered() {
 
 // The last thread of a block takes its shared memory along.
 void end_block(Block &block) {
-  const int first = (int)cluster_rank * (int)blockDim.x, last = first + (int)blockDim.x;
+  const int first = (int)emulated_rank * (int)blockDim.x, last = first + (int)blockDim.x;
   for (const auto &words : block.words)
     for (const auto &word : words)
       for (const Access &a : word)
@@ -292,11 +323,11 @@ void enter() {
 
 // The static shared memory of the thread's block, where the compiler put it.
 void bring() {
-  if (resident == (int)cluster_rank) return;
+  if (resident == (int)emulated_rank) return;
   const size_t bytes = fixed_end - fixed;
   memcpy(aside + resident * fixed_hop, fixed, bytes);
-  memcpy(fixed, aside + cluster_rank * fixed_hop, bytes);
-  resident = (int)cluster_rank;
+  memcpy(fixed, aside + emulated_rank * fixed_hop, bytes);
+  resident = (int)emulated_rank;
 }
 
 void begin_hopper();
@@ -345,7 +376,7 @@ const char *run_blocks(int first, int threads) {
     if (ready.empty()) continue;
     std::swap(ready[random_() % ready.size()], ready.back());
     current = ready.back(), ready.pop_back();
-    cluster_rank = current / threads, threadIdx.x = current % threads, blockIdx.x = first + cluster_rank;
+    emulated_rank = current / threads, threadIdx.x = current % threads, blockIdx.x = first + emulated_rank;
     bring();
     resume();
     if (failed) return message;
@@ -398,12 +429,12 @@ const char *emulated_run(void (*kernel)(void **), void **values, int grid, int c
   return told;
 }
 
-void *emulated_dynamic() { return dynamic + cluster_rank * dynamic_hop; }
+void *emulated_dynamic() { return dynamic + emulated_rank * dynamic_hop; }
 
 unsigned emulated_to_shared(const void *at) {
   if (at == (char *)emulated_dynamic() + dynamic_bytes) return DYNAMIC + (unsigned)dynamic_bytes;
   const uint32_t found = place(at);
-  if (!found || rank_of(found) != cluster_rank) fail("%p is no address of the thread block's shared memory", at);
+  if (!found || rank_of(found) != emulated_rank) fail("%p is no address of the thread block's shared memory", at);
   return offset_of(found);
 }
 
@@ -495,30 +526,15 @@ void emulated_barrier_wait(unsigned at, unsigned parity) {
 }
 
 const uint64_t *emulated_meet(bool block, unsigned mask, uint64_t value, const char *what, int line) {
-  if (mask != 0xFFFFFFFF) fail("%s of line %d of only some lanes", what, line);
-  Meeting &m = block ? own().all : warps[current / WARP];
-  const int count = block ? (int)blockDim.x : WARP;
-  const bool orders = !strncmp(what, "__sync", 6);
-  if (m.arrived && (m.line != line || strcmp(m.what, what)))
-    fail("%s of line %d, where others wait in %s of line %d", what, line, m.what, m.line);
-  const unsigned turn = m.turn & 1;
-  if (!m.arrived) {
-    m.what = what, m.line = line;
-    if (orders) m.known[turn].assign(self().clock.size(), 0);
-  }
-  m.left[turn][current % WARP] = value;
-  if (orders) join(m.known[turn], self().clock);
-  if (++m.arrived == count) {
-    m.arrived = 0, m.turn++;
-    wake(&m, current / count * count, count);
-  } else {
-    while ((m.turn & 1) == turn) wait(&m, what);
-  }
-  if (orders) {
-    join(self().clock, m.known[turn]);
-    self().clock[current]++;
-  }
-  return m.left[turn];
+  const Met met = meet(block, mask, what, line, [&](Meeting &m, int turn) { m.left[turn][current % WARP] = value; });
+  return met.meeting.left[met.turn];
+}
+// Of a warp: six words from each.
+const void *emulated_gather(const void *own, const char *what, int line) {
+  const Met met = meet(false, 0xFFFFFFFF, what, line, [&](Meeting &m, int turn) {
+    memcpy(&m.more[turn][current % WARP], own, sizeof m.more[turn][0]);
+  });
+  return met.meeting.more[met.turn];
 }
 
 }  // extern "C"

@@ -9,7 +9,7 @@ PTX = {
     "": "",
     "griddepcontrol.launch_dependents;": "",
     "griddepcontrol.wait;": "",
-    "mov.u32 %0, %%cluster_ctarank;": "%0 = cluster_rank",
+    "mov.u32 %0, %%cluster_ctarank;": "%0 = emulated_rank",
     "barrier.cluster.arrive.relaxed.aligned;":
         "emulated::emulated_cluster_arrive(false, __builtin_LINE())",
     "barrier.cluster.arrive.release.aligned;":
@@ -65,6 +65,25 @@ PTX = {
     "rcp.approx.ftz.f32 %0, %1;": "%0 = emulated::flushed(1.0f / emulated::flushed(%1))",
     "{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}": "%0 = emulated::half_at(%1, 0)",
     "{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}": "%0 = emulated::half_at(%1, 16)",
+    **{
+        f"mma.sync.aligned.{shape} {{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, "
+        "{%0, %1, %2, %3};":
+            "int sum_[4] = {%0, %1, %2, %3}; "
+            f"emulated::{does}(sum_, {{{{%4, %5, %6, %7}}, {{%8, %9}}}}, __builtin_LINE()); "
+            "%0 = sum_[0], %1 = sum_[1], %2 = sum_[2], %3 = sum_[3]"
+        for shape, does in (
+            ("m16n8k256.row.col.s32.b1.b1.s32.and.popc", "mma_and_popc"),
+            ("m16n8k32.row.col.s32.u8.s8.s32", "mma_u8_s8"),
+        )
+    },
+    **{
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};":
+            "float sum_[4] = {%10, %10, %10, %10}; "
+            f"emulated::mma_{kind}(sum_, {{{{%4, %5, %6, %7}}, {{%8, %9}}}}, __builtin_LINE()); "
+            "%0 = sum_[0], %1 = sum_[1], %2 = sum_[2], %3 = sum_[3]"
+        for kind in ("f16", "bf16")
+    },
     "cvt.f32.f16 %0, %1;": "%0 = emulated::half_at(%1, 0)",
     "cvt.rn.f16.f32 %0, %1;": "%0 = emulated::half_of(%1)",
     "cvt.rn.bf16.f32 %0, %1;": "%0 = emulated::bfloat_of(%1)",
@@ -81,7 +100,7 @@ def _flat(ptx: str) -> str:
 
 MEANING = {_flat(ptx): done for ptx, done in PTX.items()}
 
-# Of a product of a warpgroup: columns, kind, names of accumulators, of descriptors, of whether it adds.
+# A product of a warpgroup: columns, kind, accumulators, descriptors, and what says whether it adds.
 WGMMA = re.compile(
     r"\{\.reg \.pred p;setp\.ne\.b32 p,%(?P<add>\d+),0;"
     r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<columns>\d+)"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from torch import Tensor
 
 from property_tests import emulated
 from property_tests.walled import mapped, walled
+from quest import fused
 from quest.conformance.lanes import Lane
-from quest.kernels import blocks, cuda, hopper, product, rows
+from quest.kernels import blocks, cuda, few, hopper, product, rows
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,19 @@ class Place:
         """A copy of t on the device that ends, or begins (`front`), where nothing is mapped."""
         return (walled if self.device == "cuda" else mapped)(t, front)
 
+    @property
+    def few_linear_shown(self) -> Callable[..., tuple[Tensor, ...]]:
+        """The operator, or what it calls on a GPU."""
+        if self.device == "cuda":
+            return fused.few_linear_shown
+        made: Any = functools.partial(fused._on_cuda, settled=False, show=True)
+        return made
+
 
 GPU = Place(Lane("triton-cuda", "cuda", "dispatch"), "cuda")
 CPU = Place(Lane("cuda-emulator", "cpu", "launch"), "cpu")
+# Of a test that the emulator takes too long for.
+on_a_gpu = pytest.mark.parametrize("place", [GPU], indirect=True, ids=lambda p: str(p.lane))
 
 
 @pytest.fixture(params=[GPU, CPU], ids=lambda place: str(place.lane))
@@ -50,5 +63,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 def _forget() -> None:
     """Kernels that were loaded."""
-    for cached in (blocks._kernel, rows._kernel, product._kernel, hopper.tensor_map):
+    for cached in (
+        blocks._kernel, rows._kernel, few._loaded, few._ready, product._kernel, hopper.tensor_map
+    ):  # fmt: skip
         cached.cache_clear()

@@ -16,19 +16,20 @@ from torch import Tensor
 
 import quest
 from property_tests import far_scales
-from property_tests.walled import walled
+from property_tests.places import Place, on_a_gpu
 from quest import lowbit, operands, packing
 from quest.conformance import inputs, judges
-from quest.fused import few_linear_shown
 from quest.kernels import cuda, few, hopper, outputs
 from quest.packed import packed_product
 
-HOPPER = torch.cuda.is_available() and hopper.unavailable(torch.device("cuda")) is None
-pytestmark = [
-    pytest.mark.whole,
-    pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU and cuda-core"),
-]
+pytestmark = pytest.mark.whole
 MARGIN = 4096
+
+
+@pytest.fixture(autouse=True)
+def _on_hopper(place: Place) -> None:
+    if reason := hopper.unavailable(torch.device(place.device)):
+        pytest.skip(reason)
 
 
 @contextmanager
@@ -53,25 +54,27 @@ def _width(bits: int, steps: int) -> int:
     return steps * 512 // bits
 
 
-def _between(t: Tensor) -> Tensor:
-    """A vector on the GPU, between values that are none of its own."""
+def _between(place: Place, t: Tensor) -> Tensor:
+    """A vector on the device, between values that are none of its own."""
     edge = t.new_full((MARGIN,), 77)
-    return torch.cat((edge, t, edge)).cuda()[MARGIN:-MARGIN]
+    return torch.cat((edge, t, edge)).to(place.device)[MARGIN:-MARGIN]
 
 
 def _operands(
-    bits: int, rows: int, columns: int, width: int
+    place: Place, bits: int, rows: int, columns: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(a, w, integers of a, integers of w); the first two on the GPU."""
+    """(a, w, integers of a, integers of w); the first two on the device."""
     g = torch.Generator().manual_seed(rows + columns + width)
     codes = torch.randint(0, 2**bits, (columns, width), generator=g)
     half = 2 ** (3 if bits > 1 else 0)  # odd integers from -15 to 15, or signs
     integers = 2 * torch.randint(-half, half, (rows, width), generator=g) + 1
     a = packing.pack(integers > 0, 1) if bits == 1 else integers.to(torch.int8)
-    return a.cuda(), packing.pack(codes, bits).cuda(), integers, 2 * codes - (2**bits - 1)
+    a, w = (t.to(place.device) for t in (a, packing.pack(codes, bits)))
+    return a, w, integers, 2 * codes - (2**bits - 1)
 
 
 def _exact(
+    place: Place,
     bits: int,
     shape: tuple[int, int, int],
     out: torch.dtype = torch.float32,
@@ -84,16 +87,16 @@ def _exact(
     edged: behind a and w no memory is mapped.
     """
     rows, columns, width = shape
-    a, w, *integers = _operands(bits, *shape)
+    a, w, *integers = _operands(place, bits, *shape)
     a_scale, w_scale = scales or (torch.ones(rows), torch.ones(columns))
-    vectors = [_between(t) for t in (a_scale, w_scale, *(i.sum(1).int() for i in integers))]
+    vectors = [_between(place, t) for t in (a_scale, w_scale, *(i.sum(1).int() for i in integers))]
     with ExitStack() as memory, outputs.poisoned(0xFF):  # NaN
         if edged:
-            a, w = (memory.enter_context(walled(t)) for t in (a, w))
+            a, w = (memory.enter_context(place.walled(t)) for t in (a, w))
         y = few.product(
             a, w, bits, out,
             factor=1.0, length=width, a_scale=vectors[0], w_scale=vectors[1], a_sum=vectors[2],
-            w_sum=vectors[3], bias=None if bias is None else _between(bias),
+            w_sum=vectors[3], bias=None if bias is None else _between(place, bias),
         )  # fmt: skip
     # Sums of integers below 2^53 are exact in float64.
     expected = integers[0].double() @ integers[1].double().T
@@ -104,66 +107,68 @@ def _exact(
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_a_block_that_waits_for_another(steps: int) -> None:
+def test_a_block_that_waits_for_another(place: Place, steps: int) -> None:
     """The second block has no step of K, or fewer: its columns' sums are the first one's."""
     for share in (16, 1):
         with _split((share,), (2,)):
-            _exact(4, (5, 2000, _width(4, steps)))
-            _exact(4, (8, 40, _width(4, steps)))
-            _exact(4, (1, 16000, _width(4, steps)))  # it has long to wait
+            _exact(place, 4, (5, 2000, _width(4, steps)))
+            _exact(place, 4, (8, 40, _width(4, steps)))
+            _exact(place, 4, (1, 16000, _width(4, steps)))  # it has long to wait
 
 
 @pytest.mark.parametrize("bits", [1, 4])
-def test_more_columns_than_threads(bits: int) -> None:
+def test_more_columns_than_threads(place: Place, bits: int) -> None:
     """Scales, sums and biases of any dtype are those of their columns."""
     g = torch.Generator().manual_seed(bits)
     bias = torch.randint(-128, 128, (1100,), generator=g)  # exact in 16 bits, and in the sum
     with _split():
         for dtype in (torch.bfloat16, torch.float32, torch.float16):
-            _exact(bits, (3, 1100, 512), bias=bias.to(dtype))
+            _exact(place, bits, (3, 1100, 512), bias=bias.to(dtype))
         w_scale = torch.tensor([2.0 ** (i % 5) for i in range(1100)])
-        _exact(bits, (3, 1100, 512), scales=(torch.ones(3), w_scale))
+        _exact(place, bits, (3, 1100, 512), scales=(torch.ones(3), w_scale))
 
 
 @pytest.mark.parametrize(("bits", "width"), [(1, 640), (4, 384)])
-def test_operands_that_end_where_memory_does(bits: int, width: int) -> None:
+def test_operands_that_end_where_memory_does(place: Place, bits: int, width: int) -> None:
     """Nothing is read behind the last rows, or where a row's last step has no more chunks."""
     # A warp has all steps of a tile. Of the last, with 1 bit, a lane in four has a chunk: zeros of
     # A would hide what the others read. W ends in the lower half of a tile, and in the upper.
     with _split((1,)):
-        _exact(bits, (5, 130, width), edged=True)
-        _exact(bits, (5, 140, width), edged=True)
+        _exact(place, bits, (5, 130, width), edged=True)
+        _exact(place, bits, (5, 140, width), edged=True)
 
 
-def test_a_warp_with_many_tiles() -> None:
+def test_a_warp_with_many_tiles(place: Place) -> None:
     """Its list of units goes on from one tile to the next at any place of the ring."""
     # Warps of a tile, tiles, steps: of two tiles a warp at first, then of more.
     cases = [(1, 32, 3), (16, 2, 48), (2, 16, 6), (16, 3, 20), (4, 19, 9), (1, 75, 4), (2, 70, 2),
              (1, 120, 1)]  # fmt: skip
     for share, tiles, steps in cases:
         with _split((share,)):
-            _exact(4, (5, 16 * tiles, _width(4, steps)))
-            _exact(4, (5, 16 * tiles - 7, _width(4, steps)))
+            _exact(place, 4, (5, 16 * tiles, _width(4, steps)))
+            _exact(place, 4, (5, 16 * tiles - 7, _width(4, steps)))
 
 
 @pytest.mark.parametrize("factor", [1.0, far_scales.FACTOR])
-def test_scales_near_and_far(factor: float) -> None:
+def test_scales_near_and_far(place: Place, factor: float) -> None:
     rows, columns, width = 8, 200, 256
-    a, w, *integers = _operands(4, rows, columns, width)
+    a, w, *integers = _operands(place, 4, rows, columns, width)
     p = (integers[0] @ integers[1].T).numpy()
-    a_sum, w_sum = (i.sum(1).int().cuda() for i in integers)
+    a_sum, w_sum = (i.sum(1).int().to(place.device) for i in integers)
     column = far_scales.columns(columns)
     for row in far_scales.rows(factor).split(rows):
         n = len(row)
         with outputs.poisoned(0xFF):
             y = few.product(
-                a[:n], w, 4, torch.float32, factor=factor, length=width, a_scale=row.cuda(),
-                w_scale=column.cuda(), a_sum=a_sum[:n], w_sum=w_sum,
+                a[:n], w, 4, torch.float32, factor=factor, length=width,
+                a_scale=row.to(place.device), w_scale=column.to(place.device),
+                a_sum=a_sum[:n], w_sum=w_sum,
             )  # fmt: skip
         assert torch.equal(y.cpu(), far_scales.dequantized(p[:n], factor, row, column))
 
 
-def test_far_rows_round_as_in_the_product() -> None:
+@on_a_gpu
+def test_far_rows_round_as_in_the_product(place: Place) -> None:
     """Beside a bias, near ones among them: bit for bit what the other kernel makes of them.
 
     Whose factor is an eighth, for its weight's integers are spread: rows of scales from 2^98 to
@@ -189,29 +194,29 @@ def test_far_rows_round_as_in_the_product() -> None:
     assert torch.equal(y, lowbit.product(a, b, *rest))
 
 
-def test_scales_that_are_powers_of_two() -> None:
+def test_scales_that_are_powers_of_two(place: Place) -> None:
     """Nothing is rounded, however large or small they are."""
     a_scale = torch.tensor([2.0**n for n in (-130, -20, 0, 20, 64, 90, 91, 126)])
     w_scale = torch.tensor([2.0 ** (i % 7) for i in range(300)])
     with _split(groups=0):
         for power in (-60, 60):  # infinite in places
-            _exact(4, (8, 300, 512), scales=(a_scale, w_scale * 2.0**power))
+            _exact(place, 4, (8, 300, 512), scales=(a_scale, w_scale * 2.0**power))
 
 
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.float16], ids=str)
-def test_outputs_of_16_bits(out: torch.dtype) -> None:
+def test_outputs_of_16_bits(place: Place, out: torch.dtype) -> None:
     """Sums of up to 17 bits are rounded to the nearest."""
     with _split(groups=0):
-        _exact(4, (8, 300, 512), out)
-        _exact(4, (3, 130, 128), out, torch.arange(130).to(out))
+        _exact(place, 4, (8, 300, 512), out)
+        _exact(place, 4, (3, 130, 128), out, torch.arange(130).to(out))
 
 
-def test_rows_that_another_launch_had() -> None:
+def test_rows_that_another_launch_had(place: Place) -> None:
     """Shared memory still holds them: they are no part of what fewer rows give."""
     columns, width = 4224, 640
-    a, w, *integers = _operands(4, 32, columns, width)
-    ones = torch.ones(columns, device="cuda")
-    a_sum, w_sum = (i.sum(1).int().cuda() for i in integers)
+    a, w, *integers = _operands(place, 4, 32, columns, width)
+    ones = torch.ones(columns, device=place.device)
+    a_sum, w_sum = (i.sum(1).int().to(place.device) for i in integers)
     expected = integers[0].double() @ integers[1].double().T
     made = []
     with _split(groups=0):
@@ -226,7 +231,7 @@ def test_rows_that_another_launch_had() -> None:
         assert torch.equal(y.cpu().double(), expected[: y.shape[0]])
 
 
-def test_two_blocks_quantize() -> None:
+def test_two_blocks_quantize(place: Place) -> None:
     """Both have begun before either writes to the other; the second may have nothing to do."""
     made = quest.recipe("w4a4")
     kinds = operands.kinds(made.activation, made.weight)
@@ -241,11 +246,13 @@ def test_two_blocks_quantize() -> None:
         codes = torch.randint(0, 16, (columns, width), generator=g)
         whole, scale = 2 * codes - 15, torch.rand(columns, 1, generator=g) + 0.5
         sums = whole.sum(1, keepdim=True).int()
-        weight = (packing.pack(codes, 4).cuda(), scale.cuda(), sums.cuda())
+        weight = tuple(t.to(place.device) for t in (packing.pack(codes, 4), scale, sums))
         x = inputs.draw("gaussian", (rows, width), torch.bfloat16, rows)
         for share in (16, 1):
             with _split((share,), (2,)), outputs.poisoned(0xFF):
-                found = few_linear_shown(x.cuda(), *weight, None, *names, torch.float32)
+                found = place.few_linear_shown(
+                    x.to(place.device), *weight, None, *names, torch.float32
+                )
             y, a, a_scale, a_sums = (t.cpu() for t in found)
             integers = judges.whole(a, kinds[0], width)
             shown = torch.from_numpy((integers // forms[0].spread - 1) // 2).to(torch.int8)
@@ -264,7 +271,7 @@ def test_two_blocks_quantize() -> None:
                 verdict.require()
 
 
-def test_nothing_is_written_beside_an_output(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_beside_an_output(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor beside what is shown of the rows: each lies between bytes that are none of its own."""
     made, around = quest.recipe("w4a4"), []
 
@@ -277,18 +284,19 @@ def test_nothing_is_written_beside_an_output(monkeypatch: pytest.MonkeyPatch) ->
     g = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (20, 256), generator=g)
     sums = (2 * codes - 15).sum(1, keepdim=True).int()
-    weight = (packing.pack(codes, 4).cuda(), torch.ones(20, 1, device="cuda"), sums.cuda())
-    x = inputs.draw("gaussian", (5, 256), torch.bfloat16, 0).cuda()
+    weight = tuple(t.to(place.device) for t in (packing.pack(codes, 4), torch.ones(20, 1), sums))
+    x = inputs.draw("gaussian", (5, 256), torch.bfloat16, 0).to(place.device)
     names = (made.activation.spec, made.weight.require_grid().name)
     monkeypatch.setattr(outputs, "empty", between)
-    few_linear_shown(x, *weight, None, *names, torch.float32)
+    place.few_linear_shown(x, *weight, None, *names, torch.float32)
     assert len(around) == 4
     for held, size in around:
         beside = torch.cat((held[:MARGIN], held[MARGIN + size :]))
         assert (beside == 77).all()
 
 
-def test_more_columns_than_fit_16_times() -> None:
+@on_a_gpu
+def test_more_columns_than_fit_16_times(place: Place) -> None:
     """16 times their number leaves int32, and nothing is counted so."""
     columns, width = 2**27 + 24, 128
     if torch.cuda.mem_get_info()[0] < 6 * 2**30:

@@ -40,7 +40,7 @@ class Place:
 
 
 GPU = Place(Lane("triton-cuda", "cuda", "dispatch"), "cuda")
-CPU = Place(Lane("cuda-emulator", "cpu", "launch"), "cpu")
+CPU = Place(Lane("cuda-emulator", "cpu", "kernels"), "cpu")
 # Of a test that the emulator takes too long for.
 on_a_gpu = pytest.mark.parametrize("place", [GPU], indirect=True, ids=lambda p: str(p.lane))
 

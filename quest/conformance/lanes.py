@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Outputs = dict[str, Tensor]
 POISON = (0xFF, 0x55)
+LAUNCHES = ("launch", "kernels")
 
 
 class GuardError(AssertionError):
@@ -40,8 +41,9 @@ class GuardError(AssertionError):
 class Lane:
     """An implementation on a device.
 
-    backend: "dispatch" (the registered operators), "eager" (plain PyTorch) or "launch" (the
-    kernels' launchers). remote: runs in a process with Triton's interpreter.
+    backend: "dispatch" (the registered operators), "eager" (plain PyTorch), "launch" (the
+    kernels' launchers, but for products) or "kernels" (all of them). remote: runs in a process with
+    Triton's interpreter.
     """
 
     name: str
@@ -63,7 +65,7 @@ class Lane:
         if stage in products or static.get("path") == "integers":
             return self.backend != "launch" and no_product(self) is None
         q = static.get("q")
-        if self.backend == "launch" and q is not None and q.sparsity is not None:
+        if self.backend in LAUNCHES and q is not None and q.sparsity is not None:
             from quest.kernels.quantize import GROUP_UNITS
             from quest.sparsity import Pairwise
 
@@ -223,6 +225,17 @@ def operators(backend: str) -> Any:
             functools.partial(prologue.launch_normed_encode, show=True),
         )
     )  # fmt: skip
+    products = (
+        (
+            lowbit.launch_accumulate, lowbit.launch_product, gated_product.launch_gated_product,
+            sparse_product.launch_sparse_product,
+        )
+        if backend == "kernels"
+        else (
+            eager.accumulate, lowbit.eager_product, gated_product.eager_gated_product,
+            sparse_product.eager_sparse_product,
+        )
+    )  # fmt: skip
     return SimpleNamespace(
         compress=functions[5],
         gated_encode=lambda *arguments: functions[8](*arguments)[:3],
@@ -233,10 +246,10 @@ def operators(backend: str) -> Any:
         operand=functions[6],
         pack_operand=functions[7],
         decode=functions[4],
-        accumulate=eager.accumulate,
-        product=lowbit.eager_product,
-        gated_product=gated_product.eager_gated_product,
-        sparse_product=sparse_product.eager_sparse_product,
+        accumulate=products[0],
+        product=products[1],
+        gated_product=products[2],
+        sparse_product=products[3],
         hadamard=functions[0],
         masked_transpose=functions[1],
         fake_quantize=lambda x, q: functions[2](x, q, values=True, codes=False, packed=True)[::3],

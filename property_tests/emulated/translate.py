@@ -125,7 +125,8 @@ def translated(text: str) -> str:
     made, at = [], 0
     for found in re.finditer(r"\basm(?: volatile)?\s*\(", text):
         end = _closing(text, found.end())
-        made += [text[at : found.start()], _call(text[found.end() : end])]
+        inside = re.sub(r"(?m)^#.*\n", "", text[found.end() : end])  # what tells of a line
+        made += [text[at : found.start()], _call(inside), "\n" * inside.count("\n")]
         at = end + 1
     return "".join([*made, text[at:]])
 
@@ -145,7 +146,6 @@ def _closing(text: str, at: int) -> int:
 
 def _call(inside: str) -> str:
     """The statement for what stands between the parentheses of an asm."""
-    inside = re.sub(r"(?m)^#.*$", "", inside)  # where a line stood
     said = re.match(r'(?:\s*"(?:[^"\\]|\\.)*")+', inside)
     assert said is not None
     ptx = _flat("".join(re.findall(r'"((?:[^"\\]|\\.)*)"', said[0])).replace("\\n", " "))

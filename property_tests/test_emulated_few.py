@@ -1,0 +1,158 @@
+"""few.cu broken on purpose, which the emulator sees; and mma.sync as the PTX ISA has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import quest
+from property_tests import emulated, places
+from quest import packing
+from quest.fused import _on_cuda
+from quest.kernels import cuda, few
+
+FIRST, SECOND, THIRD = 1, 2, 3
+
+
+@pytest.fixture
+def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulated.Emulator]:
+    places._forget()
+    yield emulated.instead(monkeypatch)
+    places._forget()
+
+
+def _product(cluster: int, patch: pytest.MonkeyPatch) -> None:
+    """With biases, by clusters of so many blocks."""
+    patch.setattr(few, "CLUSTERS", (cluster,))
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (600, 384), generator=g)
+    a = 2 * torch.randint(-8, 8, (5, 384), generator=g) + 1
+    bias = torch.randint(-100, 100, (600,), generator=g)
+    w = 2 * codes - 15
+    y = few.product(
+        a.to(torch.int8), packing.pack(codes, 4), 4, torch.float32, factor=1.0, length=384,
+        a_scale=torch.ones(5), w_scale=torch.ones(600), a_sum=a.sum(1).int(), w_sum=None,
+        bias=bias.to(torch.bfloat16),
+    )  # fmt: skip
+    assert torch.equal(y.double(), (a.double() @ w.double().T) + bias), "other numbers"
+
+
+def _linear(cluster: int, patch: pytest.MonkeyPatch) -> None:
+    """Rows that the kernel quantizes: a block's only entry becomes a row of the matrix of signs."""
+    patch.setattr(few, "CLUSTERS", (cluster,))
+    made = quest.recipe("w4a4")
+    names = made.activation.spec, made.weight.require_grid().name
+    entries = (torch.arange(8)[:, None] * 16 + torch.arange(8) * 3) % 128
+    x = torch.nn.functional.one_hot(entries, 128).view(8, 1024) * 2.0 ** torch.arange(8)[:, None]
+    w = torch.full((40, 512), 0x88, dtype=torch.uint8)
+    vectors = torch.ones(40, 1), torch.full((40, 1), 1024, dtype=torch.int32)
+    y, a, _, sums = _on_cuda(x.bfloat16(), w, *vectors, None, *names, torch.float32, False, True)
+    assert a is not None
+    assert sums is not None
+    bits = entries[..., None] & torch.arange(128)
+    odd = sum(bits >> i & 1 for i in range(7)) % 2
+    signs = (1 - 2 * odd).view(8, 1024)
+    assert torch.equal(a, (signs * a.abs().max()).to(torch.int8)), "other numbers"
+    assert torch.equal(sums[:, 0], a.sum(1).int()), "other numbers"
+    assert y.isfinite().all()
+
+
+# Of what is run, with clusters of so many blocks: what is lost, the how manieth, what stands there
+# instead, and how it shows.
+BROKEN = {
+    "a barrier of a block": (_linear, 1, "__syncthreads();", FIRST, "", "a race"),
+    "a barrier before the sums": (_linear, 1, "__syncthreads();", THIRD, "", "a race"),
+    "a barrier of a cluster": (_product, 2, "cluster_wait();", THIRD, ";", "begun|no wait before"),
+    "an arrival that orders nothing": (
+        _product, 2, " cluster_arrive();", SECOND, " cluster_begin();", "a race",
+    ),
+    "another block's sums": (_product, 2, "remote(base, owner)", FIRST, "base", "other numbers"),
+    "a bias": (_product, 1, "bias_at(bias, column0 + t", FIRST, "bias_at(bias, t", "other numbers"),
+    "words of a fragment": (
+        _product, 1, "high[0], low[1],", FIRST, "low[1], high[0],", "other numbers",
+    ),
+    "words of a rotation": (_linear, 1, "w[j], w[8 + j]", FIRST, "w[8 + j], w[j]", "other numbers"),
+    "what another block is told": (
+        _linear, 2, "if (lane < CLUSTER)\n      put_at", FIRST,
+        "if (lane && lane < CLUSTER)\n      put_at", "other numbers",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken(
+    name: str, emulator: emulated.Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, cluster, lost, number, instead, told = BROKEN[name]
+    run(cluster, monkeypatch)
+    places._forget()
+    parts = cuda._text("few.cu").split(lost)
+    assert len(parts) > number
+    emulator.text["few.cu"] = lost.join(parts[:number]) + instead + lost.join(parts[number:])
+    with pytest.raises(AssertionError, match=told):
+        run(cluster, monkeypatch)
+
+
+# A warp's fragments as they are, and what comes of them.
+MMA = r"""
+extern "C" __global__ void one(const unsigned *a, const unsigned *b, VALUE *out) {
+  const unsigned *x = a + 4 * threadIdx.x, *y = b + 2 * threadIdx.x;
+  VALUE d[4] = {};
+  asm volatile("mma.sync.aligned.KIND {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, ADDED;"
+               : CONSTRAINTS
+               : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]) ZERO);
+  for (int i = 0; i < 4; i++) out[4 * threadIdx.x + i] = d[i];
+}
+"""
+
+
+def _lanes() -> tuple[Tensor, Tensor]:
+    """(groupID, threadID_in_group)."""
+    lane = torch.arange(32)
+    return lane // 4, lane % 4
+
+
+def _fragments(a: Tensor, b: Tensor, each: int) -> tuple[Tensor, Tensor]:
+    """Of a (16, K) and b (K, 8), `each` elements a register; PTX ISA, Matrix Fragments for mma."""
+    group, thread = (t[:, None, None] for t in _lanes())
+    i = torch.arange(each)
+    r = torch.arange(4)[:, None]
+    of_a = a[group + 8 * (r % 2), thread * each + i + 4 * each * (r // 2)]
+    r = torch.arange(2)[:, None]
+    return of_a, b[thread * each + i + 4 * each * r, group]
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16", "u8.s8"])
+def test_a_product_of_a_warp(kind: str, emulator: emulated.Emulator) -> None:
+    g = torch.Generator().manual_seed(0)
+    floats, each = kind != "u8.s8", 2 if kind != "u8.s8" else 4
+    k = 8 * each
+    a = torch.randint(0, 100, (16, k), generator=g)
+    b = torch.randint(-100, 100, (k, 8), generator=g)
+    dtypes = {"f16": 2 * (torch.float16,), "bf16": 2 * (torch.bfloat16,)}.get(
+        kind, (torch.uint8, torch.int8)
+    )
+    shape = f"m16n8k{k}.row.col." + (f"f32.{kind}.{kind}.f32" if floats else f"s32.{kind}.s32")
+    said = {
+        "VALUE": "float" if floats else "int",
+        "KIND": shape,
+        "ADDED": "{%10, %10, %10, %10}" if floats else "{%0, %1, %2, %3}",
+        "CONSTRAINTS": ", ".join(f'"{"=f" if floats else "+r"}"(d[{i}])' for i in range(4)),
+        "ZERO": ', "f"(0.0f)' if floats else "",
+    }
+    text = MMA
+    for name, instead in said.items():
+        text = text.replace(name, instead)
+    emulator.text["one"] = text
+    parts = _fragments(a.to(dtypes[0]), b.to(dtypes[1]), each)
+    out = torch.zeros(32, 4, dtype=torch.float32 if floats else torch.int32)
+    kernel = emulator.load(
+        emulator.compile_("one", "", {}), "one", None, threads=32, shared=0, layout="3P"
+    )
+    kernel.launch(1, *(cuda.pointer(t.contiguous()) for t in (*parts, out)))
+    group, thread = (t[:, None] for t in _lanes())
+    i = torch.arange(4)
+    assert torch.equal(out.long(), (a @ b)[group + 8 * (i // 2), 2 * thread + i % 2])

@@ -116,6 +116,14 @@ def test_a_block_that_waits_for_another(place: Place, steps: int) -> None:
             _exact(place, 4, (1, 16000, _width(4, steps)))  # it has long to wait
 
 
+@pytest.mark.parametrize("cluster", [4, 8])
+def test_clusters_whose_last_blocks_have_no_step(place: Place, cluster: int) -> None:
+    """Nor a tile to write out; of every number of tiles of rows that is compiled."""
+    with _split(clusters=(cluster,)):
+        for bits, rows in ((1, 24), (2, 64), (4, 10), (4, 3)):
+            _exact(place, bits, (rows, 40, _width(bits, cluster + 1)))
+
+
 @pytest.mark.parametrize("bits", [1, 4])
 def test_more_columns_than_threads(place: Place, bits: int) -> None:
     """Scales, sums and biases of any dtype are those of their columns."""
@@ -231,44 +239,58 @@ def test_rows_that_another_launch_had(place: Place) -> None:
         assert torch.equal(y.cpu().double(), expected[: y.shape[0]])
 
 
-def test_two_blocks_quantize(place: Place) -> None:
-    """Both have begun before either writes to the other; the second may have nothing to do."""
-    made = quest.recipe("w4a4")
-    kinds = operands.kinds(made.activation, made.weight)
+def _quantized(place: Place, recipe: str, x: Tensor, columns: int) -> None:
+    """T2, T3, T0 and T6 of what the kernel shows of rows that it quantizes."""
+    made, width = quest.recipe(recipe), x.shape[1]
+    pair = made.activation, made.weight
+    kinds = operands.kinds(*pair)
     assert kinds is not None
-    forms = [
-        operands.form(q.require_grid(), kind)
-        for q, kind in zip((made.activation, made.weight), kinds, strict=True)
-    ]
+    forms = [operands.form(q.require_grid(), k) for q, k in zip(pair, kinds, strict=True)]
+    bits = made.weight.require_grid().storage_bits
+    g = torch.Generator().manual_seed(columns)
+    codes = torch.randint(0, 2**bits, (columns, width), generator=g)
+    whole, scale = 2 * codes - (2**bits - 1), torch.rand(columns, 1, generator=g) + 0.5
+    weight = packing.pack(codes, bits), scale, whole.sum(1, keepdim=True).int()
     names = (made.activation.spec, made.weight.require_grid().name)
+    with outputs.poisoned(0xFF):
+        found = place.few_linear_shown(
+            *(t.to(place.device) for t in (x, *weight)), None, *names, torch.float32
+        )
+    y, a, a_scale, a_sums = (t.cpu() for t in found)
+    integers = judges.whole(a, kinds[0], width)
+    shown = torch.from_numpy((integers // forms[0].spread - 1) // 2).to(torch.int8)
+    for verdict in (
+        judges.scaled(x, a_scale, 128),
+        judges.coded(x, made.activation, shown, a_scale, conclusive=False),
+        judges.exact("sums", a_sums.numpy(), integers.sum(-1, keepdims=True)),
+        judges.multiplied(
+            (integers, forms[1].spread * whole.numpy()),
+            (forms[0].unit, forms[1].unit),
+            (a_scale, scale),
+            None,
+            y,
+        ),
+    ):
+        verdict.require()
+
+
+@pytest.mark.parametrize("cluster", [2, 8])
+def test_blocks_quantize_together(place: Place, cluster: int) -> None:
+    """All have begun before one writes to another; the last ones may have nothing to do."""
     for rows, columns, width in ((5, 1000, 128), (8, 300, 640), (8, 257, 4096)):
-        g = torch.Generator().manual_seed(columns)
-        codes = torch.randint(0, 16, (columns, width), generator=g)
-        whole, scale = 2 * codes - 15, torch.rand(columns, 1, generator=g) + 0.5
-        sums = whole.sum(1, keepdim=True).int()
-        weight = tuple(t.to(place.device) for t in (packing.pack(codes, 4), scale, sums))
         x = inputs.draw("gaussian", (rows, width), torch.bfloat16, rows)
         for share in (16, 1):
-            with _split((share,), (2,)), outputs.poisoned(0xFF):
-                found = place.few_linear_shown(
-                    x.to(place.device), *weight, None, *names, torch.float32
-                )
-            y, a, a_scale, a_sums = (t.cpu() for t in found)
-            integers = judges.whole(a, kinds[0], width)
-            shown = torch.from_numpy((integers // forms[0].spread - 1) // 2).to(torch.int8)
-            for verdict in (
-                judges.scaled(x, a_scale, 128),
-                judges.coded(x, made.activation, shown, a_scale, conclusive=False),
-                judges.exact("sums", a_sums.numpy(), integers.sum(-1, keepdims=True)),
-                judges.multiplied(
-                    (integers, forms[1].spread * whole.numpy()),
-                    (forms[0].unit, forms[1].unit),
-                    (a_scale, scale),
-                    None,
-                    y,
-                ),
-            ):
-                verdict.require()
+            with _split((share,), (cluster,)):
+                _quantized(place, "w4a4", x, columns)
+
+
+@pytest.mark.parametrize("recipe", ["w4a4", "w1a1"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_of_every_kind(place: Place, dtype: torch.dtype, recipe: str) -> None:
+    """A group of a warp's blocks is of several rows; a row's blocks are of two thread blocks."""
+    with _split(clusters=(2,)):
+        for name in inputs.DISTRIBUTIONS:
+            _quantized(place, recipe, inputs.draw(name, (16, 640), dtype, 0), 24)
 
 
 def test_nothing_is_written_beside_an_output(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

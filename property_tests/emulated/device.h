@@ -38,6 +38,8 @@ static __attribute__((section("emulated_shared"), used)) char no_shared_memory[1
 
 namespace emulated {
 
+struct Fragments { unsigned a[4], b[2]; };  // of a lane
+
 extern "C" {
 const char *emulated_run(void (*body)(void **), void **parameters, int blocks, int cluster, int threads,
                          int bytes, unsigned seed, char *shared, char *shared_end);
@@ -48,6 +50,11 @@ unsigned emulated_map(unsigned at, unsigned rank);
 void emulated_put(unsigned at, const void *from, int bytes, bool shared);
 void emulated_add(unsigned at, unsigned value, bool shared);
 void emulated_aligned(const void *at, int bytes);  // or it fails
+// d of a warp's mma.sync, see mma.h: becomes that plus a b.
+void emulated_mma_u8_s8(int (&d)[4], const Fragments &own, int line);
+void emulated_mma_and_popc(int (&d)[4], const Fragments &own, int line);
+void emulated_mma_f16(float (&d)[4], const Fragments &own, int line);
+void emulated_mma_bf16(float (&d)[4], const Fragments &own, int line);
 void emulated_cluster_arrive(bool releases, int line);
 void emulated_cluster_wait(int line);
 void emulated_copy(unsigned to, const void *from, int bytes);
@@ -122,8 +129,6 @@ template <typename... A> void call(void (*kernel)(A...), void **parameters) {
 }
 
 }  // namespace emulated
-
-#include "mma.h"
 
 // What Python calls: null, or what went wrong. cluster: blocks of one.
 #define EMULATED(kernel, cluster)                                                                         \

@@ -4,17 +4,20 @@
 // of rows g and g + 8 of a and of column g of b: {(g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)} and {(t, g),
 // (t + 4, g)}; and d of these rows and columns 2 t and 2 t + 1.
 // Source: PTX ISA, Matrix Fragments for mma.m16n8k16, m16n8k32 and m16n8k256.
+// Part of runtime.cpp: in a kernel's library each access would be watched.
 #pragma once
 
-namespace emulated {
+namespace {
 
 struct Fragments { unsigned a[4], b[2]; };
-extern "C" const Fragments *emulated_gather(const Fragments &own, const char *what, int line);
 
 // does(d, words of a, words of b): what becomes of an element of d.
 template <typename T, typename F> void mma(T (&d)[4], const Fragments &own, const char *what, int line, F does) {
-  const Fragments *const all = emulated_gather(own, what, line);
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const Met met = meet(false, 0xFFFFFFFF, what, line, [&](Meeting &m, int turn) {
+    memcpy(&m.more[turn][current % WARP], &own, sizeof own);
+  });
+  const auto *const all = (const Fragments *)met.meeting.more[met.turn];
+  const int lane = current % WARP, g = lane / 4, t = lane % 4;
   for (int r = 0; r < 4; r++) {
     unsigned a[8], b[8];
     for (int word = 0; word < 8; word++) {
@@ -25,23 +28,9 @@ template <typename T, typename F> void mma(T (&d)[4], const Fragments &own, cons
   }
 }
 
-inline void mma_u8_s8(int (&d)[4], const Fragments &own, int line) {
-  mma(d, own, "mma m16n8k32", line, [](int sum, const unsigned (&a)[8], const unsigned (&b)[8]) {
-    for (int i = 0; i < 32; i++) sum += (int)(uint8_t)(a[i / 4] >> i % 4 * 8) * (int8_t)(b[i / 4] >> i % 4 * 8);
-    return sum;
-  });
-}
-
-inline void mma_and_popc(int (&d)[4], const Fragments &own, int line) {
-  mma(d, own, "mma m16n8k256", line, [](int sum, const unsigned (&a)[8], const unsigned (&b)[8]) {
-    for (int i = 0; i < 8; i++) sum += __builtin_popcount(a[i] & b[i]);
-    return sum;
-  });
-}
-
 // As Hopper's tensor cores add, as far as is known: of each product what lies 2^-24 below the largest is cut, and of
 // their sum what float32 doesn't hold. Source: Fasi, Higham, Mikaitis and Pranesh 2021, on the V100 and A100.
-inline float cut_sum(const double (&terms)[17]) {
+float cut_sum(const double (&terms)[17]) {
   double largest = 0, sum = 0;
   for (const double term : terms) largest = std::fmax(largest, std::fabs(term)), sum += term;
   if (largest == 0 || !std::isfinite(sum)) return (float)sum;
@@ -61,11 +50,35 @@ template <typename Value> void mma_float(float (&d)[4], const Fragments &own, co
   });
 }
 
-inline void mma_f16(float (&d)[4], const Fragments &own, int line) {
-  mma_float(d, own, "mma m16n8k16 of f16", line, [](unsigned bits) { return half_at(bits, 0); });
-}
-inline void mma_bf16(float (&d)[4], const Fragments &own, int line) {
-  mma_float(d, own, "mma m16n8k16 of bf16", line, [](unsigned bits) { return unpacked<float>((uint64_t)bits << 16); });
+template <typename T, typename Bits> T seen(Bits bits) {
+  T value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
-}  // namespace emulated
+}  // namespace
+
+extern "C" {
+
+void emulated_mma_u8_s8(int (&d)[4], const Fragments &own, int line) {
+  mma(d, own, "mma m16n8k32", line, [](int sum, const unsigned (&a)[8], const unsigned (&b)[8]) {
+    for (int i = 0; i < 32; i++) sum += (int)(uint8_t)(a[i / 4] >> i % 4 * 8) * (int8_t)(b[i / 4] >> i % 4 * 8);
+    return sum;
+  });
+}
+
+void emulated_mma_and_popc(int (&d)[4], const Fragments &own, int line) {
+  mma(d, own, "mma m16n8k256", line, [](int sum, const unsigned (&a)[8], const unsigned (&b)[8]) {
+    for (int i = 0; i < 8; i++) sum += __builtin_popcount(a[i] & b[i]);
+    return sum;
+  });
+}
+
+void emulated_mma_f16(float (&d)[4], const Fragments &own, int line) {
+  mma_float(d, own, "mma m16n8k16 of f16", line, [](uint16_t bits) { return seen<_Float16>(bits); });
+}
+void emulated_mma_bf16(float (&d)[4], const Fragments &own, int line) {
+  mma_float(d, own, "mma m16n8k16 of bf16", line, [](uint16_t bits) { return seen<float>((uint32_t)bits << 16); });
+}
+
+}  // extern "C"

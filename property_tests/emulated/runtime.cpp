@@ -16,6 +16,7 @@
 // barriers of memory); FastTrack, Flanagan and Freund 2009, of which this is the plain form.
 #undef _FORTIFY_SOURCE  // which takes a jump to another stack for an error
 #include <algorithm>
+#include <cmath>
 #include <csetjmp>
 #include <csignal>
 #include <cstdint>
@@ -529,13 +530,6 @@ const uint64_t *emulated_meet(bool block, unsigned mask, uint64_t value, const c
   const Met met = meet(block, mask, what, line, [&](Meeting &m, int turn) { m.left[turn][current % WARP] = value; });
   return met.meeting.left[met.turn];
 }
-// Of a warp: six words from each.
-const void *emulated_gather(const void *own, const char *what, int line) {
-  const Met met = meet(false, 0xFFFFFFFF, what, line, [&](Meeting &m, int turn) {
-    memcpy(&m.more[turn][current % WARP], own, sizeof m.more[turn][0]);
-  });
-  return met.meeting.more[met.turn];
-}
 
 }  // extern "C"
 
@@ -557,3 +551,5 @@ void __tsan_func_exit(void) {}
 void __tsan_init(void) {}
 
 }  // extern "C"
+
+#include "mma.h"

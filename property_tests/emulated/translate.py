@@ -69,18 +69,20 @@ PTX = {
         f"mma.sync.aligned.{shape} {{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, "
         "{%0, %1, %2, %3};":
             "int sum_[4] = {%0, %1, %2, %3}; "
-            f"emulated::{does}(sum_, {{{{%4, %5, %6, %7}}, {{%8, %9}}}}, __builtin_LINE()); "
+            f"emulated::emulated_mma_{does}(sum_, {{{{%4, %5, %6, %7}}, {{%8, %9}}}}, "
+            "__builtin_LINE()); "
             "%0 = sum_[0], %1 = sum_[1], %2 = sum_[2], %3 = sum_[3]"
         for shape, does in (
-            ("m16n8k256.row.col.s32.b1.b1.s32.and.popc", "mma_and_popc"),
-            ("m16n8k32.row.col.s32.u8.s8.s32", "mma_u8_s8"),
+            ("m16n8k256.row.col.s32.b1.b1.s32.and.popc", "and_popc"),
+            ("m16n8k32.row.col.s32.u8.s8.s32", "u8_s8"),
         )
     },
     **{
         f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};":
             "float sum_[4] = {%10, %10, %10, %10}; "
-            f"emulated::mma_{kind}(sum_, {{{{%4, %5, %6, %7}}, {{%8, %9}}}}, __builtin_LINE()); "
+            f"emulated::emulated_mma_{kind}(sum_, {{{{%4, %5, %6, %7}}, {{%8, %9}}}}, "
+            "__builtin_LINE()); "
             "%0 = sum_[0], %1 = sum_[1], %2 = sum_[2], %3 = sum_[3]"
         for kind in ("f16", "bf16")
     },

@@ -7,6 +7,7 @@
 // Source: PTX ISA, `cp.async.bulk.tensor`, `mbarrier`, `wgmma`: its matrix descriptors, the fragments of D;
 // CUDA Driver API, tensor maps. Their swizzle: of an address in shared memory, whose bits 4 to 6 (of 128
 // bytes; fewer of less) are those changed by bits 7 to 9.
+#pragma once
 #if defined(__x86_64__)
 #define COUNTS __attribute__((target("popcnt")))
 #else
@@ -119,10 +120,16 @@ uint32_t operand_at(uint64_t descriptor, int row, int chunk) {
   return DYNAMIC + found;
 }
 
+// Reads an operand, as others see it. What a thread has written would take a fence of proxies.
 void look(const Warpgroup &w, uint64_t descriptor, int rows) {
   for (int r = 0; r < rows; r++)
-    for (int i = 0; i < SPAN; i += 4)
-      access(ranked(operand_at(descriptor, r, i / 16) + i % 16), 4, READ, w.engine, w.asked.group, w.known);
+    for (int i = 0; i < SPAN; i += 4) {
+      const uint32_t at = ranked(operand_at(descriptor, r, i / 16) + i % 16);
+      for (const Access &a : word_at(at))
+        if (a.writes && a.thread < fibers.size())
+          fail("a wgmma reads what %s has written: the emulator knows no fence of proxies", Name(a.thread).told);
+      access(at, 4, READ, w.engine, w.asked.group, w.known);
+    }
 }
 
 template <typename T> void gather(T *to, uint64_t descriptor, int rows) {
@@ -167,12 +174,6 @@ template <typename F> void fragment(Warpgroup &w, F each) {
 }  // namespace
 
 extern "C" {
-
-// mbarrier.arrive.expect_tx.
-void emulated_barrier_expect(unsigned at, unsigned bytes) {
-  barrier(at).bytes += bytes;
-  emulated_barrier_arrive(at, true);
-}
 
 // A tile of the matrix that a tensor map describes, to the same place in each of these blocks; 0: where `to`
 // and `at` say.

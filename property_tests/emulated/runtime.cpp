@@ -3,17 +3,14 @@
 // A thread is a fiber, and runs until it must wait for others; which of those that are ready goes on is
 // drawn at random. What lies between two waits happens in one piece, but in any order: a barrier that is
 // missing shows as wrong numbers. It shows as well where the order happened to be right: what a thread
-// knows of the others (vector clocks) tells whether two accesses of shared memory were in an order at all.
+// knows of the others (vector clocks) tells whether two accesses of shared memory were in an order at all
+// (races.h).
 // Thread blocks run one after another; those of a cluster together, each with shared memory of its own.
 //
-// What no GPU would forgive ends the run with a message: races, threads that wait for what never comes,
-// lanes of a warp that meet at different instructions, accesses beyond shared memory, to that of a block which may
-// not have begun or has ended, or to memory that is not mapped. Shared memory starts as NaNs. Asynchronous copies happen as soon, or as late, as they may.
-//
-// Accesses are seen by the calls that the compiler makes of them for another tool, ThreadSanitizer, whose
-// own library is not there: the __tsan_ functions at the end.
-// Source of the order: PTX ISA, Memory Consistency Model; CUDA C++ Programming Guide (shuffles and votes are no
-// barriers of memory); FastTrack, Flanagan and Freund 2009, of which this is the plain form.
+// What no GPU would forgive ends the run with a message: races, threads that wait for what never comes, lanes
+// of a warp that meet at different instructions, accesses beyond shared memory, to that of a block which may
+// not have begun or has ended, or to memory that is not mapped. Shared memory starts as NaNs. Asynchronous
+// copies happen as soon, or as late, as they may.
 #undef _FORTIFY_SOURCE  // which takes a jump to another stack for an error
 #include <algorithm>
 #include <cmath>
@@ -42,7 +39,6 @@ constexpr size_t STACK = 64 << 10;
 constexpr size_t LIMIT = 227 << 10;    // bytes of shared memory that a thread block may ask for
 constexpr uint32_t DYNAMIC = 1 << 20;  // where dynamic shared memory starts among addresses of shared memory
 constexpr int RANK = 24;               // of an address in a cluster: where its block's rank stands, from 1
-
 constexpr int ENGINES = 128;           // what accesses shared memory beside threads, at most
 
 // Of each thread of a cluster, up to which moment it is known; of each engine, which makes moments of its own.
@@ -79,14 +75,6 @@ struct Meeting {
   Clock known[2];
 };
 
-// A barrier in shared memory (mbarrier). bytes: that are yet to come in this phase. engine: what brings them,
-// whose moments are phases.
-struct Barrier {
-  uint32_t count, pending, phase, engine;
-  int64_t bytes;
-  Clock coming, done;  // what those knew who arrived: in this phase, and up to the one before
-};
-
 // An access of some bytes of a word of shared memory; pending: by a copy that has not been waited for. atomic: adds.
 struct Access { uint16_t thread; uint8_t bytes; bool writes, pending, atomic; uint32_t moment; };
 
@@ -109,7 +97,6 @@ std::vector<Fiber> fibers;  // of all blocks of a cluster
 std::vector<Block> blocks;  // of it
 std::vector<Meeting> warps;
 Gathering cluster;
-std::unordered_map<uint32_t, Barrier> barriers;  // by their addresses in the cluster
 std::vector<int> ready;
 std::vector<const char *> engines;  // what each is
 int current = -1, alive;
@@ -171,7 +158,8 @@ uint32_t place(const void *at) {
     return offset < dynamic_bytes ? ranked(DYNAMIC + offset, (p - dynamic) / dynamic_hop) : 0;
   }
   if (p >= fixed && p < fixed_end) return ranked(p - fixed);
-  if (p >= aside && p < aside + fixed_hop * blocks.size()) return ranked((p - aside) % fixed_hop, (p - aside) / fixed_hop);
+  if (p >= aside && p < aside + fixed_hop * blocks.size())
+    return ranked((p - aside) % fixed_hop, (p - aside) / fixed_hop);
   return 0;
 }
 
@@ -181,92 +169,22 @@ char *from_shared(uint32_t at, uint32_t bytes, bool shared = true) {
   const size_t offset = offset_of(at);
   if (at % bytes) fail("%u bytes at shared address %u", bytes, at);
   if (rank < blocks.size() && !(shared && rank != emulated_rank)) {
-    if (offset >= DYNAMIC && offset - DYNAMIC + bytes <= dynamic_bytes) return dynamic + rank * dynamic_hop + (offset - DYNAMIC);
-    if (offset + bytes <= (size_t)(fixed_end - fixed)) return (rank == emulated_rank ? fixed : aside + rank * fixed_hop) + offset;
+    if (offset >= DYNAMIC && offset - DYNAMIC + bytes <= dynamic_bytes)
+      return dynamic + rank * dynamic_hop + (offset - DYNAMIC);
+    if (offset + bytes <= (size_t)(fixed_end - fixed))
+      return (rank == emulated_rank ? fixed : aside + rank * fixed_hop) + offset;
   }
   fail("%u bytes at shared address %u, which are not the thread block's", bytes, at);
   return nullptr;
 }
 
-enum Kind { READ, WRITE, ADD, COPY, COPIED };
-const char *const DOES[] = {"reads", "writes", "adds to", "has a copy write", "has waited for a copy to"};
+}  // namespace
 
-// Who makes an access: a thread or an engine.
-struct Name {
-  char told[48];
-  Name(uint32_t by) {
-    const unsigned n = blockDim.x;
-    if (by >= fibers.size()) snprintf(told, sizeof told, "%s", engines[by - fibers.size()]);
-    else snprintf(told, sizeof told, "thread %u of block %u", by % n, blockIdx.x - emulated_rank + by / n);
-  }
-};
+#include "races.h"
 
-Clock nothing() { return Clock(fibers.size() + ENGINES + 1, 0); }
+#include "barriers.h"
 
-uint32_t engine(const char *what) {
-  if (engines.size() == ENGINES) fail("more barriers and warpgroups than the emulator has room for");
-  engines.push_back(what);
-  return (uint32_t)(fibers.size() + engines.size() - 1);
-}
-
-// An access of up to four bytes of a word of shared memory: an error where another is in no order with it.
-// By a thread or an engine, at a moment of its own, which knows of others what `clock` says.
-void access(uint32_t place, int bytes, Kind kind, uint32_t by, uint32_t moment, const Clock &clock) {
-  const uint32_t at = offset_of(place);
-  auto &word = blocks[rank_of(place)].words[at >= DYNAMIC][(at >= DYNAMIC ? at - DYNAMIC : at) / 4];
-  const uint8_t mask = (uint8_t)(((1 << bytes) - 1) << at % 4);
-  const bool writes = kind != READ, adds = kind == ADD;
-  if (kind == COPIED)  // its own, which it asked for
-    for (size_t i = word.size(); i-- > 0;)
-      if (word[i].pending && word[i].thread == by) word.erase(word.begin() + i);
-  for (size_t i = word.size(); i-- > 0;) {
-    const Access &a = word[i];
-    if (!(a.bytes & mask)) continue;
-    const bool mine = a.thread == by, before = mine || a.moment <= clock[a.thread];
-    if ((a.writes || writes) && !(a.atomic && adds) && (a.pending || !before))
-      fail("a race: %s %s shared address %u of block %u, which %s %s", Name(by).told, DOES[kind], at,
-           blockIdx.x - emulated_rank + rank_of(place), Name(a.thread).told,
-           a.pending ? "has a copy write that was not waited for" : a.atomic ? "adds to" : a.writes ? "writes" : "reads");
-    // What the new one stands for: who is in order with it is in order with that.
-    if ((a.bytes & ~mask) == 0 && before && (adds ? mine && a.atomic : writes || (mine && !a.writes)))
-      word[i] = word.back(), word.pop_back();
-  }
-  word.push_back({(uint16_t)by, mask, writes, kind == COPY, adds, moment});
-}
-
-// Ends the run unless the shared memory of a block of the cluster is there.
-void insist(unsigned rank) {
-  if (rank == emulated_rank) return;
-  if (!self().clock.back()) fail("an access to shared memory of another block, which may not have begun");
-  if (!blocks[rank].alive) fail("an access to shared memory of another block, which has ended");
-}
-
-void accesses(const void *at, size_t bytes, Kind kind) {
-  if (current < 0) return;
-  uint32_t p = place(at);
-  if (!p) return;
-  insist(rank_of(p));
-  for (const uint32_t end = p + (uint32_t)bytes; p < end;) {
-    const int n = (int)std::min<uint32_t>(4 - p % 4, end - p);
-    access(p, n, kind, current, self().clock[current], self().clock);
-    p += n;
-  }
-}
-
-// seen: by a thread, in order with what made it.
-Barrier &barrier(uint32_t at, bool shared = true, bool seen = true) {
-  if (char *const p = from_shared(at, 8, shared); seen) accesses(p, 8, READ);
-  const auto found = barriers.find(ranked(at));
-  if (found == barriers.end()) fail("a barrier at shared address %u that was not initialized", at);
-  return found->second;
-}
-
-// Ends a phase of a barrier whose arrivals and bytes have all come.
-void advance(Barrier &b) {
-  if (b.pending || b.bytes) return;
-  b.pending = b.count, b.done = b.coming, b.done[b.engine] = ++b.phase;
-  wake(&b);
-}
+namespace {
 
 struct Met { Meeting &meeting; unsigned turn; };
 
@@ -503,29 +421,6 @@ void emulated_wait_copies(int left) {
   }
 }
 
-void emulated_barrier_init(unsigned at, unsigned count) {
-  accesses(from_shared(at, 8), 8, WRITE);
-  barriers[ranked(at)] = {count, count, 0, engine("a bulk copy"), 0, nothing(), nothing()};
-}
-// Those that this thread made can be seen behind its next arrival, of whatever kind.
-void emulated_barrier_fence() {
-  self().fenced = self().clock;
-  self().clock[current]++;
-}
-void emulated_barrier_arrive(unsigned at, bool shared) {
-  Barrier &b = barrier(at, shared);
-  if (!b.pending) fail("more arrivals at a barrier than it counts");
-  join(b.coming, self().clock);
-  self().clock[current]++;
-  b.pending--;
-  advance(b);
-}
-void emulated_barrier_wait(unsigned at, unsigned parity) {
-  Barrier &b = barrier(at);
-  while ((b.phase & 1) == (parity & 1)) wait(&b, "a barrier in shared memory");
-  join(self().clock, b.done);
-}
-
 const uint64_t *emulated_meet(bool block, unsigned mask, uint64_t value, const char *what, int line) {
   const Met met = meet(block, mask, what, line, [&](Meeting &m, int turn) { m.left[turn][current % WARP] = value; });
   return met.meeting.left[met.turn];
@@ -534,22 +429,5 @@ const uint64_t *emulated_meet(bool block, unsigned mask, uint64_t value, const c
 }  // extern "C"
 
 #include "hopper.h"
-
-extern "C" {
-
-// What the compiler calls before each access.
-#define ACCESS(n)                                                           \
-  void __tsan_read##n(void *at) { accesses(at, n, READ); }                  \
-  void __tsan_write##n(void *at) { accesses(at, n, WRITE); }                \
-  void __tsan_unaligned_read##n(void *at) { accesses(at, n, READ); }        \
-  void __tsan_unaligned_write##n(void *at) { accesses(at, n, WRITE); }
-ACCESS(1) ACCESS(2) ACCESS(4) ACCESS(8) ACCESS(16)
-void __tsan_read_range(void *at, long bytes) { accesses(at, bytes, READ); }
-void __tsan_write_range(void *at, long bytes) { accesses(at, bytes, WRITE); }
-void __tsan_func_entry(void *) {}
-void __tsan_func_exit(void) {}
-void __tsan_init(void) {}
-
-}  // extern "C"
 
 #include "mma.h"

@@ -321,6 +321,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         for (int k = 0; k < steps; k++, at++) {
           const u32 stage = at % STAGES;
           barrier_wait(base + FULL_AT + 8 * stage, (at / STAGES) & 1);
+          __syncwarp();  // no lane is so late that it finds the phase after the next, and waits for ever
           if (lane < CLUSTER) barrier_arrive(base + EMPTY_AT + 8 * stage, lane);
         }
         if (TEAMS > 1 && lane == 0) barrier_arrive(base + TURN_AT + 8 * (team ^ 1), rank);

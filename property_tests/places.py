@@ -15,7 +15,7 @@ from torch import Tensor
 
 from property_tests import emulated
 from property_tests.walled import mapped, walled
-from quest import fused
+from quest import fused, gated_product, lowbit
 from quest.conformance import lanes
 from quest.conformance.lanes import Lane
 from quest.kernels import cuda
@@ -58,11 +58,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     found: Place = request.param
     if found is CPU:
         _forget()
-        emulated.instead(monkeypatch)
-        made, others = _operators(), lanes.operators
-        monkeypatch.setattr(
-            lanes, "operators", lambda backend: made if backend == "emulated" else others(backend)
-        )
+        instead(monkeypatch)
     elif not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     elif reason := cuda.unavailable(torch.device("cuda", torch.cuda.current_device())):
@@ -72,6 +68,15 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         _forget()
 
 
+def instead(patch: pytest.MonkeyPatch) -> emulated.Emulator:
+    """As `emulated.instead`, and the lane of `CPU` has its operators."""
+    made, others = _operators(), lanes.operators
+    patch.setattr(
+        lanes, "operators", lambda backend: made if backend == "emulated" else others(backend)
+    )
+    return emulated.instead(patch)
+
+
 def _operators() -> Any:
     """Launchers of kernels in CUDA C++, which run in the emulator; for the rest plain PyTorch."""
     names = (
@@ -79,14 +84,26 @@ def _operators() -> Any:
         "normed_encode", "normed_encode_shown",
     )  # fmt: skip
     launched = vars(lanes.operators("launch"))
+    products = {
+        "accumulate": lowbit.launch_accumulate,
+        "product": lowbit.launch_product,
+        "gated_product": gated_product.launch_gated_product,
+    }
     return SimpleNamespace(
-        **{**vars(lanes.operators("eager")), **{name: launched[name] for name in names}}
+        **{
+            **vars(lanes.operators("eager")),
+            **{name: launched[name] for name in names},
+            **products,
+        }
     )
 
 
 def _forget() -> None:
     """Kernels that were loaded."""
-    from quest.kernels import blocks, few, rows  # which import Triton: not in every run
+    # They import Triton: not in every run.
+    from quest.kernels import blocks, few, hopper, product, rows
 
-    for cached in (blocks._kernel, rows._kernel, few._loaded, few._ready):
+    for cached in (
+        blocks._kernel, rows._kernel, few._loaded, few._ready, product._kernel, hopper.tensor_map
+    ):  # fmt: skip
         cached.cache_clear()

@@ -332,7 +332,8 @@ def require_product(device: torch.device) -> None:
 
 
 @accumulate.register_kernel("cuda")
-def _(a: Tensor, b: Tensor) -> Tensor:
+def launch_accumulate(a: Tensor, b: Tensor) -> Tensor:
+    """`accumulate` by the kernel."""
     from .kernels import hopper
     from .kernels import product as kernel
 

@@ -14,13 +14,13 @@ import atexit
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import itertools
 import os
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ import pytest
 
 from quest.kernels import cuda, hopper
 
+from . import tensor_maps
 from .translate import cluster, translated
 
 HERE = Path(__file__).parent
@@ -75,7 +76,7 @@ def _library(name: str, text: str, options: tuple[str, ...]) -> Path:
     found = compiler()
     assert found is not None
     line = [found, "-std=c++17", *options, "-w", "-fPIC", f"-I{HERE}"]
-    told = "\n".join([*line, *(path.read_text() for path in sorted(HERE.glob("*.h"))), text])
+    told = "\n".join([*line, *(at.read_text() for at in sorted(HERE.glob("*.h"))), text])
     made = _folder() / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.so"
     if made.exists():
         os.utime(made)
@@ -117,8 +118,8 @@ def _folder() -> Path:
 class Kernel:
     """As `cuda.Kernel`: a variant that is ready to be launched, at once and to its end.
 
-    run: of its library. seeds: one for each launch, which says who goes first and, where it is
-    odd, that copies happen as late as they may.
+    run: of its library. emulator: which numbers the runs: a number says who goes first and, where
+    it is odd, that copies happen as late as they may.
     """
 
     run: Any
@@ -126,7 +127,7 @@ class Kernel:
     threads: int
     shared: int
     layout: str
-    seeds: Iterator[int]
+    emulator: Emulator
 
     def launch(self, blocks: int, *values: Any, overlap: bool = False) -> None:
         """As there; `Fault` for what a GPU would not forgive."""
@@ -135,8 +136,10 @@ class Kernel:
         packed = cuda._Parameters(self.layout)
         packed.fill(*values)
         at = ctypes.c_void_p(packed.pointers)
-        if told := self.run(at, blocks, self.threads, self.shared, next(self.seeds)):
-            raise Fault(told.decode())
+        for _ in range(self.emulator.runs):
+            seed = next(self.emulator.seeds)
+            if told := self.run(at, blocks, self.threads, self.shared, seed):
+                raise Fault(told.decode())
 
 
 @dataclass(frozen=True)
@@ -150,13 +153,14 @@ class Code:
 class Emulator:
     """Compiles and loads in the place of NVRTC and the driver.
 
-    multiprocessors: of the device.
+    multiprocessors: of the device. runs: of each launch, in other orders. text: of a source, what
+    stands in its place. seeds: of the runs to come.
     """
 
     def __init__(self, multiprocessors: int = 2) -> None:
-        self.multiprocessors = multiprocessors
-        self.text: dict[str, str] = {}  # of a source, what stands in its place
-        self._seeds = itertools.count()
+        self.multiprocessors, self.runs = multiprocessors, 1
+        self.text: dict[str, str] = {}
+        self.seeds = itertools.count()
 
     def compile_(
         self, source: str, architecture: str, macros: dict[str, int], *, cached: bool = True
@@ -172,7 +176,7 @@ class Emulator:
         runtime()
         run = ctypes.CDLL(str(path)).emulate
         run.restype = ctypes.c_char_p
-        return Kernel(run, device, threads, shared, layout, self._seeds)
+        return Kernel(run, device, threads, shared, layout, self)
 
 
 def instead(patch: pytest.MonkeyPatch, emulator: Emulator | None = None) -> Emulator:
@@ -188,4 +192,6 @@ def instead(patch: pytest.MonkeyPatch, emulator: Emulator | None = None) -> Emul
     patch.setattr(cuda, "processors", lambda _: emulator.multiprocessors)
     patch.setattr(cuda, "clusters", lambda _, size: max(1, emulator.multiprocessors // size))
     patch.setattr(cuda, "architecture", lambda _: "sm_90a")
+    if importlib.util.find_spec("cuda.bindings") is not None:  # else there are no tensor maps
+        patch.setattr("cuda.bindings.driver.cuTensorMapEncodeTiled", tensor_maps.encode)
     return emulator

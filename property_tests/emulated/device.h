@@ -10,6 +10,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __cluster_dims__(...)
 #define __maxnreg__(...)
 #define __shared__ static __attribute__((section("emulated_shared")))
@@ -20,9 +21,15 @@ extern "C" Dimensions threadIdx, blockIdx, blockDim, gridDim;
 extern "C" unsigned emulated_rank;
 
 struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(8) int2 { int x, y; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 // Of this library: where the compiler puts what is __shared__.
@@ -54,8 +61,17 @@ void emulated_copy(unsigned to, const void *from, int bytes);
 void emulated_commit();
 void emulated_wait_copies(int left);
 void emulated_barrier_init(unsigned at, unsigned count);
-void emulated_barrier_arrive(unsigned at);
+void emulated_barrier_fence();
+void emulated_barrier_arrive(unsigned at, bool shared);
+void emulated_barrier_expect(unsigned at, unsigned bytes);
 void emulated_barrier_wait(unsigned at, unsigned parity);
+// ranks: a bit for each block of the cluster that it goes to; 0: where it is told to go.
+void emulated_load(unsigned to, const void *map, int x, int y, unsigned at, unsigned ranks);
+void emulated_wgmma(int *registers, int columns, bool bits, uint64_t a, uint64_t b, int add, int line);
+void emulated_wgmma_fence();
+void emulated_wgmma_commit();
+void emulated_wgmma_wait(int left);
+void emulated_bar_sync(unsigned id, int count, int line);
 // Of a warp, or (`block`) of all: returns once all have come, with what each left.
 const uint64_t *emulated_meet(bool block, unsigned mask, uint64_t value, const char *what, int line);
 }
@@ -99,9 +115,14 @@ inline void load(unsigned &a, unsigned &b, unsigned &c, unsigned &d, const void 
 }
 inline void put(unsigned at, uint2 words, bool shared) { emulated_put(at, &words, sizeof words, shared); }
 
+template <typename T> T parameter(const void *at) {
+  std::remove_const_t<T> value;
+  memcpy(&value, at, sizeof value);
+  return value;
+}
 template <typename... A, size_t... I>
 void call(void (*kernel)(A...), void **parameters, std::index_sequence<I...>) {
-  kernel(*(A *)parameters[I]...);
+  kernel(parameter<A>(parameters[I])...);
 }
 template <typename... A> void call(void (*kernel)(A...), void **parameters) {
   call(kernel, parameters, std::index_sequence_for<A...>());

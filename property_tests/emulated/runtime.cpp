@@ -3,24 +3,23 @@
 // A thread is a fiber, and runs until it must wait for others; which of those that are ready goes on is
 // drawn at random. What lies between two waits happens in one piece, but in any order: a barrier that is
 // missing shows as wrong numbers. It shows as well where the order happened to be right: what a thread
-// knows of the others (vector clocks) tells whether two accesses of shared memory were in an order at all.
+// knows of the others (vector clocks) tells whether two accesses of shared memory were in an order at all
+// (races.h).
 // Thread blocks run one after another; those of a cluster together, each with shared memory of its own.
 //
-// What no GPU would forgive ends the run with a message: races, threads that wait for what never comes,
-// lanes of a warp that meet at different instructions, accesses beyond shared memory, to that of a block which may
-// not have begun or has ended, or to memory that is not mapped. Shared memory starts as NaNs. Asynchronous copies happen as soon, or as late, as they may.
-//
-// Accesses are seen by the calls that the compiler makes of them for another tool, ThreadSanitizer, whose
-// own library is not there: the __tsan_ functions at the end.
-// Source of the order: PTX ISA, Memory Consistency Model; CUDA C++ Programming Guide (shuffles and votes are no
-// barriers of memory); FastTrack, Flanagan and Freund 2009, of which this is the plain form.
+// What no GPU would forgive ends the run with a message: races, threads that wait for what never comes, lanes
+// of a warp that meet at different instructions, accesses beyond shared memory, to that of a block which may
+// not have begun or has ended, or to memory that is not mapped. Shared memory starts as NaNs. Asynchronous
+// copies happen as soon, or as late, as they may.
 #undef _FORTIFY_SOURCE  // which takes a jump to another stack for an error
+#include <algorithm>
 #include <cmath>
 #include <csetjmp>
 #include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <random>
 #include <ucontext.h>
@@ -40,8 +39,10 @@ constexpr size_t STACK = 64 << 10;
 constexpr size_t LIMIT = 227 << 10;    // bytes of shared memory that a thread block may ask for
 constexpr uint32_t DYNAMIC = 1 << 20;  // where dynamic shared memory starts among addresses of shared memory
 constexpr int RANK = 24;               // of an address in a cluster: where its block's rank stands, from 1
+constexpr int ENGINES = 128;           // what accesses shared memory beside threads, at most
 
-// Of each thread of a cluster, up to which moment it is known. Then how often all blocks are known to have met.
+// Of each thread of a cluster, up to which moment it is known; of each engine, which makes moments of its own.
+// Then how often all blocks are known to have met.
 using Clock = std::vector<uint32_t>;
 
 void join(Clock &own, const Clock &other) {
@@ -56,7 +57,7 @@ struct Fiber {
   jmp_buf at;          // to go on
   bool begun = false;
   std::vector<std::vector<Copy>> groups;  // of asynchronous copies; the last is not committed yet
-  Clock clock;
+  Clock clock, fenced;  // fenced: at its last fence of barriers' initialization
   bool ended = false;
   unsigned arrivals = 0, waits = 0;  // at the cluster's barrier
   const void *on = nullptr;  // what it waits for
@@ -72,12 +73,6 @@ struct Meeting {
   uint64_t left[2][WARP];
   struct { uint32_t words[6]; } more[2][WARP];
   Clock known[2];
-};
-
-// A barrier in shared memory (mbarrier).
-struct Barrier {
-  uint32_t count, pending, parity;
-  Clock coming, done;  // what those knew who arrived: in this phase, and up to the one before
 };
 
 // An access of some bytes of a word of shared memory; pending: by a copy that has not been waited for. atomic: adds.
@@ -102,8 +97,8 @@ std::vector<Fiber> fibers;  // of all blocks of a cluster
 std::vector<Block> blocks;  // of it
 std::vector<Meeting> warps;
 Gathering cluster;
-std::unordered_map<uint32_t, Barrier> barriers;  // by their addresses in the cluster
 std::vector<int> ready;
+std::vector<const char *> engines;  // what each is
 int current = -1, alive;
 int resident;  // the block whose static shared memory lies where the compiler put it; others' are set aside
 std::mt19937 random_;
@@ -163,7 +158,8 @@ uint32_t place(const void *at) {
     return offset < dynamic_bytes ? ranked(DYNAMIC + offset, (p - dynamic) / dynamic_hop) : 0;
   }
   if (p >= fixed && p < fixed_end) return ranked(p - fixed);
-  if (p >= aside && p < aside + fixed_hop * blocks.size()) return ranked((p - aside) % fixed_hop, (p - aside) / fixed_hop);
+  if (p >= aside && p < aside + fixed_hop * blocks.size())
+    return ranked((p - aside) % fixed_hop, (p - aside) / fixed_hop);
   return 0;
 }
 
@@ -173,64 +169,22 @@ char *from_shared(uint32_t at, uint32_t bytes, bool shared = true) {
   const size_t offset = offset_of(at);
   if (at % bytes) fail("%u bytes at shared address %u", bytes, at);
   if (rank < blocks.size() && !(shared && rank != emulated_rank)) {
-    if (offset >= DYNAMIC && offset - DYNAMIC + bytes <= dynamic_bytes) return dynamic + rank * dynamic_hop + (offset - DYNAMIC);
-    if (offset + bytes <= (size_t)(fixed_end - fixed)) return (rank == emulated_rank ? fixed : aside + rank * fixed_hop) + offset;
+    if (offset >= DYNAMIC && offset - DYNAMIC + bytes <= dynamic_bytes)
+      return dynamic + rank * dynamic_hop + (offset - DYNAMIC);
+    if (offset + bytes <= (size_t)(fixed_end - fixed))
+      return (rank == emulated_rank ? fixed : aside + rank * fixed_hop) + offset;
   }
   fail("%u bytes at shared address %u, which are not the thread block's", bytes, at);
   return nullptr;
 }
 
-enum Kind { READ, WRITE, ADD, COPY, COPIED };
-const char *const DOES[] = {"reads", "writes", "adds to", "has a copy write", "has waited for a copy to"};
+}  // namespace
 
-// An access of up to four bytes of a word of shared memory: an error where another is in no order with it.
-void access(uint32_t place, int bytes, Kind kind) {
-  const uint32_t at = offset_of(place);
-  auto &word = blocks[rank_of(place)].words[at >= DYNAMIC][(at >= DYNAMIC ? at - DYNAMIC : at) / 4];
-  const uint8_t mask = (uint8_t)(((1 << bytes) - 1) << at % 4);
-  const bool writes = kind != READ, adds = kind == ADD;
-  const Clock &clock = self().clock;
-  if (kind == COPIED)  // its own, which it asked for
-    for (size_t i = word.size(); i-- > 0;)
-      if (word[i].pending && word[i].thread == current) word.erase(word.begin() + i);
-  for (size_t i = word.size(); i-- > 0;) {
-    const Access &a = word[i];
-    if (!(a.bytes & mask)) continue;
-    const bool mine = a.thread == current, before = mine || a.moment <= clock[a.thread];
-    if ((a.writes || writes) && !(a.atomic && adds) && (a.pending || !before)) {
-      const unsigned n = blockDim.x, first = blockIdx.x - emulated_rank;
-      fail("a race: it %s shared address %u of block %u, which thread %u of block %u %s", DOES[kind], at,
-           first + rank_of(place), a.thread % n, first + a.thread / n,
-           a.pending ? "has a copy write that was not waited for" : a.atomic ? "adds to" : a.writes ? "writes" : "reads");
-    }
-    // What the new one stands for: who is in order with it is in order with that.
-    if ((a.bytes & ~mask) == 0 && before && (adds ? mine && a.atomic : writes || (mine && !a.writes)))
-      word[i] = word.back(), word.pop_back();
-  }
-  word.push_back({(uint16_t)current, mask, writes, kind == COPY, adds, clock[current]});
-}
+#include "races.h"
 
-void accesses(const void *at, size_t bytes, Kind kind) {
-  if (current < 0) return;
-  uint32_t p = place(at);
-  if (!p) return;
-  if (const unsigned rank = rank_of(p); rank != emulated_rank) {
-    if (!self().clock.back()) fail("an access to shared memory of another block, which may not have begun");
-    if (!blocks[rank].alive) fail("an access to shared memory of another block, which has ended");
-  }
-  for (const uint32_t end = p + (uint32_t)bytes; p < end;) {
-    const int n = (int)std::min<uint32_t>(4 - p % 4, end - p);
-    access(p, n, kind);
-    p += n;
-  }
-}
+#include "barriers.h"
 
-Barrier &barrier(uint32_t at) {
-  accesses(from_shared(at, 8), 8, READ);  // in order with what made it
-  const auto found = barriers.find(ranked(at));
-  if (found == barriers.end()) fail("a barrier at shared address %u that was not initialized", at);
-  return found->second;
-}
+namespace {
 
 struct Met { Meeting &meeting; unsigned turn; };
 
@@ -274,8 +228,7 @@ void end_block(Block &block) {
     for (const auto &word : words)
       for (const Access &a : word)
         if ((a.thread < first || a.thread >= last) && a.moment > block.known[a.thread])
-          fail("its block ends, whose shared memory thread %u of block %u %s", a.thread % blockDim.x,
-               blockIdx.x - emulated_rank + a.thread / blockDim.x, a.writes ? "writes" : "reads");
+          fail("its block ends, whose shared memory %s %s", Name(a.thread).told, a.writes ? "writes" : "reads");
 }
 
 void enter() {
@@ -296,6 +249,12 @@ void bring() {
   resident = (int)emulated_rank;
 }
 
+void begin_hopper();
+bool come_late();
+
+// What happens where no thread can go on; false: nothing.
+bool idle() { return _setjmp(scheduler) || come_late(); }
+
 // An access to memory that is not mapped, by a thread.
 void fault(int, siginfo_t *info, void *) { fail("an access to %p, which is not mapped", info->si_addr); }
 
@@ -305,7 +264,10 @@ const char *run_blocks(int first, int threads) {
   const int count = threads * (int)blocks.size();
   memset(memory.data(), 0xFF, memory.size());
   memset(fixed, 0xFF, fixed_bytes);
-  const Clock none(count + 1, 0);
+  fibers.clear();
+  fibers.resize(count);
+  engines.clear();
+  const Clock none = nothing();
   for (Block &block : blocks) {
     block.all = Meeting{};
     block.words[0].assign(fixed_bytes / 4 + 1, {});
@@ -315,8 +277,7 @@ const char *run_blocks(int first, int threads) {
   barriers.clear();
   warps.assign(count / WARP, Meeting{});
   cluster = {0, 0, none, none};
-  fibers.clear();
-  fibers.resize(count);
+  begin_hopper();
   ready.clear();
   resident = 0, alive = count;
   for (int i = 0; i < count; i++) {
@@ -329,7 +290,9 @@ const char *run_blocks(int first, int threads) {
     makecontext(&f.context, enter, 0);
     ready.push_back(i);
   }
-  while (!ready.empty()) {
+  while (!ready.empty() || idle()) {
+    if (failed) return message;
+    if (ready.empty()) continue;
     std::swap(ready[random_() % ready.size()], ready.back());
     current = ready.back(), ready.pop_back();
     emulated_rank = current / threads, threadIdx.x = current % threads, blockIdx.x = first + emulated_rank;
@@ -419,6 +382,8 @@ void emulated_cluster_arrive(bool releases, int line) {
   if (releases) {
     join(cluster.coming, f.clock);
     f.clock[current]++;
+  } else if (!f.fenced.empty()) {
+    join(cluster.coming, f.fenced);
   }
   if (++cluster.arrived == alive) gathered();
 }
@@ -456,44 +421,13 @@ void emulated_wait_copies(int left) {
   }
 }
 
-void emulated_barrier_init(unsigned at, unsigned count) {
-  accesses(from_shared(at, 8), 8, WRITE);
-  const Clock none(self().clock.size(), 0);
-  barriers[ranked(at)] = {count, count, 0, none, none};
-}
-void emulated_barrier_arrive(unsigned at) {
-  Barrier &b = barrier(at);
-  join(b.coming, self().clock);
-  self().clock[current]++;
-  if (--b.pending == 0) {
-    b.pending = b.count, b.parity ^= 1, b.done = b.coming;
-    wake(&b);
-  }
-}
-void emulated_barrier_wait(unsigned at, unsigned parity) {
-  Barrier &b = barrier(at);
-  while (b.parity == (parity & 1)) wait(&b, "a barrier in shared memory");
-  join(self().clock, b.done);
-}
-
 const uint64_t *emulated_meet(bool block, unsigned mask, uint64_t value, const char *what, int line) {
   const Met met = meet(block, mask, what, line, [&](Meeting &m, int turn) { m.left[turn][current % WARP] = value; });
   return met.meeting.left[met.turn];
 }
 
-// What the compiler calls before each access.
-#define ACCESS(n)                                                           \
-  void __tsan_read##n(void *at) { accesses(at, n, READ); }                  \
-  void __tsan_write##n(void *at) { accesses(at, n, WRITE); }                \
-  void __tsan_unaligned_read##n(void *at) { accesses(at, n, READ); }        \
-  void __tsan_unaligned_write##n(void *at) { accesses(at, n, WRITE); }
-ACCESS(1) ACCESS(2) ACCESS(4) ACCESS(8) ACCESS(16)
-void __tsan_read_range(void *at, long bytes) { accesses(at, bytes, READ); }
-void __tsan_write_range(void *at, long bytes) { accesses(at, bytes, WRITE); }
-void __tsan_func_entry(void *) {}
-void __tsan_func_exit(void) {}
-void __tsan_init(void) {}
-
 }  // extern "C"
+
+#include "hopper.h"
 
 #include "mma.h"

@@ -26,9 +26,37 @@ PTX = {
         "emulated::load(%0, %1, %2, %3, %5 ? %4 : nullptr)",
     "ld.global.v4.u32 {%0, %1, %2, %3}, [%4];": "emulated::load(%0, %1, %2, %3, %4)",
     "mbarrier.init.shared.b64 [%0], %1;": "emulated::emulated_barrier_init(%0, %1)",
-    "{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}": "emulated::emulated_barrier_arrive(%0)",
+    "{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}":
+        "emulated::emulated_barrier_arrive(%0, true)",
     "{.reg .pred done; again: mbarrier.test_wait.parity.shared.b64 done, [%0], %1; "
     "@!done bra again; }": "emulated::emulated_barrier_wait(%0, %1)",
+    "mbarrier.init.shared::cta.b64 [%0], %1;": "emulated::emulated_barrier_init(%0, %1)",
+    "fence.mbarrier_init.release.cluster;": "emulated::emulated_barrier_fence()",
+    "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;":
+        "emulated::emulated_barrier_expect(%0, %1)",
+    "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
+    "mbarrier.arrive.shared::cluster.b64 _, [remote]; }":
+        "emulated::emulated_barrier_arrive(emulated::emulated_map(%0, %1), false)",
+    "{.reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; "
+    "@!done bra again; }": "emulated::emulated_barrier_wait(%0, %1)",
+    "barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned;":
+        "emulated::emulated_cluster_arrive(false, __builtin_LINE()), "
+        "emulated::emulated_cluster_wait(__builtin_LINE())",
+    "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;":
+        "emulated::emulated_cluster_arrive(true, __builtin_LINE()), "
+        "emulated::emulated_cluster_wait(__builtin_LINE())",
+    "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+    "[%0], [%1, {%2, %3}], [%4];": "emulated::emulated_load(%0, %1, %2, %3, %4, 0)",
+    "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+    ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;":
+        "emulated::emulated_load(%0, %1, %2, %3, %4, %5)",
+    "bar.sync %0, 128;": "emulated::emulated_bar_sync(%0, 128, __builtin_LINE())",
+    "wgmma.fence.sync.aligned;": "emulated::emulated_wgmma_fence()",
+    "wgmma.commit_group.sync.aligned;": "emulated::emulated_wgmma_commit()",
+    "wgmma.wait_group.sync.aligned 0;": "emulated::emulated_wgmma_wait(0)",
+    "wgmma.wait_group.sync.aligned 1;": "emulated::emulated_wgmma_wait(1)",
+    "setmaxnreg.dec.sync.aligned.u32 40;": "",
+    "setmaxnreg.inc.sync.aligned.u32 232;": "",
     "{.reg .pred p; setp.eq.u32 p, %2, 0; @p cp.async.cg.shared.global [%0 + %3], [%1 + %4], 16; }":
         "if (!(%2)) emulated::emulated_copy(%0 + %3, (const char *)(%1) + %4, 16)",
     "cp.async.commit_group;": "emulated::emulated_commit()",
@@ -74,6 +102,14 @@ def _flat(ptx: str) -> str:
 
 MEANING = {_flat(ptx): done for ptx, done in PTX.items()}
 
+# A product of a warpgroup: columns, kind, accumulators, descriptors, and what says whether it adds.
+WGMMA = re.compile(
+    r"\{\.reg \.pred p;setp\.ne\.b32 p,%(?P<add>\d+),0;"
+    r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<columns>\d+)"
+    r"(?P<kind>k32\.s32\.s8\.s8|k256\.s32\.b1\.b1\.and\.popc)"
+    r" ?\{(?P<names>[%\d,]+)\},%(?P<a>\d+),%(?P<b>\d+),p;\}"
+)
+
 
 def cluster(text: str) -> str:
     """How many blocks a cluster of the kernel has, as C++."""
@@ -84,7 +120,7 @@ def cluster(text: str) -> str:
 def translated(text: str) -> str:
     """A kernel's source, preprocessed, as C++; ValueError for PTX that is not in `PTX`."""
     text = re.sub(
-        r"extern __shared__ (\w+) (\w+)\[\];",
+        r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];",
         r"\1 *const \2 = emulated::dynamic_shared<\1>();",
         text,
     )
@@ -115,8 +151,6 @@ def _call(inside: str) -> str:
     said = re.match(r'(?:\s*"(?:[^"\\]|\\.)*")+', inside)
     assert said is not None
     ptx = _flat("".join(re.findall(r'"((?:[^"\\]|\\.)*)"', said[0])).replace("\\n", " "))
-    if ptx not in MEANING:
-        raise ValueError(f"the emulator has no such PTX: {ptx}")
     operands, at = [], said.end()
     while found := re.compile(r'\s*[:,]*\s*"([^"]*)"\s*(\()?').match(inside, at):
         at = found.end()
@@ -124,8 +158,27 @@ def _call(inside: str) -> str:
             end = _closing(inside, at)
             operands.append(inside[at:end].strip())
             at = end + 1
+    meaning = MEANING.get(ptx) if ptx in MEANING else _product(ptx, operands)
+    if meaning is None:
+        raise ValueError(f"the emulator has no such PTX: {ptx}")
     return (
-        "do { "
-        + re.sub(r"%(\d+)", lambda n: f"({operands[int(n[1])]})", MEANING[ptx])
-        + "; } while (0)"
+        "do { " + re.sub(r"%(\d+)", lambda n: f"({operands[int(n[1])]})", meaning) + "; } while (0)"
+    )
+
+
+def _product(ptx: str, operands: list[str]) -> str | None:
+    """The meaning of a `wgmma` whose accumulators are an array, in its order; None of another."""
+    if not (found := WGMMA.fullmatch(ptx)):
+        return None
+    count = int(found["columns"]) // 2
+    if found["names"] != ",".join(f"%{i}" for i in range(count)):
+        return None
+    places = [re.fullmatch(r"(\w+)\[([\d +]+)\]", operand) for operand in operands[:count]]
+    for i, place in enumerate(places):
+        if not place or place[1] != places[0][1] or sum(map(int, place[2].split("+"))) != i:
+            return None
+    bits = "true" if "b1" in found["kind"] else "false"
+    return (
+        f"emulated::emulated_wgmma(&%0, {found['columns']}, {bits}, "
+        f"%{found['a']}, %{found['b']}, %{found['add']}, __builtin_LINE())"
     )

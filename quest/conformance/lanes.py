@@ -208,6 +208,8 @@ def operators(backend: str) -> Any:
             fake_quantize=lambda x, q: ops.fake_quantize(x, q.spec),
             quantize=lambda x, q, packed: ops.quantize(x, q.spec, packed),
         )
+    if backend not in ("eager", "launch"):
+        raise ValueError(f"there is no backend {backend!r}")
     functions = (
         (
             eager.hadamard, eager.masked_transpose, eager.quantize, eager.encode, eager.decode,

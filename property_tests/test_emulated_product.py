@@ -1,0 +1,191 @@
+"""product.cu in the emulator: judged by the oracle; and broken on purpose, which is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import quest
+from property_tests import emulated, places
+from property_tests.ledger import LEDGER
+from quest.conformance import examine, inputs
+from quest.kernels import cuda, hopper, product
+
+pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+NARROW, MIDDLE, WIDE, BITS = (
+    product.NARROW, product.MIDDLE, product.WIDE[False], product.WIDE[True],
+)  # fmt: skip
+
+
+@pytest.fixture
+def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulated.Emulator]:
+    """Of two multiprocessors: one cluster, which takes all tiles in turn."""
+    places._forget()
+    yield places.instead(monkeypatch)
+    places._forget()
+
+
+# Rows, columns and tiles of K: more than the ring has, and tiles that are not whole.
+@pytest.mark.parametrize(
+    ("name", "tiles", "rows", "columns", "steps", "dtype"),
+    [
+        ("w8a8", NARROW, 130, 200, 9, torch.bfloat16),
+        ("w8a8", WIDE, 300, 70, 1, torch.float32),
+        ("w4a4", MIDDLE, 70, 129, 7, torch.float32),
+        ("w4a4", WIDE, 257, 300, 5, torch.bfloat16),
+        ("w1a8", NARROW, 1, 130, 3, torch.float16),
+        ("w1a1", NARROW, 65, 137, 9, torch.float32),
+        ("w1a1", BITS, 130, 260, 6, torch.bfloat16),
+    ],
+)
+def test_it_is_judged(
+    emulator: emulated.Emulator, name: str, tiles: product.Shape, rows: int, columns: int,
+    steps: int, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """The accumulators, and with a bias the product and its sum with a residual."""
+    lane, width = places.CPU.lane, steps * product.TILE_K * (8 if name == "w1a1" else 1)
+    x, w, beside, bias = (
+        inputs.draw("gaussian", shape, dtype, seed)
+        for seed, shape in enumerate(((rows, width), (columns, width), (rows, columns), (columns,)))
+    )
+    with product.only(tiles):
+        found = examine.product(lane, x, w, bias, quest.recipe(name), dtype, residual=beside)
+    LEDGER.judge(lane, found, f"{name}, {tiles}, {rows} x {columns}, {dtype}")
+
+
+@pytest.mark.parametrize("tiles", [NARROW, WIDE], ids=["narrow", "wide"])
+def test_a_gate_is_judged(emulator: emulated.Emulator, tiles: product.Shape) -> None:
+    x, w = (inputs.draw("gaussian", (n, 256), torch.bfloat16, n) for n in (130, 300))
+    with product.only(tiles):
+        made = quest.recipe("w4a4")
+        found = examine.product(places.CPU.lane, x, w, None, made, x.dtype, gate=True)
+    LEDGER.judge(places.CPU.lane, found, f"a gate, {tiles}")
+
+
+def _multiply(tiles: product.Shape, rows: int, columns: int, width: int) -> None:
+    a, b = (inputs.integers("random", n, width, n) for n in (rows, columns))
+    scales = [torch.ones(n) for n in (rows, columns)]
+    with product.only(tiles):
+        y = product.product(
+            a, b, torch.float32, epilogue=hopper.PLAIN, row_scale=scales[0], column_scale=scales[1]
+        )
+    assert torch.equal(y.double(), a.double() @ b.double().T), "other numbers"
+
+
+FIRST, SECOND = 1, 2
+TURNS = (NARROW, 130, 300, 1552)  # each team has several tiles, and stages several tiles of K
+ONE = (MIDDLE, 70, 129, 400)  # as many tiles as there are blocks
+LAST = " barrier_arrive(base + EMPTY_AT + 8 * last, lane);"
+CLUSTERED = "barrier.cluster.arrive.relaxed.aligned;\\n barrier.cluster.wait.acquire.aligned;"
+# What is multiplied; what is lost, the how manieth, what stands there instead, and how it shows.
+BROKEN = {
+    "a wait for a stage": (
+        ONE, "barrier_wait(base + FULL_AT + 8 * stage, (at / STAGES) & 1);", SECOND, "",
+        "a wgmma reads .* which a bulk copy writes",
+    ),
+    "a stage that is given back": (
+        ONE, f"if (lane < CLUSTER){LAST}", FIRST, "", "waits for ever",
+    ),
+    "a stage that is given back too early": (
+        TURNS, f"if (k > 0 && lane < CLUSTER){LAST}", FIRST,
+        f"if (k + 1 < steps && lane < CLUSTER){LAST.replace('last', 'stage')}",
+        "a bulk copy writes .* which a wgmma reads",
+    ),
+    "a block that is not asked": (
+        TURNS, "CLUSTER * TEAM * 4", FIRST, "CLUSTER * TEAM * 4 - 1", "a bulk copy writes|ends",
+    ),
+    "a parity": (ONE, "((at / STAGES) & 1) ^ 1", FIRST, "(at / STAGES) & 1", "waits for ever"),
+    "bytes": (ONE, "B_BYTES + (there", FIRST, "HALF_B + (there", "bulk copy writes|for ever"),
+    "more bytes": (ONE, "B_BYTES + (there", FIRST, "B_BYTES + 16 + (there", "waits for ever"),
+    "a wait for products": (
+        TURNS, "wgmma.wait_group.sync.aligned 0;", FIRST, "wgmma.wait_group.sync.aligned 1;",
+        "which a wgmma reads",
+    ),
+    "a fence of accumulators": (
+        ONE, 'asm volatile("wgmma.fence.sync.aligned;" ::: "memory");', FIRST, "", "wgmma.fence",
+    ),
+    "a fence of barriers": (
+        ONE, 'asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");', FIRST, "",
+        "a race: thread",
+    ),
+    "a barrier of the cluster": (
+        ONE, f'asm volatile("{CLUSTERED}" ::: "memory");', FIRST, "__syncthreads();",
+        "may not have begun",
+    ),
+    "a wait for the other block": (
+        ONE, "k < at; k++) barrier_wait", FIRST, "k + 1 < at; k++) barrier_wait", "ends|ended",
+    ),
+    "a team's turn": (
+        TURNS, "if (TEAMS > 1) barrier_wait(", FIRST, "if (TEAMS > 2) barrier_wait(", "a race",
+    ),
+    "columns that are still read": (
+        ONE, "meet(group);", FIRST, "", "a race: thread",
+    ),
+    "half of a tile": (
+        ONE, "stage * B_BYTES + rank * HALF_B", FIRST, "stage * B_BYTES", "other numbers",
+    ),
+    "lanes that stay together": (
+        (NARROW, 64, 300, 256), "          __syncwarp();", FIRST, "", "waits for ever",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken(name: str, emulator: emulated.Emulator) -> None:
+    given, lost, number, instead, told = BROKEN[name]
+    _multiply(*given)
+    places._forget()
+    parts = cuda._text("product.cu").split(lost)
+    assert len(parts) > number
+    emulator.text["product.cu"] = lost.join(parts[:number]) + instead + lost.join(parts[number:])
+    emulator.runs = 8
+    with pytest.raises(AssertionError, match=told):
+        _multiply(*given)
+
+
+# A tile of a matrix, as it lies in shared memory.
+TILE = r"""
+#include "hopper.cuh"
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) tile(const __grid_constant__ TensorMap map, int k, int row, char *out) {
+  extern __shared__ __align__(1024) char raw[];
+  const u32 base = (u32)__cvta_generic_to_shared(raw), bar = base + BYTES;
+  if (threadIdx.x == 0) {
+    barrier_init(bar, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  cluster_sync();
+  if (threadIdx.x == 0) {
+    barrier_expect(bar, BYTES);
+    if (blockIdx.x == 0) load_to_all(base, &map, k, row, bar);
+  }
+  barrier_wait(bar, 0);
+  for (int i = threadIdx.x; i < BYTES; i += 32) out[BYTES * blockIdx.x + i] = raw[i];
+  cluster_sync();
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("bytes_", [64, 128])
+def test_a_tile_is_copied(bytes_: int, emulator: emulated.Emulator) -> None:
+    """To both blocks; zeros where there is no matrix. Bits 4 to 6 of an address are changed by bits
+    7 to 9, or two of them by two.
+    """
+    rows, width, box = 21, 160, 16
+    x = inputs.integers("random", rows, width, 0)
+    code = emulator.compile_("tile", "", {"CLUSTER": 2, "BYTES": box * bytes_})
+    emulator.text["tile"] = TILE.replace('#include "hopper.cuh"', cuda._text("hopper.cuh"))
+    kernel = emulator.load(
+        code, "tile", None, threads=32, shared=box * bytes_ + 8, layout="128s2iP"
+    )
+    for k, row in ((0, 0), (0, 2), (bytes_, 10), (-16, -3)):
+        out = torch.zeros(2, box * bytes_, dtype=torch.int8)
+        made = hopper.tensor_map(x.data_ptr(), rows, width, box, bytes_)
+        kernel.launch(2, made, k, row, out.data_ptr())
+        around = torch.nn.functional.pad(x, (128, 128, 32, 32))
+        tile = around[32 + row : 32 + row + box, 128 + k : 128 + k + bytes_].flatten()
+        at = torch.arange(box * bytes_)
+        lies = at ^ (at // 128 % (bytes_ // 16) * 16)
+        assert torch.equal(out[0, lies], tile)
+        assert torch.equal(out[1, lies], tile)

@@ -8,7 +8,8 @@
 //
 // What no GPU would forgive ends the run with a message: races, threads that wait for what never comes,
 // lanes of a warp that meet at different instructions, accesses beyond shared memory, to that of a block which may
-// not have begun or has ended, or to memory that is not mapped. Shared memory starts as NaNs. Asynchronous copies happen as soon, or as late, as they may.
+// not have begun or has ended, or to memory that is not mapped. Shared memory starts as NaNs. Asynchronous copies
+// happen as soon, or as late, as they may.
 //
 // Accesses are seen by the calls that the compiler makes of them for another tool, ThreadSanitizer, whose
 // own library is not there: the __tsan_ functions at the end.
@@ -63,7 +64,7 @@ struct Fiber {
   const char *what = "";
 };
 
-// Threads that meet: each leaves a number, which all can read until they meet again.
+// Threads that meet: each leaves a number, or words of fragments, which all can read until they meet again.
 struct Meeting {
   int arrived = 0;
   unsigned turn = 0;
@@ -163,7 +164,8 @@ uint32_t place(const void *at) {
     return offset < dynamic_bytes ? ranked(DYNAMIC + offset, (p - dynamic) / dynamic_hop) : 0;
   }
   if (p >= fixed && p < fixed_end) return ranked(p - fixed);
-  if (p >= aside && p < aside + fixed_hop * blocks.size()) return ranked((p - aside) % fixed_hop, (p - aside) / fixed_hop);
+  if (p >= aside && p < aside + fixed_hop * blocks.size())
+    return ranked((p - aside) % fixed_hop, (p - aside) / fixed_hop);
   return 0;
 }
 
@@ -173,8 +175,10 @@ char *from_shared(uint32_t at, uint32_t bytes, bool shared = true) {
   const size_t offset = offset_of(at);
   if (at % bytes) fail("%u bytes at shared address %u", bytes, at);
   if (rank < blocks.size() && !(shared && rank != emulated_rank)) {
-    if (offset >= DYNAMIC && offset - DYNAMIC + bytes <= dynamic_bytes) return dynamic + rank * dynamic_hop + (offset - DYNAMIC);
-    if (offset + bytes <= (size_t)(fixed_end - fixed)) return (rank == emulated_rank ? fixed : aside + rank * fixed_hop) + offset;
+    if (offset >= DYNAMIC && offset - DYNAMIC + bytes <= dynamic_bytes)
+      return dynamic + rank * dynamic_hop + (offset - DYNAMIC);
+    if (offset + bytes <= (size_t)(fixed_end - fixed))
+      return (rank == emulated_rank ? fixed : aside + rank * fixed_hop) + offset;
   }
   fail("%u bytes at shared address %u, which are not the thread block's", bytes, at);
   return nullptr;

@@ -4,6 +4,7 @@
 // of rows g and g + 8 of a and of column g of b: {(g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)} and {(t, g),
 // (t + 4, g)}; and d of these rows and columns 2 t and 2 t + 1.
 // Source: PTX ISA, Matrix Fragments for mma.m16n8k16, m16n8k32 and m16n8k256.
+//
 // Part of runtime.cpp: in a kernel's library each access would be watched.
 #pragma once
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from property_tests import emulated
 from property_tests.walled import mapped, walled
-from quest import fused, gated_product, lowbit
+from quest import fused, gated_product, lowbit, prologue
 from quest.conformance import lanes
 from quest.conformance.lanes import Lane
 from quest.kernels import cuda
@@ -70,32 +70,47 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 def instead(patch: pytest.MonkeyPatch) -> emulated.Emulator:
     """As `emulated.instead`, and the lane of `CPU` has its operators."""
-    made, others = _operators(), lanes.operators
+    emulator, others = emulated.instead(patch), lanes.operators
+    made = _operators(emulator)
     patch.setattr(
         lanes, "operators", lambda backend: made if backend == "emulated" else others(backend)
     )
-    return emulated.instead(patch)
+    # It asks for a GPU, and remembers what it was told.
+    patch.setattr(prologue, "has_kernel", _has_prologue)
+    return emulator
 
 
-def _operators() -> Any:
+def _has_prologue(spec: str, x: Tensor, weighted: bool = False) -> bool:
+    fits = prologue._fits_there.__wrapped__(spec, x.shape[-1], "cpu", weighted)
+    return fits and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _operators(emulator: emulated.Emulator) -> Any:
     """Launchers of kernels in CUDA C++, which run in the emulator; for the rest plain PyTorch."""
     names = (
         "encode", "operand", "quantize", "fake_quantize", "gated_encode", "gated_encode_shown",
         "normed_encode", "normed_encode_shown",
     )  # fmt: skip
-    launched = vars(lanes.operators("launch"))
-    products = {
+    launched = {name: vars(lanes.operators("launch"))[name] for name in names} | {
         "accumulate": lowbit.launch_accumulate,
         "product": lowbit.launch_product,
         "gated_product": gated_product.launch_gated_product,
     }
-    return SimpleNamespace(
-        **{
-            **vars(lanes.operators("eager")),
-            **{name: launched[name] for name in names},
-            **products,
-        }
-    )
+    watched = {name: _launching(name, f, emulator) for name, f in launched.items()}
+    return SimpleNamespace(**vars(lanes.operators("eager")) | watched)
+
+
+def _launching(name: str, f: Callable[..., Any], emulator: emulated.Emulator) -> Callable[..., Any]:
+    """f; an error where it launches nothing, and something else computes."""
+
+    def call(*arguments: Any, **more: Any) -> Any:
+        before = emulator.launches
+        made = f(*arguments, **more)
+        if emulator.launches == before:
+            raise emulated.Fault(f"{name} of {tuple(arguments[0].shape)} launches no kernel")
+        return made
+
+    return call
 
 
 def _forget() -> None:

@@ -136,6 +136,7 @@ class Kernel:
         packed = cuda._Parameters(self.layout)
         packed.fill(*values)
         at = ctypes.c_void_p(packed.pointers)
+        self.emulator.launches += 1
         for _ in range(self.emulator.runs):
             seed = next(self.emulator.seeds)
             if told := self.run(at, blocks, self.threads, self.shared, seed):
@@ -154,11 +155,11 @@ class Emulator:
     """Compiles and loads in the place of NVRTC and the driver.
 
     multiprocessors: of the device. runs: of each launch, in other orders. text: of a source, what
-    stands in its place. seeds: of the runs to come.
+    stands in its place. seeds: of the runs to come. launches: so far.
     """
 
     def __init__(self, multiprocessors: int = 2) -> None:
-        self.multiprocessors, self.runs = multiprocessors, 1
+        self.multiprocessors, self.runs, self.launches = multiprocessors, 1, 0
         self.text: dict[str, str] = {}
         self.seeds = itertools.count()
 

@@ -73,7 +73,10 @@ void insist(unsigned rank) {
 void accesses(const void *at, size_t bytes, Kind kind) {
   if (current < 0) return;
   uint32_t p = place(at);
-  if (!p) return;
+  if (!p) {
+    if (at >= memory.data() && at < memory.data() + memory.size()) fail("an access beyond shared memory");
+    return;
+  }
   insist(rank_of(p));
   for (const uint32_t end = p + (uint32_t)bytes; p < end;) {
     const int n = (int)std::min<uint32_t>(4 - p % 4, end - p);

@@ -37,6 +37,7 @@ namespace {
 constexpr int WARP = 32;
 constexpr size_t STACK = 64 << 10;
 constexpr size_t LIMIT = 227 << 10;    // bytes of shared memory that a thread block may ask for
+constexpr size_t BEYOND = 64 << 10;    // bytes behind dynamic shared memory in which an access is seen to be none
 constexpr uint32_t DYNAMIC = 1 << 20;  // where dynamic shared memory starts among addresses of shared memory
 constexpr int RANK = 24;               // of an address in a cluster: where its block's rank stands, from 1
 constexpr int ENGINES = 128;           // what accesses shared memory beside threads, at most
@@ -328,7 +329,7 @@ const char *emulated_run(void (*kernel)(void **), void **values, int grid, int c
   if (const size_t wanted = STACK * threads * clustered; wanted > stacks_bytes)
     stacks.reset(new char[wanted]), stacks_bytes = wanted;  // of which little is ever touched
   fixed = shared, fixed_end = shared_end, fixed_hop = fixed_end - fixed;
-  dynamic_bytes = bytes, dynamic_hop = (bytes + 1024) / 1024 * 1024;
+  dynamic_bytes = bytes, dynamic_hop = (bytes + 1024) / 1024 * 1024 + BEYOND;
   memory.resize(1024 + (dynamic_hop + fixed_hop) * clustered);
   dynamic = (char *)(((uintptr_t)memory.data() + 1023) / 1024 * 1024), aside = dynamic + dynamic_hop * clustered;
   gridDim = {(unsigned)grid, 1, 1}, blockDim = {(unsigned)threads, 1, 1};

@@ -57,6 +57,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """A GPU, where there is one and what it takes; and the emulator."""
     found: Place = request.param
     if found is CPU:
+        pytest.importorskip("triton", reason="Triton is not installed")
         _forget()
         instead(monkeypatch)
     elif not torch.cuda.is_available():

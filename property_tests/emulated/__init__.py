@@ -11,10 +11,10 @@ Takes the place of `kernels.cuda`'s compiler and loader, so that launchers are w
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import hashlib
-import importlib.util
 import itertools
 import os
 import shutil
@@ -35,7 +35,9 @@ from .translate import cluster, translated
 HERE = Path(__file__).parent
 # Nothing is contracted or reordered: what a source leaves to NVRTC may differ in the last bit.
 # Calls tell of each access, for `runtime.cpp`.
-WATCHED = ("-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fsanitize=thread")
+WATCHED = (
+    "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fsanitize=thread", "-fsanitize=alignment",
+)  # fmt: skip
 PREPROCESSED = ("-E", "-D__CUDA_ARCH__=900", "-x", "c++", "-")
 KEPT = 3 * 86400  # seconds
 SHARED = 227 * 1024  # bytes of shared memory that a thread block may ask for, on Hopper
@@ -45,10 +47,31 @@ class Fault(AssertionError):
     """What a GPU would not have forgiven, or might not have."""
 
 
+# What is asked of the compiler beyond C++17: half precision, and sections with names.
+NEEDED = """
+static __attribute__((section("named"))) char first[1];
+extern char __start_named[];
+extern "C" float half(float x) { return (float)(_Float16)x + (first == __start_named); }
+"""
+
+
 @functools.cache
 def compiler() -> str | None:
-    """The C++ compiler; None without one."""
-    return shutil.which("g++")
+    """The C++ compiler, where it is GCC and takes what is needed; else None."""
+    found = shutil.which("g++")
+    if found is None:
+        return None
+    line = [found, "-std=c++17", "-x", "c++", "-", "-fPIC", *WATCHED, "-c", "-o", os.devnull]
+    done = subprocess.run(line, input=NEEDED, capture_output=True, text=True, check=False)
+    return None if done.returncode else found
+
+
+@functools.cache
+def _compilers_name() -> str:
+    """Its version, and what it compiles for."""
+    found = compiler()
+    assert found is not None
+    return _said("g++", [found, "-dumpfullversion", "-dumpmachine"], "")
 
 
 def compile_(source: str, macros: dict[str, int], entry: str, text: str | None = None) -> Path:
@@ -76,7 +99,9 @@ def _library(name: str, text: str, options: tuple[str, ...]) -> Path:
     found = compiler()
     assert found is not None
     line = [found, "-std=c++17", *options, "-w", "-fPIC", f"-I{HERE}"]
-    told = "\n".join([*line, *(at.read_text() for at in sorted(HERE.glob("*.h"))), text])
+    told = "\n".join(
+        [_compilers_name(), *line, *(at.read_text() for at in sorted(HERE.glob("*.h"))), text]
+    )
     made = _folder() / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.so"
     if made.exists():
         os.utime(made)
@@ -85,7 +110,8 @@ def _library(name: str, text: str, options: tuple[str, ...]) -> Path:
             # Linked apart, or the library of the tool that accesses are watched for comes along.
             part, whole = f"{work}/part.o", f"{work}/whole.so"
             _said(name, [*line, "-c", "-x", "c++", "-", "-o", part], text)
-            _said(name, [found, "-shared", part, "-o", whole], "")
+            # A library's functions are its own, whatever others are called.
+            _said(name, [found, "-shared", "-Wl,-Bsymbolic", part, "-o", whole], "")
             Path(whole).replace(made)
     return made
 
@@ -101,17 +127,25 @@ def _said(name: str, line: list[str], text: str) -> str:
 @functools.cache
 def _folder() -> Path:
     """Where libraries are kept: in the user's cache; those not asked for in days are dropped."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(cache) / "quest" / "emulated"
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        for old in path.glob("*.so"):
-            if time.time() - old.stat().st_mtime > KEPT:
-                old.unlink(missing_ok=True)
-    except OSError:  # a home that can't be written: compile in every process
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        path = Path(cache) / "quest" / "emulated"
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if path.stat().st_uid != os.getuid():
+            raise OSError("another user's")
+        tempfile.TemporaryFile(dir=path).close()
+        _drop_old(path)
+    except (OSError, RuntimeError):  # no home, or none to write in: compile in every process
         path = Path(tempfile.mkdtemp(prefix="quest-emulated-"))
         atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
+
+
+def _drop_old(path: Path) -> None:
+    for old in path.glob("*.so"):
+        with contextlib.suppress(FileNotFoundError):  # another process drops them, too
+            if time.time() - old.stat().st_mtime > KEPT:
+                old.unlink()
 
 
 @dataclass
@@ -193,6 +227,10 @@ def instead(patch: pytest.MonkeyPatch, emulator: Emulator | None = None) -> Emul
     patch.setattr(cuda, "processors", lambda _: emulator.multiprocessors)
     patch.setattr(cuda, "clusters", lambda _, size: max(1, emulator.multiprocessors // size))
     patch.setattr(cuda, "architecture", lambda _: "sm_90a")
-    if importlib.util.find_spec("cuda.bindings") is not None:  # else there are no tensor maps
-        patch.setattr("cuda.bindings.driver.cuTensorMapEncodeTiled", tensor_maps.encode)
+    try:
+        from cuda.bindings import driver
+    except ImportError:  # then there are no tensor maps, and no products that read them
+        patch.setattr(hopper, "unavailable", lambda _: "cuda-bindings is not installed")
+    else:
+        patch.setattr(driver, "cuTensorMapEncodeTiled", tensor_maps.encode)
     return emulator

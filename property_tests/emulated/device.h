@@ -175,6 +175,8 @@ template <typename A, typename B> std::common_type_t<A, B> max(A a, B b) {
   using T = std::common_type_t<A, B>;
   return (T)a < (T)b ? (T)b : (T)a;
 }
+inline float min(float a, float b) { return std::fmin(a, b); }
+inline float max(float a, float b) { return std::fmax(a, b); }
 inline unsigned __cvta_generic_to_shared(const void *at) { return emulated::emulated_to_shared(at); }
 inline float __uint_as_float(unsigned x) { return emulated::unpacked<float>(x); }
 inline float __int_as_float(int x) { return emulated::unpacked<float>((unsigned)x); }

@@ -101,5 +101,7 @@ void __tsan_write_range(void *at, long bytes) { accesses(at, bytes, WRITE); }
 void __tsan_func_entry(void *) {}
 void __tsan_func_exit(void) {}
 void __tsan_init(void) {}
+// And where an address is no multiple of what is read or written there.
+void __ubsan_handle_type_mismatch_v1(void *, void *at) { fail("an access to %p, which is no multiple of its size", at); }
 
 }  // extern "C"

@@ -37,7 +37,7 @@ namespace {
 constexpr int WARP = 32;
 constexpr size_t STACK = 64 << 10;
 constexpr size_t LIMIT = 227 << 10;    // bytes of shared memory that a thread block may ask for
-constexpr size_t BEYOND = 64 << 10;    // bytes behind dynamic shared memory in which an access is seen to be none
+constexpr size_t BEYOND = 64 << 10;    // bytes before and behind dynamic shared memory where an access is seen to be none
 constexpr uint32_t DYNAMIC = 1 << 20;  // where dynamic shared memory starts among addresses of shared memory
 constexpr int RANK = 24;               // of an address in a cluster: where its block's rank stands, from 1
 constexpr int ENGINES = 128;           // what accesses shared memory beside threads, at most
@@ -322,6 +322,8 @@ const char *emulated_run(void (*kernel)(void **), void **values, int grid, int c
                          unsigned seed, char *shared, char *shared_end) {
   if ((size_t)bytes + (shared_end - shared) > LIMIT) return "more shared memory than a thread block may have";
   if (threads % WARP) return "warps that are not whole";
+  if (threads > 1024) return "more threads than a thread block may have";
+  if (threads > 1024) return "more threads than a thread block may have";
   if (grid % clustered) return "clusters that are not whole";
   body = kernel, parameters = values, failed = false, late = seed & 1;
   random_.seed(seed);
@@ -330,8 +332,8 @@ const char *emulated_run(void (*kernel)(void **), void **values, int grid, int c
     stacks.reset(new char[wanted]), stacks_bytes = wanted;  // of which little is ever touched
   fixed = shared, fixed_end = shared_end, fixed_hop = fixed_end - fixed;
   dynamic_bytes = bytes, dynamic_hop = (bytes + 1024) / 1024 * 1024 + BEYOND;
-  memory.resize(1024 + (dynamic_hop + fixed_hop) * clustered);
-  dynamic = (char *)(((uintptr_t)memory.data() + 1023) / 1024 * 1024), aside = dynamic + dynamic_hop * clustered;
+  memory.resize(BEYOND + 1024 + (dynamic_hop + fixed_hop) * clustered);
+  dynamic = (char *)(((uintptr_t)memory.data() + BEYOND + 1023) / 1024 * 1024), aside = dynamic + dynamic_hop * clustered;
   gridDim = {(unsigned)grid, 1, 1}, blockDim = {(unsigned)threads, 1, 1};
 
   static char spare[64 << 10];  // a fiber's stack may be what is not mapped

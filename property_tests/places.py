@@ -15,7 +15,7 @@ from torch import Tensor
 
 from property_tests import emulated
 from property_tests.walled import mapped, walled
-from quest import fused, gated_product, lowbit
+from quest import fused, gated_product, lowbit, sparse_product
 from quest.conformance import lanes
 from quest.conformance.lanes import Lane
 from quest.kernels import cuda
@@ -88,6 +88,7 @@ def _operators() -> Any:
         "accumulate": lowbit.launch_accumulate,
         "product": lowbit.launch_product,
         "gated_product": gated_product.launch_gated_product,
+        "sparse_product": sparse_product.launch_sparse_product,
     }
     return SimpleNamespace(
         **{
@@ -101,9 +102,10 @@ def _operators() -> Any:
 def _forget() -> None:
     """Kernels that were loaded."""
     # They import Triton: not in every run.
-    from quest.kernels import blocks, few, hopper, product, rows
+    from quest.kernels import blocks, few, hopper, product, rows, sparse
 
     for cached in (
-        blocks._kernel, rows._kernel, few._loaded, few._ready, product._kernel, hopper.tensor_map
+        blocks._kernel, rows._kernel, few._loaded, few._ready, product._kernel, sparse._kernel,
+        hopper.tensor_map,
     ):  # fmt: skip
         cached.cache_clear()

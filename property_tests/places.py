@@ -19,6 +19,7 @@ from quest import fused, gated_product, lowbit, sparse_product
 from quest.conformance import lanes
 from quest.conformance.lanes import Lane
 from quest.kernels import cuda
+from quest.quantizer import Quantizer
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def instead(patch: pytest.MonkeyPatch) -> emulated.Emulator:
 def _operators() -> Any:
     """Launchers of kernels in CUDA C++, which run in the emulator; for the rest plain PyTorch."""
     names = (
-        "encode", "operand", "quantize", "fake_quantize", "gated_encode", "gated_encode_shown",
+        "operand", "quantize", "fake_quantize", "gated_encode", "gated_encode_shown",
         "normed_encode", "normed_encode_shown",
     )  # fmt: skip
     launched = vars(lanes.operators("launch"))
@@ -94,9 +95,15 @@ def _operators() -> Any:
         **{
             **vars(lanes.operators("eager")),
             **{name: launched[name] for name in names},
+            "encode": _encode,
             **products,
         }
     )
+
+
+def _encode(x: Tensor, q: Quantizer, kind: str) -> Any:
+    """A sparse operand in plain PyTorch: none of the kernels in CUDA C++ makes one."""
+    return lanes.operators("launch" if q.sparsity is None else "eager").encode(x, q, kind)
 
 
 def _forget() -> None:

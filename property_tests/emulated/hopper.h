@@ -5,13 +5,12 @@
 // phase of its barrier; what a product reads, to who has waited for its group. Accumulators hold nonsense
 // until then. Late: a copy happens once no thread can go on, a product when its group is waited for.
 //
-// A sparse product's A has two of each four entries of K; metadata, four bits for the four, say which: the index
-// of the first and that of the second. Eight such are a word of a lane: that of row 8 (l % 2) + l / 4 of a warp's
-// sixteen and half l / 2 % 2 of K, for lane l.
-// Source: PTX ISA, `cp.async.bulk.tensor`, `mbarrier`, `wgmma`: its matrix descriptors, the fragments of D, sparse
-// storage; CUTLASS, `SM90::GMMA::ELayout_64x64`;
-// CUDA Driver API, tensor maps. Their swizzle: of an address in shared memory, whose bits 4 to 6 (of 128
-// bytes; fewer of less) are those changed by bits 7 to 9.
+// A sparse product's A has two of each four entries of K; metadata, four bits for the four, say which: the
+// lowest two are the index of the first, the others that of the second. Eight fours are a word of a lane: for
+// lane l, of row 8 (l % 2) + l / 4 of the warp's sixteen and half l / 2 % 2 of K.
+// Source: PTX ISA, `cp.async.bulk.tensor`, `mbarrier`, `wgmma`: its matrix descriptors, the fragments of D,
+// sparse storage; CUTLASS, `SM90::GMMA::ELayout_64x64`; CUDA Driver API, tensor maps. Their swizzle: of an
+// address in shared memory, whose bits 4 to 6 (of 128 bytes; fewer of less) are those changed by bits 7 to 9.
 #pragma once
 #if defined(__x86_64__)
 #define COUNTS __attribute__((target("popcnt")))

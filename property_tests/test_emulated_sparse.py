@@ -58,9 +58,10 @@ def _multiply(
     g = torch.Generator().manual_seed(0)
     kept = torch.rand((features, width // 4, 4), generator=g).argsort(-1).argsort(-1) < 2
     w *= kept.reshape(w.shape)
+    values, metadata = compression.compress(w)
     with sparse.only(tiles):
         y = sparse.product(
-            *compression.compress(w), x, out,
+            values, metadata, x, out,
             epilogue=hopper.RAW if out == torch.int32 else hopper.PLAIN,
             feature_scale=torch.ones(features), token_scale=torch.ones(tokens),
         )  # fmt: skip

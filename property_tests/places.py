@@ -15,7 +15,7 @@ from torch import Tensor
 
 from property_tests import emulated
 from property_tests.walled import mapped, walled
-from quest import fused, gated_product, lowbit, prologue
+from quest import fused, gated_product, lowbit, prologue, sparse_product
 from quest.conformance import lanes
 from quest.conformance.lanes import Lane
 from quest.kernels import cuda
@@ -96,9 +96,17 @@ def _operators(emulator: emulated.Emulator) -> Any:
         "accumulate": lowbit.launch_accumulate,
         "product": lowbit.launch_product,
         "gated_product": gated_product.launch_gated_product,
+        "sparse_product": sparse_product.launch_sparse_product,
     }
-    watched = {name: _launching(name, f, emulator) for name, f in launched.items()}
-    return SimpleNamespace(**vars(lanes.operators("eager")) | watched)
+    eager, watched = (
+        vars(lanes.operators("eager")),
+        {name: _launching(name, f, emulator) for name, f in launched.items()},
+    )
+    # A sparse operand is made by none of the kernels in CUDA C++.
+    watched["encode"] = lambda x, q, kind, dense=watched["encode"]: (
+        dense if q.sparsity is None else eager["encode"]
+    )(x, q, kind)
+    return SimpleNamespace(**eager | watched)
 
 
 def _launching(name: str, f: Callable[..., Any], emulator: emulated.Emulator) -> Callable[..., Any]:
@@ -117,9 +125,10 @@ def _launching(name: str, f: Callable[..., Any], emulator: emulated.Emulator) ->
 def _forget() -> None:
     """Kernels that were loaded."""
     # They import Triton: not in every run.
-    from quest.kernels import blocks, few, hopper, product, rows
+    from quest.kernels import blocks, few, hopper, product, rows, sparse
 
     for cached in (
-        blocks._kernel, rows._kernel, few._loaded, few._ready, product._kernel, hopper.tensor_map
+        blocks._kernel, rows._kernel, few._loaded, few._ready, product._kernel, sparse._kernel,
+        hopper.tensor_map,
     ):  # fmt: skip
         cached.cache_clear()

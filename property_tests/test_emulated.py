@@ -160,7 +160,7 @@ PASSED = SET + "s[t] = t; {} p0[t] = s[t ^ 1];"
         (SET + "const u32 to = __cvta_generic_to_shared(s + t);" + COPY, "16 bytes at shared addr"),
         ("extern __shared__ u32 d[]; p0[threadIdx.x] = d[threadIdx.x];", "beyond shared memory"),
         ("extern __shared__ u32 d[]; p0[threadIdx.x] = d[-1];", "beyond shared memory"),
-        (SET + "p0[t] = *(u32 *)((char *)p1 + 2);", "no multiple of its size"),
+        (SET + "p0[t] = ((uint4 *)(p1 + 1))->x;", "no multiple of its size"),
         (SET + "p0[t] = ((uint2 *)(s + 1))->x;", "no multiple of its size"),
         (SET + "p0[t] = *(u32 *)(16 + 4 * t);", "which is not mapped"),
     ],

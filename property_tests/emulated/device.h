@@ -55,6 +55,8 @@ void emulated_mma_u8_s8(int (&d)[4], const Fragments &own, int line);
 void emulated_mma_and_popc(int (&d)[4], const Fragments &own, int line);
 void emulated_mma_f16(float (&d)[4], const Fragments &own, int line);
 void emulated_mma_bf16(float (&d)[4], const Fragments &own, int line);
+// stmatrix.x4.trans of a warp.
+void emulated_stmatrix(unsigned to, const unsigned (&own)[4], int line);
 void emulated_cluster_arrive(bool releases, int line);
 void emulated_cluster_wait(int line);
 void emulated_copy(unsigned to, const void *from, int bytes);
@@ -67,7 +69,9 @@ void emulated_barrier_expect(unsigned at, unsigned bytes);
 void emulated_barrier_wait(unsigned at, unsigned parity);
 // ranks: a bit for each block of the cluster that it goes to; 0: where it is told to go.
 void emulated_load(unsigned to, const void *map, int x, int y, unsigned at, unsigned ranks);
-void emulated_wgmma(int *registers, int columns, bool bits, uint64_t a, uint64_t b, int add, int line);
+// entries: 0, bytes; 1, bits; 2, bytes, of a sparse A, of which metadata tell.
+void emulated_wgmma(int *registers, int columns, int entries, uint64_t a, uint64_t b, unsigned metadata, int add,
+                    int line);
 void emulated_wgmma_fence();
 void emulated_wgmma_commit();
 void emulated_wgmma_wait(int left);

@@ -4,9 +4,13 @@
 // Both are engines with clocks of their own. What a bulk copy writes is known to who has waited for the
 // phase of its barrier; what a product reads, to who has waited for its group. Accumulators hold nonsense
 // until then. Late: a copy happens once no thread can go on, a product when its group is waited for.
-// Source: PTX ISA, `cp.async.bulk.tensor`, `mbarrier`, `wgmma`: its matrix descriptors, the fragments of D;
-// CUDA Driver API, tensor maps. Their swizzle: of an address in shared memory, whose bits 4 to 6 (of 128
-// bytes; fewer of less) are those changed by bits 7 to 9.
+//
+// A sparse product's A has two of each four entries of K; metadata, four bits for the four, say which: the
+// lowest two are the index of the first, the others that of the second. Eight fours are a word of a lane: for
+// lane l, of row 8 (l % 2) + l / 4 of the warp's sixteen and half l / 2 % 2 of K.
+// Source: PTX ISA, `cp.async.bulk.tensor`, `mbarrier`, `wgmma`: its matrix descriptors, the fragments of D,
+// sparse storage; CUTLASS, `SM90::GMMA::ELayout_64x64`; CUDA Driver API, tensor maps. Their swizzle: of an
+// address in shared memory, whose bits 4 to 6 (of 128 bytes; fewer of less) are those changed by bits 7 to 9.
 #pragma once
 #if defined(__x86_64__)
 #define COUNTS __attribute__((target("popcnt")))
@@ -18,7 +22,7 @@ namespace {
 
 constexpr int GROUP = 128;                 // threads of a warpgroup
 constexpr int NONSENSE = (int)0x80C0FFEE;  // what accumulators hold
-constexpr int SPAN = 32;                   // bytes of K of a product
+constexpr int SPAN = 32;                   // bytes of K of a product; of a sparse one's B twice as many
 constexpr uint64_t MAP = 0x7061546F736E6574;
 
 // What `tensor_maps` packs into 128 bytes: a matrix of bytes. swizzle: bytes of a row that are.
@@ -30,11 +34,16 @@ struct Bulk {
   uint32_t to, barrier;
 };
 
-// A product of a warpgroup: descriptors of its operands, columns, whether of bits, whether it adds.
+// Of operands. SPARSE: bytes, and of A half of them.
+enum Entries { BYTES, BITS, SPARSE };
+
+// A product of a warpgroup: descriptors of its operands, columns, whether it adds; what each thread says of A.
 struct Product {
   uint64_t a, b;
-  int columns, bits, add, line;
-  uint32_t group;
+  int columns;
+  Entries entries;
+  int add, line;
+  uint32_t group, metadata[GROUP];
 };
 
 struct Warpgroup {
@@ -121,9 +130,9 @@ uint32_t operand_at(uint64_t descriptor, int row, int chunk) {
 }
 
 // Reads an operand, as others see it. What a thread has written would take a fence of proxies.
-void look(const Warpgroup &w, uint64_t descriptor, int rows) {
+void look(const Warpgroup &w, uint64_t descriptor, int rows, int span = SPAN) {
   for (int r = 0; r < rows; r++)
-    for (int i = 0; i < SPAN; i += 4) {
+    for (int i = 0; i < span; i += 4) {
       const uint32_t at = ranked(operand_at(descriptor, r, i / 16) + i % 16);
       for (const Access &a : word_at(at))
         if (a.writes && a.thread < fibers.size())
@@ -132,13 +141,35 @@ void look(const Warpgroup &w, uint64_t descriptor, int rows) {
     }
 }
 
-template <typename T> void gather(T *to, uint64_t descriptor, int rows) {
+template <typename T> void gather(T *to, uint64_t descriptor, int rows, int span = SPAN) {
   const char *const window = dynamic + emulated_rank * dynamic_hop - DYNAMIC;
   for (int r = 0; r < rows; r++)
-    for (int c = 0; c < SPAN / 16; c++) {
+    for (int c = 0; c < span / 16; c++) {
       const char *const from = window + operand_at(descriptor, r, c);
       if constexpr (sizeof(T) == 8) memcpy(to + 4 * r + 2 * c, from, 16);
-      else for (int i = 0; i < 16; i++) to[SPAN * r + 16 * c + i] = (int8_t)from[i];
+      else for (int i = 0; i < 16; i++) to[span * r + 16 * c + i] = (int8_t)from[i];
+    }
+}
+
+// The entries of A that are kept, each in its place, and zeros in the others.
+void spread(int16_t *to, const int16_t *kept, const Product &p) {
+  std::fill(to, to + 64 * 2 * SPAN, 0);
+  for (int t = 0; t < GROUP; t++) {
+    const int lane = t % WARP, row = 16 * (t / WARP) + 8 * (lane % 2) + lane / 4, half = lane / 2 % 2;
+    for (int i = 0; i < 8; i++) {
+      const int four = 8 * half + i, places = p.metadata[t] >> 4 * i & 15;
+      for (int k = 0; k < 2; k++)
+        to[2 * SPAN * row + 4 * four + (places >> 2 * k & 3)] = kept[SPAN * row + 2 * four + k];
+    }
+  }
+}
+
+void add_products(int *sums, const int16_t *a, const int16_t *b, int columns, int span) {
+  for (int i = 0; i < 64; i++)
+    for (int j = 0; j < columns; j++) {
+      int sum = 0;
+      for (int k = 0; k < span; k++) sum += a[span * i + k] * b[span * j + k];
+      sums[i * columns + j] += sum;
     }
 }
 
@@ -146,21 +177,18 @@ COUNTS void multiply(Warpgroup &w, const Product &p) {
   const int n = p.columns;
   int *const sums = w.sums.data();
   if (!p.add) std::fill(sums, sums + 64 * n, 0);
-  if (p.bits) {
+  if (p.entries == BITS) {
     static uint64_t a[64 * 4], b[256 * 4];
     gather(a, p.a, 64), gather(b, p.b, n);
     for (int i = 0; i < 64; i++)
       for (int j = 0; j < n; j++)
         for (int k = 0; k < 4; k++) sums[i * n + j] += __builtin_popcountll(a[4 * i + k] & b[4 * j + k]);
   } else {
-    static int16_t a[64 * SPAN], b[256 * SPAN];
-    gather(a, p.a, 64), gather(b, p.b, n);
-    for (int i = 0; i < 64; i++)
-      for (int j = 0; j < n; j++) {
-        int sum = 0;
-        for (int k = 0; k < SPAN; k++) sum += a[SPAN * i + k] * b[SPAN * j + k];
-        sums[i * n + j] += sum;
-      }
+    static int16_t a[64 * SPAN], b[256 * 2 * SPAN], whole[64 * 2 * SPAN];
+    const int span = p.entries == SPARSE ? 2 * SPAN : SPAN;
+    gather(a, p.a, 64), gather(b, p.b, n, span);
+    if (p.entries == SPARSE) spread(whole, a, p);
+    add_products(sums, p.entries == SPARSE ? whole : a, b, n, span);
   }
 }
 
@@ -214,21 +242,27 @@ void emulated_wgmma_wait(int left) {
   w.registers[t] = nullptr, w.fenced[t] = false;
 }
 
-// wgmma.mma_async, m64nNk32 of int8, or k256 of bits: columns / 2 accumulators of each thread.
-void emulated_wgmma(int *registers, int columns, bool bits, uint64_t a, uint64_t b, int add, int line) {
+// wgmma.mma_async, m64nNk32 of int8, or k256 of bits: columns / 2 accumulators of each thread. And
+// wgmma.mma_async.sp, m64nNk64 of int8.
+void emulated_wgmma(int *registers, int columns, int entries, uint64_t a, uint64_t b, unsigned metadata, int add,
+                    int line) {
   Warpgroup &w = warpgroup();
   const int t = current % GROUP;
-  const Product asked{a, b, columns, bits, !!add, line, w.commits[t] + 1};
+  const Product asked{a, b, columns, (Entries)entries, !!add, line, w.commits[t] + 1, {}};
   if (!w.arrived) {
     w.asked = asked, w.known = self().clock;
     w.sums.resize(64 * columns);
   } else {
     const Product &p = w.asked;
-    if (p.a != a || p.b != b || p.columns != columns || p.bits != bits || p.add != !!add || p.line != line ||
+    if (p.a != a || p.b != b || p.columns != columns || p.entries != entries || p.add != !!add || p.line != line ||
         p.group != asked.group)
       fail("a wgmma of line %d that is not the same in its warpgroup", line);
     for (size_t i = 0; i < w.known.size(); i++) w.known[i] = std::min(w.known[i], self().clock[i]);
   }
+  w.asked.metadata[t] = metadata;
+  for (int i = 0; entries == SPARSE && i < 32; i += 4)
+    if ((metadata >> i & 3) == (metadata >> (i + 2) & 3))
+      fail("a wgmma of line %d with metadata %08x, which name an entry twice", line, metadata);
   if (!w.registers[t]) {
     if (!w.fenced[t]) fail("accumulators of a wgmma of line %d without wgmma.fence", line);
     w.registers[t] = registers;
@@ -243,9 +277,9 @@ void emulated_wgmma(int *registers, int columns, bool bits, uint64_t a, uint64_t
     return;
   }
   w.arrived = 0, w.turn++, w.last = asked.group;
-  look(w, a, 64), look(w, b, columns);
-  if (late) w.waiting.push_back(asked);
-  else multiply(w, asked);
+  look(w, a, 64), look(w, b, columns, entries == SPARSE ? 2 * SPAN : SPAN);
+  if (late) w.waiting.push_back(w.asked);
+  else multiply(w, w.asked);
   wake(&w);
 }
 

@@ -1,9 +1,11 @@
-// mma.sync of a warp, 16 x 8 by 16 rows and 8 columns: a lane has four words of a, two of b and four of d.
+// What the lanes of a warp make of each other's registers: products and transposed matrices.
+//
+// mma.sync, 16 x 8 by 16 rows and 8 columns: a lane has four words of a, two of b and four of d.
 //
 // K is eight words, of 4 bytes, 32 bits or two floats each. Lane 4 g + t has of word t and of word t + 4 of K those
 // of rows g and g + 8 of a and of column g of b: {(g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)} and {(t, g),
 // (t + 4, g)}; and d of these rows and columns 2 t and 2 t + 1.
-// Source: PTX ISA, Matrix Fragments for mma.m16n8k16, m16n8k32 and m16n8k256.
+// Source: PTX ISA, Matrix Fragments for mma.m16n8k16, m16n8k32 and m16n8k256; `stmatrix`.
 //
 // Part of runtime.cpp: in a kernel's library each access would be watched.
 #pragma once
@@ -80,6 +82,19 @@ void emulated_mma_f16(float (&d)[4], const Fragments &own, int line) {
 }
 void emulated_mma_bf16(float (&d)[4], const Fragments &own, int line) {
   mma_float(d, own, "mma m16n8k16 of bf16", line, [](uint16_t bits) { return seen<float>((uint32_t)bits << 16); });
+}
+
+// Four 8 x 8 matrices of 16 bits. Lane 4 c + r has, of column c of each, rows 2 r and 2 r + 1; lane 8 m + r writes
+// row r of matrix m.
+void emulated_stmatrix(unsigned to, const unsigned (&own)[4], int line) {
+  const Met met = meet(false, 0xFFFFFFFF, "stmatrix", line, [&](Meeting &m, int turn) {
+    memcpy(&m.more[turn][current % WARP], own, sizeof own);
+  });
+  const int lane = current % WARP, matrix = lane / 8, row = lane % 8;
+  uint16_t made[8];
+  for (int column = 0; column < 8; column++)
+    made[column] = (uint16_t)(met.meeting.more[met.turn][4 * column + row / 2].words[matrix] >> row % 2 * 16);
+  emulated_put(to, made, sizeof made, true);
 }
 
 }  // extern "C"

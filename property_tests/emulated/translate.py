@@ -57,6 +57,13 @@ PTX = {
     "wgmma.wait_group.sync.aligned 1;": "emulated::emulated_wgmma_wait(1)",
     "setmaxnreg.dec.sync.aligned.u32 40;": "",
     "setmaxnreg.inc.sync.aligned.u32 232;": "",
+    **{
+        f"setmaxnreg.{way}.sync.aligned.u32 %0;":
+            "static_assert(%0 % 8 == 0 && %0 >= 24 && %0 <= 256, \"setmaxnreg\")"
+        for way in ("dec", "inc")
+    },
+    "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};":
+        "emulated::emulated_stmatrix(%0, {%1, %2, %3, %4}, __builtin_LINE())",
     "{.reg .pred p; setp.eq.u32 p, %2, 0; @p cp.async.cg.shared.global [%0 + %3], [%1 + %4], 16; }":
         "if (!(%2)) emulated::emulated_copy(%0 + %3, (const char *)(%1) + %4, 16)",
     "cp.async.commit_group;": "emulated::emulated_commit()",
@@ -102,13 +109,15 @@ def _flat(ptx: str) -> str:
 
 MEANING = {_flat(ptx): done for ptx, done in PTX.items()}
 
-# A product of a warpgroup: columns, kind, accumulators, descriptors, and what says whether it adds.
+# A product of a warpgroup: columns, kind, accumulators, descriptors, a sparse one's metadata, and
+# what says whether it adds. All lanes have metadata of int8: there is one selector, 0.
 WGMMA = re.compile(
     r"\{\.reg \.pred p;setp\.ne\.b32 p,%(?P<add>\d+),0;"
-    r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<columns>\d+)"
-    r"(?P<kind>k32\.s32\.s8\.s8|k256\.s32\.b1\.b1\.and\.popc)"
-    r" ?\{(?P<names>[%\d,]+)\},%(?P<a>\d+),%(?P<b>\d+),p;\}"
+    r"wgmma\.mma_async(?P<sparse>\.sp)?\.sync\.aligned\.m64n(?P<columns>\d+)(?P<kind>k[\w.]+)"
+    r" ?\{(?P<names>[%\d,]+)\},%(?P<a>\d+),%(?P<b>\d+),(?(sparse)(?P<metadata>%\d+),0,)p;\}"
 )
+# What hopper.h calls the entries of its operands.
+ENTRIES = {"k32.s32.s8.s8": 0, "k256.s32.b1.b1.and.popc": 1, ".spk64.s32.s8.s8": 2}
 
 
 def cluster(text: str) -> str:
@@ -170,6 +179,9 @@ def _product(ptx: str, operands: list[str]) -> str | None:
     """The meaning of a `wgmma` whose accumulators are an array, in its order; None of another."""
     if not (found := WGMMA.fullmatch(ptx)):
         return None
+    entries = ENTRIES.get((found["sparse"] or "") + found["kind"])
+    if entries is None:
+        return None
     count = int(found["columns"]) // 2
     if found["names"] != ",".join(f"%{i}" for i in range(count)):
         return None
@@ -177,8 +189,7 @@ def _product(ptx: str, operands: list[str]) -> str | None:
     for i, place in enumerate(places):
         if not place or place[1] != places[0][1] or sum(map(int, place[2].split("+"))) != i:
             return None
-    bits = "true" if "b1" in found["kind"] else "false"
     return (
-        f"emulated::emulated_wgmma(&%0, {found['columns']}, {bits}, "
-        f"%{found['a']}, %{found['b']}, %{found['add']}, __builtin_LINE())"
+        f"emulated::emulated_wgmma(&%0, {found['columns']}, {entries}, %{found['a']}, "
+        f"%{found['b']}, {found['metadata'] or 0}, %{found['add']}, __builtin_LINE())"
     )

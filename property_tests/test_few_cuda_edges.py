@@ -17,10 +17,10 @@ from torch import Tensor
 import quest
 from property_tests import far_scales
 from property_tests.places import Place, on_a_gpu
-from quest import lowbit, operands, packing
+from quest import operands, packing
 from quest.conformance import inputs, judges
 from quest.kernels import cuda, few, hopper, outputs
-from quest.packed import packed_product
+from quest.packed import launch_packed
 
 pytestmark = pytest.mark.whole
 MARGIN = 4096
@@ -175,7 +175,6 @@ def test_scales_near_and_far(place: Place, factor: float) -> None:
         assert torch.equal(y.cpu(), far_scales.dequantized(p[:n], factor, row, column))
 
 
-@on_a_gpu
 def test_far_rows_round_as_in_the_product(place: Place) -> None:
     """Beside a bias, near ones among them: bit for bit what the other kernel makes of them.
 
@@ -185,21 +184,21 @@ def test_far_rows_round_as_in_the_product(place: Place) -> None:
     made, rows, columns, width = quest.recipe("w4a4"), 8, 200, 256
     pair = (made.activation, made.weight)
     kinds = operands.kinds(*pair) or ("", "")
-    x, w = (inputs.draw("gaussian", (n, width), torch.float32, n).cuda() for n in (rows, columns))
-    a, _, _, a_sums = lowbit.encode(x, pair[0].spec, kinds[0])
-    b, b_scale, _, b_sums = lowbit.encode(w, pair[1].spec, kinds[1])
+    x, w = (inputs.draw("gaussian", (n, width), torch.float32, n) for n in (rows, columns))
+    a, _, _, a_sums = place.operators.encode(x.to(place.device), pair[0], kinds[0])
+    b, b_scale, _, b_sums = place.operators.encode(w.to(place.device), pair[1], kinds[1])
     near = torch.tensor([1.3, 1.7, 1.9]) * 2.0**97  # as large as can be
     far = torch.tensor([1 + 2.0**-23, 1.7, 5.3, 15.9, 77.0]) * 2.0**104
     scale = torch.cat((near, far))
-    bias = 30 * inputs.draw("gaussian", (columns,), torch.float32, 0).cuda()
+    bias = 30 * inputs.draw("gaussian", (columns,), torch.float32, 0).to(place.device)
     rest = (
-        scale[:, None].cuda(), b_scale * 2.0**-100, a_sums, b_sums, bias,
+        scale[:, None].to(place.device), b_scale * 2.0**-100, a_sums, b_sums, bias,
         ",".join(q.require_grid().name for q in pair), ",".join(kinds), width, torch.float32,
     )  # fmt: skip
-    packed = packing.pack((b.cpu().long() + 120) // 16, 4).cuda()  # b: 8 (2 code - 15)
-    y = packed_product(a, packed, *rest)
+    packed = packing.pack((b.cpu().long() + 120) // 16, 4).to(place.device)  # b: 8 (2 code - 15)
+    y = launch_packed(a, packed, *rest)
     assert y.isfinite().all()
-    assert torch.equal(y, lowbit.product(a, b, *rest))
+    assert torch.equal(y, place.operators.product(a, b, *rest))
 
 
 def test_scales_that_are_powers_of_two(place: Place) -> None:

@@ -173,6 +173,7 @@ def test_each_column_of_a_word_has_a_gate_of_its_own(place: Place) -> None:
     with product.only(product.NARROW), outputs.poisoned(0xFF):
         y, found = made_by.product(*given), made_by.gated_product(*given)
     gate, value = y.cpu().chunk(2, -1)
+    assert y.isfinite().all()  # it was written
     judges.gated(gate, value, found.cpu()).require()
 
 

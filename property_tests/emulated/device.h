@@ -165,9 +165,9 @@ inline int __reduce_add_sync(unsigned mask, int value, int line = __builtin_LINE
   for (int i = 0; i < 32; i++) sum += (unsigned)left[i];
   return (int)sum;
 }
-inline int __reduce_max_sync(unsigned mask, int value, int line = __builtin_LINE()) {
+template <typename T> T __reduce_max_sync(unsigned mask, T value, int line = __builtin_LINE()) {
   const uint64_t *left = emulated::emulated_meet(false, mask, emulated::packed(value), "__reduce_max_sync", line);
-  for (int i = 0; i < 32; i++) value = value < (int)left[i] ? (int)left[i] : value;
+  for (int i = 0; i < 32; i++) value = value < (T)left[i] ? (T)left[i] : value;
   return value;
 }
 

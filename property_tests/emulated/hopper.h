@@ -286,6 +286,7 @@ void emulated_wgmma(int *registers, int columns, int entries, uint64_t a, uint64
 // bar.sync
 void emulated_bar_sync(unsigned id, int count, int line) {
   if (id >= 16 || count % WARP) fail("bar.sync of line %d of barrier %u, of %d threads", line, id, count);
+  emulated_meet(false, 0xFFFFFFFF, 0, "bar.sync", line);  // whole warps
   Named &m = named[16 * emulated_rank + id];
   const unsigned turn = m.turn & 1;
   if (!m.arrived) m.count = count, m.known[turn].assign(self().clock.size(), 0);

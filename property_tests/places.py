@@ -72,6 +72,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 def instead(patch: pytest.MonkeyPatch) -> emulated.Emulator:
     """As `emulated.instead`, and the lane of `CPU` has its operators."""
     emulator, others = emulated.instead(patch), lanes.operators
+    emulator.runs = 2  # copies that come soon, and late
     made = _operators(emulator)
     patch.setattr(
         lanes, "operators", lambda backend: made if backend == "emulated" else others(backend)

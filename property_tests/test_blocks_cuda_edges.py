@@ -252,8 +252,9 @@ def test_the_same_numbers_in_float32(place: Place) -> None:
         assert torch.equal(t.view(torch.uint8), expected.view(torch.uint8))
 
 
-# Five blocks, 20, 33 and 44: six, three, three and two rows a team; values are made of rows alone.
-@pytest.mark.parametrize("width", [640, 2560, 4224, 5632])
+# Five blocks, 20, 25, 33 and 44: six rows a team, three, five, three and two; values are made of
+# rows alone.
+@pytest.mark.parametrize("width", [640, 2560, 3200, 4224, 5632])
 def test_a_scale_is_that_of_a_row_by_itself(place: Place, width: int) -> None:
     """Bit for bit, whatever is made of a row and wherever in a team it lies."""
     x = _normal((25, width)).to(place.device, HALF)

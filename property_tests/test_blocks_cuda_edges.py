@@ -11,7 +11,7 @@ from torch import Tensor
 
 from property_tests.ledger import LEDGER
 from property_tests.places import Place
-from quest import lowbit, operands, ops, paths
+from quest import lowbit, operands, ops, packing, paths
 from quest.conformance import examine, inputs, judges
 from quest.kernels import blocks, cuda
 from quest.quantizer import parse
@@ -101,7 +101,9 @@ def test_rows_that_are_computed_again(place: Place, dtype: torch.dtype) -> None:
         _judge(place, _not_finite(dtype, width)[::step], FOUR, "not finite")
     _judge(place, _far(dtype), FOUR, "far from 1")
     for i, kind in enumerate(("tiny", "subnormal", "huge", "mixed_rows", "zeros")):
-        _judge(place, inputs.draw(kind, (9, 256), dtype, i), FOUR, kind)
+        # Of a warp, and of a team, some threads have no block.
+        for width in (256, 640, 3584, 8320):
+            _judge(place, inputs.draw(kind, (9, width), dtype, i), FOUR, kind)
     _judge(place, _odd(dtype), FOUR, "equal numbers")
 
 
@@ -264,3 +266,34 @@ def test_a_scale_is_that_of_a_row_by_itself(place: Place, width: int) -> None:
         assert torch.equal(blocks.quantize(x, program, form=form, bits=bits)[1], scale)
     alone = [blocks.quantize(row, program, form=blocks.INTEGERS)[1] for row in x.split(1)]
     assert torch.equal(torch.cat(alone), scale)
+
+
+@pytest.mark.parametrize("width", [640, 3584])
+@pytest.mark.parametrize(
+    ("spec", "saved"),
+    [("uniform4/hadamard128/trust1.0/dense", 4), ("uniform3/hadamard128/clip0.8/dense", 4),
+     ("uniform2/hadamard128/ste/dense", 2), (TRUSTED, 2)],
+)  # fmt: skip
+def test_what_is_saved(
+    place: Place, spec: str, saved: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes in 2 and 4 bits; a gate's are those of the rows that it shows, in each of its turns."""
+    monkeypatch.setattr(cuda, "processors", lambda _: 1)
+    x = (3 * _normal((80, width))).to(place.device, HALF)
+    program = ops.program(parse(spec), x)
+    how = {"form": blocks.INTEGERS, "saved": saved}
+    gated = blocks.gated(x, x.flip(0), program, show=True, masked=True, **how)
+    assert gated.rows is not None
+    shown = judges.gated(x.cpu(), x.cpu().flip(0), gated.rows.cpu())
+    LEDGER.judge(place.lane, [shown], f"a gate in turns, {spec}")
+    made = blocks.quantize(gated.rows, program, sums=True, **how)
+    seen = (gated.out, gated.scale, gated.mask, gated.sums, gated.saved)
+    for t, expected in zip(seen, made, strict=True):
+        assert t is not None
+        assert torch.equal(t.view(torch.uint8), expected.view(torch.uint8))
+    levels = parse(spec).require_grid().levels
+    stride, top = (1, levels // 2) if levels % 2 else (2, levels - 1)
+    while 2 * top < 128:  # int8 has room
+        stride, top = 2 * stride, 2 * top
+    index = (made[0].cpu().int() + top) // stride
+    assert torch.equal(made[4].cpu(), packing.pack(index, saved))

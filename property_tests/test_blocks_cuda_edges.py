@@ -279,12 +279,13 @@ def test_what_is_saved(
 ) -> None:
     """Codes in 2 and 4 bits; a gate's are those of the rows that it shows, in each of its turns."""
     monkeypatch.setattr(cuda, "processors", lambda _: 1)
-    x = (3 * _normal((80, width))).to(place.device, HALF)
-    program = ops.program(parse(spec), x)
+    # Halves of a wider tensor: a row does not begin where the one before ends.
+    gate, value = (3 * _normal((80, 2 * width))).to(place.device, HALF).chunk(2, -1)
+    program = ops.program(parse(spec), gate)
     how = {"form": blocks.INTEGERS, "saved": saved}
-    gated = blocks.gated(x, x.flip(0), program, show=True, masked=True, **how)
+    gated = blocks.gated(gate, value, program, show=True, masked=True, **how)
     assert gated.rows is not None
-    shown = judges.gated(x.cpu(), x.cpu().flip(0), gated.rows.cpu())
+    shown = judges.gated(gate.cpu(), value.cpu(), gated.rows.cpu())
     LEDGER.judge(place.lane, [shown], f"a gate in turns, {spec}")
     made = blocks.quantize(gated.rows, program, sums=True, **how)
     seen = (gated.out, gated.scale, gated.mask, gated.sums, gated.saved)

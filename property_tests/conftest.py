@@ -20,7 +20,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 
 from property_tests import emulated
 from property_tests.ledger import LEDGER, Ledger, slowest
-from property_tests.places import place  # noqa: F401, a fixture of all tests
+from property_tests.places import emulator, place  # noqa: F401, fixtures of all tests
 from quest.conformance import lanes
 
 torch.set_num_threads(1)

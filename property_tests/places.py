@@ -15,7 +15,7 @@ from torch import Tensor
 
 from property_tests import emulated
 from property_tests.walled import mapped, walled
-from quest import fused, gated_product, lowbit, prologue, sparse_product
+from quest import fused, gated_product, lowbit, packed, prologue, sparse_product
 from quest.conformance import lanes
 from quest.conformance.lanes import Lane
 from quest.kernels import cuda
@@ -45,10 +45,15 @@ class Place:
         made: Any = functools.partial(fused._on_cuda, settled=False, show=True)
         return made
 
+    @property
+    def packed_product(self) -> Callable[..., Tensor]:
+        """The operator, or what it calls on a GPU."""
+        return packed.packed_product if self.device == "cuda" else packed.launch_packed
+
 
 GPU = Place(Lane("triton-cuda", "cuda", "dispatch"), "cuda")
 CPU = Place(Lane("cuda-emulator", "cpu", "emulated"), "cpu")
-# Of a test that the emulator takes too long for.
+# Of a test about a GPU itself, or that the emulator takes too long for.
 on_a_gpu = pytest.mark.parametrize("place", [GPU], indirect=True, ids=lambda p: str(p.lane))
 
 
@@ -67,6 +72,14 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     yield found
     if found is CPU:
         _forget()
+
+
+@pytest.fixture
+def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulated.Emulator]:
+    """Of two multiprocessors: one cluster, which takes all tiles in turn."""
+    _forget()
+    yield instead(monkeypatch)
+    _forget()
 
 
 def instead(patch: pytest.MonkeyPatch) -> emulated.Emulator:

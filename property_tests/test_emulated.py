@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from property_tests import emulated
 from property_tests.emulated.translate import translated
-from quest import ops
+from property_tests.places import CPU
+from quest import ops, prologue
+from quest.conformance import lanes
 from quest.kernels import blocks, cuda
 from quest.quantizer import parse
 
@@ -209,6 +211,22 @@ def test_ptx_that_it_lacks() -> None:
         translated('asm volatile("frob.u32 %0, %1;" : "=r"(a) : "r"(b));')
     with pytest.raises(RuntimeError, match=r"f\.cu: (?s:.*)error: "):
         _run("this is not C++")
+
+
+def test_an_operator_that_launches_no_kernel(
+    emulator: emulated.Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be plain PyTorch that is judged."""
+    spec, made = "uniform4/hadamard128/ste/dense", CPU.operators
+    x = torch.ones(2, 256, dtype=torch.bfloat16)
+    made.gated_encode(x, x, spec, "integers")
+    assert emulator.launches == 1
+    monkeypatch.setattr(prologue, "has_kernel", lambda *_: False)
+    monkeypatch.setattr(blocks, "launch", lambda *_: None)
+    with pytest.raises(emulated.Fault, match=r"gated_encode of \(2, 256\) launches no kernel"):
+        made.gated_encode(x, x, spec, "integers")
+    with pytest.raises(ValueError, match="there is no backend 'emulate'"):
+        lanes.operators("emulate")
 
 
 BLOCKS = cuda._text("blocks.cu")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,13 +13,6 @@ from quest.fused import _on_cuda
 from quest.kernels import cuda, few
 
 FIRST, SECOND, THIRD = 1, 2, 3
-
-
-@pytest.fixture
-def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulated.Emulator]:
-    places._forget()
-    yield emulated.instead(monkeypatch)
-    places._forget()
 
 
 def _product(cluster: int, patch: pytest.MonkeyPatch) -> None:

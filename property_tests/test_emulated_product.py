@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -17,14 +15,6 @@ pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not install
 NARROW, MIDDLE, WIDE, BITS = (
     product.NARROW, product.MIDDLE, product.WIDE[False], product.WIDE[True],
 )  # fmt: skip
-
-
-@pytest.fixture
-def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulated.Emulator]:
-    """Of two multiprocessors: one cluster, which takes all tiles in turn."""
-    places._forget()
-    yield places.instead(monkeypatch)
-    places._forget()
 
 
 # Rows, columns and tiles of K: more than the ring has, and tiles that are not whole.

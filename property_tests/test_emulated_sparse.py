@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,14 +16,6 @@ from quest.kernels import cuda, hopper, sparse
 
 pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
 NARROW, WIDE = sparse.NARROW, sparse.WIDE
-
-
-@pytest.fixture
-def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulated.Emulator]:
-    """Of two multiprocessors: one cluster, which takes all tiles in turn."""
-    places._forget()
-    yield places.instead(monkeypatch)
-    places._forget()
 
 
 # Rows, columns and tiles of K: more than the ring has, and tiles that are not whole.

@@ -20,7 +20,6 @@ from property_tests.places import Place, on_a_gpu
 from quest import operands, packing
 from quest.conformance import inputs, judges
 from quest.kernels import cuda, few, hopper, outputs
-from quest.packed import launch_packed
 
 pytestmark = pytest.mark.whole
 MARGIN = 4096
@@ -196,7 +195,7 @@ def test_far_rows_round_as_in_the_product(place: Place) -> None:
         ",".join(q.require_grid().name for q in pair), ",".join(kinds), width, torch.float32,
     )  # fmt: skip
     packed = packing.pack((b.cpu().long() + 120) // 16, 4).to(place.device)  # b: 8 (2 code - 15)
-    y = launch_packed(a, packed, *rest)
+    y = place.packed_product(a, packed, *rest)
     assert y.isfinite().all()
     assert torch.equal(y, place.operators.product(a, b, *rest))
 

@@ -19,7 +19,6 @@ from property_tests.places import Place, on_a_gpu
 from quest import lowbit, operands
 from quest.conformance import inputs, judges
 from quest.kernels import cuda, hopper, outputs, product
-from quest.packed import launch_packed
 from quest.quantizer import Quantizer
 
 pytestmark = pytest.mark.whole
@@ -258,7 +257,7 @@ def test_far_rows_with_a_bias(place: Place, scales: str) -> None:
         y = _judged(place, "w4a4", made, bias, 256)
     codes = q.pack(w).codes
     given = [t.to(place.device) for t in (made[0], codes, *made[2:], bias)]
-    few = launch_packed(*given, *_names("w4a4"), 256, torch.float32)
+    few = place.packed_product(*given, *_names("w4a4"), 256, torch.float32)
     assert torch.equal(y, few.cpu())
 
 

@@ -18,7 +18,10 @@ FACTOR, SCALE, OF_FEATURES = 2.0**-20, 1.5 * 2.0**-140, 1.7 * 2.0**120
 
 @pytest.mark.parametrize("shape", [sparse.WIDE, sparse.NARROW], ids=["wide", "narrow"])
 def test_one_far_token_that_float32_makes_0(place: Place, shape: sparse.Shape) -> None:
-    """Only its mark tells of it: its near part is 0, and so is all that lies beside the mark."""
+    """Only its mark tells of it: its near part is 0, and so is all that lies beside the mark.
+
+    In the emulator for a few tokens, those of other warps and lanes.
+    """
     tokens, to = shape.columns, place.device
     if reason := hopper.unavailable(torch.device(to)):
         pytest.skip(reason)

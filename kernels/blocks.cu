@@ -1,29 +1,32 @@
-// The quantizer for Hadamard blocks of 128, a block a thread: transform, RMS, codes, mask, packing in
-// one pass.
+// The quantizer for Hadamard blocks of 128, eight of them at a time by a warp: transform, RMS, codes, mask,
+// packing in one pass.
 //
-// A thread holds a block of 128 floats in registers, so that the butterfly is additions and nothing
-// else. (Two threads a block leave room for more warps; what they exchange costs more than that gains.)
+// A warp holds TILE blocks, in GROUPS of eight. Of an element's index in its block, bits 0 and 3 to 5 are
+// transformed by a product on the tensor cores (`rotate.cuh`), of the inputs' 16 bits as they are, and bits
+// 1, 2 and 6 by additions in a lane: no shuffle. Lane 4 r + q reads of block r of a group the chunks of
+// eight elements q + 4 i, and has, transformed, elements 64 p + 8 r and the next seven of blocks 2 q and
+// 2 q + 1. A float32 is the sum of three bfloat16, exactly: three products.
+// Sums and scales of a block are held by the lane of its number: `of_blocks` and `counted` bring them there.
+//
 // A team of `warps` warps holds a row. Where a row alone would leave many threads idle it holds ROWS of
 // them, whose blocks lie one behind the other: a warp may have parts of several. Where `segment` < 32 a
 // warp holds 32 / segment rows. (Which is when: `Shape` in blocks.py.)
-// Rows come to shared memory by asynchronous copies, the next while this one is computed (of float32,
-// where a second buffer would halve the warps, after it); both ways a block's 16-byte chunks lie
-// swizzled, so that threads read their own blocks, and warps write whole lines, without bank conflicts.
+// Blocks wait in shared memory, where each lane of 16 bits finds what it has copied itself. The next unit's are
+// asked for as soon as a group's are used up; a second input's come to registers, a group ahead.
 //
 // Formulas and special rows are those of quantize.py. A row whose sum of squares is far from 1 (or
-// zero, or not finite) is computed again, brought near 1 by a power of two: the RARE path.
+// zero, or not finite) is brought near 1 by a power of two: the RARE path.
 //
 // A prologue makes the rows, in float32 and rounded once to the inputs' dtype, which is of 16 bits:
 //   GATED   silu(gate) value
 //   NORMED  h weight / sqrt(mean(h^2) + eps)
 //   ADDED   the same of h = x + beside, rounded, which is written too
-// Inputs may be rows of a wider tensor. What the rest works on is what was rounded, which lies where x,
-// the first input, was.
+// Inputs may be rows of a wider tensor.
 //
 // Macros: REGISTERS (of a thread), IN (the input's dtype), LEVELS, EDGE (mask by threshold; else all
 // ones), FORM, BITS, PROLOGUE, SHOWN (the rows that a prologue made are written, too), and SAVED: of
 // integers, the bits an entry, 2 or 4, in which the codes are written as well; or 0. ROWS: of a team; WARPS:
-// of a team of several rows, else of no account.
+// of a team of several rows; of one, 0 where rows share a warp, 1, or 2 for as many as `warps` says.
 #define VALUES 0    // dequantized, in the input's dtype
 #define PACKED 1    // codes from 0, BITS each
 #define CODES 2     // int8: the code
@@ -36,210 +39,211 @@ typedef unsigned int u32;
 typedef long long i64;
 
 #include "halves.cuh"
+#define HALF (IN == FLOAT16)
 #include "codes.cuh"
 #include "exchange.cuh"
+#include "gate.cuh"
+#include "rotate.cuh"
 
 constexpr int IN_BITS = IN == FLOAT32 ? 32 : 16;
 constexpr int ORDER = 128, CHUNKS = IN_BITS;  // elements of a block; its 16-byte chunks
+constexpr int GROUP = 8, TILE = 32, GROUPS = TILE / GROUP;  // blocks of a group, of a warp; groups of a warp
 constexpr int WORD = 32 / IN_BITS;            // elements of 4 bytes
-constexpr int SOURCES = PROLOGUE == GATED || PROLOGUE == ADDED ? 2 : 1;  // tiles of a unit that a warp reads
-constexpr int BUFFERS = WORD / SOURCES;             // units whose tiles a warp has room for
-constexpr int TILE = 32;                 // blocks of a warp
-constexpr int MAX_TEAMS = ROWS > 1 ? 4 / WARPS : 4;
+constexpr int WORDS = 32 / WORD;              // of a lane and a group
+constexpr bool WIDE = IN == FLOAT32;
 constexpr bool NORMS = PROLOGUE == NORMED || PROLOGUE == ADDED;
+constexpr int MAX_TEAMS = ROWS > 1 ? 4 / WARPS : 4;
 constexpr int SUMS = NORMS ? 2 : 1;  // turns of `first` that a unit takes: sums of squares
-// Of an element; also the chunks of 16 bytes that a block becomes.
-constexpr int OUT_BITS = FORM == VALUES ? IN_BITS : FORM == PACKED ? BITS : 8;
+constexpr int OUT_BITS = FORM == VALUES ? IN_BITS : FORM == PACKED ? BITS : 8;  // of an element
+// Bits an element of what is gathered in shared memory, since a lane's piece is less than 4 bytes; or 0.
+constexpr int NARROW = FORM == PACKED && BITS < 4 ? BITS : SAVED == 2 ? 2 : 0;
+constexpr int GATHER = NARROW ? NARROW : 1;
 constexpr float ROOT = 11.313708498984761f;  // 128^0.5
 static_assert(PROLOGUE == PLAIN || IN != FLOAT32, "a prologue takes 16 bits");
 static_assert(SAVED == 0 || FORM == INTEGERS && (SAVED == 2 || SAVED == 4), "integers are saved in 2 or 4 bits");
 
-// 16 bytes, SPAN_TO and SPAN_FROM bytes beyond the addresses, unless `skip`.
-template <int SPAN_TO, int SPAN_FROM>
-__device__ __forceinline__ void copy_in(u32 to, const void *from, bool skip) {
-  asm volatile(
-      "{.reg .pred p;\n setp.eq.u32 p, %2, 0;\n @p cp.async.cg.shared.global [%0 + %3], [%1 + %4], 16;\n}" ::"r"(to),
-      "l"(from), "r"((u32)skip), "n"(SPAN_TO), "n"(SPAN_FROM)
-      : "memory");
+__device__ __forceinline__ float power(int field) { return __uint_as_float((u32)field << 23); }
+
+// 16 bytes, SPAN bytes beyond an address, if `wanted`; else nothing.
+template <int SPAN> __device__ __forceinline__ void copy_in(u32 to, const void *from, bool wanted) {
+  asm volatile("{.reg .pred p;\n setp.ne.u32 p, %2, 0;\n @p cp.async.cg.shared.global [%0], [%1 + %3], 16;\n}" ::"r"(to),
+               "l"(from), "r"((u32)wanted), "n"(SPAN)
+               : "memory");
 }
 
-// The place of a block's chunk among chunks of 16 bytes, COUNT a block: such that the same chunk of
-// eight blocks in a row lies in eight different banks.
-template <int COUNT> __device__ __forceinline__ int place(int block, int chunk) {
-  return block * COUNT + (chunk ^ (COUNT > 8 ? block & 7 : block / (8 / COUNT) & (COUNT - 1)));
+// 16 bytes, if `wanted`; else what was there. Volatile: asked for where it is written.
+__device__ __forceinline__ void load(u32 &a, u32 &b, u32 &c, u32 &d, const uint4 *from, bool wanted) {
+  asm volatile("{.reg .pred p;\n setp.ne.u32 p, %5, 0;\n @p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+               : "+r"(a), "+r"(b), "+r"(c), "+r"(d)
+               : "l"(from), "r"((u32)wanted));
 }
 
+// What a prologue makes of an element and what is beside it.
+struct Gate {
+  __device__ float operator()(float a, float b) const { return PROLOGUE == GATED ? gated(a, b) : __fadd_rn(a, b); }
+};
+struct Norm {
+  float inverse;
+  __device__ float operator()(float h, float weight) const { return __fmul_rn(__fmul_rn(h, inverse), weight); }
+};
 
-// A block's chunk c, of CHUNKS.
-__device__ __forceinline__ const uint4 &chunk_of(const uint4 *tile, int block, int c) {
-  return tile[place<CHUNKS>(block, c)];
+__device__ __forceinline__ void put(u32 (&w)[WORDS], int i, const uint4 &v) {
+  w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
 }
 
-#include "gate.cuh"
-
-// Puts f(a, b) of a thread's block, and of what lies beside it, where the block lies.
-// By itself and not on the way to registers: there it leaves the compiler too few of them, and it spills.
-template <typename F>
-__device__ __forceinline__ void make(uint4 *tile, int lane, const uint4 *beside, int block, uint4 *shown, F f) {
-#pragma unroll 2
-  for (int c = 0; c < CHUNKS; c++) {
-    uint4 &own = tile[place<CHUNKS>(lane, c)];
-    const uint4 w = own, v = chunk_of(beside, block, c);
-    const u32 first[4] = {w.x, w.y, w.z, w.w}, second[4] = {v.x, v.y, v.z, v.w};
-    u32 words[4];
+// Puts f(own, beside) of a lane's words of a group where they lie, and to `shown`, its chunks there, or null.
+template <typename F> __device__ __forceinline__ void make(uint4 *own, const u32 (&beside)[WORDS], uint4 *shown, F f) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) words[i] = pair_of(f(low(first[i]), low(second[i])), f(high(first[i]), high(second[i])));
-    own = make_uint4(words[0], words[1], words[2], words[3]);
-    if (SHOWN && shown) shown[c] = own;
+  for (int i = 0; i < 4; i++) {
+    const uint4 v = own[32 * i];
+    u32 w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+      w[k] = pair_of(f(low(w[k]), low(beside[4 * i + k])), f(high(w[k]), high(beside[4 * i + k])));
+    own[32 * i] = make_uint4(w[0], w[1], w[2], w[3]);
+    if (shown) shown[4 * i] = own[32 * i];
   }
 }
 
-// The sum of a block's squares, as it lies in the tile.
-__device__ __forceinline__ float squares_of(const uint4 *tile, int lane) {
+__device__ __forceinline__ float squares_of(const u32 (&w)[WORDS], float factor) {
   float s[4] = {};
-#pragma unroll 2
-  for (int c = 0; c < CHUNKS; c++) {
-    const uint4 w = chunk_of(tile, lane, c);
-    const u32 words[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const float a = low(words[i]), b = high(words[i]);
-      s[i] = fmaf(a, a, fmaf(b, b, s[i]));
-    }
+  for (int i = 0; i < WORDS; i++) {
+    const float a = low(w[i]) * factor, b = WORD == 2 ? high(w[i]) * factor : 0.0f;
+    s[i % 4] = fmaf(a, a, s[i % 4]);
+    if (WORD == 2) s[i % 4] = fmaf(b, b, s[i % 4]);
   }
   return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
-__device__ __forceinline__ void read(float (&y)[ORDER], const uint4 *tile, int lane, float factor) {
+__device__ __forceinline__ u32 top_of(const u32 (&w)[WORDS]) {
+  u32 top = 0;
 #pragma unroll
-  for (int c = 0; c < CHUNKS; c++) {
-    const uint4 w = chunk_of(tile, lane, c);
-    const u32 words[4] = {w.x, w.y, w.z, w.w};
+  for (int i = 0; i < WORDS; i++) {
+    top = max(top, __float_as_uint(low(w[i])) & 0x7FFFFFFF);
+    if (WORD == 2) top = max(top, __float_as_uint(high(w[i])) & 0x7FFFFFFF);
+  }
+  return top;
+}
+
+// value(g): what each lane of four has of a block of group g; f over those lanes, of block `lane`.
+template <int UNROLL, typename T, typename G, typename F> __device__ __forceinline__ T of_blocks(G value, F f, int lane) {
+  T own = T();
+#pragma unroll UNROLL
+  for (int g = 0; g < GROUPS; g++) {
+    T v = value(g);
+    v = f(v, __shfl_xor_sync(ALL, v, 1));
+    v = f(v, __shfl_xor_sync(ALL, v, 2));
+    if (lane % 4 == g) own = v;
+  }
+  return __shfl_sync(ALL, own, 4 * (lane % GROUP) + lane / GROUP);
+}
+
+// The stage of index bits of value HALF, of a lane's 32 elements.
+template <int HALF_SPAN> __device__ __forceinline__ void stage(float (&y)[32]) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int at = (4 * c + i) * WORD;
-      y[at] = low(words[i]) * factor;
-      if (WORD == 2) y[at + WORD - 1] = high(words[i]) * factor;
-    }
+  for (int i = 0; i < 32; i++) {
+    if (i & HALF_SPAN) continue;
+    const float a = y[i], b = y[i + HALF_SPAN];
+    y[i] = a + b;
+    y[i + HALF_SPAN] = a - b;
   }
 }
 
-__device__ __forceinline__ float squares(const float (&y)[ORDER]) {
-  float s[8] = {};
-#pragma unroll
-  for (int i = 0; i < ORDER; i++) s[i % 8] = fmaf(y[i], y[i], s[i % 8]);
-  return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
-}
+// Where chunk c of block r of a group of float32 lies: of those that are read or written at a time, by four lanes
+// for each of two blocks, none meet in a bank. Chunks 8 q + i, q + 4 i, or 2 q + 8 i and one further, for some i.
+__device__ __forceinline__ int turned(int r, int c) { return 32 * r + (c ^ c / 8 ^ 5 * (r & 1)); }
 
-// The butterfly's stages from spans of 2 FROM to spans of TO.
-template <int FROM, int TO> __device__ __forceinline__ void butterfly(float (&y)[ORDER]) {
+// What a lane has of a group, transformed, times 128^0.5: y[8 c + e], e of eight in a row, c of four such.
+// 16 bits: c = 2 z + p, of block 2 q + z the elements from 64 p + 8 r on. float32: of block r, from 32 c + 8 q.
+__device__ __forceinline__ void transform(float (&y)[32], const u32 (&w)[WORDS], const u32 (&signs)[4], uint4 *tile) {
+#if IN == FLOAT32
+  // Elements 32 q and on; what index bits 3 and 4 tell and what 5 and 6 change places, through the tile.
+  const int q = threadIdx.x % 4, r = threadIdx.x % 32 / 4;
 #pragma unroll
-  for (int half = FROM; half < TO; half *= 2) {
+  for (int i = 0; i < 32; i++) y[i] = __uint_as_float(w[i]);
+  stage<1>(y), stage<2>(y), stage<4>(y), stage<8>(y), stage<16>(y);
+  __syncwarp();  // all have read their words
 #pragma unroll
-    for (int i = 0; i < ORDER; i++) {
-      if (i & half) continue;
-      const float a = y[i], b = y[i + half];
-      y[i] = a + b;
-      y[i + half] = a - b;
-    }
-  }
-}
-
-// The codes of a chunk's words, one in each byte, in SAVED bits each: words w of a chunk of those.
-// A product puts the codes of a word side by side, each bit in a place of its own: nothing carries.
-__device__ __forceinline__ u32 narrowed(const u32 (&codes)[4], int w) {
-  if (SAVED == 4) return __byte_perm(codes[2 * w] * 0x110, codes[2 * w + 1] * 0x110, 0x7531);
-  const u32 low = __byte_perm(codes[0] * 0x01041040, codes[1] * 0x01041040, 0x0073);
-  return __byte_perm(low, __byte_perm(codes[2] * 0x01041040, codes[3] * 0x01041040, 0x7300), 0x7610);
-}
-
-// Blocks of a warp: where the first lies among those of all rows, and how many there are.
-struct Held { i64 start; int count; };
-
-// Writes tiles of COUNT chunks a block to where they lie in a row: whole lines.
-template <int COUNT> __device__ __forceinline__ void write(const uint4 *tile, uint4 *out, const Held &held) {
-  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 8; i++)
+    ((float4 *)tile)[turned(r, 8 * q + i)] = make_float4(y[4 * i], y[4 * i + 1], y[4 * i + 2], y[4 * i + 3]);
+  __syncwarp();
 #pragma unroll
-  for (int i = 0; i < COUNT; i++) {
-    const int id = 32 * i + lane, block = id / COUNT;
-    if (block < held.count) out[held.start * COUNT + id] = tile[place<COUNT>(block, id % COUNT)];
-  }
-}
-
-// Writes out what follows from a row's transform: its codes, or values, its mask, and what is saved.
-// Returns the sum of the block's codes, counted from 0 (of its bits, for codes of one bit).
-// held(): says it anew, rather than keep it while a transform takes all registers.
-template <typename F>
-__device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, float limit, float step, float sigma,
-                                    uint4 *tile, uint4 *out, uint4 *mask, uint4 *saved, F held) {
-  const int lane = threadIdx.x % 32;
-  int sum = 0;
-  // Four words at a time: each is a chain that waits for itself at every step.
-  u32 flags[4] = {};
-  if (EDGE) {
-#pragma unroll
-    for (int i = 31; i >= 0; i--)
-#pragma unroll
-      for (int w = 0; w < 4; w++)
-        flags[w] = __funnelshift_l(__float_as_uint(limit - fabsf(y[32 * w + i])), flags[w], 1);
-  }
-  if (mask) {
-    const Held its = held();
-    if (lane < its.count) mask[its.start + lane] = make_uint4(~flags[0], ~flags[1], ~flags[2], ~flags[3]);
-  }
-  if (OUT_BITS == 1) {
-    u32 words[4] = {};
-#pragma unroll
-    for (int i = 31; i >= 0; i--)
-#pragma unroll
-      for (int w = 0; w < 4; w++)  // + 0: a negative zero is not negative
-        words[w] = __funnelshift_l(__float_as_uint(y[32 * w + i] + 0.0f), words[w], 1);
-    const Held its = held();
-    if (lane < its.count) out[its.start + lane] = make_uint4(~words[0], ~words[1], ~words[2], ~words[3]);
-    return ORDER - __popc(words[0]) - __popc(words[1]) - __popc(words[2]) - __popc(words[3]);
-  }
-  constexpr int SAVED_WORDS = SAVED / 2;  // of a chunk of bytes
-  uint4 *const behind = tile + TILE * OUT_BITS;  // which leaves room for what is saved
-  u32 narrow[4];
-#pragma unroll
-  for (int c = 0; c < OUT_BITS; c++) {
-    constexpr int PER = 32 / OUT_BITS;
-    u32 words[4] = {};
-#pragma unroll
-    for (int i = PER - 1; i >= 0; i--)
-#pragma unroll
-      for (int w = 0; w < 4; w++) {
-        const float v = y[(4 * c + w) * PER + i];
-        if (FORM == VALUES) {
-          // Beside 2^22 a float counts halves: code + 1/2, or code, from a few cheap instructions.
-          const float whole = __int_as_float(0x4A800000 + 2 * code_of(v, inverse));
-          const float value = (whole - (4194304.0f - LOWEST - (EVEN ? 0.5f : 0.0f))) * step * sigma;
-          // Of 16-bit floats the second comes first, and waits for the first in the word.
-          words[w] = i || PER == 1 ? __float_as_uint(value) : pair_of(value, __uint_as_float(words[w]));
-        } else {
-          words[w] = (words[w] << OUT_BITS) + code_of(v, inverse);
-        }
-      }
-    if constexpr (SAVED) {
-#pragma unroll
-      for (int w = 0; w < SAVED_WORDS; w++) narrow[(SAVED_WORDS * c + w) % 4] = narrowed(words, w);
-      if (SAVED_WORDS * (c + 1) % 4 == 0)
-        behind[place<SAVED>(lane, SAVED_WORDS * c / 4)] = make_uint4(narrow[0], narrow[1], narrow[2], narrow[3]);
-    }
-#pragma unroll
-    for (int w = 0; w < 4; w++) {
-      if (FORM == CODES || FORM == INTEGERS) {
-        sum = __dp4a(words[w], 0x01010101u, (u32)sum);
-        words[w] = integers_of(words[w]);
-      }
-    }
-    const uint4 chunk = make_uint4(words[0], words[1], words[2], words[3]);
-    tile[place<OUT_BITS>(lane, c)] = chunk;
+  for (int i = 0; i < 8; i++) {
+    const float4 v = ((const float4 *)tile)[turned(r, 8 * (i / 2) + 2 * q + i % 2)];
+    y[4 * i] = v.x, y[4 * i + 1] = v.y, y[4 * i + 2] = v.z, y[4 * i + 3] = v.w;
   }
   __syncwarp();
-  write<OUT_BITS>(tile, out, held());
-  if constexpr (SAVED) write<SAVED>(behind, saved, held());
-  return sum;
+  stage<8>(y), stage<16>(y);
+#else
+  float made[8][4];  // [j][z + 2 h]: of block 2 q + z, element 64 (j / 4) + 8 r + 2 (j % 4) + h
+#pragma unroll
+  for (int j = 0; j < 8; j++) rotate(made[j], signs, w[j / 4 * 8 + j % 4], w[j / 4 * 8 + j % 4 + 4]);
+#pragma unroll
+  for (int i = 0; i < 32; i++) y[i] = made[i / 8 % 2 * 4 + i % 8 / 2][i / 16 + i % 2 * 2];
+  stage<2>(y), stage<4>(y), stage<8>(y);
+#endif
+}
+
+// Sign bits of eight, the first lowest.
+template <typename F> __device__ __forceinline__ u32 signs_of(F value) {
+  u32 bits = 0;
+#pragma unroll
+  for (int e = 7; e >= 0; e--) bits = __funnelshift_l(__float_as_uint(value(e)), bits, 1);
+  return bits;
+}
+
+// A word of codes from 0, one in each byte, in 4 bits each: bytes 1 and 3. A product puts the codes side by
+// side, each bit in a place of its own: nothing carries.
+__device__ __forceinline__ u32 in_fours(u32 first, u32 second) {
+  return __byte_perm(first * 0x110, second * 0x110, 0x7531);
+}
+// In 2 bits each: the highest byte.
+__device__ __forceinline__ u32 in_twos(u32 first, u32 second) {
+  return __byte_perm(first * 0x01041040, second * 0x01041040, 0x0073) & 0xFFFF;
+}
+
+// Where a warp's lanes gather what is narrow: for each block 16 bytes of mask, and NARROW bits an element.
+struct Gathered { u32 mask[TILE][4]; u32 codes[TILE][4 * GATHER]; };
+
+// What becomes of eight elements in a row, v(e): chunk c of a block, whose mask and narrow codes are gathered
+// at `mask` and `narrow`; the others' place is `to`, and that of what is saved in 4 bits `saved`. Returns the
+// sum of their codes, counted from 0, unless those are gathered.
+struct Scaled { float inverse, limit, sigma; };
+template <typename F>
+__device__ __forceinline__ u32 emit(F v, const Scaled &by, float step, bool inside, unsigned char *mask,
+                                    unsigned char *narrow, char *to, char *saved) {
+  if (EDGE) *mask = ~signs_of([&](int e) { return by.limit - fabsf(v(e)); });
+  if (OUT_BITS == 1) {  // + 0: a negative zero is not negative
+    *narrow = ~signs_of([&](int e) { return v(e) + 0.0f; });
+    return 0;
+  }
+  if constexpr (FORM == VALUES) {
+    u32 words[8 / WORD];
+#pragma unroll
+    for (int e = 7; e >= 0; e--) {
+      // Beside 2^22 a float counts halves: code + 1/2, or code, from a few cheap instructions.
+      const float whole = __int_as_float(0x4A800000 + 2 * code_of(v(e), by.inverse));
+      const float value = (whole - (4194304.0f - LOWEST - (EVEN ? 0.5f : 0.0f))) * step * by.sigma;
+      // Of 16-bit floats the second comes first, and waits for the first in the word.
+      u32 &word = words[e / WORD];
+      word = WORD == 1 || e % 2 ? __float_as_uint(value) : pair_of(value, __uint_as_float(word));
+    }
+    if (inside)
+      for (int i = 0; i < 2 / WORD; i++)
+        ((uint4 *)to)[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+    return 0;
+  } else {
+    const u32 codes[2] = {codes_of(v(0), v(1), v(2), v(3), by.inverse), codes_of(v(4), v(5), v(6), v(7), by.inverse)};
+    if (NARROW == 2) *(unsigned short *)narrow = in_twos(codes[0], codes[1]);
+    if (inside) {
+      if (SAVED == 4) *(u32 *)saved = in_fours(codes[0], codes[1]);
+      if (FORM == PACKED && BITS == 4) *(u32 *)to = in_fours(codes[0], codes[1]);
+      if (FORM == PACKED && BITS == 8) *(uint2 *)to = make_uint2(codes[0], codes[1]);
+      if (FORM != PACKED) *(uint2 *)to = make_uint2(integers_of(codes[0]), integers_of(codes[1]));
+    }
+    return FORM == PACKED ? 0 : __dp4a(codes[1], 0x01010101u, __dp4a(codes[0], 0x01010101u, 0u));
+  }
 }
 
 // x: (rows, 128 blocks) as chunks; scale (rows,), sums (rows,) or null; out, mask or null and, with SAVED,
@@ -249,31 +253,37 @@ __device__ __forceinline__ int emit(const float (&y)[ORDER], float inverse, floa
 // thread block. beside: the second input, or null; shown: like x, or null; pitch: chunks from a row of x,
 // or of `beside`, to the next; weight: a row; added: h, as rows.
 extern "C" __global__ void __maxnreg__(REGISTERS)
-    quantize(const uint4 *x, float *scale, uint4 *out, uint4 *mask, int *sums, uint4 *saved, i64 units, i64 total,
+    quantize(const uint4 *x, float *scale, char *out, uint4 *mask, int *sums, char *saved, i64 units, i64 total,
              int blocks, int warps, int segment, int teams, float step, float threshold
 #if PROLOGUE != PLAIN
              , const uint4 *beside, uint4 *shown, int x_pitch, int beside_pitch, const uint4 *weight, uint4 *added,
              float eps
 #endif
     ) {
-  extern __shared__ uint4 tiles[];
+  extern __shared__ uint4 tiles[];  // of each warp; then what each gathers
   __shared__ Exchange<float, true> first[MAX_TEAMS], second[MAX_TEAMS];
   __shared__ Exchange<u32> largest[MAX_TEAMS];
   __shared__ Exchange<int> counts[MAX_TEAMS];
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");  // the product may start where there is room
 #endif
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int team = warp / warps, part = warp % warps;
-  uint4 *own = tiles + warp * BUFFERS * SOURCES * TILE * CHUNKS;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4, eighth = lane / 4;
+  const int mine = WIDE ? eighth : 2 * quad, piece = WIDE ? quad : eighth;  // see `transform`
+  const int team = ROWS == 1 && WARPS <= 1 ? warp : warp / warps, part = warp - team * warps;
+  // Of 16 bits a lane's chunks lie 32 apart, and no other lane sees them; see `turned`.
+  uint4 *const tile = tiles + warp * TILE * CHUNKS, *const own = tile + lane;
+  Gathered &gathered = ((Gathered *)(tiles + blockDim.x / 32 * TILE * CHUNKS))[warp];
   const i64 stride = (i64)gridDim.x * teams;
-  const bool packs = segment < TILE;  // rows into a warp
-  // Blocks lie one behind the other whatever their rows: those of a unit are `whole`, but for the last.
-  const int whole = ROWS * blocks;
-  auto of_unit = [&](i64 unit) { return ROWS > 1 ? (int)min((i64)whole, total - unit * whole) : blocks; };
-  auto held = [&](i64 unit) {
-    const i64 left = packs ? total - unit * TILE : of_unit(unit) - part * TILE;
-    return Held{packs ? unit * TILE : unit * whole + part * TILE, left < 0 ? 0 : left < TILE ? (int)left : TILE};
+  constexpr bool packs = ROWS == 1 && WARPS == 0;  // rows into a warp
+  constexpr bool several = ROWS > 1 || packs;
+  // Blocks lie one behind the other whatever their rows. The first that a warp holds of its next unit is `hop`
+  // further on; how many it holds follows from where it starts.
+  const int whole = packs ? TILE : ROWS * blocks;
+  const i64 hop = stride * whole;
+  auto count_of = [&](i64 start) {
+    if (!several) return max(min(blocks - part * TILE, TILE), 0);
+    const int most = packs ? TILE : min(whole - part * TILE, TILE);
+    return (int)max(min(total - start, (i64)most), 0ll);
   };
   // Of a block of the team, its row among the team's; of one behind them the last.
   auto row_of = [&](int block) {
@@ -282,192 +292,250 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     for (int r = 1; r < ROWS; r++) row += block >= r * blocks;
     return row;
   };
-  auto here = [&] {
-    int block = part * TILE + lane;
-    if (ROWS > 1) asm volatile("" : "+r"(block));  // not kept: a transform takes all registers
-    return Place{warps, part, segment, blocks, row_of(block)};
-  };
-  // A copy of a thread: chunk id % CHUNKS of block id / CHUNKS, id = 32 i + lane. Its place repeats
-  // eight blocks further on.
-  constexpr int AT_ONCE = 32 / CHUNKS, SPOTS = 8 / AT_ONCE;
-  const int half = lane / CHUNKS;
-  u32 spot[SPOTS];
-  for (int i = 0; i < SPOTS; i++)
-    spot[i] = (u32)__cvta_generic_to_shared(own + place<CHUNKS>(AT_ONCE * i + half, lane % CHUNKS)) - 512 * i;
-#define COPY(i) copy_in<512 * (i), 512 * (i)>(spot[(i) % SPOTS] + shift, from, left <= AT_ONCE * (i))
-#define EIGHT(F, i) F(i), F(i + 1), F(i + 2), F(i + 3), F(i + 4), F(i + 5), F(i + 6), F(i + 7)
-#if PROLOGUE == PLAIN
-  auto fetch = [&](i64 unit, int buffer) {
-    if (unit < units) {
-      const Held its = held(unit);
-      const uint4 *from = x + its.start * CHUNKS + lane;
-      const u32 shift = buffer * TILE * CHUNKS * 16;
-      const int left = its.count - half;
-      EIGHT(COPY, 0), EIGHT(COPY, 8);
-      if (CHUNKS == 32) EIGHT(COPY, 16), EIGHT(COPY, 24);
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
-  };
-#else
-  // Into slot 1 comes what is beside x, where there are two sources; else the next unit of x.
+  const Place at{warps, part, segment, blocks, row_of(part * TILE + lane)};
+  // Of a number that each lane has of its block, that of another; of a row alone all are the same.
+  auto of_block = [&](float value, int block) { return several ? __shfl_sync(ALL, value, block) : value; };
   const int log = __ffs(segment) - 1;
-  auto fetch = [&](i64 unit, int slot) {
-    if (unit < units) {
-      const uint4 *base = SOURCES > 1 && slot ? beside : x;
-      const int pitch = SOURCES > 1 && slot ? beside_pitch : x_pitch;
-      u32 shift = slot * TILE * CHUNKS * 16;
-      const int left = held(unit).count - half;
-      int offset = packs || ROWS > 1 ? lane % CHUNKS : part * TILE * CHUNKS + lane;
-      asm volatile("" : "+r"(offset));  // not kept from row to row: that would be one register too many
-      const uint4 *from = base + (packs ? unit << (5 - log) : unit * ROWS) * pitch + offset;
-      if (packs || ROWS > 1) {
-        // Four copies at a time: what the compiler would keep of all sixteen places, it spills.
-#pragma unroll 1
-        for (int b = half; b < TILE; b += 4 * AT_ONCE, shift += 4 * 512) {
-          auto block_at = [&](int block) {
-            if (ROWS == 1) return from + (u32)((block >> log) * pitch + (block & (segment - 1)) * CHUNKS);
-            const int row = row_of(part * TILE + block);
-            return from + (u32)(row * pitch + (part * TILE + block - row * blocks) * CHUNKS);
-          };
-#define COPY_ROW(i) copy_in<512 * (i), 0>(spot[i] + shift, block_at(b + AT_ONCE * (i)), left <= AT_ONCE * (i) + b - half)
-          COPY_ROW(0), COPY_ROW(1), COPY_ROW(2), COPY_ROW(3);
-#undef COPY_ROW
-        }
-      } else {
-        EIGHT(COPY, 0), EIGHT(COPY, 8);
-      }
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+#if PROLOGUE != PLAIN
+  // The chunks of block b of a unit's in a tensor with a pitch.
+  auto pitched = [&](const uint4 *base, int pitch, i64 unit, int b) {
+    if (packs) return base + (unit << (5 - log)) * pitch + (u32)((b >> log) * pitch + (b & (segment - 1)) * CHUNKS);
+    const int row = row_of(part * TILE + b);
+    return base + unit * ROWS * pitch + (u32)(row * pitch + (part * TILE + b - row * blocks) * CHUNKS);
   };
 #endif
-#undef EIGHT
+  // Asks for chunks q + 4 i of a lane's block, from chunk q on, of group g.
+  auto ask = [&](const uint4 *from, int g, bool wanted) {
+#if IN == FLOAT32
+#define TO(i) tile + g * GROUP * CHUNKS + turned(eighth, 4 * (i) + quad)
+#else
+#define TO(i) own + (g * GROUP * CHUNKS + 32 * (i))
+#endif
+#define COPY(i) copy_in<64 * (i)>((u32)__cvta_generic_to_shared(TO(i)), from, wanted)
+    COPY(0), COPY(1), COPY(2), COPY(3);
+    if (WIDE) COPY(4), COPY(5), COPY(6), COPY(7);
 #undef COPY
-  if (ROWS > 1 || warps > 1) {
+#undef TO
+  };
+  auto fetch = [&](i64 unit, i64 start, int count, int g) {
+    const int b = GROUP * g + eighth;
+#if PROLOGUE == PLAIN
+    const uint4 *from = x + (start + b) * CHUNKS;
+#else
+    const uint4 *from = pitched(x, x_pitch, unit, b);
+#endif
+    ask(from + quad, g, b < count);
+  };
+#if PROLOGUE == GATED || PROLOGUE == ADDED
+  u32 other[WORDS] = {};  // of the second input
+  auto fetch_other = [&](i64 unit, int count, int g) {
+    const int b = GROUP * g + eighth;
+    const uint4 *from = pitched(beside, beside_pitch, unit, b) + quad;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      load(other[4 * i], other[4 * i + 1], other[4 * i + 2], other[4 * i + 3], from + 4 * i, b < count);
+  };
+#endif
+  auto words_of = [&](u32 (&w)[WORDS], int g) {
+#pragma unroll
+    for (int i = 0; i < CHUNKS / 4; i++)
+      put(w, i, WIDE ? tile[g * GROUP * CHUNKS + turned(eighth, 8 * quad + i)]
+                     : own[g * GROUP * CHUNKS + 32 * i]);
+  };
+  u32 signs[4];
+  make_signs(signs, lane);
+  if (ROWS > 1 || WARPS > 1) {
     if (threadIdx.x < teams) {
       first[threadIdx.x].init(warps), second[threadIdx.x].init(warps);
       largest[threadIdx.x].init(warps), counts[threadIdx.x].init(warps);
     }
     __syncthreads();
   }
-#if PROLOGUE != PLAIN
-  uint4 *weights = tiles + blockDim.x / 32 * BUFFERS * SOURCES * TILE * CHUNKS;
-  if (NORMS) {
-    for (int i = threadIdx.x; i < blocks * CHUNKS; i += blockDim.x)
-      weights[place<CHUNKS>(i / CHUNKS, i % CHUNKS)] = weight[i];
-    __syncthreads();
-  }
-#endif
   int turn = 0, rares = 0;
-  i64 unit = (i64)blockIdx.x * teams + team;
-  fetch(unit, 0);
-  if (SOURCES > 1) fetch(unit, 1);
+  i64 unit = (i64)blockIdx.x * teams + team, start = unit * whole + (packs ? 0 : part * TILE);
+  int count = unit < units ? count_of(start) : 0;
+#pragma unroll 1
+  for (int g = 0; g < GROUPS; g++) fetch(unit, start, count, g);
+#if PROLOGUE == GATED || PROLOGUE == ADDED
+  fetch_other(unit, count, 0);
+#endif
+  asm volatile("cp.async.commit_group;" ::: "memory");
+  const float mean = 1.0f / (128.0f * blocks);
   for (; unit < units; unit += stride, turn++) {
-    const int buffer = BUFFERS == 1 ? 0 : turn & 1;
-    if (BUFFERS > 1) fetch(unit + stride, buffer ^ 1);
-    asm volatile("cp.async.wait_group %0;" ::"n"(BUFFERS - 1) : "memory");
-    __syncwarp();
-    uint4 *tile = own + buffer * TILE * CHUNKS;
-    const Held its = held(unit);
-    const bool inside = lane < its.count;
-    const Place at = here();
-    const float n = 128.0f * blocks;
-#if PROLOGUE != PLAIN
-    uint4 *const seen = SHOWN && inside ? shown + (its.start + lane) * CHUNKS : nullptr;
-    if (SOURCES > 1) {
-      if (PROLOGUE == GATED) make(tile, lane, tile + TILE * CHUNKS, lane, seen, gated);
-      else make(tile, lane, tile + TILE * CHUNKS, lane, nullptr, [](float a, float b) { return __fadd_rn(a, b); });
-      __syncwarp();  // all have read what lies beside: the next may come there
-      fetch(unit + stride, 1);
+    asm volatile("cp.async.wait_group %0;" ::"n"(0) : "memory");
+    if (WIDE) __syncwarp();  // others copied, too
+    const bool inside = lane < count;
+    const i64 ahead = start + hop;
+    const int wanted = unit + stride < units ? count_of(ahead) : 0;
+#if PROLOGUE == GATED || PROLOGUE == ADDED
+#pragma unroll 1
+    for (int g = 0; g < GROUPS; g++) {
+      u32 w[WORDS];
+#pragma unroll
+      for (int i = 0; i < WORDS; i++) w[i] = other[i];
+      const bool last = g == GROUPS - 1;
+      fetch_other(last ? unit + stride : unit, last ? wanted : count, last ? 0 : g + 1);
+      const int b = GROUP * g + eighth;
+      uint4 *const shows = PROLOGUE == ADDED ? added : SHOWN ? shown : nullptr;
+      make(own + g * GROUP * CHUNKS, w, b < count && shows ? shows + (start + b) * CHUNKS + quad : nullptr, Gate());
     }
-    if (PROLOGUE == ADDED) {
-#pragma unroll 4
-      for (int i = 0; i < CHUNKS; i++) {
-        const int id = 32 * i + lane, block = id / CHUNKS;
-        if (block < its.count) added[its.start * CHUNKS + id] = chunk_of(tile, block, id % CHUNKS);
+#endif
+    auto squares = [&](int g) {
+      u32 w[WORDS];
+      words_of(w, g);
+      return squares_of(w, 1.0f);
+    };
+#if PROLOGUE != PLAIN
+    if (NORMS) {
+      float sum = of_blocks<GROUPS, float>(squares, Add(), lane);
+      sum = first[team].leave(inside ? sum : 0.0f, Add(), SUMS * turn, at);
+      sum = first[team].fetch(sum, Add(), SUMS * turn, at);
+      const float root = 1.0f / sqrtf(sum * mean + eps);
+#pragma unroll 1
+      for (int g = 0; g < GROUPS; g++) {
+        const int b = GROUP * g + eighth, of_team = part * TILE + b;
+        const int block = b >= count ? 0 : packs ? b & (segment - 1) : of_team - row_of(of_team) * blocks;
+        const float inverse = of_block(root, b);
+        u32 w[WORDS];
+#pragma unroll
+        for (int i = 0; i < 4; i++) put(w, i, weight[block * CHUNKS + quad + 4 * i]);
+        uint4 *const shows = SHOWN && b < count ? shown + (start + b) * CHUNKS + quad : nullptr;
+        make(own + g * GROUP * CHUNKS, w, shows, Norm{inverse});
       }
     }
-    if (NORMS) {
-      float s = first[team].leave(inside ? squares_of(tile, lane) : 0.0f, Add(), SUMS * turn, at);
-      s = first[team].fetch(s, Add(), SUMS * turn, at);
-      const float inverse = 1.0f / sqrtf(s / n + eps);
-      const int block = packs ? lane & (segment - 1) : inside ? part * TILE + lane - at.row * blocks : 0;
-      __syncwarp();  // h is written as it lies there
-      make(tile, lane, weights, block, seen, [&](float h, float w) { return __fmul_rn(__fmul_rn(h, inverse), w); });
-    }
 #endif
-    float y[ORDER];
-    read(y, tile, lane, 1.0f);
-    // Three stages make the sum of squares eight times as large. (Of the inputs themselves, the compiler
-    // would convert them twice.)
-    butterfly<1, 8>(y);
-    float s = first[team].leave(inside ? 0.125f * squares(y) : 0.0f, Add(), SUMS * turn + SUMS - 1, at);
-    butterfly<8, ORDER>(y);  // while the others' sums come
+    float s = of_blocks<GROUPS, float>(squares, Add(), lane);
+    s = first[team].leave(inside ? s : 0.0f, Add(), SUMS * turn + SUMS - 1, at);
     bool far = false;  // a row of a team of several, whichever
     s = first[team].fetch(s, Add(), SUMS * turn + SUMS - 1, at, [&](int row, float sum) {
-      far = !(sum >= SMALL && sum <= GREAT) && row * blocks < of_unit(unit);
+      far = !(sum >= SMALL && sum <= GREAT) && row * blocks < total - unit * whole;
     });
-    float sigma = sqrtf(s / n), inner = sigma;
+    float sigma = sqrtf(s * mean), inner = sigma;
+    // Powers of two, as floats count them: of a row, and of block `lane`, which 16 bits hold at its own.
+    int field = 127, of_own = 127;
     // Rows that share a warp, or a team, are computed again together. Those that had no need get the same
     // bits: a row's numbers are its own, whatever lies beside it.
     const bool rare = !(s >= SMALL && s <= GREAT);
-    if (ROWS > 1 ? __any_sync(ALL, far) : packs ? __any_sync(ALL, rare && inside) : rare) {
-      // A chunk at a time: the code stays short.
-      u32 top = 0;
-#pragma unroll 1
-      for (int c = 0; c < CHUNKS; c++) {
-        const uint4 w = chunk_of(tile, lane, c);
-        const u32 words[4] = {w.x, w.y, w.z, w.w};
-        for (int i = 0; i < 4; i++) {
-          top = max(top, __float_as_uint(low(words[i])) & 0x7FFFFFFF);
-          if (WORD == 2) top = max(top, __float_as_uint(high(words[i])) & 0x7FFFFFFF);
-        }
-      }
-      top = largest[team].leave(inside ? top : 0, Max(), rares, at);
+    const bool again = ROWS > 1 ? __any_sync(ALL, far) : packs ? __any_sync(ALL, rare && inside) : rare;
+    if (again) {
+      const u32 own_top = of_blocks<1, u32>([&](int g) {
+        u32 w[WORDS];
+        words_of(w, g);
+        return top_of(w);
+      }, Max(), lane);
+      u32 top = largest[team].leave(inside ? own_top : 0, Max(), rares, at);
       top = largest[team].fetch(top, Max(), rares, at);
-      const u32 field = rare ? min(max(top >> 23, 1u), 253u) : 127;
-      const float down = __uint_as_float((254 - field) << 23), up = __uint_as_float(field << 23);
-      const bool finite = top < 0x7F800000;
-      float again = 0.0f;
-#pragma unroll 1
-      for (int c = 0; c < CHUNKS; c++) {
-        const uint4 w = chunk_of(tile, lane, c);
-        const u32 words[4] = {w.x, w.y, w.z, w.w};
-        for (int i = 0; i < 4; i++) {
-          const float a = low(words[i]) * down, b = WORD == 2 ? high(words[i]) * down : 0.0f;
-          again = fmaf(a, a, fmaf(b, b, again));
-        }
-      }
-      again = second[team].leave(inside ? again : 0.0f, Add(), rares, at);
-      again = second[team].fetch(again, Add(), rares++, at);
-      if (rare) s = again;
-      sigma = fminf(sqrtf(s / n) * up, LARGEST);
+      if (rare) field = min(max((int)(top >> 23), 1), 253), of_own = min(max((int)(own_top >> 23), 1), 253);
+      const float down = power(254 - field);
+      float sum = of_blocks<1, float>([&](int g) {
+        u32 w[WORDS];
+        words_of(w, g);
+        return squares_of(w, of_block(down, GROUP * g + eighth));
+      }, Add(), lane);
+      sum = second[team].leave(inside ? sum : 0.0f, Add(), rares, at);
+      sum = second[team].fetch(sum, Add(), rares++, at);
+      if (rare) s = sum;
+      sigma = fminf(sqrtf(s * mean) * power(field), LARGEST);
       inner = sigma * down;
-      if (!finite) sigma = __int_as_float(0x7FC00000), inner = 0.0f;
-      read(y, tile, lane, down);
-      if (!(inner > 0.0f)) {
-#pragma unroll
-        for (int i = 0; i < ORDER; i++) y[i] = 0.0f;
-      }
-      butterfly<1, ORDER>(y);
+      if (top >= 0x7F800000) sigma = __int_as_float(0x7FC00000), inner = 0.0f;
     }
     const float inverse = inner > 0.0f ? NORM / (inner * step) : 0.0f;
     // Zeros lie within the limit; nothing of a row that is not finite does.
     const float limit = sigma == sigma ? threshold * inner * ROOT : -1.0f;
-    __syncwarp();  // all have read their blocks of the tile
-    int sum = emit(y, inverse, limit, step, sigma, tile, out, mask, saved, [&] { return held(unit); });
-    const Place now = here();
-    const i64 row = packs ? (its.start + lane) / segment : unit * ROWS + now.row;
-    const bool leads =
-        (ROWS > 1 ? part * TILE + lane == now.row * blocks : part == 0 && lane % segment == 0) && inside;
+    // Of the group, from which all else is so many bytes away.
+    char *to = out + (start + mine) * (ORDER * OUT_BITS / 8) + piece * OUT_BITS;
+    char *kept = saved + (start + mine) * (ORDER / 2) + 4 * piece;
+    unsigned char *masks = (unsigned char *)gathered.mask[mine] + piece;
+    unsigned char *narrow = (unsigned char *)gathered.codes[mine] + GATHER * piece;
+    const uint4 *from = x + (ahead + eighth) * CHUNKS + quad;
+    u32 counted = 0;  // of codes, of blocks 2 q (low half) and 2 q + 1 of the group of block `lane`
+#pragma unroll 1
+    for (int g = 0; g < GROUPS; g++) {
+      u32 w[WORDS], total = 0;
+      words_of(w, g);
+#if PROLOGUE == PLAIN && IN != FLOAT32
+      ask(from, g, GROUP * g + eighth < wanted);
+      from += GROUP * CHUNKS;
+#elif PROLOGUE != PLAIN
+      fetch(unit + stride, ahead, wanted, g);
+#endif
+      if (again) {
+        const int b = GROUP * g + eighth;
+        const float factor = power(254 - __shfl_sync(ALL, of_own, b)), counts = __shfl_sync(ALL, inverse, b);
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) {
+          const u32 near = WORD == 2 ? pair_of(low(w[i]) * factor, high(w[i]) * factor) : __float_as_uint(low(w[i]) * factor);
+          w[i] = counts > 0.0f ? near : 0;
+        }
+      }
+      float y[32];
+      transform(y, w, signs, tile + g * GROUP * CHUNKS);
+#if IN == FLOAT32
+      ask(from, g, GROUP * g + eighth < wanted);
+      from += GROUP * CHUNKS;
+#endif
+      if (again) {
+#pragma unroll
+        for (int z = 0; z < 2; z++) {
+          // From the block's power to the row's, in two steps: one alone may be less than a float can be.
+          const int further = __shfl_sync(ALL, of_own - field, GROUP * g + mine + (WIDE ? 0 : z));
+          const float half = power(127 + further / 2), rest = power(127 + further - further / 2);
+#pragma unroll
+          for (int i = 16 * z; i < 16 * z + 16; i++) y[i] = y[i] * half * rest;
+        }
+      }
+#pragma unroll
+      for (int z = 0; z < 2; z++) {
+        const int b = GROUP * g + mine + (WIDE ? 0 : z);
+        const Scaled by{of_block(inverse, b), of_block(limit, b), of_block(sigma, b)};
+#pragma unroll
+        for (int p = 0; p < 2; p++) {
+          const int c = 2 * z + p, at = WIDE ? 4 * c : 16 * z + 8 * p;  // chunks of eight from the lane's first
+          total += emit([&](int e) { return y[8 * c + e]; }, by, step, b < count, masks + at, narrow + GATHER * at,
+                        to + at * OUT_BITS, kept + 4 * at)
+                   << (WIDE ? 0 : 16 * z);
+        }
+      }
+      to += GROUP * (ORDER * OUT_BITS / 8), kept += GROUP * (ORDER / 2);
+      masks += GROUP * 16, narrow += GATHER * GROUP * 16;
+      if (FORM == CODES || FORM == INTEGERS) {
+#pragma unroll
+        for (int i = WIDE ? 1 : 4; i < (WIDE ? 4 : 32); i *= 2) total += __shfl_xor_sync(ALL, total, i);
+        if (g == (WIDE ? quad : lane / GROUP)) counted = total;
+      }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    int sum = 0;
+    if (EDGE || NARROW) __syncwarp();  // it is gathered
+    if (mask && inside) {
+      const u32 *bits = gathered.mask[lane];
+      mask[start + lane] = EDGE ? make_uint4(bits[0], bits[1], bits[2], bits[3]) : make_uint4(ALL, ALL, ALL, ALL);
+    }
+    if (NARROW) {
+      uint4 *to = (uint4 *)(FORM == PACKED ? out : saved);
+#pragma unroll
+      for (int i = 0; i < NARROW; i++) {
+        const int id = 32 * i + lane;
+        const uint4 v = ((const uint4 *)gathered.codes)[id];
+        if (id / GATHER < count) to[start * NARROW + id] = v;
+        if (OUT_BITS == 1) sum = __popc(v.x) + __popc(v.y) + __popc(v.z) + __popc(v.w);
+      }
+    }
+    const i64 row = packs ? start + lane >> log : unit * ROWS + at.row;
+    const bool leads = (ROWS > 1 ? part * TILE + lane == at.row * blocks : part == 0 && (packs ? lane % segment == 0 : lane == 0)) && inside;
     if (leads) scale[row] = sigma;
     if (FORM != VALUES && sums) {
-      sum = counts[team].leave(inside ? sum : 0, Add(), turn, now);
+      if (OUT_BITS > 1) {
+        counted = __shfl_sync(ALL, counted, WIDE ? 4 * (lane % GROUP) + lane / GROUP : lane / GROUP * GROUP + lane % GROUP / 2);
+        sum = WIDE ? counted : lane % 2 ? counted >> 16 : counted & 0xFFFF;
+      }
+      sum = counts[team].leave(inside ? sum : 0, Add(), turn, at);
       // Who leads no row needs no sum. That it may go on stands in exchange.cuh.
-      if (ROWS > 1 ? __any_sync(ALL, leads) : warps > 1 && part == 0)
-        sum = counts[team].fetch(sum, Add(), turn, now);
+      if (ROWS > 1 ? __any_sync(ALL, leads) : WARPS > 1 && part == 0)
+        sum = counts[team].fetch(sum, Add(), turn, at);
       if (leads) sums[row] = STRIDE * sum - TOP * 128 * blocks;  // of integers, from codes counted from 0
     }
-    __syncwarp();  // the tile is free for the copy of the unit after next, or of the next
-    if (BUFFERS == 1) fetch(unit + stride, 0);
+    if (EDGE || NARROW) __syncwarp();  // and has been read
+    start = ahead, count = wanted;
   }
 }

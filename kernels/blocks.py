@@ -1,8 +1,8 @@
-"""The quantizer for Hadamard blocks of 128, a block a thread: CUDA C++, from blocks.cu.
+"""The quantizer for Hadamard blocks of 128, eight at a time by a warp: CUDA C++, from blocks.cu.
 
 The same function as `quantize`, for the case that layers are made of: blocks of 128, uniform grids,
-no sparsity, masks by a threshold. A block in one thread's registers makes the transform 896
-additions and nothing else, which Triton's layouts can't express. Everything else runs in
+no sparsity, masks by a threshold. Four stages of the transform are products on the tensor cores,
+three are additions in a lane, which Triton's layouts can't express. Everything else runs in
 `quantize`.
 
 `gated` and `normed` make the rows themselves, of a gate and a value or by RMSNorm, which saves
@@ -24,10 +24,12 @@ from .quantize import DISTANCE, STE, Program
 
 ORDER = 128
 TILE = 32  # blocks that a warp holds
-# Warps whose threads hold a row, at most; and that a multiprocessor's registers hold.
-WARP_LIMIT = RESIDENT = 12
-REGISTERS = 168
-SHARED_OF_WARP = 2 * TILE * 2 * ORDER  # two buffers of 16-bit blocks, or one of float32
+WARP_LIMIT = 12  # warps whose threads hold a row, at most
+# By an input's bytes: warps whose tiles a multiprocessor's shared memory holds, and the registers
+# that a thread of so many may have.
+RESIDENT = {2: 16, 4: 12}
+REGISTERS = {2: 128, 4: 168}
+GATHERED = 1536  # bytes in which a warp gathers what is narrower than a lane writes: 16, 32 a block
 STATIC = 3072  # more than blocks.cu declares besides: 1664, and 1024 of the system's
 SLOTS_OF_WARP = 4 * 2 * TILE * 4  # what it declares more where a team holds several rows
 RESERVED = 1024  # of a thread block, for the system (CUDA C++ Programming Guide)
@@ -41,12 +43,8 @@ INPUTS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 PLAIN, GATED, NORMED, ADDED = range(4)  # prologues
 
 
-def supports(program: Program, x: torch.Tensor, weighted: bool = False) -> bool:
-    """Whether the kernel does this; `quantize` does the rest.
-
-    weighted: with a row of weights in shared memory, for `normed`.
-    """
-    more = x.shape[-1] * x.element_size() if weighted else 0
+def supports(program: Program, x: torch.Tensor) -> bool:
+    """Whether the kernel does this, with a prologue or without; `quantize` does the rest."""
     return (
         program.order == ORDER
         and program.base is None
@@ -55,49 +53,51 @@ def supports(program: Program, x: torch.Tensor, weighted: bool = False) -> bool:
         and program.estimator != DISTANCE
         and x.dtype in INPUTS
         and 0 < x.shape[-1] <= WARP_LIMIT * TILE * ORDER
-        # y / (sigma step), at most sqrt(d) / step, is rounded beside 1.5 * 2^23.
-        and math.sqrt(x.shape[-1]) < 2**22 * program.step
+        # y / (sigma step), at most sqrt(d) / step, is rounded to whole numbers of 16 bits.
+        and math.sqrt(x.shape[-1]) < 2**14 * program.step
         and cuda.unavailable(x.device) is None
         and all(
-            _bytes(_shape(x.shape[-1] // ORDER, several), more) <= cuda.shared(x.device.index)
+            _bytes(_shape(x.shape[-1] // ORDER, several), 4) <= cuda.shared(x.device.index)
             for several in (False, True)
         )
     )
 
 
 class Shape(NamedTuple):
-    """How a multiprocessor's threads share rows.
+    """How threads share rows.
 
     rows: of a team of `warps`. segment: blocks of a row that share a warp, or TILE. teams: of a
-    thread block. resident: thread blocks of a multiprocessor.
+    thread block.
     """
 
     rows: int
     warps: int
     segment: int
     teams: int
-    resident: int
 
     @property
-    def tiles(self) -> int:
-        """Bytes of a thread block's buffers."""
-        return self.warps * self.teams * SHARED_OF_WARP
+    def kind(self) -> int:
+        """Warps as the source wants them: of a row 0 for a share of one, 2 for several."""
+        return self.warps if self.rows > 1 else min(self.warps, 2) if self.segment == TILE else 0
+
+    def shared(self, size: int) -> int:
+        """Bytes of shared memory that a thread block is launched with; size: of an entry."""
+        return self.warps * self.teams * (size * TILE * ORDER + GATHERED)
 
 
-def _bytes(shape: Shape, more: int) -> int:
-    """Of shared memory that a thread block has, with so many besides its tiles; at the most."""
+def _bytes(shape: Shape, size: int) -> int:
+    """Of shared memory that a thread block has, at the most."""
     slots = shape.warps * shape.teams * SLOTS_OF_WARP if shape.rows > 1 else 0
-    return shape.tiles + more + STATIC + slots
+    return shape.shared(size) + STATIC + slots
 
 
 @functools.cache
 def _shape(blocks: int, several: bool = True) -> Shape:
     """For rows of so many blocks; several: whether a team may hold more than one."""
     if blocks < TILE and blocks & (blocks - 1) == 0:
-        return Shape(1, 1, blocks, 4, RESIDENT // 4)
+        return Shape(1, 1, blocks, 4)
     rows, warps = _team(blocks, MOST_ROWS if several else 1)
-    teams = max(1, 4 // warps)
-    return Shape(rows, warps, TILE, teams, RESIDENT // (warps * teams))
+    return Shape(rows, warps, TILE, max(1, 4 // warps))
 
 
 def _team(blocks: int, most: int) -> tuple[int, int]:
@@ -114,14 +114,14 @@ def _team(blocks: int, most: int) -> tuple[int, int]:
 
 def macros(
     dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, prologue: int = PLAIN,
-    shown: bool = False, saved: int = 0, rows: int = 1, warps: int = 0,
+    shown: bool = False, saved: int = 0, rows: int = 1, warps: int = 1,
 ) -> dict[str, int]:  # fmt: skip
     """What blocks.cu is compiled with, for an input of `dtype`.
 
-    rows: of a team; of several also its warps.
+    rows: of a team; warps: of a team of several rows, else as `Shape.kind`.
     """
     return {
-        "REGISTERS": REGISTERS, "IN": INPUTS[dtype], "LEVELS": levels,
+        "REGISTERS": REGISTERS[dtype.itemsize], "IN": INPUTS[dtype], "LEVELS": levels,
         "EDGE": int(edge), "FORM": form, "BITS": bits, "PROLOGUE": prologue, "SHOWN": int(shown),
         "SAVED": saved, "ROWS": rows, "WARPS": warps,
     }  # fmt: skip
@@ -130,30 +130,25 @@ def macros(
 @functools.cache
 def _kernel(
     shape: Shape, dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, device: int,
-    prologue: int = PLAIN, shown: bool = False, saved: int = 0, more: int = 0,
+    prologue: int = PLAIN, shown: bool = False, saved: int = 0,
 ) -> cuda.Kernel:  # fmt: skip
-    several = {"rows": shape.rows, "warps": shape.warps} if shape.rows > 1 else {}
-    made = macros(dtype, levels, edge, form, bits, prologue, shown, saved, **several)
+    made = macros(dtype, levels, edge, form, bits, prologue, shown, saved, shape.rows, shape.kind)
     code = cuda.compile_("blocks.cu", cuda.architecture(device), made)
     threads = 32 * shape.warps * shape.teams
     return cuda.load(
-        code, "quantize", device, threads=threads, shared=shape.tiles + more,
-        layout="6P2q4i2f" + ("2P2i2Pf" if prologue else ""),
+        code, "quantize", device, threads=threads,
+        shared=shape.shared(dtype.itemsize), layout="6P2q4i2f" + ("2P2i2Pf" if prologue else ""),
     )  # fmt: skip
 
 
 def _grid(
-    rows: int, blocks: int, device: int, more: int = 0, several: bool = True
+    rows: int, blocks: int, device: int, size: int, several: bool = True
 ) -> tuple[int, tuple[int, ...], Shape]:
-    """(thread blocks, what the kernel is told of the shape, the shape).
-
-    more: bytes of shared memory that a thread block takes besides its tiles.
-    """
+    """(thread blocks, what the kernel is told of the shape, the shape); all of them run at once."""
     shape = _shape(blocks, several)
-    of_team, warps, segment, teams, resident = shape
-    if more:
-        one = _bytes(shape, more) + RESERVED
-        resident = max(1, min(resident, (cuda.shared(device) + RESERVED) // one))
+    of_team, warps, segment, teams = shape
+    fit = (cuda.shared(device) + RESERVED) // (_bytes(shape, size) + RESERVED)
+    resident = max(1, min(RESIDENT[size] // (warps * teams), fit))
     units = -(-rows * blocks // TILE) if segment < TILE else -(-rows // of_team)
     count = min(-(-units // teams), resident * cuda.processors(device))
     return count, (units, rows * blocks, blocks, warps, segment, teams), shape
@@ -219,9 +214,16 @@ def launch(
     """
     device = x.device.index
     # Of values a thread writes so much that with several rows it spills, and takes longer.
-    count, told, shape = _grid(rows, d // ORDER, device, several=form != VALUES)
+    count, told, shape = _grid(rows, d // ORDER, device, x.itemsize, several=form != VALUES)
     kernel = _kernel(
-        shape, x.dtype, program.levels, program.estimator != STE, form, bits, device, saved=saved
+        shape,
+        x.dtype,
+        program.levels,
+        bool(mask) and program.estimator != STE,
+        form,
+        bits,
+        device,
+        saved=saved,
     )
     kernel.launch(
         count, x.data_ptr(), scale, out, mask, sums, kept, *told, program.step, program.threshold
@@ -279,7 +281,7 @@ def normed(
 
     h = residual + x, rounded, is given back where there is a residual; else it is x, and None. x,
     residual: (rows, d) bfloat16 or float16, weight: (d,) of that dtype. The rest as in `gated`;
-    `supports` is to hold with `weighted`.
+    `supports` is to hold.
     """
     prologue = NORMED if residual is None else ADDED
     return _made(
@@ -329,13 +331,11 @@ def launch_prologue(
     (rows, d), device = first.shape, first.device.index
     first = readable(first)
     second = None if second is None else readable(second)
-    more = 0 if weight is None else d * weight.element_size()
     weight = None if weight is None else readable(weight[None])
-    count, told, shape = _grid(rows, d // ORDER, device, more)
+    count, told, shape = _grid(rows, d // ORDER, device, first.itemsize)
     edge = bool(mask) and program.estimator != STE
     kernel = _kernel(
         shape, first.dtype, program.levels, edge, form, bits, device, prologue, bool(shown), saved,
-        more,
     )  # fmt: skip
     chunk = 16 // first.element_size()
     kernel.launch(

@@ -14,18 +14,29 @@ constexpr float SMALL = 1.3234889800848443e-23f, GREAT = 1.2676506002282294e30f;
 constexpr float NORM = 0.08838834764831845f;                                     // 128^-0.5
 constexpr float LARGEST = 3.4028234663852886e38f;
 
-// Codes counted from 0. The product of y and the reciprocal is rounded down beside 1.5 * 2^23 and so
-// to a whole number: the floor, and exact.
-__device__ __forceinline__ int code_of(float y, float inverse) {
-  const float magic = 12582912.0f;
-  const float t = EVEN ? __fmaf_rd(y, inverse, magic) : __fadd_rd(fmaf(y, inverse, 0.5f), magic);
-  // min(t - magic - LOWEST, LEVELS - 1), at least 0
-  return __viaddmin_s32_relu(__float_as_int(t), -0x4B400000 - LOWEST, LEVELS - 1);
+// Beside 1.5 * 2^23 a float counts whole numbers, in its last bits. The product of y and the reciprocal,
+// counted from the lowest level, is rounded down there, and so to a whole number: the floor, and exact.
+__device__ __forceinline__ int whole_of(float y, float inverse) {
+  constexpr float MAGIC = 12582912.0f - LOWEST;
+  return __float_as_int(EVEN ? __fmaf_rd(y, inverse, MAGIC) : __fadd_rd(fmaf(y, inverse, 0.5f), MAGIC));
 }
 
-// Four codes counted from 0, one in each byte, as what is stored: integers, or CODES. Nothing is carried
-// from a byte to the next: STRIDE times the last code is 2 TOP.
+// Codes counted from 0.
+__device__ __forceinline__ int code_of(float y, float inverse) {
+  return __viaddmin_s32_relu(whole_of(y, inverse), -0x4B400000, LEVELS - 1);
+}
+
+// Of four elements, one in each byte. Of whole numbers below 2^15 the low halves say all: two at a time.
+__device__ __forceinline__ u32 codes_of(float a, float b, float c, float d, float inverse) {
+  constexpr u32 MOST = (LEVELS - 1) * 0x10001u;
+  const u32 even = __byte_perm(whole_of(a, inverse), whole_of(c, inverse), 0x5410);
+  const u32 odd = __byte_perm(whole_of(b, inverse), whole_of(d, inverse), 0x5410);
+  return __vimin_s16x2_relu(even, MOST) + (__vimin_s16x2_relu(odd, MOST) << 8);
+}
+
+// Four codes counted from 0, one in each byte, as what is stored: integers, or CODES. Added up from 0x80 they
+// stay in their bytes: STRIDE times the last code is 2 TOP.
 __device__ __forceinline__ u32 integers_of(u32 word) {
-  if (FORM == CODES) return __vsub4(word, (-LOWEST & 0xFF) * 0x01010101u);
-  return __vsub4(word * STRIDE, TOP * 0x01010101u);
+  if (FORM == CODES) return word + (0x80 + LOWEST) * 0x01010101u ^ 0x80808080u;
+  return word * STRIDE + (0x80 - TOP) * 0x01010101u ^ 0x80808080u;
 }

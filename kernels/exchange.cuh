@@ -6,7 +6,7 @@
 // makes those of all rows of them, LANES a row, in the order in which a row by itself adds: what a row gets
 // depends neither on where among the team's it lies nor on how many rows a team has.
 //
-// Macros: ROWS, and of a team of several, WARPS.
+// Macros: ROWS, WARPS, as in blocks.cu.
 constexpr int MAX_WARPS = 12;
 constexpr int LANES = ROWS > 4 ? 4 : ROWS > 2 ? 8 : 16;
 constexpr u32 ALL = 0xFFFFFFFF;
@@ -14,9 +14,11 @@ constexpr u32 ALL = 0xFFFFFFFF;
 struct Add { template <typename T> __device__ T operator()(T a, T b) const { return a + b; } };
 struct Max { __device__ u32 operator()(u32 a, u32 b) const { return max(a, b); } };
 
-// Over the threads of a warp that share a row.
+// Over the threads of a warp that share a row: `segment`, a power of two.
 template <typename T, typename F> __device__ __forceinline__ T over_warp(T value, F f, int segment) {
-  for (int i = 1; i < segment; i *= 2) value = f(value, __shfl_xor_sync(ALL, value, i));
+#pragma unroll
+  for (int i = 1; i < 32; i *= 2)
+    if (i < segment) value = f(value, __shfl_xor_sync(ALL, value, i));
   return value;
 }
 
@@ -39,7 +41,7 @@ template <typename T, bool ORDERED = false> struct Exchange {
 
   __device__ u32 at() { return (u32)__cvta_generic_to_shared(&barrier); }
   __device__ void init(int warps) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at()), "r"(warps) : "memory");
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at()), "r"(ROWS > 1 ? 32 * warps : warps) : "memory");
   }
   __device__ void arrive() {
     asm volatile("{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}" ::"r"(at()) : "memory");
@@ -49,12 +51,11 @@ template <typename T, bool ORDERED = false> struct Exchange {
   template <typename F> __device__ __forceinline__ T leave(T value, F f, int turn, const Place &p) {
     if (ROWS > 1) {
       slots[turn & 1][32 * p.part + threadIdx.x % 32] = value;
-      __syncwarp();  // what they fetched before lies before the arrival, too
-      if (threadIdx.x % 32 == 0) arrive();
+      arrive();  // each lane for itself: what it fetched before lies before its arrival, too
       return value;
     }
-    value = over_warp(value, f, p.segment);
-    if (p.warps > 1) {
+    value = over_warp(value, f, WARPS ? 32 : p.segment);
+    if (WARPS > 1) {
       if (threadIdx.x % 32 == 0) {
         slots[turn & 1][p.part] = value;
         arrive();
@@ -67,7 +68,7 @@ template <typename T, bool ORDERED = false> struct Exchange {
   // of each by some threads of the warp; row may be one that there is not.
   template <typename F, typename G = Nothing>
   __device__ __forceinline__ T fetch(T left, F f, int turn, const Place &p, G each = G()) {
-    if (ROWS == 1 && p.warps == 1) return left;
+    if (ROWS == 1 && WARPS <= 1) return left;
     asm volatile(
         "{.reg .pred done;\nagain:\n mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
         " @!done bra again;\n}" ::"r"(at()), "r"(turn & 1) : "memory");

@@ -96,6 +96,7 @@ __device__ __forceinline__ u32 place(u32 row, u32 q) {
 
 #if ROWS
 #include "halves.cuh"
+#include "rotate.cuh"
 #include "few_rows.cuh"
 #endif
 

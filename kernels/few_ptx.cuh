@@ -30,18 +30,6 @@ __device__ __forceinline__ void multiply(int (&d)[4], u32 a0, u32 a1, u32 a2, u3
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// d (16 x 8) = a (16 x 16) b, of 16-bit floats, summed in float32.
-__device__ __forceinline__ void rotate(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#if HALF
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
-#else
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
-#endif
-               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
-               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
-}
-
 __device__ __forceinline__ u32 cluster_rank() {
   u32 rank = 0;
   if (CLUSTER > 1) asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));

@@ -2,12 +2,9 @@
 // order that the products read.
 //
 // A warp transforms eight Hadamard blocks of 128 at a time. Of an element's index in its block, bits
-// 0 and 4 to 6 are transformed by one product with a 16 x 16 matrix of signs on the tensor cores (bit
-// 0 lies in a pair, 4 and 5 in the lane, 6 in the second word), bits 1 to 3 by additions in a lane:
-// no shuffle. A lane then holds 16 elements in a row of two blocks. Products with signs are exact;
-// the tensor cores cut what lies 2^-24 below the largest of 16 terms, and the sum to float32, which
-// together is less than what the four stages of a butterfly round, unless terms below 2^-17 of the
-// largest meet it.
+// 0 and 4 to 6 are transformed by one product on the tensor cores (`rotate.cuh`; 4 and 5 lie in the
+// lane, 6 in the second word), bits 1 to 3 by additions in a lane: no shuffle. A lane then holds 16
+// elements in a row of two blocks.
 //
 // Each block of a cluster quantizes its own share of K, of all rows. Sums of squares, of blocks of 128
 // first, are added in the same order everywhere: all blocks of the grid find the same scale.
@@ -137,16 +134,6 @@ __device__ __forceinline__ void scale_row(const Share &s, int row, bool show) {
   s.row_field[row] = field;
   s.row_inverse[row] = inner > 0.0f ? NORM / (inner * s.step) : 0.0f;
   if (show && s.scale) s.scale[row] = sigma;
-}
-
-// A lane's words of the matrix of signs, as ones of 16 bits: parity of the bits that meet.
-__device__ __forceinline__ void make_signs(u32 (&signs)[4], int lane) {
-  const u32 one = HALF ? 0x3C003C00 : 0x3F803F80, r = lane / 4;
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const u32 odd = __popc(r & (lane % 4 + (i >= 2 ? 4 : 0))) & 1;
-    signs[i] = one ^ odd * 0x80008000 ^ (i % 2 ? 0x80000000 : 0);
-  }
 }
 
 // y[j][z + 2 h]: of block 2 (lane % 4) + z of the group, element 16 (lane / 4) + 2 j + h, times 128^0.5.

@@ -95,8 +95,8 @@ def instead(patch: pytest.MonkeyPatch) -> emulated.Emulator:
     return emulator
 
 
-def _has_prologue(spec: str, x: Tensor, weighted: bool = False) -> bool:
-    fits = prologue._fits_there.__wrapped__(spec, x.shape[-1], "cpu", weighted)
+def _has_prologue(spec: str, x: Tensor) -> bool:
+    fits = prologue._fits_there.__wrapped__(spec, x.shape[-1], "cpu")
     return fits and x.dtype in (torch.bfloat16, torch.float16)
 
 

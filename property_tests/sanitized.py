@@ -154,7 +154,7 @@ def _prologues(name: str, width: int, dtype: torch.dtype) -> Launch:
         x[3], x[5, 7] = 0.0, float("nan")
         weight = _normal(1, width, dtype)[0]
         spec, kind = quest.recipe(name).activation.spec, _kind(name)
-        if not prologue.has_kernel(spec, x, True):
+        if not prologue.has_kernel(spec, x):
             raise RuntimeError(f"there is no kernel with a prologue for {name}, {width}, {dtype}")
         gates: list[tuple[torch.Tensor, ...]] = [
             gated(x, other, spec, kind)

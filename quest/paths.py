@@ -50,7 +50,7 @@ OPERAND_ELEMENTS = 2**21
 # The same behind a norm, which a Hadamard block a thread makes in two passes more: at 4096 rows of
 # 2048 the one takes 19.3 us with 4 bits and the other 22.8, at twice as many rows with 1 bit 30.8
 # and 31.3 (the records' quantizer.txt).
-NORM_ELEMENTS = 2**23
+NORM_ELEMENTS = 2**22
 
 _forced: str | None = None
 

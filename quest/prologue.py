@@ -135,27 +135,24 @@ def launch_encode_gated(
     return made.out, made.scale, made.mask, made.sums, *kept
 
 
-def has_kernel(spec: str, x: Tensor, weighted: bool = False) -> bool:
-    """Whether one kernel makes rows like x (..., d) and quantizes them by this spec.
-
-    weighted: with the weight of a norm.
-    """
+def has_kernel(spec: str, x: Tensor) -> bool:
+    """Whether one kernel makes rows like x (..., d) and quantizes them by this spec."""
     halves = x.dtype is torch.bfloat16 or x.dtype is torch.float16
-    return halves and x.is_cuda and _fits(spec, x.shape[-1], str(x.device), weighted)
+    return halves and x.is_cuda and _fits(spec, x.shape[-1], str(x.device))
 
 
 # A constant for torch.compile, which need not read how it is found.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _fits(spec: str, width: int, device: str, weighted: bool) -> bool:
-    return _fits_there(spec, width, device, weighted)
+def _fits(spec: str, width: int, device: str) -> bool:
+    return _fits_there(spec, width, device)
 
 
 @functools.cache
-def _fits_there(spec: str, width: int, device: str, weighted: bool) -> bool:
+def _fits_there(spec: str, width: int, device: str) -> bool:
     from .kernels import blocks
 
     q, like = ops.quantizer(spec), torch.empty(0, width, dtype=torch.bfloat16, device=device)
-    return q.grid is not None and blocks.supports(ops.program(q, like), like, weighted)
+    return q.grid is not None and blocks.supports(ops.program(q, like), like)
 
 
 def _check_norm(
@@ -196,7 +193,7 @@ def launch_normed_encode(
     """`eager_normed_encode` by the kernels; rows are None unless `show`."""
     _check_norm(x, residual, weight, eps, spec, kind)
     q, d = ops.quantizer(spec), x.shape[-1]
-    if not (x.numel() and has_kernel(spec, x, True)):
+    if not (x.numel() and has_kernel(spec, x)):
         h, rows = eager.normed(x, residual, weight, eps)
         operand, scale, _, sums = lowbit.launch_encode(rows, q, kind)
         return operand, scale, sums, _given(h, residual), rows if show else None
@@ -330,7 +327,7 @@ def _held(
         return None
     # Without autocast x has the weight's dtype: `check` has looked.
     casts = torch.is_autocast_enabled(x.device.type)
-    return held if not casts and has_kernel(held.spec, x, weighted) else None
+    return held if not casts and has_kernel(held.spec, x) else None
 
 
 def gated(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:

@@ -24,6 +24,8 @@ PTX = {
     "{.reg .pred p; setp.ne.u32 p, %5, 0; "
     "@p ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];}":
         "emulated::load(%0, %1, %2, %3, %5 ? %4 : nullptr)",
+    "{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];}":
+        "if (%5) emulated::load(%0, %1, %2, %3, %4)",
     "ld.global.v4.u32 {%0, %1, %2, %3}, [%4];": "emulated::load(%0, %1, %2, %3, %4)",
     "mbarrier.init.shared.b64 [%0], %1;": "emulated::emulated_barrier_init(%0, %1)",
     "{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}":
@@ -64,8 +66,8 @@ PTX = {
     },
     "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};":
         "emulated::emulated_stmatrix(%0, {%1, %2, %3, %4}, __builtin_LINE())",
-    "{.reg .pred p; setp.eq.u32 p, %2, 0; @p cp.async.cg.shared.global [%0 + %3], [%1 + %4], 16; }":
-        "if (!(%2)) emulated::emulated_copy(%0 + %3, (const char *)(%1) + %4, 16)",
+    "{.reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1 + %3], 16; }":
+        "if (%2) emulated::emulated_copy(%0, (const char *)(%1) + %3, 16)",
     "cp.async.commit_group;": "emulated::emulated_commit()",
     "cp.async.wait_group %0;": "emulated::emulated_wait_copies(%0)",
     "ex2.approx.ftz.f32 %0, %1;": "%0 = emulated::flushed(exp2f(emulated::flushed(%1)))",
@@ -88,6 +90,15 @@ PTX = {
         f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};":
             "float sum_[4] = {%10, %10, %10, %10}; "
+            f"emulated::emulated_mma_{kind}(sum_, {{{{%4, %5, %6, %7}}, {{%8, %9}}}}, "
+            "__builtin_LINE()); "
+            "%0 = sum_[0], %1 = sum_[1], %2 = sum_[2], %3 = sum_[3]"
+        for kind in ("f16", "bf16")
+    },
+    **{
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};":
+            "float sum_[4] = {%0, %1, %2, %3}; "
             f"emulated::emulated_mma_{kind}(sum_, {{{{%4, %5, %6, %7}}, {{%8, %9}}}}, "
             "__builtin_LINE()); "
             "%0 = sum_[0], %1 = sum_[1], %2 = sum_[2], %3 = sum_[3]"

@@ -21,10 +21,22 @@ from . import judges
 from .lanes import Lane
 from .verdict import Verdict
 
-# The transform of the kernel that quantizes few rows and multiplies them (kernels/few_rows.cuh):
-# sixteen terms on the tensor cores, which cut what lies 2^-24 below the largest and the sum to
-# float32, 7.5 roundings at the most, and three additions.
+# The transform of kernels/rotate.cuh: sixteen terms on the tensor cores, which cut what lies 2^-24
+# below the largest and the sum to float32, 7.5 roundings at the most, and three additions.
 TENSOR_CORES = Sums(roundings=11)
+
+
+def sums_of(lane: Lane, x: Tensor, q: Quantizer) -> Sums:
+    """How the quantizer of a lane takes the sums of the transform of an input like x (..., d).
+
+    The kernels in CUDA C++ transform 16 bits on the tensor cores; whether the device has them is
+    not asked.
+    """
+    compiled = lane.name == "triton-cuda" or lane.backend == "emulated"
+    halves = x.dtype is torch.bfloat16 or x.dtype is torch.float16
+    taken = q.grid is not None and q.grid.step is not None and q.sparsity is None
+    at_once = q.transform.order(x.shape[-1]) == 128
+    return TENSOR_CORES if compiled and halves and taken and at_once else BUTTERFLY
 
 
 def transform(lane: Lane, x: Tensor, order: int, transpose: bool = False) -> list[Verdict]:
@@ -51,13 +63,14 @@ def quantizer(lane: Lane, x: Tensor, q: Quantizer, *, conclusive: bool = True) -
     ]
     if any(v.failure for v in found):
         return found
-    found.append(judges.scaled(x, scale, order))
+    sums = sums_of(lane, x, q)
+    found.append(judges.scaled(x, scale, order, sums))
     if keep is not None:
         found += [judges.selected(x, q, keep), judges.pruned(q, codes, keep)]
-    found.append(judges.coded(x, q, codes, scale, keep, conclusive=conclusive))
+    found.append(judges.coded(x, q, codes, scale, keep, conclusive=conclusive, sums=sums))
     if found[-1].failure is not None:
         return found  # what follows reads the codes
-    found.append(judges.masked(x, q, codes, scale, mask, keep))
+    found.append(judges.masked(x, q, codes, scale, mask, keep, sums=sums))
     return found + _stored(lane, x, q, out)
 
 
@@ -125,7 +138,7 @@ def operand(lane: Lane, x: Tensor, q: Quantizer, kind: str) -> list[Verdict]:
     out = lane.call("operand", x, q=q, kind=kind)
     shown = (out["operand"], out["scale"], out["sums"])
     if q.require_grid().step is not None and q.sparsity is None:
-        return _quantized(x, q, kind, shown, "operand", BUTTERFLY)
+        return _quantized(x, q, kind, shown, "operand", sums_of(lane, x, q))
     same = lane.call("encode", x, q=q, kind=kind)
     return [
         judges.exact(f"operand's {name}", judges.bits(out[name]), judges.bits(same[name]))
@@ -166,7 +179,8 @@ def gated(
     if form.failure is not None:
         return [form]
     shown = (out["operand"], out["scale"], out["sums"])
-    inside = _quantized(out["x"], q, kind, shown, "gated", BUTTERFLY, conclusive)
+    by = sums_of(lane, out["x"], q)
+    inside = _quantized(out["x"], q, kind, shown, "gated", by, conclusive)
     return [form, judges.gated(gate, value, out["x"]), *inside]
 
 
@@ -197,7 +211,8 @@ def normed(
     sums = [] if residual is None else [judges.added(x, residual, out["h"])]
     h = x if residual is None else out["h"]
     shown = (out["operand"], out["scale"], out["sums"])
-    inside = _quantized(out["x"], q, kind, shown, "normed", BUTTERFLY, conclusive)
+    by = sums_of(lane, out["x"], q)
+    inside = _quantized(out["x"], q, kind, shown, "normed", by, conclusive)
     return [*forms, *sums, judges.normed(h, weight, eps, out["x"]), *inside]
 
 
@@ -337,7 +352,7 @@ def frozen(
         return [form]
     pairs = ((x, made.activation), (w, made.weight))
     if "a" in out:
-        inside = _of_rows(x, made, out) if "a_sums" in out else []
+        inside = _of_rows(lane, x, made, out) if "a_sums" in out else []
         if any(v.failure for v in inside):
             return inside
         found = [dataclasses.replace(v, stage="frozen y") for v in _products(pairs, bias, out)]
@@ -345,14 +360,14 @@ def frozen(
     return [judges.values_product(x.dtype, bias, out, accumulation(lane), "frozen y")]
 
 
-def _of_rows(x: Tensor, made: Recipe, out: dict[str, Tensor]) -> list[Verdict]:
+def _of_rows(lane: Lane, x: Tensor, made: Recipe, out: dict[str, Tensor]) -> list[Verdict]:
     """What a frozen layer multiplied with its weight; `fused`: what the kernel of both has made."""
     kinds = operands.kinds(made.activation, made.weight)
     if kinds is None:
         raise ValueError(f"recipe {made} has no integer product")
-    sums = TENSOR_CORES if "fused" in out else BUTTERFLY
+    by = TENSOR_CORES if "fused" in out else sums_of(lane, x, made.activation)
     shown = (out["a"], out["a_scale"], out["a_sums"])
-    return _quantized(x, made.activation, kinds[0], shown, "frozen", sums)
+    return _quantized(x, made.activation, kinds[0], shown, "frozen", by)
 
 
 def _quantized(

@@ -9,60 +9,58 @@ import numpy as np
 import pytest
 import torch
 
-import quest
-from property_tests.test_rows_cuda_edges import DEVICE, _weight, on_hopper
+from property_tests import few_rows
+from property_tests.places import Place
+from quest import operands
 from quest.conformance import judges
-from quest.fused import few_linear_shown
+from quest.quantizer import parse
 
 pytestmark = pytest.mark.whole
 
 
-def _integers(x: torch.Tensor, spec: str, recipe: str) -> np.ndarray:
-    """What the kernel makes of rows, as integers."""
-    weight, scales, totals, _ = _weight(recipe, x.shape[-1])
-    grid = quest.recipe(recipe).weight.require_grid().name
-    rows, w, w_scale, w_sums = (t.to(DEVICE) for t in (x, weight, scales, totals))
-    _, a, _, _ = few_linear_shown(rows, w, w_scale, w_sums, None, spec, grid, torch.float32)
-    return judges.whole(a.cpu(), "bits" if recipe == "w1a1" else "integers", x.shape[-1])
+def _integers(place: Place, x: torch.Tensor, grid: str) -> np.ndarray:
+    """What the kernel makes of rows: signs, or 2 code + 1, without what spreads an operand's."""
+    q, width = parse(f"{grid}/hadamard128/ste/dense"), x.shape[-1]
+    bits = q.require_grid().storage_bits
+    recipe, kind = f"w{bits}a{bits}", "bits" if bits == 1 else "integers"
+    *weight, _ = few_rows.weight(recipe, 16, width)
+    _, a, _, _ = few_rows.shown(place, x, q.spec, recipe, *weight)
+    found, rest = np.divmod(judges.whole(a, kind, width), operands.form_of(q, kind).spread)
+    assert not rest.any()
+    return found
 
 
-@on_hopper
 @pytest.mark.parametrize("large", [1.4140625 * 2.0**46, 2.0**48])
 @pytest.mark.parametrize("grid", ["uniform1", "uniform4", "uniform2", "uniform4:7.499"])
-def test_signs_of_a_block_far_below_its_row(grid: str, large: float) -> None:
+def test_signs_of_a_block_far_below_its_row(place: Place, grid: str, large: float) -> None:
     """Of sums of squares just below where a block counts with a power of its own, and above. The
     first entry is negative, and the others are 0.
     """
     x = torch.full((5, 4096), large, dtype=torch.bfloat16)
     for row, power in enumerate((98, 99, 100, 101, 120)):
         x[row, -128:] = -(2.0**-power)
-    recipe = {"uniform1": "w1a1", "uniform2": "w2a2"}.get(grid, "w4a4")
-    found = _integers(x, f"{grid}/hadamard128/ste/dense", recipe)[:, -128:]
+    found = _integers(place, x, grid)[:, -128:]
     assert found[:, 0].tolist() == [-1] * 5
     assert (found[:, 1:] == 1).all()
 
 
-@on_hopper
 @pytest.mark.parametrize("grid", ["uniform1", "uniform4", "uniform2"])
-def test_signs_of_a_block_that_meets_subnormal_numbers(grid: str) -> None:
+def test_signs_of_a_block_that_meets_subnormal_numbers(place: Place, grid: str) -> None:
     """Brought to 2^100 below its row, the most that is done, it is the least that bfloat16 has."""
     x = torch.full((1, 256), 2.0**126, dtype=torch.bfloat16)
     x[:, 128:] = -(2.0**-107)
-    recipe = {"uniform1": "w1a1", "uniform2": "w2a2"}.get(grid, "w4a4")
-    found = _integers(x, f"{grid}/hadamard128/ste/dense", recipe)[0, 128:]
+    found = _integers(place, x, grid)[0, 128:]
     assert found[0] == -1
     assert (found[1:] == 1).all()
 
 
-@on_hopper
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize(("grid", "most"), [("uniform4:0.1171875", 15), ("uniform2:0.0234375", 3)])
-def test_codes_far_beyond_the_levels(grid: str, most: int, sign: float) -> None:
+def test_codes_far_beyond_the_levels(place: Place, grid: str, most: int, sign: float) -> None:
     """One block of 512, in the least steps: 2^14 of them."""
     x = torch.zeros(2, 65536, dtype=torch.bfloat16)
     x[0, :128], x[1, -128:] = sign, sign
-    recipe = "w2a2" if most == 3 else "w4a4"
-    found = _integers(x, f"{grid}/hadamard128/ste/dense", recipe)
+    found = _integers(place, x, grid)
     for row, at in ((0, 0), (1, 65408)):
         assert found[row, at] == sign * most
         assert (np.delete(found[row], at) == 1).all()

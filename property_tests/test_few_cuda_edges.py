@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 import quest
-from property_tests import far_scales
+from property_tests import far_scales, few_rows
 from property_tests.places import Place, on_a_gpu
 from quest import operands, packing
-from quest.conformance import inputs, judges
+from quest.conformance import inputs
 from quest.kernels import cuda, few, hopper, outputs
 
 pytestmark = pytest.mark.whole
@@ -237,41 +237,6 @@ def test_rows_that_another_launch_had(place: Place) -> None:
         assert torch.equal(y.cpu().double(), expected[: y.shape[0]])
 
 
-def _quantized(place: Place, recipe: str, x: Tensor, columns: int) -> None:
-    """T2, T3, T0 and T6 of what the kernel shows of rows that it quantizes."""
-    made, width = quest.recipe(recipe), x.shape[1]
-    pair = made.activation, made.weight
-    kinds = operands.kinds(*pair)
-    assert kinds is not None
-    forms = [operands.form(q.require_grid(), k) for q, k in zip(pair, kinds, strict=True)]
-    bits = made.weight.require_grid().storage_bits
-    g = torch.Generator().manual_seed(columns)
-    codes = torch.randint(0, 2**bits, (columns, width), generator=g)
-    whole, scale = 2 * codes - (2**bits - 1), torch.rand(columns, 1, generator=g) + 0.5
-    weight = packing.pack(codes, bits), scale, whole.sum(1, keepdim=True).int()
-    names = (made.activation.spec, made.weight.require_grid().name)
-    with outputs.poisoned(0xFF):
-        found = place.few_linear_shown(
-            *(t.to(place.device) for t in (x, *weight)), None, *names, torch.float32
-        )
-    y, a, a_scale, a_sums = (t.cpu() for t in found)
-    integers = judges.whole(a, kinds[0], width)
-    shown = torch.from_numpy((integers // forms[0].spread - 1) // 2).to(torch.int8)
-    for verdict in (
-        judges.scaled(x, a_scale, 128),
-        judges.coded(x, made.activation, shown, a_scale, conclusive=False),
-        judges.exact("sums", a_sums.numpy(), integers.sum(-1, keepdims=True)),
-        judges.multiplied(
-            (integers, forms[1].spread * whole.numpy()),
-            (forms[0].unit, forms[1].unit),
-            (a_scale, scale),
-            None,
-            y,
-        ),
-    ):
-        verdict.require()
-
-
 @pytest.mark.parametrize("cluster", [2, 8])
 def test_blocks_quantize_together(place: Place, cluster: int) -> None:
     """All have begun before one writes to another; the last ones may have nothing to do."""
@@ -279,7 +244,7 @@ def test_blocks_quantize_together(place: Place, cluster: int) -> None:
         x = inputs.draw("gaussian", (rows, width), torch.bfloat16, rows)
         for share in (16, 1):
             with _split((share,), (cluster,)):
-                _quantized(place, "w4a4", x, columns)
+                few_rows.judged(place, x, "w4a4", columns)
 
 
 @pytest.mark.parametrize("recipe", ["w4a4", "w1a1"])
@@ -288,7 +253,7 @@ def test_rows_of_every_kind(place: Place, dtype: torch.dtype, recipe: str) -> No
     """A group of a warp's blocks is of several rows; a row's blocks are of two thread blocks."""
     with _split(clusters=(2,)):
         for name in inputs.DISTRIBUTIONS:
-            _quantized(place, recipe, inputs.draw(name, (16, 640), dtype, 0), 24)
+            few_rows.judged(place, inputs.draw(name, (16, 640), dtype, 0), recipe, 24)
 
 
 def test_nothing_is_written_beside_an_output(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,24 +7,18 @@ a row that has only one shows its column of the transform without a rounding.
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
-import quest
+from property_tests import few_rows
 from property_tests.ledger import LEDGER
 from property_tests.places import Place
-from property_tests.prologues import on_hopper
-from property_tests.walled import walled
-from quest import operands, packing
-from quest.conformance import examine, inputs, judges
-from quest.fused import few_linear_shown
-from quest.kernels import outputs
+from quest import operands
+from quest.conformance import examine, inputs
 from quest.quantizer import parse
 
 pytestmark = pytest.mark.whole
 
-DEVICE = "cuda"
 HALVES = (torch.bfloat16, torch.float16)
 WIDE = (torch.float32, torch.bfloat16)  # of a range that squares leave
 BITS, INTEGERS = "uniform1/hadamard128/ste/dense", "uniform4/hadamard128/ste/dense"
@@ -75,57 +69,6 @@ def _edges(dtype: torch.dtype) -> torch.Tensor:
     return x
 
 
-def _weight(recipe: str, width: int) -> tuple[torch.Tensor, ...]:
-    """(packed codes, scale, sums, integers) of 16 columns."""
-    bits = quest.recipe(recipe).weight.require_grid().storage_bits
-    codes = inputs.unsigned(bits, (16, width), width).long()
-    whole = 2 * codes - (2**bits - 1)
-    scale = torch.arange(16)[:, None] / 16 + 0.5
-    return packing.pack(codes, bits), scale, whole.sum(1, keepdim=True).int(), whole
-
-
-def _fused(x: torch.Tensor, recipe: str) -> None:
-    """T2, T3, T0 and T6 of what the kernel shows of x; it writes every byte, twice the same."""
-    made, width = quest.recipe(recipe), x.shape[-1]
-    kinds = operands.kinds(made.activation, made.weight)
-    assert kinds is not None
-    weight, scales, totals, whole = _weight(recipe, width)
-    grid = made.weight.require_grid().name
-    rows, w, w_scale, w_sums = (t.to(DEVICE) for t in (x, weight, scales, totals))
-    seen = []
-    for byte in (0xFF, 0x55):
-        with outputs.poisoned(byte):
-            shown = few_linear_shown(
-                rows, w, w_scale, w_sums, None, made.activation.spec, grid, torch.float32
-            )
-        seen.append([t.cpu() for t in shown])
-    for first, second in zip(*seen, strict=True):
-        assert torch.equal(first.view(torch.uint8), second.view(torch.uint8))
-    y, a, scale, sums = seen[0]
-    integers = judges.whole(a, kinds[0], width)
-    forms = [
-        operands.form(q.require_grid(), kind)
-        for q, kind in zip((made.activation, made.weight), kinds, strict=True)
-    ]
-    spread = forms[0].spread
-    codes = torch.from_numpy((integers // spread - 1) // 2).to(torch.int8)
-    by = examine.TENSOR_CORES
-    for verdict in (
-        judges.exact("odd", integers % (2 * spread), np.full_like(integers, spread)),
-        judges.scaled(x, scale, 128, by),
-        judges.coded(x, made.activation, codes, scale, conclusive=False, sums=by),
-        judges.exact("sums", sums.numpy(), integers.sum(-1, keepdims=True)),
-        judges.multiplied(
-            (integers, forms[1].spread * whole.numpy()),
-            (forms[0].unit, forms[1].unit),
-            (scale, scales),
-            None,
-            y,
-        ),
-    ):
-        verdict.require()
-
-
 def _rows(place: Place, x: torch.Tensor, spec: str) -> None:
     """T2, T3 and T0 of an operand of few rows. Rows are made of ties, which prove nothing."""
     q = parse(spec)
@@ -134,39 +77,36 @@ def _rows(place: Place, x: torch.Tensor, spec: str) -> None:
     LEDGER.judge(place.lane, found, f"{x.dtype}, {spec}", conclusive=False)
 
 
-@on_hopper
 @pytest.mark.parametrize("recipe", ["w4a4", "w1a1"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_every_kind_of_row_in_one_kernel(dtype: torch.dtype, recipe: str) -> None:
+def test_every_kind_of_row_in_one_kernel(place: Place, dtype: torch.dtype, recipe: str) -> None:
     """Among them zeros of either sign, and rows that end within a step of K."""
     for seed, name in enumerate(inputs.DISTRIBUTIONS):
-        _fused(inputs.draw(name, (8, 640), dtype, seed), recipe)
+        few_rows.judged(place, inputs.draw(name, (8, 640), dtype, seed), recipe)
     for x in torch.split(_edges(dtype), 8):
-        _fused(x, recipe)
+        few_rows.judged(place, x, recipe)
     # Small, but not for 16 bits: a block has no power of its own.
     x = inputs.draw("gaussian", (8, 640), torch.float32, 0)
     x *= 2.0 ** -torch.arange(8)[:, None]
-    _fused((x / 16).to(dtype), recipe)
+    few_rows.judged(place, (x / 16).to(dtype), recipe)
 
 
-@on_hopper
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_one_entry_at_every_place_of_a_block(dtype: torch.dtype) -> None:
+def test_one_entry_at_every_place_of_a_block(place: Place, dtype: torch.dtype) -> None:
     """Eight blocks a row; the largest entry is one of either half of a word, of any sign."""
     for power in POWERS if dtype == torch.bfloat16 else (15, 1, -24):
         for blocks in torch.split(_alone(2.0**power, dtype), 64):
-            _fused(blocks.reshape(8, 1024), "w4a4")
+            few_rows.judged(place, blocks.reshape(8, 1024), "w4a4")
 
 
-@on_hopper
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_an_entry_that_is_not_finite_in_one_kernel(dtype: torch.dtype) -> None:
+def test_an_entry_that_is_not_finite_in_one_kernel(place: Place, dtype: torch.dtype) -> None:
     """It makes its row's scale NaN and its codes those of zeros, those of finite blocks, too."""
     for i, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
         x = inputs.draw("gaussian", (8, 1024), dtype, i)
         x[:7].view(7, 8, 128)[:, 3, i::19] = bad
         x[2:4] = torch.where(x[2:4].isfinite(), 0.0, x[2:4])
-        _fused(x, "w4a4")
+        few_rows.judged(place, x, "w4a4")
 
 
 # Groups that are not full, by one block and by all but one; that a row ends in, soon and late.
@@ -176,60 +116,53 @@ SHAPES = {
 }
 
 
-@on_hopper
 @pytest.mark.parametrize("recipe", ["w4a4", "w1a1"])
-def test_groups_of_blocks(recipe: str) -> None:
+def test_groups_of_blocks(place: Place, recipe: str) -> None:
     """Eight blocks are transformed together, whichever rows they are of."""
     for seed, shape in enumerate(SHAPES[recipe]):
         for name in ("gaussian", "mixed_rows"):
-            _fused(inputs.draw(name, shape, torch.bfloat16, seed), recipe)
+            few_rows.judged(place, inputs.draw(name, shape, torch.bfloat16, seed), recipe)
 
 
-@on_hopper
-def test_rows_that_end_where_memory_does() -> None:
+def test_rows_that_end_where_memory_does(place: Place) -> None:
     """Nothing is asked for of the blocks that a group lacks: the ninth is alone in its own."""
-    with walled(inputs.draw("gaussian", (3, 384), torch.bfloat16, 0)) as rows:
-        _fused(rows, "w4a4")
+    with place.walled(inputs.draw("gaussian", (3, 384), torch.bfloat16, 0)) as rows:
+        few_rows.judged(place, rows, "w4a4")
 
 
-@on_hopper
-def test_the_largest_block_has_more_before_it_than_lanes() -> None:
+def test_the_largest_block_has_more_before_it_than_lanes(place: Place) -> None:
     """Lanes look for a row's power in turns; one that is too low makes its sum infinite."""
     x = inputs.draw("gaussian", (3, 4224), torch.bfloat16, 0)
     for row, block in enumerate((31, 32, 0)):
         x[row, 128 * block : 128 * block + 128] *= 2.0**100
-    _fused(x, "w4a4")
+    few_rows.judged(place, x, "w4a4")
 
 
-@on_hopper
-def test_a_row_that_another_warp_has_summed() -> None:
+def test_a_row_that_another_warp_has_summed(place: Place) -> None:
     """Warp 1 scales row 32, which warp 0 sums in its third turn: warp 1 has two, and waits.
 
     Shared memory may still hold what the same rows left there: these are others each time.
     """
     for seed in range(2):
-        _fused(inputs.draw("gaussian", (33, 384), torch.bfloat16, seed), "w4a4")
+        few_rows.judged(place, inputs.draw("gaussian", (33, 384), torch.bfloat16, seed), "w4a4")
 
 
-@on_hopper
-def test_a_cluster_of_two() -> None:
+def test_a_cluster_of_two(place: Place) -> None:
     """Each block needs the other's sums, and not those that earlier rows left in its memory."""
     for seed in range(4):
-        _fused(inputs.draw("mixed_rows", (8, 4096), torch.bfloat16, seed), "w4a4")
+        few_rows.judged(place, inputs.draw("mixed_rows", (8, 4096), torch.bfloat16, seed), "w4a4")
 
 
-@on_hopper
-def test_shares_of_a_cluster() -> None:
+def test_shares_of_a_cluster(place: Place) -> None:
     """Of K, the last of which is not full: every block of the grid finds the same scale."""
     for name in ("gaussian", "zeros", "non_finite", "negative_zeros", "subnormal", "huge"):
-        _fused(inputs.draw(name, (8, 4224), torch.bfloat16, 2), "w4a4")
-    _fused(_edges(torch.bfloat16)[12:20].repeat(1, 11), "w4a4")
+        few_rows.judged(place, inputs.draw(name, (8, 4224), torch.bfloat16, 2), "w4a4")
+    few_rows.judged(place, _edges(torch.bfloat16)[12:20].repeat(1, 11), "w4a4")
 
 
-@on_hopper
-def test_more_groups_than_warps() -> None:
+def test_more_groups_than_warps(place: Place) -> None:
     """Rows are read a second time, from the last group back to the first."""
-    _fused(inputs.draw("mixed_rows", (16, 16384), torch.bfloat16, 3), "w4a4")
+    few_rows.judged(place, inputs.draw("mixed_rows", (16, 16384), torch.bfloat16, 3), "w4a4")
 
 
 @pytest.mark.parametrize("spec", [INTEGERS, BITS])

@@ -151,8 +151,9 @@ template <int HALF_SPAN> __device__ __forceinline__ void stage(float (&y)[32]) {
 }
 
 // Where chunk c of block r of a group of float32 lies: of those that are read or written at a time, by four lanes
-// for each of two blocks, none meet in a bank. Chunks 8 q + i, q + 4 i, or 2 q + 8 i and one further, for some i.
-__device__ __forceinline__ int turned(int r, int c) { return 32 * r + (c ^ c / 8 ^ 5 * (r & 1)); }
+// for each of two blocks, none meet in a bank. Chunks 8 q + i, q + 4 i, or 2 q + 8 i and one further, for some i:
+// turned(r, a ^ b) is turned(r, a) ^ turned(0, b), so that a lane finds its own for one exclusive or each.
+__device__ __forceinline__ constexpr int turned(int r, int c) { return 32 * r ^ c ^ c / 8 ^ 5 * (r & 1); }
 
 // What a lane has of a group, transformed, times 128^0.5: y[8 c + e], e of eight in a row, c of four such.
 // 16 bits: c = 2 z + p, of block 2 q + z the elements from 64 p + 8 r on. float32: of block r, from 32 c + 8 q.
@@ -166,11 +167,11 @@ __device__ __forceinline__ void transform(float (&y)[32], const u32 (&w)[WORDS],
   __syncwarp();  // all have read their words
 #pragma unroll
   for (int i = 0; i < 8; i++)
-    ((float4 *)tile)[turned(r, 8 * q + i)] = make_float4(y[4 * i], y[4 * i + 1], y[4 * i + 2], y[4 * i + 3]);
+    ((float4 *)tile)[turned(r, 8 * q) ^ turned(0, i)] = make_float4(y[4 * i], y[4 * i + 1], y[4 * i + 2], y[4 * i + 3]);
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < 8; i++) {
-    const float4 v = ((const float4 *)tile)[turned(r, 8 * (i / 2) + 2 * q + i % 2)];
+    const float4 v = ((const float4 *)tile)[turned(r, 2 * q) ^ turned(0, 8 * (i / 2) + i % 2)];
     y[4 * i] = v.x, y[4 * i + 1] = v.y, y[4 * i + 2] = v.z, y[4 * i + 3] = v.w;
   }
   __syncwarp();
@@ -307,7 +308,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
   // Asks for chunks q + 4 i of a lane's block, from chunk q on, of group g.
   auto ask = [&](const uint4 *from, int g, bool wanted) {
 #if IN == FLOAT32
-#define TO(i) tile + g * GROUP * CHUNKS + turned(eighth, 4 * (i) + quad)
+#define TO(i) tile + g * GROUP * CHUNKS + (turned(eighth, quad) ^ turned(0, 4 * (i)))
 #else
 #define TO(i) own + (g * GROUP * CHUNKS + 32 * (i))
 #endif
@@ -339,7 +340,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
   auto words_of = [&](u32 (&w)[WORDS], int g) {
 #pragma unroll
     for (int i = 0; i < CHUNKS / 4; i++)
-      put(w, i, WIDE ? tile[g * GROUP * CHUNKS + turned(eighth, 8 * quad + i)]
+      put(w, i, WIDE ? tile[g * GROUP * CHUNKS + (turned(eighth, 8 * quad) ^ turned(0, i))]
                      : own[g * GROUP * CHUNKS + 32 * i]);
   };
   u32 signs[4];

@@ -215,16 +215,8 @@ def launch(
     device = x.device.index
     # Of values a thread writes so much that with several rows it spills, and takes longer.
     count, told, shape = _grid(rows, d // ORDER, device, x.itemsize, several=form != VALUES)
-    kernel = _kernel(
-        shape,
-        x.dtype,
-        program.levels,
-        bool(mask) and program.estimator != STE,
-        form,
-        bits,
-        device,
-        saved=saved,
-    )
+    edge = bool(mask) and program.estimator != STE
+    kernel = _kernel(shape, x.dtype, program.levels, edge, form, bits, device, saved=saved)
     kernel.launch(
         count, x.data_ptr(), scale, out, mask, sums, kept, *told, program.step, program.threshold
     )

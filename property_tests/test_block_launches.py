@@ -28,11 +28,13 @@ from quest.quantizer import Quantizer, parse
 
 pytestmark = pytest.mark.whole
 
-# A thread block of a device that holds twelve warps of these registers, and its multiprocessor,
-# which keeps 1 KiB of each thread block for itself.
+# A thread block of a device, and its multiprocessor, which keeps 1 KiB of each thread block for
+# itself.
 BLOCK_BYTES, BYTES, KEPT = 227 * 1024, 228 * 1024, 1024
-DECLARED = 3072  # at most, besides the tiles
+DECLARED = 3072  # at most, besides what a launch asks for
 WARPS, TEAMS = 12, 4
+ENTRIES, AT_ONCE = 32 * 128, {2: 16, 4: 12}  # of a warp; warps of a multiprocessor by bytes of one
+GATHERED = 32 * (16 + 32)  # of a warp: for each block what is narrow, a mask and codes of two bits
 
 ONE = "uniform1/hadamard128/clip1.3/dense"
 TWO = "uniform2/hadamard128/ste/dense"
@@ -139,7 +141,7 @@ class Kernel:
         self.device.launches.append({**told, "macros": macros, "count": count})
         width = 128 * told["blocks"]
         norms = prologue in (blocks.NORMED, blocks.ADDED)
-        self.check_shape(count, told, 2 * width if norms else 0)
+        self.check_shape(count, told)
         dtype = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16}[macros["IN"]]
         chunk = 16 // dtype.itemsize
         rows = told["total"] // told["blocks"]
@@ -169,23 +171,25 @@ class Kernel:
             self.device.put(told["shown"], x)
         self.emit(x, told)
 
-    def check_shape(self, count: int, told: dict[str, Any], weight: int) -> None:
-        """Every block of every row has one thread, and its tile; as many run as at once can."""
+    def check_shape(self, count: int, told: dict[str, Any]) -> None:
+        """Every block of every row has its place in a warp's tile; as many run as at once can."""
         total, of_row, units = told["total"], told["blocks"], told["units"]
         warps, segment, teams = told["warps"], told["segment"], told["teams"]
         assert self.threads == 32 * warps * teams
         assert 1 <= warps <= WARPS
         assert 1 <= teams <= TEAMS
-        # Of a warp two tiles of 32 blocks of 128 entries of two bytes, or one of four.
-        assert self.shared == warps * teams * 2 * 32 * 128 * 2 + weight
+        size = 4 if self.macros["IN"] == blocks.INPUTS[torch.float32] else 2
+        assert self.shared == warps * teams * (size * ENTRIES + GATHERED)
+        assert self.macros["REGISTERS"] * 32 * AT_ONCE[size] <= 65536
         # Rows of a power of two share a warp, and no warp's turn is without a row.
         packs = of_row in (1, 2, 4, 8, 16)
         assert segment == of_row if packs else segment == 32
         assert warps == 1 or not packs
         assert 32 % segment == 0
         # A team of several rows is compiled for its warps: each of its threads has its own slots.
-        of_team, slots = self.macros["ROWS"], self.macros["WARPS"]
-        assert slots == (warps if of_team > 1 else 0)
+        # Of one row: for a share of a warp, for one, or for several.
+        of_team, kind = self.macros["ROWS"], self.macros["WARPS"]
+        assert kind == (warps if of_team > 1 else 0 if packs else 1 if warps == 1 else 2)
         assert of_team == 1 or self.macros["FORM"] != blocks.VALUES
         assert of_team == 1 or (not packs and warps * teams <= 4)
         unit = 32 if packs else of_team * of_row
@@ -196,8 +200,9 @@ class Kernel:
             for lane in range(min(32, min(unit, total - first) - part * 32))
         ]  # fmt: skip
         assert held == list(range(total))
-        declared = DECLARED + (4 * 2 * 32 * slots * 4 * teams if of_team > 1 else 0)
-        at_once = min(WARPS // (warps * teams), BYTES // (self.shared + declared + KEPT))
+        declared = DECLARED + (4 * 2 * 32 * warps * 4 * teams if of_team > 1 else 0)
+        at_once = AT_ONCE[size] // (warps * teams)
+        at_once = min(at_once, BYTES // (self.shared + declared + KEPT))
         assert count == min(math.ceil(units / teams), at_once * self.device.processors)
 
     def emit(self, x: Tensor, told: dict[str, Any]) -> None:
@@ -211,7 +216,7 @@ class Kernel:
         if edge:
             assert not isinstance(q.estimator, STE)
             assert told["threshold"] == q.thresholds()[0]
-            assert told["mask"] or macros["PROLOGUE"] == blocks.PLAIN
+            assert told["mask"]
         assert (told["saved"] != 0) == (saved != 0)
         made = _reference(x, q, form, bits, saved, edge)
         for name in ("out", "scale", "mask", "sums", "saved"):
@@ -436,16 +441,17 @@ def test_rows_of_a_norm(spec: str, asked: Any, dtype: torch.dtype, device: Devic
 
 @pytest.mark.parametrize("of_row", [1, 3, 16, 32, 33, 64, 86, 192])
 def test_norms_of_any_width(of_row: int, device: Device) -> None:
-    """A row of weights takes its room of a multiprocessor."""
+    """With a residual, too, which takes no room of a multiprocessor."""
     device.q = q = parse(FOUR)
     x, weight = _rows(14, 128 * of_row).half(), torch.linspace(-1, 2, 128 * of_row).half()
     device.known[:] = [x, weight]
     for rows in (1, 14):
-        made = blocks.normed(
-            x[:rows], None, weight, 0.25, _program(q, 128 * of_row), form=blocks.INTEGERS
-        )
-        expected = eager.normed(x[:rows], None, weight, 0.25)[1]
-        _check_made(made, expected, None, q, (blocks.INTEGERS, 0, True, 0), False, False)
+        for residual in (None, x[-rows:]):
+            given = (x[:rows], residual, weight, 0.25)
+            made = blocks.normed(*given, _program(q, 128 * of_row), form=blocks.INTEGERS)
+            h, expected = eager.normed(*given)
+            added = None if residual is None else h
+            _check_made(made, expected, added, q, (blocks.INTEGERS, 0, True, 0), False, False)
 
 
 # --- what is taken ----------------------------------------------------------------------------
@@ -471,16 +477,15 @@ def test_the_widths_that_are_taken(device: Device, monkeypatch: pytest.MonkeyPat
     for width, taken in ((0, False), (128, True), (49152, True), (49280, False)):
         for dtype in blocks.INPUTS:
             assert blocks.supports(program, torch.empty(1, width, dtype=dtype)) == taken
-    assert not blocks.supports(program, torch.empty(1, 49152), weighted=True)
     monkeypatch.setattr(cuda, "unavailable", lambda _: "there is none")
     assert not blocks.supports(program, torch.empty(1, 256))
 
 
 def test_the_finest_step(device: Device) -> None:
-    """Entries are sqrt(d) sigma at most, in steps fewer than 2^22: there is a float for a half."""
+    """Entries are sqrt(d) sigma at most, in steps fewer than 2^14: 16 bits hold them all."""
     program = _program(parse(FOUR), 256)
     x = torch.empty(1, 16384)
-    for step, taken in ((2.0**-15, False), (math.nextafter(2.0**-15, 1), True)):
+    for step, taken in ((2.0**-7, False), (math.nextafter(2.0**-7, 1), True)):
         assert blocks.supports(dataclasses.replace(program, step=step), x) == taken
 
 
@@ -548,25 +553,33 @@ def test_rows_too_far_apart(dtype: torch.dtype) -> None:
 # --- a multiprocessor -------------------------------------------------------------------------
 
 
-def test_registers_of_a_thread() -> None:
-    """As many as twelve warps can have of 64 Ki, which warps get in eights for each thread."""
-    assert blocks.REGISTERS == 65536 // (12 * 32) // 8 * 8
-    assert blocks.macros(torch.half, 16, True, blocks.CODES, 0)["REGISTERS"] == blocks.REGISTERS
+@pytest.mark.parametrize("dtype", list(blocks.INPUTS), ids=str)
+def test_registers_of_a_thread(dtype: torch.dtype) -> None:
+    """As many as so many warps can have of 64 Ki, which warps get in eights for each thread."""
+    for prologue in (blocks.PLAIN, blocks.GATED, blocks.NORMED, blocks.ADDED):
+        macros = blocks.macros(dtype, 16, True, blocks.CODES, 0, prologue)
+        assert macros["REGISTERS"] == 65536 // (AT_ONCE[dtype.itemsize] * 32) // 8 * 8
 
 
-def test_the_last_byte_of_a_multiprocessor(device: Device) -> None:
+# Rows of 16 blocks share a warp; those of five a team of six, each with slots of its own.
+@pytest.mark.parametrize(("of_row", "slots"), [(16, 0), (5, 4 * 4 * 2 * 32 * 4)])
+@pytest.mark.parametrize(("size", "most"), [(2, 4), (4, 3)])
+def test_the_last_byte_of_a_multiprocessor(
+    size: int, most: int, of_row: int, slots: int, device: Device
+) -> None:
     """Each thread block has 1 KiB more than it asks for, of what all may ask for and one KiB."""
-    tiles = 4 * 16384 + DECLARED + 8192
-    for count in (2, 3):
+    each = 4 * (size * ENTRIES + GATHERED) + DECLARED + slots + KEPT
+    for count in range(2, most + 1):
         for less, at_once in ((0, count), (1, count - 1)):
-            device.shared = count * (tiles + KEPT) - KEPT - less
-            assert blocks._grid(10**6, 16, None, 8192)[0] == at_once  # type: ignore[arg-type]
+            device.shared = count * each - KEPT - less
+            assert blocks._grid(10**6, of_row, None, size)[0] == at_once  # type: ignore[arg-type]
 
 
-def test_a_launch_without_a_row_of_weights(device: Device) -> None:
+@pytest.mark.parametrize(("size", "most"), [(2, 4), (4, 3)])
+def test_memory_for_more(size: int, most: int, device: Device) -> None:
     """Registers alone say how many run at once."""
-    device.shared = 99 * 1024
-    assert blocks._grid(10**6, 16, None)[0] == 3  # type: ignore[arg-type]
+    device.shared = 1024 * 1024
+    assert blocks._grid(10**6, 16, None, size)[0] == most  # type: ignore[arg-type]
 
 
 def test_a_kernel_that_nothing_more_is_asked_of(
@@ -577,7 +590,7 @@ def test_a_kernel_that_nothing_more_is_asked_of(
     monkeypatch.setattr(cuda, "load", lambda code, *_, shared, **__: seen.append((code, shared)))
     given = (torch.bfloat16, 16, True, blocks.INTEGERS, 0)
     blocks._kernel(blocks._shape(32), *given, None)
-    blocks._kernel(blocks._shape(32), *given, None, blocks.PLAIN, False, 0, 0)
-    assert seen == [(blocks.macros(*given), 4 * 16384)] * 2
+    blocks._kernel(blocks._shape(32), *given, None, blocks.PLAIN, False, 0)
+    assert seen == [(blocks.macros(*given), 4 * (2 * ENTRIES + GATHERED))] * 2
     macros = seen[0][0]
     assert (macros["PROLOGUE"], macros["SHOWN"], macros["SAVED"]) == (blocks.PLAIN, 0, 0)

@@ -58,9 +58,13 @@ def test_every_variant_compiles_without_a_gpu(
     assert b"quantize" in made.code
 
 
-@pytest.mark.parametrize("shape", sorted({blocks._shape(n)[:2] for n in range(1, 49)} - {(1, 1)}))
+# Rows that share a warp, or have several, and teams of several rows; above each has one of its own.
+SHAPES = {(made.rows, made.kind) for made in map(blocks._shape, (*range(1, 49), 64))} - {(1, 1)}
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPES))
 @pytest.mark.parametrize("prologue", [blocks.PLAIN, blocks.GATED, blocks.NORMED, blocks.ADDED])
-def test_teams_of_several_rows_compile_without_a_gpu(prologue: int, shape: tuple[int, int]) -> None:
+def test_every_shape_compiles_without_a_gpu(prologue: int, shape: tuple[int, int]) -> None:
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     macros = blocks.macros(
         torch.bfloat16, 16, False, blocks.INTEGERS, 0, prologue, rows=shape[0], warps=shape[1]
@@ -159,36 +163,33 @@ def test_what_is_not_saved_does_not_compile(form: int, saved: int) -> None:
         cuda.compile_("blocks.cu", "sm_90a", macros, cached=False)
 
 
-@pytest.mark.parametrize("blocks_of_row", [1, 5, 16, 24, 32, 40, 44, 64, 86, 192])
-def test_thread_blocks_with_weights_fit_a_multiprocessor(
-    blocks_of_row: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("blocks_of_row", [*range(1, 49), 64, 86, 112, 192, 384])
+def test_thread_blocks_fit_a_multiprocessor(
+    blocks_of_row: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a launch with so many thread blocks all run at once."""
+    """Of a launch with so many thread blocks all run at once; tiles leave room for the warps."""
     monkeypatch.setattr(cuda, "shared", lambda _: 227 * 1024)
     monkeypatch.setattr(cuda, "processors", lambda _: 10)
-    more = 256 * blocks_of_row
-    count, told, shape = blocks._grid(10**6, blocks_of_row, 0, more)
+    count, _, shape = blocks._grid(10**6, blocks_of_row, 0, size)
     warps = shape.warps * shape.teams
-    each = warps * blocks.SHARED_OF_WARP + more + blocks.STATIC + blocks.RESERVED
+    each = warps * (size * 32 * 128 + blocks.GATHERED) + blocks.STATIC + blocks.RESERVED
     each += warps * blocks.SLOTS_OF_WARP if shape.rows > 1 else 0
     assert count % 10 == 0
     assert count // 10 * each <= 228 * 1024
-    plain, same, _ = blocks._grid(10**6, blocks_of_row, 0)
-    assert told == same
-    assert count <= plain
-    assert (count == plain) == (blocks_of_row in (1, 5, 16, 32))
+    assert count // 10 * warps * 32 * blocks.REGISTERS[size] <= 65536
+    most = {2: 16, 4: 12}[size] // warps
+    # Of float32 slots of each thread leave room for one less.
+    assert most - (size == 4 and shape.rows > 1) <= count // 10 <= most
 
 
 @pytest.mark.parametrize("blocks_of_row", [*range(1, 49), 86, 112, 384])
-def test_shapes_fit_a_multiprocessor(blocks_of_row: int) -> None:
-    rows, warps, segment, teams, resident = blocks._shape(blocks_of_row)
+def test_shapes_fit_a_thread_block(blocks_of_row: int) -> None:
+    rows, warps, segment, teams = blocks._shape(blocks_of_row)
     assert rows * blocks_of_row <= warps * 32 < rows * blocks_of_row + 32
     assert segment in (blocks_of_row, blocks.TILE)
     assert 1 <= warps * teams <= 12
-    assert resident >= 1
-    assert warps * teams * resident * 32 * blocks.REGISTERS <= 65536
-    each = blocks._bytes(blocks._shape(blocks_of_row), 0) + blocks.RESERVED
-    assert resident * each <= 228 * 1024
+    assert blocks._bytes(blocks._shape(blocks_of_row), 4) <= 227 * 1024
 
 
 @pytest.mark.parametrize(
@@ -223,28 +224,29 @@ def test_limits_of_a_device_and_of_a_grid(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(cuda, "shared", lambda _, limit=limit: limit)
         assert blocks.supports(program, x) == fits
     monkeypatch.setattr(cuda, "shared", lambda _: 227 * 1024)
-    for step, fits in ((4.0e-5, False), (4.1e-5, True)):  # sqrt(28672) / 2^22 lies between
+    for step, fits in ((0.0103, False), (0.0104, True)):  # sqrt(28672) / 2^14 lies between
         assert blocks.supports(dataclasses.replace(program, step=step), x) == fits
 
 
-def test_a_row_of_weights_beside_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row's bytes, to the last one of what a block may have; and of a multiprocessor."""
+@pytest.mark.parametrize("dtype", list(blocks.INPUTS), ids=str)
+def test_the_last_byte_of_a_thread_block(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles have room wherever they are taken: those of 16 bits where those of float32 have it."""
     monkeypatch.setattr(cuda, "unavailable", lambda _: None)
-    x = torch.empty(1, 28672, dtype=torch.bfloat16)
-    program = ops.program(parse(SPECS[3]), x)
-    tiles = 7 * blocks.SHARED_OF_WARP + blocks.STATIC
-    for limit, plain, weighted in (
-        (tiles - 1, False, False), (tiles, True, False), (tiles + 2 * 28672 - 1, True, False),
-        (tiles + 2 * 28672, True, True),
-    ):  # fmt: skip
-        monkeypatch.setattr(cuda, "shared", lambda _, limit=limit: limit)
-        assert blocks.supports(program, x) == plain
-        assert blocks.supports(program, x, weighted=True) == weighted
-    monkeypatch.setattr(cuda, "shared", lambda _: 227 * 1024)
-    monkeypatch.setattr(cuda, "processors", lambda _: 10)
-    # Three thread blocks of four warps have 76 KiB each, with STATIC and RESERVED.
-    for more, resident in ((8192, 3), (8193, 2)):
-        assert blocks._grid(10**6, 16, 0, more)[0] == 10 * resident
+    for width, warps, more in (
+        (28672, 7, 0),
+        # Three rows of 40 blocks have four warps, whose threads have slots; but not of values.
+        (5120, 4, 4 * blocks.SLOTS_OF_WARP),
+    ):
+        x = torch.empty(1, width, dtype=dtype)
+        program = ops.program(parse(SPECS[3]), x)
+        own, most = (
+            warps * (size * 32 * 128 + 1536) + blocks.STATIC + more for size in (dtype.itemsize, 4)
+        )
+        for limit, fits in ((own - 1, False), (most, True)):
+            monkeypatch.setattr(cuda, "shared", lambda _, limit=limit: limit)
+            assert blocks.supports(program, x) == fits
 
 
 def test_sums_that_it_does_not_make() -> None:

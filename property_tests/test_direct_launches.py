@@ -189,7 +189,7 @@ def test_the_kernel_of_a_prologue_alone(monkeypatch: pytest.MonkeyPatch) -> None
     x = torch.zeros(3, 256, dtype=torch.bfloat16)
     blocks.launch_prologue(x, x, program, blocks.INTEGERS, 0, blocks.GATED, 16, 32, 48)
     assert asked == [
-        (1, torch.bfloat16, 16, False, blocks.INTEGERS, 0, None, blocks.GATED, False, 0, 0)
+        (1, torch.bfloat16, 16, False, blocks.INTEGERS, 0, None, blocks.GATED, False, 0)
     ]
 
 

@@ -43,10 +43,12 @@ def _strided(t: Tensor) -> Tensor:
     [(1, 1, 4), (31, 1, 4), (33, 4, 1), (49, 2, 2), (65, 3, 1), (129, 5, 1)],
 )
 def test_a_thread_block_of_the_block_quantizer(count: int, warps: int, teams: int) -> None:
-    """Four warps, or the team's where it has more than two; each with two buffers of 32 blocks."""
+    """Four warps, or the team's where it has more than two; each with a tile of 32 blocks."""
     shape = blocks._shape(count)
     assert (shape.warps, shape.teams) == (warps, teams)
-    assert shape.tiles == warps * teams * 2 * 32 * 2 * 128
+    for size in (2, 4):
+        each = size * 32 * 128 + 32 * (16 + 32)  # and, of each block, mask and codes
+        assert shape.shared(size) == warps * teams * each
 
 
 def test_how_much_a_block_of_few_rows_quantizes() -> None:

@@ -113,28 +113,40 @@ def test_parameters_of_the_quantizer(prologue: int, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("count", "shape"),
+    ("count", "shape", "at_once"),
     [
-        (1, (1, 1, 1, 4, 3)), (2, (1, 1, 2, 4, 3)), (16, (1, 1, 16, 4, 3)), (3, (6, 1, 32, 4, 3)),
-        (5, (6, 1, 32, 4, 3)), (20, (3, 2, 32, 2, 3)), (24, (4, 3, 32, 1, 4)),
-        (28, (1, 1, 32, 4, 3)), (31, (1, 1, 32, 4, 3)), (32, (1, 1, 32, 4, 3)),
-        (33, (3, 4, 32, 1, 3)), (40, (3, 4, 32, 1, 3)), (44, (2, 3, 32, 1, 4)),
-        (48, (2, 3, 32, 1, 4)), (49, (1, 2, 32, 2, 3)), (64, (1, 2, 32, 2, 3)),
-        (65, (1, 3, 32, 1, 4)), (86, (1, 3, 32, 1, 4)), (128, (1, 4, 32, 1, 3)),
-        (129, (1, 5, 32, 1, 2)), (384, (1, 12, 32, 1, 1)),
+        (1, (1, 1, 1, 4), (4, 3)), (2, (1, 1, 2, 4), (4, 3)), (16, (1, 1, 16, 4), (4, 3)),
+        (3, (6, 1, 32, 4), (4, 2)), (5, (6, 1, 32, 4), (4, 2)), (20, (3, 2, 32, 2), (4, 2)),
+        (24, (4, 3, 32, 1), (5, 3)), (28, (1, 1, 32, 4), (4, 3)), (31, (1, 1, 32, 4), (4, 3)),
+        (32, (1, 1, 32, 4), (4, 3)), (33, (3, 4, 32, 1), (4, 2)), (40, (3, 4, 32, 1), (4, 2)),
+        (44, (2, 3, 32, 1), (5, 3)), (48, (2, 3, 32, 1), (5, 3)), (49, (1, 2, 32, 2), (4, 3)),
+        (64, (1, 2, 32, 2), (4, 3)), (65, (1, 3, 32, 1), (5, 4)), (86, (1, 3, 32, 1), (5, 4)),
+        (128, (1, 4, 32, 1), (4, 3)), (129, (1, 5, 32, 1), (3, 2)), (384, (1, 12, 32, 1), (1, 1)),
     ],
 )  # fmt: skip
-def test_rows_of_blocks(count: int, shape: tuple[int, int, int, int, int]) -> None:
-    """Rows of a team, its warps, blocks of a row that share a warp, teams of a thread block, and
-    thread blocks of a multiprocessor: twelve warps are what its registers hold.
+def test_rows_of_blocks(
+    count: int,
+    shape: tuple[int, int, int, int],
+    at_once: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows of a team, its warps, blocks of a row that share a warp, and teams of a thread block.
+
+    at_once: thread blocks of a multiprocessor of Hopper, of 16 bits and of float32: sixteen or
+    twelve warps are what its registers hold, less what shared memory has no room for.
     """
+    monkeypatch.setattr(cuda, "shared", lambda _: 227 * 1024)
+    monkeypatch.setattr(cuda, "processors", lambda _: 10)
     made = blocks._shape(count)
     assert made == shape
     alone = blocks._shape(count, False)
     assert alone == (made if shape[0] == 1 else (1, *alone[1:]))
     assert alone.warps == -(-count // 32)
-    assert made.warps * made.teams * made.resident <= blocks.RESIDENT
-    assert made.tiles == made.warps * made.teams * 2 * 32 * 2 * 128
+    for size, most in zip((2, 4), at_once, strict=True):
+        assert blocks._grid(10**6, count, 0, size)[::2] == (10 * most, made)
+        assert made.warps * made.teams * most <= blocks.RESIDENT[size]
+        each = size * 32 * 128 + 32 * (16 + 32)
+        assert made.shared(size) == made.warps * made.teams * each
 
 
 @pytest.mark.parametrize(

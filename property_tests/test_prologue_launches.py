@@ -91,12 +91,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return seen
 
 
-def _there(monkeypatch: pytest.MonkeyPatch, weighted: bool) -> None:
-    """There is a kernel for 16 bits, with the weight of a norm or without, as it is asked for."""
-    monkeypatch.setattr(
-        prologue, "has_kernel",
-        lambda spec, x, more=False: parse(spec) and x.dtype in HALVES and more is weighted,
-    )  # fmt: skip
+def _there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is a kernel for 16 bits."""
+    monkeypatch.setattr(prologue, "has_kernel", lambda spec, x: parse(spec) and x.dtype in HALVES)
 
 
 def _pair(dtype: torch.dtype, *lead: int) -> tuple[Tensor, Tensor]:
@@ -116,7 +113,7 @@ def test_a_gate(
     dtype: torch.dtype, name: str, launched: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One launch for 16 bits, which reads the inputs where they lie; rows where asked for."""
-    _there(monkeypatch, False)
+    _there(monkeypatch)
     spec, kind = SPECS[name]
     for lead in ((2, 3), (), (0,)):
         gate, value = _pair(dtype, *lead)
@@ -138,7 +135,7 @@ def test_a_gate_that_is_trained(
     saves: bool, name: str, launched: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a mask, and where it saves with the operand as it waits for the backward."""
-    _there(monkeypatch, False)
+    _there(monkeypatch)
     q, kind = parse(SPECS[name][0]), SPECS[name][1]
     for dtype in (torch.float32, *HALVES):
         for rows in (3, 0):
@@ -158,7 +155,7 @@ def test_a_norm(
     few_rows: bool, adds: bool, name: str, launched: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a gate; and the sum with a residual, in one piece. Of few rows, without, by another."""
-    _there(monkeypatch, True)
+    _there(monkeypatch)
     monkeypatch.setattr(paths, "norms_few_rows", lambda _: few_rows)
     one = "normed rows" if few_rows and not adds else "normed"
     spec, kind = SPECS[name]
@@ -226,39 +223,36 @@ def _like(dtype: torch.dtype, is_cuda: bool = True) -> Any:
 
 
 def test_for_which_rows_there_is_a_kernel(shared: list[int]) -> None:
-    """16 bits on CUDA, where the quantizer has one; with a weight, where that fits beside it."""
+    """16 bits on CUDA, where the quantizer has one."""
     four = SPECS["w4a4"][0]
-    for weighted in (False, True):
-        for dtype in HALVES:
-            assert prologue.has_kernel(four, _like(dtype), weighted)
-            assert not prologue.has_kernel(four, _like(dtype, False), weighted)
-            for other in (
-                "uniform4/hadamard32/ste/dense", "uniform4/hadamard128/ste/2:4",
-                "lloyd_max4/hadamard128/ste/dense", quest.recipe("bf16").activation.spec,
-            ):  # fmt: skip
-                assert not prologue.has_kernel(other, _like(dtype), weighted)
-        for dtype in (torch.float32, torch.float64, torch.int16):
-            assert not prologue.has_kernel(four, _like(dtype), weighted)
+    for dtype in HALVES:
+        assert prologue.has_kernel(four, _like(dtype))
+        assert not prologue.has_kernel(four, _like(dtype, False))
+        for other in (
+            "uniform4/hadamard32/ste/dense", "uniform4/hadamard128/ste/2:4",
+            "lloyd_max4/hadamard128/ste/dense", quest.recipe("bf16").activation.spec,
+        ):  # fmt: skip
+            assert not prologue.has_kernel(other, _like(dtype))
+    for dtype in (torch.float32, torch.float64, torch.int16):
+        assert not prologue.has_kernel(four, _like(dtype))
 
 
-def test_what_a_weight_takes_of_shared_memory(shared: list[int]) -> None:
-    """Two bytes an entry beside the rows."""
-    four, rows = SPECS["w4a4"][0], blocks._shape(2).tiles + blocks.STATIC
-    for more, plain, weighted in ((-1, False, False), (0, True, False), (511, True, False),
-                                  (512, True, True)):  # fmt: skip
-        shared[0] = rows + more
+def test_what_rows_take_of_shared_memory(shared: list[int]) -> None:
+    """There is room where float32 has it, too."""
+    four, shape = SPECS["w4a4"][0], blocks._shape(2)
+    for bytes_, there in ((shape.shared(2) - 1, False), (shape.shared(4), True)):
+        shared[0] = bytes_ + blocks.STATIC
         prologue._fits_there.cache_clear()
         for dtype in HALVES:
-            assert prologue.has_kernel(four, _like(dtype)) is plain
-            assert prologue.has_kernel(four, _like(dtype), True) is weighted
+            assert prologue.has_kernel(four, _like(dtype)) is there
 
 
 def test_the_question_takes_no_memory(monkeypatch: pytest.MonkeyPatch, shared: list[int]) -> None:
     seen: list[Tensor] = []
 
-    def supports(program: Any, x: Tensor, weighted: bool) -> bool:
+    def supports(program: Any, x: Tensor) -> bool:
         seen.append(x)
-        return program.levels == 16 and not weighted
+        return program.levels == 16
 
     monkeypatch.setattr(blocks, "supports", supports)
     assert prologue.has_kernel(SPECS["w4a4"][0], _like(torch.float16))
@@ -352,9 +346,8 @@ def test_the_device_of_a_launch(launched: list[Any], monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(ops, "device_of", device_of)
     x, other = _pair(torch.bfloat16, 3)
-    _there(monkeypatch, False)
+    _there(monkeypatch)
     prologue.launch_gated_encode(x, other, *FOUR)
-    _there(monkeypatch, True)
     prologue.launch_normed_encode(x, other, ONES.bfloat16(), 1e-5, *FOUR)
     assert [t is x for t in seen] == [True, True]
     assert len(launched) == 2

@@ -72,10 +72,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     return made
 
 
-def _there(monkeypatch: pytest.MonkeyPatch, weighted: tuple[bool, ...] = (False, True)) -> None:
+def _there(monkeypatch: pytest.MonkeyPatch, there: bool = True) -> None:
     monkeypatch.setattr(
         prologue, "has_kernel",
-        lambda spec, x, more=False: bool(parse(spec)) and x.dtype in HALVES and more in weighted,
+        lambda spec, x: bool(parse(spec)) and x.dtype in HALVES and there,
     )  # fmt: skip
 
 
@@ -117,8 +117,7 @@ def _norm(eps: float | None = 1e-5, dtype: torch.dtype = HALF) -> nn.RMSNorm:
 def test_a_gate_before_a_frozen_layer(
     recipe: str, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The numbers are those of the rows; the kernel with a norm's weight need not be there."""
-    _there(monkeypatch, (False,))
+    """The numbers are those of the rows."""
     (layer,), (gate, up) = _frozen(monkeypatch, recipe), (t[:, None] for t in _pair())
     with torch.no_grad():
         y = quest.gated(gate, up, layer)
@@ -131,7 +130,6 @@ def test_a_gate_before_a_frozen_layer(
 def test_a_norm_before_frozen_layers(
     recipe: str, adds: bool, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _there(monkeypatch, (True,))
     layers, norm = _frozen(monkeypatch, recipe, (8, 16)), _norm()
     x, other = (t[:, None] for t in _pair())
     residual = other if adds else None
@@ -227,7 +225,7 @@ def test_what_keeps_a_frozen_layer_from_it(
     if case == "values":
         layers = [_layer().eval().freeze()]
     elif case == "another device's kernel":
-        _there(monkeypatch, ())
+        _there(monkeypatch, False)
     elif case == "few":  # compiled
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     cast: Any = contextlib.nullcontext()
@@ -387,6 +385,6 @@ def test_what_keeps_a_gate_from_it(seen: Seen, monkeypatch: pytest.MonkeyPatch) 
             y = quest.gated(gate, up, layer)
             assert y.dtype == torch.float16
             assert torch.equal(y, layer(F.silu(gate) * up))
-        _there(monkeypatch, ())
+        _there(monkeypatch, False)
         assert torch.equal(quest.gated(gate, up, layer), layer(F.silu(gate) * up))
     assert seen.none()

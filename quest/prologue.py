@@ -301,15 +301,13 @@ def normed_encode_shown(
     return made
 
 
-def _held(
-    layers: Sequence[nn.Module], x: Tensor, weighted: bool = False, summed: bool = False
-) -> frozen.Frozen | None:
+def _held(layers: Sequence[nn.Module], x: Tensor, summed: bool = False) -> frozen.Frozen | None:
     """The frozen weight of layers that a prologue can stand before; x: like their input.
 
-    weighted: by a norm; summed: of a sum. Not where something must see a layer's call or another
-    dtype; nor, compiled, where the compiler's one kernel for all that comes before and a kernel for
-    few rows take less: that which quantizes and multiplies, and behind a sum and its norm that
-    which quantizes alone.
+    summed: by a norm of a sum. Not where something must see a layer's call or another dtype; nor,
+    compiled, where the compiler's one kernel for all that comes before and a kernel for few rows
+    take less: that which quantizes and multiplies, and behind a sum and its norm that which
+    quantizes alone.
     """
     if torch.is_grad_enabled():
         return None
@@ -425,7 +423,7 @@ def behind_norm(
     weight = _weight(norm, x) if residual is None or residual.dtype == x.dtype else None
     held = None
     if weight is not None and not isinstance(layers, nn.Module):
-        held = _held(layers, x, True, residual is not None)
+        held = _held(layers, x, residual is not None)
     if held is None:
         h = x if residual is None else residual + x
         return h, projected(norm(h), layers, gate)

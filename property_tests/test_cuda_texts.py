@@ -76,8 +76,8 @@ def _variants() -> Iterator[Variant]:
             (blocks.VALUES, 0, 0), (blocks.PACKED, 1, 0), (blocks.PACKED, 4, 0),
             (blocks.CODES, 0, 0), (blocks.INTEGERS, 0, 2), (blocks.INTEGERS, 0, 4),
         ):  # fmt: skip
-            for several in ({}, {"rows": 2, "warps": 3}):
-                macros = blocks.macros(dtype, 4, True, form, bits, prologue, saved=saved, **several)
+            for shape in ({}, {"warps": 0}, {"warps": 2}, {"rows": 2, "warps": 3}):
+                macros = blocks.macros(dtype, 4, True, form, bits, prologue, saved=saved, **shape)
                 yield made("blocks.cu", tuple(macros.items()))
     for dtype, kind in itertools.product((SIXTEEN, FLOAT), blocks.OPERANDS):
         for normed in (False, True)[: 2 - (dtype == FLOAT)]:
@@ -135,40 +135,68 @@ def test_named_barriers_are_there_and_apart(source: str) -> None:
             assert {*met} <= {*range(1, 16)}, (number, met)
 
 
-PROMISE = re.compile(
-    r"different banks\.\n(?:template <int (\w+)> )?.*\(\w+ (\w+), \w+ (\w+)\) \{\n([^{}]*)\n\}"
-)
-
-
-def _places(source: str, names: Names, count: int, shape: tuple[int, int]) -> list[list[int]]:
-    """What the function that promises different banks gives for both arguments below `shape`.
-
-    count: its template argument, if it has one.
-    """
-    promise = PROMISE.search(cuda._text(source))
-    assert promise is not None, f"no function of {source} promises different banks"
-    body = " ".join(promise[4].split())
-    ((line, around),) = (s for s in statements(body) if s[0].startswith("return "))
+def _places(name: str, text: Text, shape: tuple[int, int]) -> list[list[int]]:
+    """What a function of a row and a chunk gives for all below `shape`: places of 16 bytes."""
+    (function,) = text.functions[name]
+    declared = re.search(rf"\b{name}\(\w+ (\w+), \w+ (\w+)\)", text.code)
+    assert declared is not None
+    ((line, around),) = (s for s in statements(function.body) if s[0].startswith("return "))
     of = line.removeprefix("return ")
     made = [
         value(of, world)
         for row, chunk in itertools.product(*map(range, shape))
-        for world in worlds(
-            around, {**names, promise[1]: count, promise[2]: row, promise[3]: chunk}
-        )
+        for world in worlds(around, {**text.names, declared[1]: row, declared[2]: chunk})
     ]
     assert sorted(made) == [*range(shape[0] * shape[1])]  # each has its own, and none is left
     return [made[at : at + shape[1]] for at in range(0, len(made), shape[1])]
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 8, 16, 32])
-def test_chunks_of_blocks_lie_in_different_banks(count: int) -> None:
+def test_chunks_of_float32_lie_in_different_banks() -> None:
     """CUDA C++ Programming Guide, Shared Memory: 32 banks of 4 bytes. Chunks of 16 bytes lie in
-    different ones where their places differ modulo 8.
+    different ones where their places differ modulo 8. Of lanes 4 r + q eight at a time read or
+    write, four of each of two blocks: wherever `turned` is asked for a place.
     """
-    found = _places("blocks.cu", {}, count, (blocks.TILE, count))
-    for first, chunk in itertools.product(range(0, blocks.TILE, 8), range(count)):
-        assert len({row[chunk] % 8 for row in found[first : first + 8]}) == 8, (first, chunk)
+    whole = cuda._text("blocks.cu")
+    text = next(text for v, text in _of("blocks.cu") if ("IN", blocks.INPUTS[FLOAT]) in v.macros)
+    found = _places("turned", text, (8, 32))
+    calls = [split(whole[c.end() : closing(whole, c.end() - 1)])
+             for c in re.finditer(r"(?<!int )\bturned\(", whole)]  # fmt: skip
+    assert len(calls) == 4, calls
+    for row, chunk in calls:
+        for i, pair in itertools.product(range(8), range(0, 8, 2)):
+            met = []
+            for r, q in itertools.product((pair, pair + 1), range(4)):
+                world = {"r": r, "eighth": r, "q": q, "quad": q, "i": i}
+                met.append(found[value(row, world)][value(chunk, world)] % 8)
+            assert len({*met}) == 8, (chunk, i, pair)
+
+
+def test_chunks_of_sixteen_bits_lie_in_different_banks() -> None:
+    """As above: a lane's chunks lie 32 apart, and those of lanes in a row in a row."""
+    whole = cuda._text("blocks.cu")
+    assert "*const own = tile + lane;" in whole
+    seen = 0
+    for _, text in ((v, t) for v, t in _of("blocks.cu") if not t.names["WIDE"]):
+        for use in re.finditer(r"\bown(?:\[| \+ \()", whole):
+            place = whole[use.end() : closing(whole, use.end() - 1)]
+            for g, i in itertools.product(range(text.names["GROUPS"]), range(4)):
+                assert value(place, {**text.names, "g": g, "i": i}) % 32 == 0
+            seen += 1
+    assert seen
+
+
+def test_tiles_and_what_is_gathered_have_room() -> None:
+    """Of the shared memory that a warp is launched with; no variant leaves some that all leave."""
+    (gathered,) = re.findall(r"struct Gathered \{([^{}]*)\}", cuda._text("blocks.cu"))
+    left = set()
+    for variant, text in _of("blocks.cu"):
+        names, macros = text.names, dict(variant.macros)
+        arrays = re.findall(r"u32 \w+\[(.+?)\]\[(.+?)\];", gathered)
+        bytes_ = 4 * sum(value(a, names) * value(b, names) for a, b in arrays)
+        bytes_ += 16 * names["TILE"] * names["CHUNKS"]
+        dtype = next(t for t, number in blocks.INPUTS.items() if number == macros["IN"])
+        left.add(blocks.Shape(1, 1, blocks.TILE, 1).shared(dtype.itemsize) - bytes_)
+    assert min(left) == 0
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -176,9 +204,9 @@ def test_chunks_of_blocks_lie_in_different_banks(count: int) -> None:
 def test_chunks_of_few_rows_lie_in_different_banks(tiles: int, bits: int) -> None:
     """As above, for eight chunks in a row of A; of one bit a step has but four."""
     step, asked = 4 * few._parts(bits), {("BITS", bits), ("NT", tiles)}
-    names = next(text.names for v, text in _of("few.cu") if asked <= {*v.macros})
+    text = next(text for v, text in _of("few.cu") if asked <= {*v.macros})
     at_once = min(8, step)
-    for row in _places("few.cu", names, 0, (8 * tiles, 3 * step)):
+    for row in _places("place", text, (8 * tiles, 3 * step)):
         for first in range(0, 3 * step, at_once):
             assert len({at % 8 for at in row[first : first + at_once]}) == at_once, first
 

@@ -223,10 +223,5 @@ inline int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 32; i += 8) c += (int8_t)(a >> i) * (int8_t)(b >> i);
   return c;
 }
-inline unsigned __vsub4(unsigned a, unsigned b) {
-  unsigned r = 0;
-  for (int i = 0; i < 32; i += 8) r |= (((a >> i) - (b >> i)) & 0xFF) << i;
-  return r;
-}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }

@@ -112,4 +112,5 @@ def _changes(text: str) -> Iterator[tuple[str, int, int, str]]:
         for m in pattern.finditer(text):
             yield "remove", *m.span(1), ";"
     for m in _CHOICE.finditer(text):
-        yield "choice", *m.span(0), m[3] + m[2] + m[1]
+        if m[1] != m[3]:  # of a longer arm it is but the first word
+            yield "choice", *m.span(0), m[3] + m[2] + m[1]

@@ -13,6 +13,7 @@ from quest import frozen, fused, lowbit, operands, paths
 from quest.conformance import examine, inputs, oracle
 from quest.conformance.lanes import Lane, all_lanes
 from quest.kernels.hopper import unavailable
+from quest.quantizer import parse
 from quest.reference import bounds, quantize
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
@@ -246,6 +247,28 @@ def test_sums_of_tensor_cores_are_one_kernel_s() -> None:
         found = examine.frozen(Stub("stub", "cuda", "dispatch"), x, w, None, made)
         failed = {v.stage for v in found if v.failure is not None}
         assert failed == (set() if "fused" in given else {"frozen scale"})
+
+
+def test_whose_sums_are_those_of_tensor_cores() -> None:
+    """Of a quantizer in CUDA C++, for 16 bits, a uniform grid and blocks of 128; nobody else's."""
+    taken, gpu = "uniform4/hadamard128/ste/dense", Lane("triton-cuda", "cuda", "dispatch")
+    cases = [
+        (gpu, torch.bfloat16, taken, True), (gpu, torch.float16, taken, True),
+        (Lane("cuda-emulator", "cpu", "emulated"), torch.float16, taken, True),
+        (gpu, torch.float32, taken, False),
+        (Lane("torch-cuda", "cuda", "eager"), torch.float16, taken, False),
+        (Lane("triton-interpreter", "cpu", "launch"), torch.float16, taken, False),
+        *(
+            (gpu, torch.float16, spec, False) for spec in (
+                "uniform4/hadamard64/ste/dense", "uniform4/identity/ste/dense",
+                "e2m1/hadamard128/ste/dense", "uniform4/hadamard128/ste/2:4",
+                quest.recipe("bf16").activation.spec,
+            )
+        ),
+    ]  # fmt: skip
+    for lane, dtype, spec, expected in cases:
+        sums = examine.sums_of(lane, torch.empty(1, 256, dtype=dtype), parse(spec))
+        assert sums == (examine.TENSOR_CORES if expected else bounds.BUTTERFLY), (lane, dtype, spec)
 
 
 @pytest.mark.parametrize("few", [0, 2, 64])

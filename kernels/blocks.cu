@@ -159,12 +159,12 @@ __device__ __forceinline__ constexpr int turned(int r, int c) { return 32 * r ^ 
 // 16 bits: c = 2 z + p, of block 2 q + z the elements from 64 p + 8 r on. float32: of block r, from 32 c + 8 q.
 __device__ __forceinline__ void transform(float (&y)[32], const u32 (&w)[WORDS], const u32 (&signs)[4], uint4 *tile) {
 #if IN == FLOAT32
-  // Elements 32 q and on; what index bits 3 and 4 tell and what 5 and 6 change places, through the tile.
+  // Elements 32 q and on; what index bits 3 and 4 tell and what 5 and 6 change places, through the tile, where a
+  // lane first puts what it has read.
   const int q = threadIdx.x % 4, r = threadIdx.x % 32 / 4;
 #pragma unroll
   for (int i = 0; i < 32; i++) y[i] = __uint_as_float(w[i]);
   stage<1>(y), stage<2>(y), stage<4>(y), stage<8>(y), stage<16>(y);
-  __syncwarp();  // all have read their words
 #pragma unroll
   for (int i = 0; i < 8; i++)
     ((float4 *)tile)[turned(r, 8 * q) ^ turned(0, i)] = make_float4(y[4 * i], y[4 * i + 1], y[4 * i + 2], y[4 * i + 3]);

@@ -42,14 +42,13 @@ SPARSE_ROWS = 512
 # more, every cluster's quantizing outweighs the launch that it saves (tuning.txt, 2026-11-25).
 FUSED_ELEMENTS = 3 * 2**12
 
-# Elements of an input in inference that are quantized a row a thread block. From there on a
-# Hadamard block a thread is faster (tuning.txt): 512 rows of 4096, 190 of 11008. A compiled sum and
-# its norm before so few are the compiler's: these and this kernel take less than one for all three
-# (prefill.txt).
+# Elements of an input in inference that are quantized a row a thread block. From there on eight
+# Hadamard blocks a warp are faster (the H200's quantizer.txt, part 4): 512 rows of 4096, 190 of 11008.
+# A compiled sum and its norm before so few are the compiler's: these and this kernel take less than
+# one for all three (prefill.txt).
 OPERAND_ELEMENTS = 2**21
-# The same behind a norm, which a Hadamard block a thread makes in two passes more: at 4096 rows of
-# 2048 the one takes 19.3 us with 4 bits and the other 22.8, at twice as many rows with 1 bit 30.8
-# and 31.3 (the records' quantizer.txt).
+# The same behind a norm, which eight blocks a warp take two passes more for: at 2048 rows of 2048 both
+# take 12 us, at 4096 the one 18 to 20 and the other 16 to 17 (there, too).
 NORM_ELEMENTS = 2**22
 
 _forced: str | None = None

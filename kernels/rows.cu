@@ -1,7 +1,7 @@
 // The quantizer for few rows of blocks of 128, a row a thread block: transform, RMS, codes.
 //
-// blocks.cu gives a block of 128 to a thread, which takes the fewest instructions and, of few rows, the
-// time of one thread. Here four threads have a block, 32 elements each, and eight blocks are a warp's.
+// blocks.cu gives 32 blocks of 128 to a warp, which takes the fewest instructions and, of few rows, the time of
+// one warp. Here four threads have a block, 32 elements each, and eight blocks are a warp's at a time.
 // Of an element's index, bits 0 to 2, 5 and 6 are transformed in a thread's registers, then chunks of
 // eight change hands through shared memory, and bits 3 and 4 follow. A thread then holds 32 elements in
 // a row. A row of more blocks than the thread block's warps hold is read twice, the second time from

@@ -1,8 +1,8 @@
 """The quantizer for few rows, a row a thread block, without a mask: CUDA C++, from rows.cu.
 
 The operand of a layer's input in inference: the same function as `blocks.quantize` for what it
-supports, blocks of 128 and uniform grids. There a block of 128 is a thread's, which takes the
-fewest instructions where rows are many; of few rows a thread's time is the kernel's.
+supports, blocks of 128 and uniform grids. There a warp has 32 blocks of 128 at a time, which takes
+the fewest instructions where rows are many; of few rows a warp's time is the kernel's.
 
 `normed` makes the rows itself by RMSNorm, as `blocks.normed` does without a residual, which saves
 writing them and reading them again.

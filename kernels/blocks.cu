@@ -5,7 +5,7 @@
 // transformed by a product on the tensor cores (`rotate.cuh`), of the inputs' 16 bits as they are, and bits
 // 1, 2 and 6 by additions in a lane: no shuffle. Lane 4 r + q reads of block r of a group the chunks of
 // eight elements q + 4 i, and has, transformed, elements 64 p + 8 r and the next seven of blocks 2 q and
-// 2 q + 1. A float32 is the sum of three bfloat16, exactly: three products.
+// 2 q + 1. float32 has no product: five stages in a lane, and two more once pieces have changed hands.
 // Sums and scales of a block are held by the lane of its number: `of_blocks` and `counted` bring them there.
 //
 // A team of `warps` warps holds a row. Where a row alone would leave many threads idle it holds ROWS of
@@ -58,6 +58,7 @@ constexpr int OUT_BITS = FORM == VALUES ? IN_BITS : FORM == PACKED ? BITS : 8;  
 // Bits an element of what is gathered in shared memory, since a lane's piece is less than 4 bytes; or 0.
 constexpr int NARROW = FORM == PACKED && BITS < 4 ? BITS : SAVED == 2 ? 2 : 0;
 constexpr int GATHER = NARROW ? NARROW : 1;
+constexpr bool COUNTS = FORM == CODES || FORM == INTEGERS || OUT_BITS == 1;  // there are sums
 constexpr float ROOT = 11.313708498984761f;  // 128^0.5
 static_assert(PROLOGUE == PLAIN || IN != FLOAT32, "a prologue takes 16 bits");
 static_assert(SAVED == 0 || FORM == INTEGERS && (SAVED == 2 || SAVED == 4), "integers are saved in 2 or 4 bits");
@@ -243,7 +244,7 @@ __device__ __forceinline__ u32 emit(F v, const Scaled &by, float step, bool insi
       if (FORM == PACKED && BITS == 8) *(uint2 *)to = make_uint2(codes[0], codes[1]);
       if (FORM != PACKED) *(uint2 *)to = make_uint2(integers_of(codes[0]), integers_of(codes[1]));
     }
-    return FORM == PACKED ? 0 : __dp4a(codes[1], 0x01010101u, __dp4a(codes[0], 0x01010101u, 0u));
+    return !COUNTS ? 0 : __dp4a(codes[1], 0x01010101u, __dp4a(codes[0], 0x01010101u, 0u));
   }
 }
 
@@ -363,7 +364,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
   asm volatile("cp.async.commit_group;" ::: "memory");
   const float mean = 1.0f / (128.0f * blocks);
   for (; unit < units; unit += stride, turn++) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(0) : "memory");
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
     if (WIDE) __syncwarp();  // others copied, too
     const bool inside = lane < count;
     const i64 ahead = start + hop;
@@ -409,11 +410,11 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     s = first[team].leave(inside ? s : 0.0f, Add(), SUMS * turn + SUMS - 1, at);
     bool far = false;  // a row of a team of several, whichever
     s = first[team].fetch(s, Add(), SUMS * turn + SUMS - 1, at, [&](int row, float sum) {
-      far = !(sum >= SMALL && sum <= GREAT) && row * blocks < total - unit * whole;
+      far = row < ROWS && !(sum >= SMALL && sum <= GREAT) && row * blocks < total - unit * whole;
     });
     float sigma = sqrtf(s * mean), inner = sigma;
     // Powers of two, as floats count them: of a row, and of block `lane`, which 16 bits hold at its own.
-    int field = 127, of_own = 127;
+    int field = 127, block_field = 127;
     // Rows that share a warp, or a team, are computed again together. Those that had no need get the same
     // bits: a row's numbers are its own, whatever lies beside it.
     const bool rare = !(s >= SMALL && s <= GREAT);
@@ -426,7 +427,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
       }, Max(), lane);
       u32 top = largest[team].leave(inside ? own_top : 0, Max(), rares, at);
       top = largest[team].fetch(top, Max(), rares, at);
-      if (rare) field = min(max((int)(top >> 23), 1), 253), of_own = min(max((int)(own_top >> 23), 1), 253);
+      if (rare) field = min(max((int)(top >> 23), 1), 253), block_field = min(max((int)(own_top >> 23), 1), 253);
       const float down = power(254 - field);
       float sum = of_blocks<1, float>([&](int g) {
         u32 w[WORDS];
@@ -452,7 +453,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     u32 counted = 0;  // of codes, of blocks 2 q (low half) and 2 q + 1 of the group of block `lane`
 #pragma unroll 1
     for (int g = 0; g < GROUPS; g++) {
-      u32 w[WORDS], total = 0;
+      u32 w[WORDS], in_group = 0;
       words_of(w, g);
 #if PROLOGUE == PLAIN && IN != FLOAT32
       ask(from, g, GROUP * g + eighth < wanted);
@@ -462,11 +463,11 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
 #endif
       if (again) {
         const int b = GROUP * g + eighth;
-        const float factor = power(254 - __shfl_sync(ALL, of_own, b)), counts = __shfl_sync(ALL, inverse, b);
+        const float factor = power(254 - __shfl_sync(ALL, block_field, b)), reciprocal = __shfl_sync(ALL, inverse, b);
 #pragma unroll
         for (int i = 0; i < WORDS; i++) {
           const u32 near = WORD == 2 ? pair_of(low(w[i]) * factor, high(w[i]) * factor) : __float_as_uint(low(w[i]) * factor);
-          w[i] = counts > 0.0f ? near : 0;
+          w[i] = reciprocal > 0.0f ? near : 0;
         }
       }
       float y[32];
@@ -479,7 +480,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
 #pragma unroll
         for (int z = 0; z < 2; z++) {
           // From the block's power to the row's, in two steps: one alone may be less than a float can be.
-          const int further = __shfl_sync(ALL, of_own - field, GROUP * g + mine + (WIDE ? 0 : z));
+          const int further = __shfl_sync(ALL, block_field - field, GROUP * g + mine + (WIDE ? 0 : z));
           const float half = power(127 + further / 2), rest = power(127 + further - further / 2);
 #pragma unroll
           for (int i = 16 * z; i < 16 * z + 16; i++) y[i] = y[i] * half * rest;
@@ -491,18 +492,18 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
         const Scaled by{of_block(inverse, b), of_block(limit, b), of_block(sigma, b)};
 #pragma unroll
         for (int p = 0; p < 2; p++) {
-          const int c = 2 * z + p, at = WIDE ? 4 * c : 16 * z + 8 * p;  // chunks of eight from the lane's first
-          total += emit([&](int e) { return y[8 * c + e]; }, by, step, b < count, masks + at, narrow + GATHER * at,
-                        to + at * OUT_BITS, kept + 4 * at)
+          const int c = 2 * z + p, further = WIDE ? 4 * c : 16 * z + 8 * p;  // chunks of eight from the lane's first
+          in_group += emit([&](int e) { return y[8 * c + e]; }, by, step, b < count, masks + further, narrow + GATHER * further,
+                        to + further * OUT_BITS, kept + 4 * further)
                    << (WIDE ? 0 : 16 * z);
         }
       }
       to += GROUP * (ORDER * OUT_BITS / 8), kept += GROUP * (ORDER / 2);
       masks += GROUP * 16, narrow += GATHER * GROUP * 16;
-      if (FORM == CODES || FORM == INTEGERS) {
+      if (COUNTS && OUT_BITS > 1) {
 #pragma unroll
-        for (int i = WIDE ? 1 : 4; i < (WIDE ? 4 : 32); i *= 2) total += __shfl_xor_sync(ALL, total, i);
-        if (g == (WIDE ? quad : lane / GROUP)) counted = total;
+        for (int i = WIDE ? 1 : 4; i < (WIDE ? 4 : 32); i *= 2) in_group += __shfl_xor_sync(ALL, in_group, i);
+        if (g == (WIDE ? quad : lane / GROUP)) counted = in_group;
       }
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -513,19 +514,19 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
       mask[start + lane] = EDGE ? make_uint4(bits[0], bits[1], bits[2], bits[3]) : make_uint4(ALL, ALL, ALL, ALL);
     }
     if (NARROW) {
-      uint4 *to = (uint4 *)(FORM == PACKED ? out : saved);
+      uint4 *lines = (uint4 *)(FORM == PACKED ? out : saved);
 #pragma unroll
       for (int i = 0; i < NARROW; i++) {
         const int id = 32 * i + lane;
         const uint4 v = ((const uint4 *)gathered.codes)[id];
-        if (id / GATHER < count) to[start * NARROW + id] = v;
+        if (id / GATHER < count) lines[start * NARROW + id] = v;
         if (OUT_BITS == 1) sum = __popc(v.x) + __popc(v.y) + __popc(v.z) + __popc(v.w);
       }
     }
     const i64 row = packs ? start + lane >> log : unit * ROWS + at.row;
     const bool leads = (ROWS > 1 ? part * TILE + lane == at.row * blocks : part == 0 && (packs ? lane % segment == 0 : lane == 0)) && inside;
     if (leads) scale[row] = sigma;
-    if (FORM != VALUES && sums) {
+    if (COUNTS && sums) {
       if (OUT_BITS > 1) {
         counted = __shfl_sync(ALL, counted, WIDE ? 4 * (lane % GROUP) + lane / GROUP : lane / GROUP * GROUP + lane % GROUP / 2);
         sum = WIDE ? counted : lane % 2 ? counted >> 16 : counted & 0xFFFF;

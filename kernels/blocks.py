@@ -25,13 +25,11 @@ from .quantize import DISTANCE, STE, Program
 ORDER = 128
 TILE = 32  # blocks that a warp holds
 WARP_LIMIT = 12  # warps whose threads hold a row, at most
-# By an input's bytes: warps whose tiles a multiprocessor's shared memory holds, and the registers
-# that a thread of so many may have.
+# By an entry's bytes: warps that a multiprocessor takes at once, of float32 as many as its shared
+# memory holds, and the registers that a thread of so many may have.
 RESIDENT = {2: 16, 4: 12}
 REGISTERS = {2: 128, 4: 168}
 GATHERED = 1536  # bytes in which a warp gathers what is narrower than a lane writes: 16, 32 a block
-STATIC = 3072  # more than blocks.cu declares besides: 1664, and 1024 of the system's
-SLOTS_OF_WARP = 4 * 2 * TILE * 4  # what it declares more where a team holds several rows
 RESERVED = 1024  # of a thread block, for the system (CUDA C++ Programming Guide)
 # The numbers of blocks.cu.
 VALUES, PACKED, CODES, INTEGERS = range(4)
@@ -57,7 +55,8 @@ def supports(program: Program, x: torch.Tensor) -> bool:
         and math.sqrt(x.shape[-1]) < 2**14 * program.step
         and cuda.unavailable(x.device) is None
         and all(
-            _bytes(_shape(x.shape[-1] // ORDER, several), 4) <= cuda.shared(x.device.index)
+            _bytes(_shape(x.shape[-1] // ORDER, several), x.element_size())
+            <= cuda.shared(x.device.index)
             for several in (False, True)
         )
     )
@@ -86,9 +85,11 @@ class Shape(NamedTuple):
 
 
 def _bytes(shape: Shape, size: int) -> int:
-    """Of shared memory that a thread block has, at the most."""
-    slots = shape.warps * shape.teams * SLOTS_OF_WARP if shape.rows > 1 else 0
-    return shape.shared(size) + STATIC + slots
+    """Of shared memory that a thread block has; size: of an entry."""
+    several = shape.rows > 1
+    slots, teams = (TILE * shape.warps, shape.teams) if several else (WARP_LIMIT, 4)
+    # Four exchanges a team, as exchange.cuh has them: a barrier, and two sets of slots.
+    return shape.shared(size) + 4 * teams * (8 + 2 * 4 * slots)
 
 
 @functools.cache

@@ -31,7 +31,6 @@ pytestmark = pytest.mark.whole
 # A thread block of a device, and its multiprocessor, which keeps 1 KiB of each thread block for
 # itself.
 BLOCK_BYTES, BYTES, KEPT = 227 * 1024, 228 * 1024, 1024
-DECLARED = 3072  # at most, besides what a launch asks for
 WARPS, TEAMS = 12, 4
 ENTRIES, AT_ONCE = 32 * 128, {2: 16, 4: 12}  # of a warp; warps of a multiprocessor by bytes of one
 GATHERED = 32 * (16 + 32)  # of a warp: for each block what is narrow, a mask and codes of two bits
@@ -200,7 +199,8 @@ class Kernel:
             for lane in range(min(32, min(unit, total - first) - part * 32))
         ]  # fmt: skip
         assert held == list(range(total))
-        declared = DECLARED + (4 * 2 * 32 * warps * 4 * teams if of_team > 1 else 0)
+        # Four exchanges a team: a barrier, and two sets of slots.
+        declared = 4 * teams * (8 + 2 * 4 * 32 * warps) if of_team > 1 else 4 * 4 * (8 + 2 * 4 * 12)
         at_once = AT_ONCE[size] // (warps * teams)
         at_once = min(at_once, BYTES // (self.shared + declared + KEPT))
         assert count == min(math.ceil(units / teams), at_once * self.device.processors)
@@ -562,13 +562,13 @@ def test_registers_of_a_thread(dtype: torch.dtype) -> None:
 
 
 # Rows of 16 blocks share a warp; those of five a team of six, each with slots of its own.
-@pytest.mark.parametrize(("of_row", "slots"), [(16, 0), (5, 4 * 4 * 2 * 32 * 4)])
+@pytest.mark.parametrize(("of_row", "slots"), [(16, 12), (5, 32)])
 @pytest.mark.parametrize(("size", "most"), [(2, 4), (4, 3)])
 def test_the_last_byte_of_a_multiprocessor(
     size: int, most: int, of_row: int, slots: int, device: Device
 ) -> None:
     """Each thread block has 1 KiB more than it asks for, of what all may ask for and one KiB."""
-    each = 4 * (size * ENTRIES + GATHERED) + DECLARED + slots + KEPT
+    each = 4 * (size * ENTRIES + GATHERED) + 4 * 4 * (8 + 2 * 4 * slots) + KEPT
     for count in range(2, most + 1):
         for less, at_once in ((0, count), (1, count - 1)):
             device.shared = count * each - KEPT - less

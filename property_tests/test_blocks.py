@@ -173,8 +173,8 @@ def test_thread_blocks_fit_a_multiprocessor(
     monkeypatch.setattr(cuda, "processors", lambda _: 10)
     count, _, shape = blocks._grid(10**6, blocks_of_row, 0, size)
     warps = shape.warps * shape.teams
-    each = warps * (size * 32 * 128 + blocks.GATHERED) + blocks.STATIC + blocks.RESERVED
-    each += warps * blocks.SLOTS_OF_WARP if shape.rows > 1 else 0
+    each = blocks._bytes(shape, size) + blocks.RESERVED
+    assert each >= warps * (size * 32 * 128 + blocks.GATHERED) + blocks.RESERVED
     assert count % 10 == 0
     assert count // 10 * each <= 228 * 1024
     assert count // 10 * warps * 32 * blocks.REGISTERS[size] <= 65536
@@ -220,7 +220,7 @@ def test_limits_of_a_device_and_of_a_grid(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(cuda, "unavailable", lambda _: None)
     x = torch.empty(1, 28672, dtype=torch.bfloat16)
     program = ops.program(parse(SPECS[3]), x)
-    for limit, fits in ((227 * 1024, True), (99 * 1024, False)):
+    for limit, fits in ((227 * 1024, True), (67 * 1024, False)):
         monkeypatch.setattr(cuda, "shared", lambda _, limit=limit: limit)
         assert blocks.supports(program, x) == fits
     monkeypatch.setattr(cuda, "shared", lambda _: 227 * 1024)
@@ -232,19 +232,17 @@ def test_limits_of_a_device_and_of_a_grid(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_last_byte_of_a_thread_block(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tiles have room wherever they are taken: those of 16 bits where those of float32 have it."""
+    """Tiles and exchanges have room wherever they are taken, and rows are wherever they have."""
     monkeypatch.setattr(cuda, "unavailable", lambda _: None)
+    # Four exchanges for each of four teams, with slots for twelve warps; three rows of 40 blocks
+    # have four warps, whose threads have slots.
     for width, warps, more in (
-        (28672, 7, 0),
-        # Three rows of 40 blocks have four warps, whose threads have slots; but not of values.
-        (5120, 4, 4 * blocks.SLOTS_OF_WARP),
-    ):
+        (28672, 7, 4 * 4 * (8 + 2 * 4 * 12)), (5120, 4, 4 * (8 + 2 * 4 * 128)),
+    ):  # fmt: skip
         x = torch.empty(1, width, dtype=dtype)
         program = ops.program(parse(SPECS[3]), x)
-        own, most = (
-            warps * (size * 32 * 128 + 1536) + blocks.STATIC + more for size in (dtype.itemsize, 4)
-        )
-        for limit, fits in ((own - 1, False), (most, True)):
+        each = warps * (dtype.itemsize * 32 * 128 + 1536) + more
+        for limit, fits in ((each - 1, False), (each, True)):
             monkeypatch.setattr(cuda, "shared", lambda _, limit=limit: limit)
             assert blocks.supports(program, x) == fits
 

@@ -124,16 +124,23 @@ def test_values_and_masks(place: Place, dtype: torch.dtype, spec: str) -> None:
     LEDGER.judge(place.lane, found, f"{dtype}, {spec}", conclusive=False)
 
 
-# Three turns of 12 rows; two of 4; three of 6, of which a thread block has two; three of 8, which a
-# team has two of, and of 72, six a team: the last team has a row, and four.
-@pytest.mark.parametrize(
-    ("width", "rows"), [(3584, 30), (8320, 5), (8192, 15), (5632, 19), (640, 160)]
-)
+def _third_turn(width: int) -> int:
+    """Rows of 16 bits with which the last team of a multiprocessor comes to a third turn, and one
+    more; of teams of several rows the last has one.
+    """
+    shape = blocks._shape(width // 128)
+    teams = blocks.RESIDENT[2] // (shape.warps * shape.teams) * shape.teams
+    return shape.rows * 3 * teams + 1
+
+
+# Rows that have a warp; five warps, two, and three for two rows; a warp for six rows.
+@pytest.mark.parametrize("width", [3584, 16512, 8192, 5632, 640])
 def test_turns_of_a_multiprocessor(
-    place: Place, width: int, rows: int, monkeypatch: pytest.MonkeyPatch
+    place: Place, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No row is left out, and none has the numbers of another, which differ much."""
     monkeypatch.setattr(cuda, "processors", lambda _: 1)
+    rows = _third_turn(width)
     powers = torch.arange(rows) * 37 % 41 - 20
     x = _normal((rows, width)) * 2.0 ** powers[:, None].double()
     _judge(place, x.to(HALF), FOUR, "rows of unlike magnitudes")
@@ -153,12 +160,11 @@ def test_turns_of_the_widest_rows(place: Place, monkeypatch: pytest.MonkeyPatch)
     assert sums.flatten().tolist() == 3 * [384 * (120 + 127 * 8)]
 
 
-# Three turns of 4 rows, each with sums of two kinds that its two warps exchange; and of 6, by twos.
-@pytest.mark.parametrize(("width", "rows"), [(8192, 9), (5632, 17)])
-def test_turns_of_a_norm(
-    place: Place, width: int, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+# Each turn with sums of two kinds that warps exchange: two of a row, and three of two rows.
+@pytest.mark.parametrize("width", [8192, 5632])
+def test_turns_of_a_norm(place: Place, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "processors", lambda _: 1)
+    rows = _third_turn(width)
     powers = torch.arange(rows) * 37 % 41 - 20
     x = (_normal((rows, width)) * 2.0 ** powers[:, None].double()).to(HALF)
     weight = _normal((width,), 1).to(HALF)
@@ -277,7 +283,8 @@ def test_what_is_saved(
     """Codes in 2 and 4 bits; a gate's are those of the rows that it shows, in each of its turns."""
     monkeypatch.setattr(cuda, "processors", lambda _: 1)
     # Halves of a wider tensor: a row does not begin where the one before ends.
-    gate, value = (3 * _normal((80, 2 * width))).to(place.device, HALF).chunk(2, -1)
+    rows = _third_turn(width)
+    gate, value = (3 * _normal((rows, 2 * width))).to(place.device, HALF).chunk(2, -1)
     program = ops.program(parse(spec), gate)
     how = {"form": blocks.INTEGERS, "saved": saved}
     gated = blocks.gated(gate, value, program, show=True, masked=True, **how)

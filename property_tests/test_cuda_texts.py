@@ -156,19 +156,25 @@ def test_chunks_of_float32_lie_in_different_banks() -> None:
     different ones where their places differ modulo 8. Of lanes 4 r + q eight at a time read or
     write, four of each of two blocks: wherever `turned` is asked for a place.
     """
-    whole = cuda._text("blocks.cu")
+    whole = re.sub(r"//.*", "", cuda._text("blocks.cu"))
     text = next(text for v, text in _of("blocks.cu") if ("IN", blocks.INPUTS[FLOAT]) in v.macros)
     found = _places("turned", text, (8, 32))
-    calls = [split(whole[c.end() : closing(whole, c.end() - 1)])
-             for c in re.finditer(r"(?<!int )\bturned\(", whole)]  # fmt: skip
-    assert len(calls) == 4, calls
-    for row, chunk in calls:
+    calls = [
+        split(whole[use.end() : closing(whole, use.end() - 1)])
+        for use in re.finditer(r"(?<!int )\bturned\(", whole)
+    ]
+    # A lane's own, turned(row, chunk), and how much further: turned(0, chunk).
+    pairs = list(zip(calls[::2], calls[1::2], strict=True))
+    assert len(pairs) == 4, calls
+    for (row, chunk), (none, further) in pairs:
+        assert none == "0"
         for i, pair in itertools.product(range(8), range(0, 8, 2)):
             met = []
             for r, q in itertools.product((pair, pair + 1), range(4)):
                 world = {"r": r, "eighth": r, "q": q, "quad": q, "i": i}
-                met.append(found[value(row, world)][value(chunk, world)] % 8)
-            assert len({*met}) == 8, (chunk, i, pair)
+                own = found[value(row, world)][value(chunk, world)]
+                met.append((own ^ found[0][value(further, world)]) % 8)
+            assert len({*met}) == 8, (chunk, further, i, pair)
 
 
 def test_chunks_of_sixteen_bits_lie_in_different_banks() -> None:

@@ -238,10 +238,9 @@ def test_for_which_rows_there_is_a_kernel(shared: list[int]) -> None:
 
 
 def test_what_rows_take_of_shared_memory(shared: list[int]) -> None:
-    """There is room where float32 has it, too."""
-    four, shape = SPECS["w4a4"][0], blocks._shape(2)
-    for bytes_, there in ((shape.shared(2) - 1, False), (shape.shared(4), True)):
-        shared[0] = bytes_ + blocks.STATIC
+    four, bytes_ = SPECS["w4a4"][0], blocks._bytes(blocks._shape(2), 2)
+    for less, there in ((1, False), (0, True)):
+        shared[0] = bytes_ - less
         prologue._fits_there.cache_clear()
         for dtype in HALVES:
             assert prologue.has_kernel(four, _like(dtype)) is there

@@ -69,7 +69,9 @@ PTX = {
     "{.reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1 + %3], 16; }":
         "if (%2) emulated::emulated_copy(%0, (const char *)(%1) + %3, 16)",
     "cp.async.commit_group;": "emulated::emulated_commit()",
-    "cp.async.wait_group %0;": "emulated::emulated_wait_copies(%0)",
+    **{
+        f"cp.async.wait_group {n};": f"emulated::emulated_wait_copies({n})" for n in (0, 1)
+    },
     "ex2.approx.ftz.f32 %0, %1;": "%0 = emulated::flushed(exp2f(emulated::flushed(%1)))",
     "rcp.approx.ftz.f32 %0, %1;": "%0 = emulated::flushed(1.0f / emulated::flushed(%1))",
     "{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}": "%0 = emulated::half_at(%1, 0)",

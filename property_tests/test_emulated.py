@@ -294,7 +294,7 @@ def test_a_kernel_that_is_broken(name: str | None, monkeypatch: pytest.MonkeyPat
 
 def test_no_row_is_computed_again_without_need(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the time, and the same bits: a kernel that says so by scales tells where it happens.
-    Teams of six rows, four, three, five and two, of which lanes find sums of rows that there are not.
+    Of teams of six rows, three and five lanes find sums of rows that there are not.
     """
     emulator = emulated.instead(monkeypatch, emulated.Emulator(multiprocessors=1))
     once, again = "inner = sigma * down;", "inner = sigma * down, sigma = -1.0f;"

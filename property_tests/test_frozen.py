@@ -269,6 +269,8 @@ def test_whose_sums_are_those_of_tensor_cores() -> None:
     for lane, dtype, spec, expected in cases:
         sums = examine.sums_of(lane, torch.empty(1, 256, dtype=dtype), parse(spec))
         assert sums == (examine.TENSOR_CORES if expected else bounds.BUTTERFLY), (lane, dtype, spec)
+        few = examine.sums_of(lane, torch.empty(1, 256, dtype=dtype), parse(spec), few=True)
+        assert few == bounds.BUTTERFLY
 
 
 @pytest.mark.parametrize("few", [0, 2, 64])

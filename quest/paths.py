@@ -43,12 +43,12 @@ SPARSE_ROWS = 512
 FUSED_ELEMENTS = 3 * 2**12
 
 # Elements of an input in inference that are quantized a row a thread block. From there on eight
-# Hadamard blocks a warp are faster (the H200's quantizer.txt, part 4): 512 rows of 4096, 190 of 11008.
-# A compiled sum and its norm before so few are the compiler's: these and this kernel take less than
-# one for all three (prefill.txt).
+# Hadamard blocks a warp are faster (the H200's quantizer.txt, part 4): 512 rows of 4096, 190 of
+# 11008. A compiled sum and its norm before so few are the compiler's: these and this kernel take
+# less than one for all three (prefill.txt).
 OPERAND_ELEMENTS = 2**21
-# The same behind a norm, which eight blocks a warp take two passes more for: at 2048 rows of 2048 both
-# take 12 us, at 4096 the one 18 to 20 and the other 16 to 17 (there, too).
+# The same behind a norm, which eight blocks a warp take two passes more for: at 2048 rows of 2048
+# both take 12 us, at 4096 the one 18 to 20 and the other 16 to 17 (there, too).
 NORM_ELEMENTS = 2**22
 
 _forced: str | None = None

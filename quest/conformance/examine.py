@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quest import operands
+from quest import operands, paths
 from quest.estimators import STE
 from quest.quantizer import Quantizer
 from quest.recipes import Recipe, recipe
@@ -26,17 +26,18 @@ from .verdict import Verdict
 TENSOR_CORES = Sums(roundings=11)
 
 
-def sums_of(lane: Lane, x: Tensor, q: Quantizer) -> Sums:
+def sums_of(lane: Lane, x: Tensor, q: Quantizer, few: bool = False) -> Sums:
     """How the quantizer of a lane takes the sums of the transform of an input like x (..., d).
 
-    The kernels in CUDA C++ transform 16 bits on the tensor cores; whether the device has them is
-    not asked.
+    kernels/blocks.cu transforms 16 bits on the tensor cores; few: whether kernels/rows.cu, whose
+    sums are a butterfly's, has so few rows. Where a device, an estimator or a width is Triton's,
+    the bound is wider than need be.
     """
     compiled = lane.name == "triton-cuda" or lane.backend == "emulated"
     halves = x.dtype is torch.bfloat16 or x.dtype is torch.float16
     taken = q.grid is not None and q.grid.step is not None and q.sparsity is None
     at_once = q.transform.order(x.shape[-1]) == 128
-    return TENSOR_CORES if compiled and halves and taken and at_once else BUTTERFLY
+    return TENSOR_CORES if compiled and halves and taken and at_once and not few else BUTTERFLY
 
 
 def transform(lane: Lane, x: Tensor, order: int, transpose: bool = False) -> list[Verdict]:
@@ -138,7 +139,8 @@ def operand(lane: Lane, x: Tensor, q: Quantizer, kind: str) -> list[Verdict]:
     out = lane.call("operand", x, q=q, kind=kind)
     shown = (out["operand"], out["scale"], out["sums"])
     if q.require_grid().step is not None and q.sparsity is None:
-        return _quantized(x, q, kind, shown, "operand", sums_of(lane, x, q))
+        by = sums_of(lane, x, q, paths.has_few_rows(x))
+        return _quantized(x, q, kind, shown, "operand", by)
     same = lane.call("encode", x, q=q, kind=kind)
     return [
         judges.exact(f"operand's {name}", judges.bits(out[name]), judges.bits(same[name]))
@@ -211,7 +213,7 @@ def normed(
     sums = [] if residual is None else [judges.added(x, residual, out["h"])]
     h = x if residual is None else out["h"]
     shown = (out["operand"], out["scale"], out["sums"])
-    by = sums_of(lane, out["x"], q)
+    by = sums_of(lane, out["x"], q, residual is None and paths.norms_few_rows(h))
     inside = _quantized(out["x"], q, kind, shown, "normed", by, conclusive)
     return [*forms, *sums, judges.normed(h, weight, eps, out["x"]), *inside]
 
@@ -365,7 +367,8 @@ def _of_rows(lane: Lane, x: Tensor, made: Recipe, out: dict[str, Tensor]) -> lis
     kinds = operands.kinds(made.activation, made.weight)
     if kinds is None:
         raise ValueError(f"recipe {made} has no integer product")
-    by = TENSOR_CORES if "fused" in out else sums_of(lane, x, made.activation)
+    few = paths.has_few_rows(x)
+    by = TENSOR_CORES if "fused" in out else sums_of(lane, x, made.activation, few)
     shown = (out["a"], out["a_scale"], out["a_sums"])
     return _quantized(x, made.activation, kinds[0], shown, "frozen", by)
 

@@ -52,7 +52,7 @@ constexpr int WORD = 32 / IN_BITS;            // elements of 4 bytes
 constexpr int WORDS = 32 / WORD;              // of a lane and a group
 constexpr bool WIDE = IN == FLOAT32;
 constexpr bool NORMS = PROLOGUE == NORMED || PROLOGUE == ADDED;
-constexpr int MAX_TEAMS = ROWS == 1 ? 4 : WARPS < 4 ? 4 / WARPS : 1;
+constexpr int MAX_TEAMS = ROWS > 1 ? 4 / WARPS : 4;
 constexpr int SUMS = NORMS ? 2 : 1;  // turns of `first` that a unit takes: sums of squares
 constexpr int OUT_BITS = FORM == VALUES ? IN_BITS : FORM == PACKED ? BITS : 8;  // of an element
 // Bits an element of what is gathered in shared memory, since a lane's piece is less than 4 bytes; or 0.

@@ -214,7 +214,7 @@ def launch(
     mask, sums, kept: or 0. saved: the bits of an entry of `kept`.
     """
     device = x.device.index
-    # Of values a thread writes so much that with several rows it spills, and takes longer.
+    # Values gain nothing by several rows a team (kernels/README.md).
     count, told, shape = _grid(rows, d // ORDER, device, x.itemsize, several=form != VALUES)
     edge = bool(mask) and program.estimator != STE
     kernel = _kernel(shape, x.dtype, program.levels, edge, form, bits, device, saved=saved)

@@ -155,7 +155,7 @@ __device__ __forceinline__ void transform(float (&y)[8][4], const u32 (&w)[16], 
   }
 }
 
-// Codes from 0 of four elements, as bytes of a word. Rounded down beside 1.5 * 2^23, see blocks.cu: the
+// Codes from 0 of four elements, as bytes of a word. Rounded down beside 1.5 * 2^23, see codes.cuh: the
 // low halves are whole numbers of less than 2^15.
 __device__ __forceinline__ u32 codes_of(float a, float b, float c, float d, float inverse, u32 add, u32 most) {
   const float magic = 12582912.0f;

@@ -187,8 +187,6 @@ def product(
         return y
     given, a, b = b, aligned(a), aligned(b)
     residual = None if residual is None else layout.aligned(residual)
-    if rotary is not None:
-        rotary = rotary._replace(cos=layout.aligned(rotary.cos), sin=layout.aligned(rotary.sin))
     at = cuda.pointer
     launch(
         y.data_ptr(), a.data_ptr(), b.data_ptr(), rows, columns, a.shape[1], a.device.index, out,
@@ -209,8 +207,8 @@ def launch(
     """`product` on addresses, 0 for None, and a `hopper.bias_type`.
 
     Rows of a and b are of `width` bytes, a multiple of 16. columns: of y; b has twice as many rows
-    with a gate. residual: at a multiple of 16 bytes; y lies elsewhere. rotary: tables that are
-    contiguous, at multiples of 8 bytes.
+    with a gate. residual: at a multiple of 16 bytes; y lies elsewhere. rotary: copied where its
+    tables don't lie as the kernel reads them.
     """
     processors, features = cuda.processors(device), columns * (1 + gate)
     tiles = _forced or shape(binary, rows, features, processors)
@@ -218,8 +216,9 @@ def launch(
     more: tuple[int, ...] = (residual,) if residual else ()
     half = 0
     if rotary is not None:
-        (positions, half), at = rotary.cos.shape, cuda.pointer
-        more = (at(rotary.cos), at(rotary.sin), positions, rotary.columns)
+        cos, sin = map(layout.aligned, rotary[:2])
+        positions, half = cos.shape
+        more = (cos.data_ptr(), sin.data_ptr(), positions, rotary.columns)
     _kernel(binary, epilogue, out, bias_type, tiles, gate, residual != 0, half, device).launch(
         CLUSTER * min(tiles.clusters(rows, features), processors // CLUSTER),
         tensor_map(a, rows, width, held, TILE_K),

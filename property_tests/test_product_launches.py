@@ -291,7 +291,9 @@ def test_a_residual_is_read_in_rows_at_16_bytes(
         assert (found is residual) == (residual is whole)
 
 
-def test_angles_are_read_in_rows_at_16_bytes(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_angles_are_read_in_rows_at_16_bytes(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those that lie otherwise are copied, as they are; others are read where they lie."""
     a, b = _operand(6, 16), _operand(64, 16)
     storage = torch.rand(3 * 64 + 8)

@@ -72,9 +72,7 @@ def fits(turned: Turned) -> bool:
     return turned.cos.dtype == torch.float32 and 2 * turned.cos.shape[1] in HEADS
 
 
-def _check(
-    a: Tensor, b: Tensor, dtype: torch.dtype, cos: Tensor, sin: Tensor, turned: int
-) -> None:
+def _check(a: Tensor, b: Tensor, dtype: torch.dtype, cos: Tensor, sin: Tensor, turned: int) -> None:
     if dtype not in HALVES:
         raise TypeError(f"dtype must be bfloat16 or float16, got {dtype}")
     if cos.ndim != 2 or 2 * cos.shape[1] not in HEADS:

@@ -98,7 +98,7 @@ def test_it_is_judged(lane: Lane, name: str, data: st.DataObject) -> None:
     rotary = (*angles(positions, head), turned)
     found = examine.product(lane, x, w, bias, quest.recipe(name), dtype, rotary=rotary)
     assert [v.stage for v in found] == [
-        "accumulators", "product", "turned", "accumulators", "product", "rotated"
+        "accumulators", "product", "turned", "accumulators", "product", "turned"
     ]  # fmt: skip
     LEDGER.judge(lane, found, told)
 

@@ -234,8 +234,7 @@ def linear(
         values = recipe.activation(x)
         b = None if bias is None else bias.to(dtype)
         return torch.nn.functional.linear(values, frozen.values.to(dtype), b)
-    xs = (x,) if residual is None else (x, residual)
-    xs = direct.inputs(xs, rotary)
+    xs = direct.inputs((x,) if residual is None else (x, residual), rotary)
     unwatched = all(map(ops.direct, xs)) and direct.fits(bias, x, frozen.operand.shape[0])
     told = direct.how(None, gate, residual is not None, rotary)
     if unwatched and (made := direct.again(frozen, xs, (bias,), told)) is not None:

@@ -43,7 +43,7 @@ def rotate_heads(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     head = 2 * cos.shape[-1]
     _check_width(y.shape[-1], head)
-    heads = y.unflatten(-1, (y.shape[-1] // head, head))  # (..., T, h, d_head)
+    heads = torch.unflatten(y, -1, (y.shape[-1] // head, head))  # (..., T, h, d_head)
     return rotate(heads, cos[:, None], sin[:, None]).flatten(-2)
 
 

@@ -63,7 +63,7 @@ def eager_rotated_product(
     if not (len(y) and turned):
         return y
     first, rest = y.tensor_split([turned], -1)
-    sequences = first.unflatten(0, (-1, len(cos)))  # (M / T, T, turned)
+    sequences = torch.unflatten(first, 0, (-1, len(cos)))  # (M / T, T, turned)
     return torch.cat((rotate_heads(sequences, cos, sin).flatten(0, 1), rest), -1)
 
 

@@ -130,6 +130,12 @@ def added_products() -> list[Any]:
     return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made if CUDA]
 
 
+def rotated_products() -> list[Any]:
+    """(rows, width, columns, recipe) of q, k and v, of which two are turned; Hopper's alone."""
+    made = [(n, 2048, 3 * 2048, recipe) for n in (512, 4096) for recipe in ("w1a1", "w4a4")]
+    return [pytest.param(*case, id=f"{_size(*case[:3])}-{case[3]}") for case in made if CUDA]
+
+
 def frozen() -> list[Any]:
     """(tokens, in_features, out_features, recipe) of a layer whose weight is frozen."""
     made = [

@@ -18,15 +18,23 @@
 //
 // RESIDUAL: y = residual + the product, which is rounded to the output's dtype as if it were written.
 // Not in place: rows that two tiles have would be added twice.
+//
+// ROTARY: half a head's width. The first g.turned columns of y, whole heads of queries and keys, are turned
+// by the rotary embedding of their row's position, once the product is rounded to the output's dtype as if
+// it were written. A pair of columns is half a head apart, in one tile, so that a thread has both.
 #ifndef GATE
 #define GATE 0
 #endif
 #ifndef RESIDUAL
 #define RESIDUAL 0
 #endif
+#ifndef ROTARY
+#define ROTARY 0
+#endif
 #include "product.cuh"
 #include "bias.cuh"
 #include "gate.cuh"
+#include "rotary.cuh"
 
 // TILE_N, TILE_K (bytes), TEAM, STAGES, CLUSTER and CONSUMERS come from product.py.
 constexpr int WARPS = 4 * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
@@ -46,6 +54,8 @@ constexpr bool BEHIND = TEAMS == 1;
 constexpr int GROUP = 8;                              // pairs of row tiles that share the L2 cache
 constexpr int PARTS = 1 + GATE, TILE_OUT = TILE_N / PARTS;  // products behind a column of y; of a tile
 static_assert(!GATE || CLUSTER == 2 && OUT_SIZE == 2 && EPILOGUE != RAW, "a gate is of 16 bits, each block loads one part");
+static_assert(!ROTARY || !GATE && !RESIDUAL && OUT_SIZE == 2 && EPILOGUE != RAW && ROTARY % 8 == 0 && TILE_N % (2 * ROTARY) == 0,
+              "heads of 16 bits, whole in a tile, are turned");
 static_assert(!RESIDUAL || !GATE && EPILOGUE != RAW, "a residual is added to y itself, of its dtype");
 
 // The tile of a turn: pairs of row tiles in groups of GROUP, so that the blocks that run at a time
@@ -145,6 +155,67 @@ __device__ __forceinline__ void ask_residual(int4 (&to)[4], const Arguments &g, 
     if (row + 4 * i < g.rows && column < g.columns) to[i] = *(const int4 *)(from + (long long)4 * i * g.columns * OUT_SIZE);
 }
 
+#if ROTARY
+// Cosines and sines of a thread's two rows, for its two columns of eight of a head's half.
+struct Angles {
+  float2 cosine[2], sine[2];
+
+  __device__ __forceinline__ void ask(const Arguments &g, const long long (&at)[2], int first) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      cosine[h] = *(const float2 *)(g.cosine + at[h] + first);
+      sine[h] = *(const float2 *)(g.sine + at[h] + first);
+    }
+  }
+};
+
+// Makes a warp's rows of y in place: the two outputs of d[2 n] and d[2 n + 1] stand in d[2 n], turned where
+// their head is. All heads of a tile have the same angles, which are read once, eight columns ahead.
+template <bool RARE>
+__device__ __forceinline__ void make_heads(int (&d)[TILE_N / 2], const Arguments &g, const Row (&rows)[2], const Columns &columns, int row0, int column0) {
+  const int lane = threadIdx.x % 32, own = 2 * (lane % 4);
+  const long long at[2] = {(long long)((row0 + lane / 4) % g.positions) * ROTARY + own,
+                           (long long)((row0 + lane / 4 + 8) % g.positions) * ROTARY + own};
+  constexpr int HEADS = TILE_N / (2 * ROTARY);
+  const bool some = column0 < g.turned;  // else none in this tile
+  Angles next = {};
+  if (some) next.ask(g, at, 0);
+#pragma unroll
+  for (int j = 0; j < ROTARY / 8; j++) {
+    const Angles angles = next;
+    if (some && j + 1 < ROTARY / 8) next.ask(g, at, 8 * (j + 1));
+#pragma unroll
+    for (int head = 0; head < HEADS; head++) {
+      const bool turned = column0 + 2 * ROTARY * head < g.turned;
+      float2 scale[2], bias[2];
+      int2 sum[2];
+#pragma unroll
+      for (int p = 0; p < 2; p++) {
+        const int column = ROTARY * (2 * head + p) + 8 * j + own;
+        scale[p] = *(const float2 *)&columns.scale[column];
+        bias[p] = BIAS ? *(const float2 *)&columns.bias[column] : make_float2(0.0f, 0.0f);
+        sum[p] = EPILOGUE == CORRECTED ? *(const int2 *)&columns.sum[column] : make_int2(0, 0);
+      }
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        u32 y[2];
+#pragma unroll
+        for (int p = 0; p < 2; p++) {
+          const int i = 4 * (ROTARY / 8 * (2 * head + p) + j) + 2 * h;
+          y[p] = pair_of(finish<RARE>(d[i], sum[p].x, g.factor, rows[h], scale[p].x, bias[p].x),
+                         finish<RARE>(d[i + 1], sum[p].y, g.factor, rows[h], scale[p].y, bias[p].y));
+        }
+        if (turned) turn(y[0], y[1], angles.cosine[h], angles.sine[h]);
+#pragma unroll
+        for (int p = 0; p < 2; p++) d[4 * (ROTARY / 8 * (2 * head + p) + j) + 2 * h] = y[p];
+      }
+      // Or all that the tile's columns bring is read at once, and registers are spilled.
+      if (head % 2) __syncwarp();
+    }
+  }
+}
+#endif
+
 // Writes a warp's 16 rows of a tile, SPAN columns at a time, through its own shared memory, so
 // that rows are written 16 bytes a thread and 128 bytes a row.
 template <bool RARE>
@@ -154,6 +225,9 @@ __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, 
   const bool vectors = g.columns % (16 / OUT_SIZE) == 0;
   // Groups of eight columns whose scales are held at a time; fewer where a residual takes registers.
   constexpr int READ = SPAN / 8 / (PARTS + (BIAS ? 3 : 1) * RESIDUAL);
+#if ROTARY
+  make_heads<RARE>(d, g, rows, columns, row0, column0);
+#endif
 #pragma unroll
   for (int c = 0; c < TILE_OUT / SPAN; c++) {
     int4 residual[4];
@@ -167,7 +241,7 @@ __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, 
 #pragma unroll
       for (int p = 0; p < PARTS; p++) {
 #pragma unroll
-        for (int j = 0; j < READ && EPILOGUE != RAW; j++) {
+        for (int j = 0; j < READ && EPILOGUE != RAW && !ROTARY; j++) {
           const int column = p * TILE_OUT + c * SPAN + 8 * (first + j) + 2 * (lane % 4);
           scale[p][j] = *(const float2 *)&columns.scale[column];
           bias[p][j] = BIAS ? *(const float2 *)&columns.bias[column] : make_float2(0.0f, 0.0f);
@@ -183,7 +257,9 @@ __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, 
 #pragma unroll
           for (int p = 0; p < PARTS; p++) {
             const int i = 4 * (p * (TILE_OUT / 8) + c * (SPAN / 8) + first + j) + 2 * h;
-            if (EPILOGUE == RAW) {
+            if (ROTARY) {
+              *(int *)at = d[i];
+            } else if (EPILOGUE == RAW) {
               *(int2 *)at = make_int2(d[i], d[i + 1]);
             } else {
               y[p][0] = finish<RARE>(d[i], sum[p][j].x, g.factor, rows[h], scale[p][j].x, bias[p][j].x);
@@ -194,7 +270,7 @@ __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, 
             const u32 gate = pair_of(y[0][0], y[0][1]), value = pair_of(y[PARTS - 1][0], y[PARTS - 1][1]);
             *(u32 *)at = pair_of(gated(bias_of(gate & 0xFFFF, OUT), bias_of(value & 0xFFFF, OUT)),
                                  gated(bias_of(gate >> 16, OUT), bias_of(value >> 16, OUT)));
-          } else if (EPILOGUE != RAW) {
+          } else if (EPILOGUE != RAW && !ROTARY) {
             if (OUT_SIZE == 2) *(u32 *)at = pair_of(y[0][0], y[0][1]);
             else *(float2 *)at = make_float2(y[0][0], y[0][1]);
           }
@@ -236,11 +312,19 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             float factor, int held, int settled
 #if RESIDUAL
             , const void *residual) {
+#elif ROTARY
+            , const float *cosine, const float *sine, int positions, int turned) {
 #else
             ) {
+#endif
+#if !RESIDUAL
   constexpr void *residual = nullptr;
 #endif
-  const Arguments g = {out, row_scale, column_scale, bias, row_sum, column_sum, rows, columns, bytes, length, factor, residual};
+#if !ROTARY
+  constexpr float *cosine = nullptr, *sine = nullptr;
+  constexpr int positions = 0, turned = 0;
+#endif
+  const Arguments g = {out, row_scale, column_scale, bias, row_sum, column_sum, rows, columns, bytes, length, factor, residual, cosine, sine, positions, turned};
   extern __shared__ __align__(1024) char raw[];  // the swizzle counts from 1024-byte boundaries
   const u32 base = (u32)__cvta_generic_to_shared(raw);
   const int group = threadIdx.x / 128;

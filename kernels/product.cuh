@@ -51,6 +51,8 @@ struct Arguments {
   int rows, columns, bytes, length;
   float factor;
   const void *residual;  // what is added to y, of its dtype, where the kernel does that
+  const float *cosine, *sine;  // (positions, half a head), where the kernel turns the first columns of y
+  int positions, turned;       // row r lies at position r % positions
 };
 
 // What a row brings to an element.

@@ -3,11 +3,11 @@
 Int8 operands (2 to 8 bits) accumulate exactly in int32; operands of single bits are compared by AND
 and counted, since for signs s = 2 b - 1 the sum of s_a s_b is 4 |a & b| - 2 |a| - 2 |b| + K. The
 epilogue turns an accumulator into a dequantized value in the output's dtype, to which it may add a
-residual; with a gate, two of them into silu(gate) value. NVRTC compiles each variant once (about a
-second) and keeps the binary in the user's cache.
+residual, or apply the rotary embedding; with a gate, two of them into silu(gate) value. NVRTC
+compiles each variant once (about a second) and keeps the binary in the user's cache.
 
-Source: QuEST (arXiv 2502.05003), section 4; SwiGLU, arXiv 2002.05202; PTX ISA, `wgmma.mma_async`
-and `cp.async.bulk.tensor`.
+Source: QuEST (arXiv 2502.05003), section 4; SwiGLU, arXiv 2002.05202; RoPE, arXiv 2104.09864; PTX
+ISA, `wgmma.mma_async` and `cp.async.bulk.tensor`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -29,6 +29,18 @@ if TYPE_CHECKING:
 # The numbers of product.cu.
 TILE_K, CLUSTER, CONSUMERS = 128, 2, 2
 THREADS = 128 * (CONSUMERS + 1)
+HEADS = (32, 64, 128)  # widths of heads that it turns
+
+
+class Turned(NamedTuple):
+    """How the first columns of a product are turned: by whole heads, as `product` has it.
+
+    cos, sin: (T, d_head / 2) float32. columns: how many are turned, a multiple of d_head.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    columns: int
 
 
 @dataclass(frozen=True)
@@ -101,12 +113,15 @@ def shape(binary: bool, rows: int, columns: int, processors: int) -> Shape:
 
 def compile_(
     binary: bool, epilogue: int, out: torch.dtype, bias: int, tiles: Shape, gate: bool = False,
-    residual: bool = False, *, cached: bool = True,
+    residual: bool = False, rotary: int = 0, *, cached: bool = True,
 ) -> ObjectCode:  # fmt: skip
-    """The binary of a variant for sm_90a; bias: a `hopper.bias_type`. See `cuda.compile_`."""
+    """The binary of a variant for sm_90a. See `cuda.compile_`.
+
+    bias: a `hopper.bias_type`. rotary: half the width of the heads that it turns, 0 for none.
+    """
     macros = {
         "BINARY": int(binary), "EPILOGUE": epilogue, "OUT": OUT[out], "BIAS": bias,
-        "GATE": int(gate), "RESIDUAL": int(residual),
+        "GATE": int(gate), "RESIDUAL": int(residual), "ROTARY": rotary,
         "TILE_N": tiles.columns, "TILE_K": TILE_K, "CLUSTER": CLUSTER, "CONSUMERS": CONSUMERS,
         "TEAM": tiles.team, "STAGES": tiles.stages,
     }  # fmt: skip
@@ -116,12 +131,13 @@ def compile_(
 @functools.cache
 def _kernel(
     binary: bool, epilogue: int, out: torch.dtype, bias: int, tiles: Shape, gate: bool,
-    residual: bool, device: int,
+    residual: bool, rotary: int, device: int,
 ) -> cuda.Kernel:  # fmt: skip
     """The variant, loaded on the current device."""
+    more = "2P2i" if rotary else "P" * residual
     return cuda.load(
-        compile_(binary, epilogue, out, bias, tiles, gate, residual), "product", device,
-        threads=THREADS, shared=tiles.shared, layout="128s128s6P4if2i" + "P" * residual,
+        compile_(binary, epilogue, out, bias, tiles, gate, residual, rotary), "product", device,
+        threads=THREADS, shared=tiles.shared, layout="128s128s6P4if2i" + more,
     )  # fmt: skip
 
 
@@ -141,6 +157,7 @@ def product(
     settled: bool = False,
     gate: bool = False,
     residual: torch.Tensor | None = None,
+    rotary: Turned | None = None,
 ) -> torch.Tensor:
     """a (M, bytes), b (N, bytes): int8, or uint8 of eight bits each. Returns (M, N) of `out`.
 
@@ -148,6 +165,10 @@ def product(
     of y as it would be written, and rounded once. Not for RAW.
     residual: (M, N) of `out`; what is returned is residual + y, computed in float32 of y as it
     would be written, and rounded once. Not for RAW, nor with a gate.
+    rotary: the first columns of y are turned, for an `out` of 16 bits: of each head, of a width in
+    HEADS, low cos - high sin and high cos + low sin for its halves, computed in float32 of y as it
+    would be written, and rounded once. Row r has the angles of row r % T. Not for RAW, nor with a
+    gate or a residual.
 
     epilogue, of hopper.py: RAW writes the int32 accumulators; else y = p factor row_scale
     column_scale + bias. PLAIN: p is the accumulator. CORRECTED, for bits: the sum over `length` of
@@ -172,7 +193,7 @@ def product(
         a.dtype == torch.uint8, epilogue, length, factor, at(row_scale), at(column_scale),
         at(bias), at(row_sum), at(column_sum),
         settled and b is given,  # a copy has just been written
-        bias_type(bias), gate, at(residual),
+        bias_type(bias), gate, at(residual), rotary,
     )  # fmt: skip
     return y
 
@@ -181,21 +202,27 @@ def launch(
     y: int, a: int, b: int, rows: int, columns: int, width: int, device: int, out: torch.dtype,
     binary: bool, epilogue: int, length: int, factor: float, row_scale: int, column_scale: int,
     bias: int, row_sum: int, column_sum: int, settled: bool, bias_type: int, gate: bool = False,
-    residual: int = 0,
+    residual: int = 0, rotary: Turned | None = None,
 ) -> None:  # fmt: skip
     """`product` on addresses, 0 for None, and a `hopper.bias_type`.
 
     Rows of a and b are of `width` bytes, a multiple of 16. columns: of y; b has twice as many rows
-    with a gate. residual: at a multiple of 16 bytes; y lies elsewhere.
+    with a gate. residual: at a multiple of 16 bytes; y lies elsewhere. rotary: copied where its
+    tables don't lie as the kernel reads them.
     """
     processors, features = cuda.processors(device), columns * (1 + gate)
     tiles = _forced or shape(binary, rows, features, processors)
     held = min(tiles.rows, rows)  # of a tile: what lies outside of A is not asked for
-    added = (residual,) if residual else ()
-    _kernel(binary, epilogue, out, bias_type, tiles, gate, bool(added), device).launch(
+    more: tuple[int, ...] = (residual,) if residual else ()
+    half = 0
+    if rotary is not None:
+        cos, sin = map(layout.aligned, rotary[:2])
+        positions, half = cos.shape
+        more = (cos.data_ptr(), sin.data_ptr(), positions, rotary.columns)
+    _kernel(binary, epilogue, out, bias_type, tiles, gate, residual != 0, half, device).launch(
         CLUSTER * min(tiles.clusters(rows, features), processors // CLUSTER),
         tensor_map(a, rows, width, held, TILE_K),
         tensor_map(b, features, width, tiles.columns // CLUSTER, TILE_K),
         y, row_scale, column_scale, bias, row_sum, column_sum, rows, columns, width, length,
-        factor, held, settled, *added, overlap=True,
+        factor, held, settled, *more, overlap=True,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from torch import Tensor
 import quest
 from quest import direct, eager, lowbit, ops, packing
 from quest.kernels import blocks, cuda, few, hopper, outputs, product, recorded, rows
+from quest.rotary import rotate_heads
 
 KINDS = {how: kind for kind, how in blocks.OPERANDS.items()}
 BIASES = {number: dtype for dtype, number in hopper.OUT.items()}
@@ -160,10 +161,11 @@ class Kernels:
         self, y: int, a: int, b: int, count: int, columns: int, width: int, device: None,
         out: torch.dtype, binary: bool, epilogue: int, length: int, factor: float, row_scale: int,
         column_scale: int, bias: int, row_sum: int, column_sum: int, settled: bool, bias_type: int,
-        gate: bool, residual: int,
+        gate: bool, residual: int, rotary: product.Turned | None,
     ) -> None:  # fmt: skip
-        assert not (gate and residual)
-        self.seen.append("gated product" if gate else "added product" if residual else "product")
+        ends = {"gated": gate, "added": bool(residual), "rotated": rotary is not None}
+        assert sum(ends.values()) <= 1
+        self.seen.append(" ".join([*(name for name in ends if ends[name]), "product"]))
         features = columns * (1 + gate)
         assert settled is True
         assert device is None
@@ -185,12 +187,12 @@ class Kernels:
         added = self.at(residual, (count, columns), out) if residual else None
         assert residual % 16 == 0
         assert residual != y
-        self._write(y, out, p, factor, row_scale, column_scale, given, gate, added)
+        self._write(y, out, p, factor, row_scale, column_scale, given, gate, added, rotary)
 
     def _write(
         self, y: int, out: torch.dtype, p: Tensor, factor: float, row_scale: int,
         column_scale: int, bias: Tensor | None, gate: bool = False,
-        residual: Tensor | None = None,
+        residual: Tensor | None = None, rotary: product.Turned | None = None,
     ) -> None:  # fmt: skip
         count, columns = p.shape
         scales = self.at(row_scale, (count, 1), torch.float32) * self.at(
@@ -201,6 +203,13 @@ class Kernels:
             made = eager.gated(*made.to(out).chunk(2, -1))
         if residual is not None:
             made = residual + made.to(out)
+        if rotary is not None:
+            made = made.to(out)
+            cos, sin, turned = rotary
+            assert out != torch.float32
+            assert cos.dtype == sin.dtype == torch.float32
+            first = made[:, :turned].unflatten(0, (-1, len(cos)))
+            made[:, :turned] = rotate_heads(first, cos, sin).flatten(0, 1)
         self.at(y, tuple(made.shape), out).copy_(made)
 
     def take(self) -> list[str]:

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from property_tests import emulated
 from property_tests.walled import mapped, walled
-from quest import fused, gated_product, lowbit, packed, prologue, sparse_product
+from quest import (
+    fused,
+    gated_product,
+    lowbit,
+    packed,
+    prologue,
+    rotated_product,
+    sparse_product,
+)
 from quest.conformance import lanes
 from quest.conformance.lanes import Lane
 from quest.kernels import cuda
@@ -110,6 +118,7 @@ def _operators(emulator: emulated.Emulator) -> Any:
         "accumulate": lowbit.launch_accumulate,
         "product": lowbit.launch_product,
         "gated_product": gated_product.launch_gated_product,
+        "rotated_product": rotated_product.launch_rotated_product,
         "sparse_product": sparse_product.launch_sparse_product,
     }
     eager, watched = (

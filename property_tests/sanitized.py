@@ -25,6 +25,7 @@ from quest import compression, fused, lowbit, operands, ops, paths, prologue
 from quest.gated_product import gated_product
 from quest.kernels import cuda, hopper, product, sparse
 from quest.packed import packed_product
+from quest.rotated_product import rotated_product
 from quest.sparse_product import sparse_product
 
 Launch = Callable[[], object]
@@ -71,6 +72,22 @@ def _product(
             return (gated_product if gate else lowbit.product)(
                 a[0], b[0], a[1], b[1], a[2], b[2], added, *_names(name), width, torch.bfloat16,
                 *further,
+            )  # fmt: skip
+
+    return run
+
+
+def _rotated(name: str, tiles: product.Shape, head: int, bias: torch.dtype | None = None) -> Launch:
+    """Of three sequences; of 600 columns most heads are turned, some are not, and 24 are none."""
+
+    def run() -> object:
+        a, b = _encoded(name, _normal(300, 640), _normal(600, 640))
+        added = None if bias is None else _normal(1, 600, bias)[0]
+        angle = _normal(100, head // 2, torch.float32)
+        with product.only(tiles):
+            return rotated_product(
+                a[0], b[0], a[1], b[1], a[2], b[2], added, *_names(name), 640, torch.bfloat16,
+                angle.cos(), angle.sin(), 3 * 128,
             )  # fmt: skip
 
     return run
@@ -220,9 +237,11 @@ def launches() -> Iterator[tuple[str, Launch]]:
             yield f"product {name} {told}", _product(name, tiles)
             yield f"gated product {name} {told}", _product(name, tiles, torch.float16, gate=True)
             yield f"added product {name} {told}", _product(name, tiles, residual=True)
+            yield f"rotated product {name} {told}", _rotated(name, tiles, 128)
     # More threads than columns of a tile.
     yield "product w4a4 middle", _product("w4a4", product.MIDDLE, torch.float32)
     yield "gated product w4a4 middle", _product("w4a4", product.MIDDLE, torch.float32, gate=True)
+    yield "rotated product w4a4 middle", _rotated("w4a4", product.MIDDLE, 32, torch.float32)
     yield "product w4a4 40 rows", _product("w4a4", product.NARROW, rows=40)  # less than a tile
     yield "product int32", _accumulators(product.NARROW)
     for told, shape in (("wide", sparse.WIDE), ("narrow", sparse.NARROW)):

@@ -18,6 +18,8 @@ LAUNCHES = (
     "gated product w1a1 narrow",
     "added product w4a4 wide",
     "added product w1a1 narrow",
+    "rotated product w4a4 wide",
+    "rotated product w1a1 narrow",
     "sparse narrow",
     "sparse int32",
     "blocks w4a4 49152 in turns",

@@ -64,7 +64,8 @@ def _variants() -> Iterator[Variant]:
                 asked = product.compile_(one == product.WIDE[True], epilogue, out, 2, one)
                 yield made(*asked, product.CLUSTER, product.THREADS - 128, one.shared)
                 if epilogue != hopper.RAW:
-                    for more in ((True,), (False, True)):  # with a gate, and with a residual
+                    # With a gate, with a residual, and with heads that are turned.
+                    for more in ((True,), (False, True), (False, False, 16), (False, False, 64)):
                         binary = one == product.WIDE[True]
                         asked = product.compile_(binary, epilogue, out, 2, one, *more)
                         yield made(*asked, product.CLUSTER, product.THREADS - 128, one.shared)

@@ -61,7 +61,7 @@ def compiled(
 ) -> Text:
     macros = {
         "BINARY": 0, "EPILOGUE": hopper.PLAIN, "OUT": hopper.OUT[out], "BIAS": 0, "GATE": gate,
-        "RESIDUAL": residual,
+        "RESIDUAL": residual, "ROTARY": 0,
         "TILE_N": tiles.columns, "TILE_K": product.TILE_K, "CLUSTER": product.CLUSTER,
         "CONSUMERS": product.CONSUMERS, "TEAM": tiles.team, "STAGES": tiles.stages,
     }  # fmt: skip

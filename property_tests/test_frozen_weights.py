@@ -300,7 +300,7 @@ class Ways:
 
     def _linear(
         self, x: Tensor, held: frozen.Frozen, bias: Tensor | None, dtype: torch.dtype, gate: bool,
-        residual: Tensor | None,
+        residual: Tensor | None, rotary: None,
     ) -> tuple[Tensor] | None:  # fmt: skip
         assert not gate
         self.seen.append("direct")

@@ -34,6 +34,8 @@ LAUNCHES = {
         "gated product w1a1 narrow",
         "added product w4a4 wide",
         "added product w1a1 narrow",
+        "rotated product w4a4 wide",
+        "rotated product w1a1 narrow",
         "product w8a8 wide",
         "product int32",
         "sparse bias torch.float32",

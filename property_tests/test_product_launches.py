@@ -168,6 +168,7 @@ class Case:
     blocks: int
     gate: bool = False
     residual: bool = False
+    rotary: tuple[int, int, int] | None = None  # positions, a head's width, columns that are turned
 
 
 CASES = [
@@ -196,6 +197,11 @@ CASES = [
          (1, 8, 128), 2, residual=True),
     Case(BYTES, (513, 258, 48), hopper.PLAIN, torch.float32, None, 132, product.WIDE[False],
          (2, 4, 256), 12, residual=True),
+    # Nor have heads that are turned any others.
+    Case(BITS, (70, 256, 16), hopper.CORRECTED, torch.bfloat16, torch.float16, 132, None,
+         (1, 8, 128), 4, rotary=(35, 64, 128)),
+    Case(BYTES, (513, 258, 48), hopper.PLAIN, torch.float16, None, 132, product.WIDE[False],
+         (2, 4, 256), 12, rotary=(513, 128, 256)),
 ]  # fmt: skip
 
 
@@ -211,10 +217,17 @@ def test_the_product(case: Case, driver: Driver) -> None:
     if case.residual:
         vectors["residual"] = torch.rand(rows, columns).to(case.out)
     driver.processors = case.processors
+    more: dict[str, Any] = {}
+    rotary, half = None, 0
+    if case.rotary is not None:
+        positions, half, turned = case.rotary[0], case.rotary[1] // 2, case.rotary[2]
+        rotary = product.Turned(*torch.rand(2, positions, half), turned)
+        at = [t.data_ptr() for t in rotary[:2]]
+        more = {"cosine": at[0], "sine": at[1], "positions": positions, "turned": turned}
     with product.only(case.forced):
         y = product.product(
             a, b, case.out, epilogue=case.epilogue, length=77, factor=0.375, gate=case.gate,
-            **vectors,
+            rotary=rotary, **vectors,
         )  # fmt: skip
     columns //= 1 + case.gate
     assert (tuple(y.shape), y.dtype, y.is_contiguous()) == ((rows, columns), case.out, True)
@@ -223,7 +236,7 @@ def test_the_product(case: Case, driver: Driver) -> None:
     macros = {
         "BINARY": int(case.operands == BITS), "EPILOGUE": case.epilogue, "OUT": OUT[case.out],
         "BIAS": 0 if case.bias is None else OUT[case.bias], "GATE": int(case.gate),
-        "RESIDUAL": int(case.residual),
+        "RESIDUAL": int(case.residual), "ROTARY": half,
         "TILE_N": tile, "TILE_K": 128, "CLUSTER": 2, "CONSUMERS": 2, "TEAM": team, "STAGES": stages,
     }  # fmt: skip
     assert found.compiled == ("product.cu", "sm_90a", macros, True)
@@ -236,16 +249,19 @@ def test_the_product(case: Case, driver: Driver) -> None:
     pointers = {name: 0 if t is None else t.data_ptr() for name, t in vectors.items()}
     assert found.given == {
         "out": y.data_ptr(), "rows": rows, "columns": columns, "bytes": (width + 15) // 16 * 16,
-        "length": 77, "factor": 0.375, "held": held, "settled": False, **pointers,
+        "length": 77, "factor": 0.375, "held": held, "settled": False, **pointers, **more,
     }  # fmt: skip
 
 
-def test_a_binary_without_a_gate_and_a_residual_unless_they_are_asked_for(driver: Driver) -> None:
-    for given, gate, residual in (
-        ((), 0, 0), ((False,), 0, 0), ((True,), 1, 0), ((False, True), 0, 1)
+def test_a_binary_without_more_than_is_asked_for(driver: Driver) -> None:
+    """A gate, a residual and heads that are turned."""
+    for given, gate, residual, half in (
+        ((), 0, 0, 0), ((False,), 0, 0, 0), ((True,), 1, 0, 0), ((False, True), 0, 1, 0),
+        ((False, False, 32), 0, 0, 32),
     ):  # fmt: skip
         made: Any = product.compile_(False, hopper.PLAIN, torch.bfloat16, 0, product.NARROW, *given)
-        assert (made[2]["GATE"], made[2]["RESIDUAL"]) == (gate, residual)
+        found = (made[2]["GATE"], made[2]["RESIDUAL"], made[2]["ROTARY"])
+        assert found == (gate, residual, half)
 
 
 def test_a_residual_is_read_in_rows_at_16_bytes(
@@ -273,6 +289,36 @@ def test_a_residual_is_read_in_rows_at_16_bytes(
         assert found.is_contiguous()
         assert found.data_ptr() % 16 == 0
         assert (found is residual) == (residual is whole)
+
+
+def test_angles_are_read_in_rows_at_16_bytes(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that lie otherwise are copied, as they are; others are read where they lie."""
+    a, b = _operand(6, 16), _operand(64, 16)
+    storage = torch.rand(3 * 64 + 8)
+    at = -storage.data_ptr() % 16 // 4
+    whole, later = (storage[start:][:48].view(3, 16) for start in (at, at + 1))
+    apart = storage[at:][:96].view(3, 32)[:, :16]
+    real, copies = layout.aligned, list[Tensor]()
+
+    def noted(x: Tensor) -> Tensor:
+        copies.append(real(x))
+        return copies[-1]
+
+    monkeypatch.setattr(layout, "aligned", noted)
+    for cos, sin in ((whole, later), (later, apart), (whole.view(16, 3).T, whole)):
+        copies.clear()
+        rotary = product.Turned(cos, sin, 64)
+        product.product(a, b, torch.float16, epilogue=hopper.PLAIN, rotary=rotary)
+        found = [t for t in copies if t.dtype == torch.float32]
+        given = driver.one().given
+        assert [given["cosine"], given["sine"]] == [t.data_ptr() for t in found]
+        for t, asked in zip(found, (cos, sin), strict=True):
+            assert torch.equal(t, asked)
+            assert t.is_contiguous()
+            assert t.data_ptr() % 16 == 0
+            assert (t is asked) == (asked is whole)
 
 
 def test_what_a_product_is_not_told_is_neutral(driver: Driver) -> None:

@@ -62,9 +62,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     )
     real: Callable[..., Tensor] = frozen.multiply
 
-    def multiply(*given: Any) -> Tensor:
+    def multiply(*given: Any, **how: Any) -> Tensor:
         made.unwatched.append(given[5])
-        return real(*given[:5], False, *given[6:])
+        return real(*given[:5], False, *given[6:], **how)
 
     monkeypatch.setattr(frozen, "multiply", multiply)
     monkeypatch.setattr(direct, "behind", lambda *given: made.behind.append(given))
@@ -155,9 +155,9 @@ def test_what_nothing_watches_is_launched(seen: Seen, monkeypatch: pytest.Monkey
                 (lambda: quest.gated(x, other, layer), tensors[:2], "gated",
                  ((x, other), held, bias)),
                 (lambda: quest.normed(x, norm, [layer]), [x, norm.weight], "normed",
-                 ((x,), held, bias, (norm.weight, 1e-5), False)),
+                 ((x,), held, bias, (norm.weight, 1e-5), False, None)),
                 (lambda: quest.normed(x, norm, [layer], other), tensors, "normed",
-                 ((x, other), held, bias, (norm.weight, 1e-5), False)),
+                 ((x, other), held, bias, (norm.weight, 1e-5), False, None)),
             ):  # fmt: skip
                 every = all(any(t is one for one in among) for t in needs)
                 for noted in (seen.calls, seen.unwatched, seen.behind):

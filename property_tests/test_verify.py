@@ -23,12 +23,12 @@ def test_quick_run_passes_and_writes_json_and_html(
 ) -> None:
     path, page = tmp_path / "report.json", tmp_path / "report.html"
     assert verify.run(path, ("torch-cpu",), quick=True, html_path=page) == 0
-    assert "all 27 rows pass" in page.read_text()
+    assert "all 28 rows pass" in page.read_text()
     report = json.loads(path.read_text())
     assert len(report["rows"]) == len(list(verify.rows(CPU, quick=True)))
     assert all(r["verdict"] == "pass" and r["elements"] > 10_000 for r in report["rows"])
     assert report["machine"]["torch"] == torch.__version__
-    assert "27 of 27 rows pass" in capsys.readouterr().out
+    assert "28 of 28 rows pass" in capsys.readouterr().out
 
 
 def test_a_worse_ratio_than_recorded_fails(
@@ -40,7 +40,7 @@ def test_a_worse_ratio_than_recorded_fails(
     assert verify.run(None, ("torch-cpu",), quick=True) == 1
     out = capsys.readouterr().out
     assert "over 1.5 times the recorded 0.100" in " ".join(out.split())
-    assert "26 of 27 rows pass" in out
+    assert "27 of 28 rows pass" in out
 
 
 def test_record_keeps_what_other_lanes_recorded(

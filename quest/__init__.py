@@ -27,11 +27,13 @@ if TYPE_CHECKING or "torch" in sys.modules:
     from .quantizer import Packed, Quantized, Quantizer
     from .recipes import Recipe, recipe
     from .residual import added
+    from .rotary import Rotary
     from .sparsity import NM, Pairwise
     from .transforms import Hadamard, Identity
 else:
     _HOMES = {
         **dict.fromkeys(("STE", "Clip", "Trust"), "estimators"),
+        "Rotary": "rotary",
         "added": "residual",
         "together": "joint",
         **dict.fromkeys(("gated", "normed"), "prologue"),
@@ -66,6 +68,7 @@ __all__ = [
     "Quantized",
     "Quantizer",
     "Recipe",
+    "Rotary",
     "Trust",
     "added",
     "freeze_",

@@ -10,7 +10,7 @@ launches the addresses of its inputs and its outputs, and does nothing else. All
 thread and a stream share the memory between their kernels: there one ends before the next begins.
 
 `linear` is the layer, to which a residual may be added; `behind` the layer behind a gate or a norm
-(see `prologue`).
+(see `prologue`). The rotary embedding may turn what comes out of either.
 """
 
 from __future__ import annotations
@@ -45,15 +45,27 @@ class Told(NamedTuple):
     """How a call is made of its inputs, which their number does not say.
 
     eps: of a norm. gate: whether the product ends in one. added: whether the last input is added to
-    what the layer makes of the first.
+    what the layer makes of the first. turned: how many columns of that are turned, by angles that
+    are the last two inputs.
     """
 
     eps: float | None = None
     gate: bool = False
     added: bool = False
+    turned: int = 0
 
 
 PLAIN = Told()
+
+
+def how(eps: float | None, gate: bool, added: bool, rotary: product.Turned | None) -> Told:
+    """How a call with `inputs` is made of them."""
+    return Told(eps, gate, added, 0 if rotary is None else rotary.columns)
+
+
+def inputs(xs: tuple[Tensor, ...], rotary: product.Turned | None) -> tuple[Tensor, ...]:
+    """What a call reads that may lie elsewhere in the next one: xs, and the angles behind them."""
+    return xs if rotary is None else (*xs, rotary.cos, rotary.sin)
 
 
 class Calls(dict[tuple[object, ...], Call | None]):
@@ -309,11 +321,11 @@ def _plan(
 
 def linear(
     x: Tensor, held: Frozen, bias: Tensor | None, dtype: torch.dtype, gate: bool = False,
-    residual: Tensor | None = None,
+    residual: Tensor | None = None, rotary: product.Turned | None = None,
 ) -> tuple[Tensor] | None:  # fmt: skip
     """(y,), y (..., out) of `dtype` for x (..., in) on CUDA; None where there is another way.
 
-    held has an operand; bias is contiguous and lies where x does. gate, residual: as in
+    held has an operand; bias is contiguous and lies where x does. gate, residual, rotary: as in
     `frozen.linear`.
     """
     from .kernels import blocks, layout, rows
@@ -333,32 +345,33 @@ def linear(
                 blocks.launch(
                     x, plan.program, plan.form, plan.bits, n, width, a, scale, 0, sums
                 )  # fmt: skip
-            _multiply(made, held, bias, width, gate, residual)
+            _multiply(made, held, bias, width, gate, residual, rotary)
     return (y,)
 
 
 def behind(
     xs: tuple[Tensor, ...], held: Frozen, bias: Tensor | None,
     norm: tuple[Tensor, float] | None = None, gate: bool = False,
+    rotary: product.Turned | None = None,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     """y (..., out) of a layer behind a prologue, in xs's dtype; None where there is another way.
 
     Without a norm (y,), xs being a gate and a value; with its weight and eps (y,) for xs (x,), and
-    (y, h) for x and a residual. gate: as in `frozen.linear`. For all of them `prologue.has_kernel`
-    is to hold, and `fits` for the bias and the norm's weight.
+    (y, h) for x and a residual. gate, rotary: as in `frozen.linear`. For all of them
+    `prologue.has_kernel` is to hold, and `fits` for the bias and the norm's weight.
     """
     weight, eps = (None, None) if norm is None else norm
-    reads, told = (bias, weight), Told(eps, gate)
-    made = again(held, xs, reads, told)
+    reads, told, given = (bias, weight), how(eps, gate, False, rotary), inputs(xs, rotary)
+    made = again(held, given, reads, told)
     if made is None:
-        run = functools.partial(_behind, xs, held, bias, weight, eps, gate)
-        made = recorded(held, xs, reads, run, told)
+        run = functools.partial(_behind, xs, held, bias, weight, eps, gate, rotary)
+        made = recorded(held, given, reads, run, told)
     return made
 
 
 def _behind(
     xs: tuple[Tensor, ...], held: Frozen, bias: Tensor | None, weight: Tensor | None,
-    eps: float | None, gate: bool,
+    eps: float | None, gate: bool, rotary: product.Turned | None,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     from .kernels import blocks, cuda
     from .kernels import rows as few
@@ -385,7 +398,7 @@ def _behind(
                     rows[0], None if alone else rows[1], plan.program, plan.form, plan.bits,
                     prologue, a, scale, sums, cuda.pointer(h), weight, eps or 0.0,
                 )  # fmt: skip
-            _multiply(made, held, bias, width, gate)
+            _multiply(made, held, bias, width, gate, rotary=rotary)
     return (y,) if h is None else (y, h)
 
 
@@ -423,9 +436,9 @@ def _room(x: Tensor, held: Frozen, dtype: torch.dtype, gate: bool) -> _Room | No
 
 def _multiply(
     made: _Room, held: Frozen, bias: Tensor | None, width: int, gate: bool,
-    residual: Tensor | None = None,
+    residual: Tensor | None = None, rotary: product.Turned | None = None,
 ) -> None:  # fmt: skip
-    """Launch the product that writes y. residual: where `Frozen.adds`."""
+    """Launch the product that writes y. residual, rotary: where `Frozen.adds` and `turns`."""
     from .kernels import cuda, few, hopper
 
     y, plan, n, a, scale, sums, _ = made
@@ -437,7 +450,8 @@ def _multiply(
     # The launch before lies between what wrote the weight and these, which makes it settled.
     if held.form(n, width) == "packed":
         assert packed is not None
-        assert residual is None  # `Frozen.adds` is of the operand's product
+        assert residual is None  # `Frozen.adds` and `turns` are of the operand's product
+        assert rotary is None
         few.launch(
             y.data_ptr(), a, packed.data_ptr(), n, columns, width,
             packed.shape[1] * 8 // width, device, y.dtype, terms.factor * plan.spread,
@@ -449,5 +463,5 @@ def _multiply(
             plan.kind == "bits", plan.epilogue, terms.length, terms.factor, scale, at[0],
             0 if bias is None else bias.data_ptr(), sums if terms.rows else 0,
             at[1] if terms.columns else 0, True, hopper.bias_type(bias), gate,
-            cuda.pointer(residual),
+            cuda.pointer(residual), rotary,
         )  # fmt: skip

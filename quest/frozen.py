@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,10 @@ from . import direct, fused, lowbit, operands, ops, paths
 from .compression import compress
 from .estimators import STE
 from .gated_product import HALVES, gated_product, launch_gated_product
+from .kernels.product import Turned
 from .packed import launch_packed, odd, packed_product
 from .recipes import Recipe
+from .rotated_product import fits, launch_rotated_product, rotated_product
 from .sparse_product import launch_sparse_product, sparse_product
 from .sparsity import NM
 
@@ -96,6 +99,13 @@ class Frozen:
             and residual.device == x.device
             and residual.shape == (*x.shape[:-1], self.operand.shape[0])
         )
+
+    def turns(self, x: Tensor, rotary: Turned) -> bool:
+        """Whether one kernel multiplies rows of x (..., T, in) and turns what comes out.
+
+        Its first columns, by angles of T rows; see `rotated_product`.
+        """
+        return x.dtype in HALVES and self._alone(x) and fits(rotary)
 
     def _alone(self, x: Tensor) -> bool:
         """Whether the product of operands multiplies rows of x (..., in), and nothing else."""
@@ -210,12 +220,13 @@ def _can_be_read(weight: Tensor, bits: int) -> bool:
 
 def linear(
     x: Tensor, frozen: Frozen, bias: Tensor | None, recipe: Recipe, gate: bool = False,
-    residual: Tensor | None = None,
+    residual: Tensor | None = None, rotary: Turned | None = None,
 ) -> Tensor:  # fmt: skip
     """y (..., out) of x's dtype for x (..., in); no gradient.
 
     gate: (..., out / 2), see `gated_product`; where `frozen.gates(x)`. residual: (..., out); then
-    residual + y; where `frozen.adds(x, residual)`.
+    residual + y; where `frozen.adds(x, residual)`. rotary: y is turned, see `rotated_product`;
+    where `frozen.turns(x, rotary)`.
     """
     dtype = x.dtype
     if frozen.operand is None:
@@ -223,14 +234,14 @@ def linear(
         values = recipe.activation(x)
         b = None if bias is None else bias.to(dtype)
         return torch.nn.functional.linear(values, frozen.values.to(dtype), b)
-    xs = (x,) if residual is None else (x, residual)
+    xs = direct.inputs((x,) if residual is None else (x, residual), rotary)
     unwatched = all(map(ops.direct, xs)) and direct.fits(bias, x, frozen.operand.shape[0])
-    told = direct.Told(None, gate, residual is not None)
+    told = direct.how(None, gate, residual is not None, rotary)
     if unwatched and (made := direct.again(frozen, xs, (bias,), told)) is not None:
         return made[0]
     run: Callable[[], tuple[Tensor] | None] | None = None
     if unwatched:
-        run = functools.partial(direct.linear, x, frozen, bias, dtype, gate, residual)
+        run = functools.partial(direct.linear, x, frozen, bias, dtype, gate, residual, rotary)
     if frozen.packed is not None and paths.fuses(x, frozen.few):
         assert frozen.scale is not None
         assert frozen.sums is not None
@@ -255,7 +266,7 @@ def linear(
     else:
         quantized = lowbit.operand(rows, frozen.spec, kind)
     added = None if residual is None else lowbit.as_rows(residual)
-    y = multiply(quantized, frozen, bias, x.shape[-1], dtype, unwatched, gate, added)
+    y = multiply(quantized, frozen, bias, x.shape[-1], dtype, unwatched, gate, added, rotary)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -266,11 +277,13 @@ def _alone(run: Callable[[], Tensor]) -> tuple[Tensor]:
 def multiply(
     rows: tuple[Tensor, Tensor, Tensor], frozen: Frozen, bias: Tensor | None, width: int,
     dtype: torch.dtype, unwatched: bool, gate: bool = False, residual: Tensor | None = None,
+    rotary: Turned | None = None,
 ) -> Tensor:  # fmt: skip
     """y (n, out) of `dtype` for rows of `width` entries and a weight, both as integers.
 
     rows: operand (n, bytes), scale (n, 1), sums (n, 1), as `lowbit.operand` makes them.
-    unwatched: `ops.direct` of what they were made of. gate: as in `linear`; residual: (n, out).
+    unwatched: `ops.direct` of what they were made of. gate, rotary: as in `linear`; residual:
+    (n, out).
     """
     assert frozen.operand is not None
     assert frozen.scale is not None
@@ -279,11 +292,14 @@ def multiply(
     weight: tuple[Tensor, ...] = (frozen.operand,)
     function, launch = lowbit.product, lowbit.launch_product
     form = frozen.form(len(a), width)
-    added = () if residual is None else (residual,)
-    assert form == "operand" or not added
+    more: tuple[Any, ...] = () if residual is None else (residual,)
+    assert form == "operand" or not more
     if gate:
         assert form == "operand"
         function, launch = gated_product, launch_gated_product
+    elif rotary is not None:
+        assert form == "operand"
+        function, launch, more = rotated_product, launch_rotated_product, rotary
     elif form == "compressed":
         assert frozen.kept is not None
         assert frozen.metadata is not None
@@ -294,6 +310,6 @@ def multiply(
         function, launch, weight = packed_product, launch_packed, (frozen.packed,)
     y: Tensor = (launch if unwatched else function)(
         a, *weight, a_scale, frozen.scale, a_sums, frozen.sums, bias, frozen.names, frozen.kinds,
-        width, dtype, *added,
+        width, dtype, *more,
     )  # fmt: skip
     return y

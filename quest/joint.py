@@ -19,23 +19,35 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
 from . import direct, frozen, paths
+from .kernels.product import Turned
 from .linear import Linear
 from .lowbit_linear import low_bit_linear, saves
+from .rotary import Rotary, check, columns, turn, turn_
 
 
-def together(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+def together(
+    x: Tensor, layers: Sequence[nn.Module], rotary: Rotary | None = None
+) -> tuple[Tensor, ...]:
     """(layer(x) for each layer), with x (..., in) quantized once where it can be.
 
     That is where all are `quest.Linear` with the same recipe and dtype and without hooks, which
     must see their own calls; other layers are called one after another. What comes out has the
     bounds of the single layers, though not always their bits: the gradient of x is summed before it
-    is turned back. Raises ValueError for no layers, TypeError for what is no module, and what the
-    layers raise.
+    is turned back.
+
+    rotary: the outputs of its first layers come turned, for x (..., T, in); see `quest.Rotary`. Of
+    frozen layers that lie stacked, and x of 16 bits, one kernel on Hopper multiplies, rounds and
+    turns heads of 32, 64 or 128 by angles in float32; but not of few rows, whose weights are read
+    packed, nor of many with 2:4 sparse weights. Elsewhere they are turned behind the layers; the
+    numbers are the same. Raises ValueError for no layers and for angles that don't fit x and the
+    layers, TypeError for what is no module and no angles, and what the layers raise.
     """
-    return projected(x, layers, False)
+    return projected(x, layers, False, rotary)
 
 
-def projected(x: Tensor, layers: Sequence[nn.Module], gate: bool) -> tuple[Tensor, ...]:
+def projected(
+    x: Tensor, layers: Sequence[nn.Module], gate: bool, rotary: Rotary | None = None
+) -> tuple[Tensor, ...]:
     """`together`; with a gate, of two layers, silu(first) second alone where one kernel makes it.
 
     See `gated_product`.
@@ -45,28 +57,31 @@ def projected(x: Tensor, layers: Sequence[nn.Module], gate: bool) -> tuple[Tenso
     layers = tuple(layers)
     if not layers:
         raise ValueError("layers must name at least one layer, got none")
-    if (made := again((x,), layers, gate=gate)) is not None:
+    if rotary is not None:
+        check(rotary, x, layers)
+    if (made := again((x,), layers, gate=gate, rotary=rotary)) is not None:
         return split(made[0], layers, gate)
     for layer in layers:
         if not isinstance(layer, nn.Module):
             raise TypeError(f"layers must hold torch.nn.Modules, got {type(layer).__name__}")
     plain = alike(layers)
     if plain is None:
-        return tuple(layer(x) for layer in layers)
+        return turn(tuple(layer(x) for layer in layers), rotary)
     for layer in plain:
         layer.check(x)
     x = Linear.cast(x)
     if torch.is_grad_enabled():
-        return _live(x, plain)
+        return turn(_live(x, plain), rotary)
     held = [h for h in (layer.current() for layer in plain) if h is not None]
     if not held:
-        return _live(x, plain)
+        return turn(_live(x, plain), rotary)
     one = frozen.stacked(held) if len(held) == len(plain) else None
     if one is None:
-        return tuple(layer(x) for layer in plain)
+        return turn(tuple(layer(x) for layer in plain), rotary)
     gate = gate and gates(x, plain, one)
-    y = frozen.linear(x, one, joined(plain, one, x), plain[0].recipe, gate)
-    return split(y, plain, gate)
+    turned = turns(x, plain, one, rotary)
+    y = frozen.linear(x, one, joined(plain, one, x), plain[0].recipe, gate, rotary=turned)
+    return turn(split(y, plain, gate), rotary if turned is None else None)
 
 
 def gates(x: Tensor, layers: Sequence[Any], one: frozen.Frozen) -> bool:
@@ -74,14 +89,24 @@ def gates(x: Tensor, layers: Sequence[Any], one: frozen.Frozen) -> bool:
     return layers[0].out_features == layers[1].out_features and one.gates(x)
 
 
+def turns(
+    x: Tensor, layers: Sequence[Any], one: frozen.Frozen, rotary: Rotary | None
+) -> Turned | None:
+    """What one kernel turns of `Linear`s on x, stacked in `one`; None where it turns nothing."""
+    found = None if rotary is None else columns(rotary, layers)
+    return found if found is not None and one.turns(x, found) else None
+
+
 def again(
     xs: tuple[Tensor, ...], layers: Sequence[nn.Module], weight: Tensor | None = None,
     eps: float | None = None, *, gate: bool = False, added: bool = False,
+    rotary: Rotary | None = None,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     """What comes out of layers whose call with such inputs was checked and recorded; else None.
 
     xs: their input, or what a gate or a norm with this weight and eps makes it of; see `direct`.
     gate: what comes out may be gated, see `projected`. added: the last of xs is added to it.
+    rotary: what comes out is turned; it is checked, for a tensor.
     All that is looked at here is what may have changed since: nothing is raised, and nothing
     queued but the biases of several layers, joined, and what was recorded.
     """
@@ -106,7 +131,12 @@ def again(
             return None
         join = functools.partial(torch.cat, several, out=bias)
     gate = gate and isinstance(xs[0], Tensor) and gates(xs[0], layers, one)
-    return direct.again(one, xs, (bias, weight), direct.Told(eps, gate, added), join)
+    turned = turns(xs[0], layers, one, rotary)
+    given, told = direct.inputs(xs, turned), direct.how(eps, gate, added, turned)
+    made = direct.again(one, given, (bias, weight), told, join)
+    if made is not None and rotary is not None and turned is None:
+        turn_(made[0], columns(rotary, layers))  # nobody else has it yet
+    return made
 
 
 def split(y: Tensor, layers: Sequence[Any], gate: bool = False) -> tuple[Tensor, ...]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from . import eager, grids, operands, ops
 
 if TYPE_CHECKING:
+    from .kernels.product import Turned
     from .quantizer import Quantizer
 
 
@@ -347,9 +348,12 @@ def launch_accumulate(a: Tensor, b: Tensor) -> Tensor:
 def launch_product(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, a_sums: Tensor, b_sums: Tensor,
     bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
-    residual: Tensor | None = None, *, gate: bool = False,
+    residual: Tensor | None = None, *, gate: bool = False, rotary: Turned | None = None,
 ) -> Tensor:  # fmt: skip
-    """`eager_product` by the kernel. gate: `gated_product.eager_gated_product`."""
+    """`eager_product` by the kernel.
+
+    gate: `gated_product.eager_gated_product`; rotary: `rotated_product.eager_rotated_product`.
+    """
     from .kernels import hopper
     from .kernels import product as kernel
 
@@ -370,6 +374,7 @@ def launch_product(
             row_scale=a_scale.contiguous(), column_scale=b_scale.contiguous(),
             row_sum=scaled(a_sums, terms.rows), column_sum=scaled(b_sums, terms.columns),
             bias=None if bias is None else bias.contiguous(), gate=gate, residual=residual,
+            rotary=rotary,
         )  # fmt: skip
 
 

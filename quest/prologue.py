@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from . import direct, eager, frozen, lowbit, operands, ops, paths
-from .joint import again, alike, gates, hooked, joined, projected, split, whole
+from .joint import again, alike, gates, hooked, joined, projected, split, turns, whole
 from .linear import Linear
 from .lowbit_linear import low_bit_linear, saves
+from .rotary import Rotary, check, turn
 
 if TYPE_CHECKING:
     from .kernels.blocks import Made
@@ -394,9 +395,10 @@ def _live(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor | None:
 
 
 def normed(
-    x: Tensor, norm: nn.Module, layers: Sequence[nn.Module], residual: Tensor | None = None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(h, together(norm(h), layers)), for h = residual + x, or h = x without a residual.
+    x: Tensor, norm: nn.Module, layers: Sequence[nn.Module], residual: Tensor | None = None,
+    rotary: Rotary | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """(h, together(norm(h), layers, rotary)), for h = residual + x, or h = x without a residual.
 
     x, residual: (..., in) floats of one shape. Where no gradient is asked for, both have one dtype,
     `norm` is a `torch.nn.RMSNorm` with a weight and without hooks, and `layers` are frozen
@@ -407,15 +409,18 @@ def normed(
     autocast a residual stream is float32. Raises TypeError and ValueError for an x and a residual
     of other shapes or devices, for a norm that is no module, and what `quest.together` raises.
     """
-    return behind_norm(x, norm, layers, residual, False)
+    return behind_norm(x, norm, layers, residual, False, rotary)
 
 
 def behind_norm(
-    x: Tensor, norm: nn.Module, layers: Sequence[nn.Module], residual: Tensor | None, gate: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    x: Tensor, norm: nn.Module, layers: Sequence[nn.Module], residual: Tensor | None, gate: bool,
+    rotary: Rotary | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """`normed`; with a gate, what comes out of the layers as in `joint.projected`."""
     layers = layers if isinstance(layers, nn.Module) else tuple(layers)
-    if (found := _again(x, norm, layers, residual, gate)) is not None:
+    if rotary is not None and not isinstance(layers, nn.Module):
+        check(rotary, x, layers)
+    if (found := _again(x, norm, layers, residual, gate, rotary)) is not None:
         return found
     _check_pair(x, x if residual is None else residual, ("x", "residual"), plain=True)
     if not isinstance(norm, nn.Module):
@@ -426,40 +431,46 @@ def behind_norm(
         held = _held(layers, x, residual is not None)
     if held is None:
         h = x if residual is None else residual + x
-        return h, projected(norm(h), layers, gate)
+        return h, projected(norm(h), layers, gate, rotary)
     assert isinstance(norm, nn.RMSNorm)
     assert weight is not None
     assert norm.eps is not None
     plain = [layer for layer in layers if isinstance(layer, Linear)]
     bias, columns = joined(plain, held, x), sum(layer.out_features for layer in plain)
     gate = gate and gates(x, plain, held)
+    turned = turns(x, plain, held, rotary)
+    later = rotary if turned is None else None
     xs = (x,) if residual is None else (x, residual)
-    unwatched = all(map(ops.direct, (*xs, weight)))
+    unwatched = all(map(ops.direct, direct.inputs((*xs, weight), turned)))
     fits = unwatched and direct.fits(bias, x, columns) and direct.fits(weight, x, x.shape[-1])
     # A weight that lies off a multiple of 16 bytes is copied, to where no later call may look.
     if fits and weight.data_ptr() % 16 == 0:
-        made = direct.behind(xs, held, bias, (weight, norm.eps), gate)
+        made = direct.behind(xs, held, bias, (weight, norm.eps), gate, turned)
         if made is not None:
-            return made[-1] if len(made) > 1 else x, split(made[0], plain, gate)
+            return made[-1] if len(made) > 1 else x, turn(split(made[0], plain, gate), later)
     kind = held.kinds.partition(",")[0]
     encode = launch_normed_encode if unwatched else normed_encode
     a, scale, sums, h = encode(x, residual, weight, norm.eps, held.spec, kind)[:4]
     rows = (lowbit.as_rows(a), lowbit.as_rows(scale), lowbit.as_rows(sums))
-    y = frozen.multiply(rows, held, bias, x.shape[-1], x.dtype, unwatched, gate)
+    y = frozen.multiply(
+        rows, held, bias, x.shape[-1], x.dtype, unwatched, gate, rotary=turned
+    )  # fmt: skip
     y = y.view(*x.shape[:-1], y.shape[-1])
-    return x if residual is None else h, split(y, plain, gate)
+    return x if residual is None else h, turn(split(y, plain, gate), later)
 
 
 def _again(
-    x: Tensor, norm: nn.Module, layers: Sequence[nn.Module], residual: Tensor | None, gate: bool
-) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+    x: Tensor, norm: nn.Module, layers: Sequence[nn.Module], residual: Tensor | None, gate: bool,
+    rotary: Rotary | None,
+) -> tuple[Tensor, tuple[Tensor, ...]] | None:  # fmt: skip
     """`behind_norm`, where a call like this one was checked and recorded."""
     if type(norm) is not nn.RMSNorm or hooked(norm) or isinstance(layers, nn.Module):
         return None
     weight = norm._parameters.get("weight")
     if weight is None or not isinstance(norm.eps, float):
         return None
-    made = again((x,) if residual is None else (x, residual), layers, weight, norm.eps, gate=gate)
+    xs = (x,) if residual is None else (x, residual)
+    made = again(xs, layers, weight, norm.eps, gate=gate, rotary=rotary)
     if made is None:
         return None
     return x if residual is None else made[1], split(made[0], layers, gate)

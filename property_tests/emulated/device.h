@@ -189,6 +189,7 @@ inline unsigned __float_as_uint(float x) { return (unsigned)emulated::packed(x);
 inline int __float_as_int(float x) { return (int)emulated::packed(x); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fadd_rd(float a, float b) { return emulated::add_down(a, b); }
 inline float __fmaf_rd(float a, float b, float c) { return emulated::add_down((double)a * b, c); }
 inline int __viaddmin_s32_relu(int a, int b, int c) { return max(min((int)((unsigned)a + (unsigned)b), c), 0); }

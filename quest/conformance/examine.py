@@ -234,12 +234,15 @@ def product(
     compressed: bool = False,
     gate: bool = False,
     residual: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor, int] | None = None,
 ) -> list[Verdict]:
     """T0 of the accumulators and T6 of the product of two operands, x (n, in), w (out, in).
 
     compressed: the product reads w, 2:4 sparse, in its compressed form. gate: T6 of what a gated
     product makes of it, (n, out / 2). residual: (n, out) of `dtype`; T0, too, of what a product
-    makes that adds it; not with the other two.
+    makes that adds it; not with the other two. rotary: (cos, sin, turned), the tables as
+    `rotated_product` takes them; T0, too, of what a product makes that turns its first columns;
+    not with the others.
     """
     kinds = operands.kinds(made.activation, made.weight)
     if kinds is None:
@@ -271,6 +274,11 @@ def product(
         h = lane.call("added_product", residual, *given, **static)["h"]
         forms.append(judges.form("added", h, shape, dtype))
         sums = [judges.added(y, residual, h)] if forms[-1].failure is None else []
+    if rotary is not None:
+        cos, sin, turned = rotary
+        h = lane.call("rotated_product", cos, sin, *given, **static, turned=turned)["h"]
+        forms.append(judges.form("turned", h, shape, dtype))
+        sums = [judges.turned_heads(y, *rotary, h)] if forms[-1].failure is None else []
     if any(v.failure for v in forms):
         return forms
     d = x.shape[-1]

@@ -160,6 +160,25 @@ def added(x: Tensor, residual: Tensor, h: Tensor) -> Verdict:
     return close("added", h, expected, np.zeros(expected.shape))
 
 
+def turned_heads(y: Tensor, cos: Tensor, sin: Tensor, turned: int, h: Tensor) -> Verdict:
+    """T0: h is y (M, N), of its first `turned` columns each head turned in float32, rounded once.
+
+    cos, sin: (T, d_head / 2) float32; row r has the angles of row r % T. No product is contracted.
+    """
+    rows, half = np.arange(len(y)) % max(1, len(cos)), cos.shape[1]
+    expected = y.float().numpy().copy()
+    c, s = cos.numpy()[rows], sin.numpy()[rows]
+    with np.errstate(invalid="ignore", over="ignore"):
+        for first in range(0, turned, 2 * half):
+            low, high = (
+                expected[:, at : at + half].copy() for at in (first, first + half)
+            )  # fmt: skip
+            expected[:, first : first + half] = low * c - high * s
+            expected[:, first + half : first + 2 * half] = high * c + low * s
+    stored = lift(torch.from_numpy(expected).to(h.dtype))
+    return close("turned", h, stored, np.zeros(stored.shape))
+
+
 def normed(
     h: Tensor, weight: Tensor, eps: float, rows: Tensor, between: torch.dtype | None = None
 ) -> Verdict:

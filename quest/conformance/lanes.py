@@ -59,7 +59,10 @@ class Lane:
         """Whether the lane has an implementation of its own for this call."""
         if self.backend != "dispatch" and (stage == "frozen" or static.get("path") == "integers"):
             return False  # the layer of the other lanes is composed, of values
-        products = ("accumulate", "product", "added_product", "gated_product", "sparse_product")
+        products = (
+            "accumulate", "product", "added_product", "gated_product", "rotated_product",
+            "sparse_product",
+        )  # fmt: skip
         if stage in products or static.get("path") == "integers":
             return self.backend != "launch" and no_product(self) is None
         q = static.get("q")
@@ -186,7 +189,16 @@ def full_sums() -> Iterator[None]:
 @functools.cache
 def operators(backend: str) -> Any:
     """The functions of a backend by operator name."""
-    from quest import compression, eager, gated_product, lowbit, ops, prologue, sparse_product
+    from quest import (
+        compression,
+        eager,
+        gated_product,
+        lowbit,
+        ops,
+        prologue,
+        rotated_product,
+        sparse_product,
+    )
 
     if backend == "dispatch":
         return SimpleNamespace(
@@ -202,6 +214,7 @@ def operators(backend: str) -> Any:
             accumulate=lowbit.accumulate,
             product=lowbit.product,
             gated_product=gated_product.gated_product,
+            rotated_product=rotated_product.rotated_product,
             sparse_product=sparse_product.sparse_product,
             hadamard=ops.hadamard,
             masked_transpose=ops.masked_transpose,
@@ -238,6 +251,7 @@ def operators(backend: str) -> Any:
         accumulate=eager.accumulate,
         product=lowbit.eager_product,
         gated_product=gated_product.eager_gated_product,
+        rotated_product=rotated_product.eager_rotated_product,
         sparse_product=sparse_product.eager_sparse_product,
         hadamard=functions[0],
         masked_transpose=functions[1],
@@ -340,6 +354,18 @@ def _added_product(lane: Lane, residual: Tensor, *tensors: Tensor, **static: Any
     h = operators(lane.backend).product(
         *tensors[:6], bias, static["grids"], static["kinds"], static["width"], static["dtype"],
         residual,
+    )  # fmt: skip
+    return {"h": h}
+
+
+def _rotated_product(
+    lane: Lane, cos: Tensor, sin: Tensor, *tensors: Tensor, turned: int, **static: Any
+) -> Outputs:
+    # As for `_product`, behind the angles by which its first columns are turned.
+    bias = tensors[6] if len(tensors) > 6 else None
+    h = operators(lane.backend).rotated_product(
+        *tensors[:6], bias, static["grids"], static["kinds"], static["width"], static["dtype"],
+        cos, sin, turned,
     )  # fmt: skip
     return {"h": h}
 
@@ -541,6 +567,7 @@ _STAGES: dict[str, Callable[..., Outputs]] = {
     "product": _product,
     "gated_product": functools.partial(_product, stage="gated_product"),
     "added_product": _added_product,
+    "rotated_product": _rotated_product,
     "sparse_product": _sparse_product,
 }
 

@@ -195,6 +195,20 @@ def _added_products(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verd
     return found
 
 
+def _rotated_products(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
+    found = []
+    for i, kind in enumerate(("gaussian", "heavy", "equal")):
+        half = (16, 32, 64)[i]
+        x = inputs.draw(kind, (3 * 45, 384), dtype, i)
+        # Three heads, of which two are turned, and what is none.
+        w = inputs.draw("gaussian", (3 * 2 * half + 8 - i, 384), dtype, i + 1) / 16
+        bias = inputs.draw("gaussian", (len(w),), dtype, i + 3)
+        angles = inputs.draw("gaussian", (45, half), torch.float32, i + 4)
+        rotary = (angles.cos(), angles.sin(), 4 * half)
+        found.append(examine.product(lane, x, w, bias, quest.recipe(name), dtype, rotary=rotary))
+    return found
+
+
 def rows(lane: Lane, quick: bool) -> Iterator[Row]:
     """What is judged in a lane; `quick` takes a tenth of it."""
     dtypes = DTYPES[:2] if quick else DTYPES
@@ -230,6 +244,8 @@ def rows(lane: Lane, quick: bool) -> Iterator[Row]:
                 if dtype in HALVES:
                     judged = partial(_gated_products, lane, name, dtype)
                     yield Row(lane, "gated product", name, dtype, judged)
+                    turned = partial(_rotated_products, lane, name, dtype)
+                    yield Row(lane, "rotated product", name, dtype, turned)
             if lane.supports("linear", {"path": "integers"}):
                 layer = partial(_layers, lane, name, dtype, "integers")
                 yield Row(lane, "integers", name, dtype, layer)

@@ -22,6 +22,7 @@ from quest.joint import hooked, together
 from quest.mlp import normed_swiglu, swiglu
 from quest.prologue import normed
 from quest.residual import apart
+from quest.rotary import Rotary
 
 INIT_STD = 0.02
 
@@ -93,7 +94,7 @@ SIZES: dict[str, Size] = {
 
 
 def rope_angles(config: LlamaConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding (arXiv 2104.09864), float32, ``(T, d/h)`` each.
+    """Cosines and sines of the rotary embedding (arXiv 2104.09864), float32, ``(T, d/2h)`` each.
 
     Pair ``i`` of a head turns by ``t * theta ** (-2i / (d/h))`` at position ``t``; the pair is made
     of the components ``i`` and ``i + d/2h``, as in Hugging Face's Llama.
@@ -101,14 +102,8 @@ def rope_angles(config: LlamaConfig, length: int, device: torch.device) -> tuple
     pairs = torch.arange(0, config.head_width, 2, device=device, dtype=torch.float32)
     frequency = config.rope_theta ** (-pairs / config.head_width)
     position = torch.arange(length, device=device, dtype=torch.float32)
-    angle = torch.outer(position, frequency).repeat(1, 2)
+    angle = torch.outer(position, frequency)
     return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs of ``x``, shape ``(..., T, d/h)``, by the angles of `rope_angles`."""
-    low, high = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-high, low), dim=-1) * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -130,18 +125,16 @@ class Attention(nn.Module):
         return self.q_proj, self.k_proj, self.v_proj
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        out: Tensor = self.o_proj(self.mixed(together(x, self.inputs), cos, sin))
+        out: Tensor = self.o_proj(self.mixed(together(x, self.inputs, Rotary(cos, sin, 2))))
         return out
 
-    def mixed(self, projected: tuple[Tensor, ...], cos: Tensor, sin: Tensor) -> Tensor:
-        """What `o_proj` sees, of the outputs of `inputs`."""
+    def mixed(self, projected: tuple[Tensor, ...]) -> Tensor:
+        """What `o_proj` sees, of the outputs of `inputs`, queries and keys turned."""
         q, k, v = (
             torch.unflatten(each, -1, (self.heads, -1)).transpose(1, 2)  # (B, h, T, d/h)
             for each in projected
         )
-        mixed = F.scaled_dot_product_attention(
-            rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True
-        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return mixed.transpose(1, 2).flatten(-2)
 
 
@@ -186,9 +179,11 @@ class Block(nn.Module):
             out: Tensor = x + mlp(self.post_attention_layernorm(x))
             return out
         # The same, where a frozen layer's quantizer takes over the norm before it, and its product
-        # the sum behind it; what `o_proj` leaves to be added, the second norm's kernel adds.
-        _, projected = normed(x, self.input_layernorm, attention.inputs)
-        y, rest = apart(attention.mixed(projected, cos, sin), attention.o_proj, x)
+        # the rotary embedding or the sum behind it; what `o_proj` leaves to be added, the second
+        # norm's kernel adds.
+        rotary = Rotary(cos, sin, 2)
+        _, projected = normed(x, self.input_layernorm, attention.inputs, rotary=rotary)
+        y, rest = apart(attention.mixed(projected), attention.o_proj, x)
         norm, (gate, up) = self.post_attention_layernorm, mlp.inputs
         _, out = normed_swiglu(y, norm, gate, up, mlp.down_proj, rest, add=True)
         return out

@@ -1,16 +1,17 @@
 // The quantizer for Hadamard blocks of 128, eight of them at a time by a warp: transform, RMS, codes, mask,
 // packing in one pass.
 //
-// A warp holds TILE blocks, in GROUPS of eight. Of an element's index in its block, bits 0 and 3 to 5 are
+// A warp holds TILE blocks, 16 or 32, in GROUPS of eight. Of an element's index in its block, bits 0 and 3 to 5 are
 // transformed by a product on the tensor cores (`rotate.cuh`), of the inputs' 16 bits as they are, and bits
 // 1, 2 and 6 by additions in a lane: no shuffle. Lane 4 r + q reads of block r of a group the chunks of
 // eight elements q + 4 i, and has, transformed, elements 64 p + 8 r and the next seven of blocks 2 q and
 // 2 q + 1. float32 has no product: five stages in a lane, and two more once pieces have changed hands.
-// Sums and scales of a block are held by the lane of its number: `of_blocks` and `counted` bring them there.
+// Sums of squares are products as well (`squares_of_group`). Sums and scales of a block are held by the lane of
+// its number: `of_blocks` and `counted` bring them there.
 //
 // A team of `warps` warps holds a row. Where a row alone would leave many threads idle it holds ROWS of
-// them, whose blocks lie one behind the other: a warp may have parts of several. Where `segment` < 32 a
-// warp holds 32 / segment rows. (Which is when: `Shape` in blocks.py.)
+// them, whose blocks lie one behind the other: a warp may have parts of several. Where `segment` < TILE a
+// warp holds TILE / segment rows. (Which is when: `Shape` in blocks.py.)
 // Blocks wait in shared memory, where each lane of 16 bits finds what it has copied itself. The next unit's are
 // asked for as soon as a group's are used up; a second input's come to registers, a group ahead.
 //
@@ -23,7 +24,7 @@
 //   ADDED   the same of h = x + beside, rounded, which is written too
 // Inputs may be rows of a wider tensor.
 //
-// Macros: REGISTERS (of a thread), IN (the input's dtype), LEVELS, EDGE (mask by threshold; else all
+// Macros: REGISTERS (of a thread), TILE, IN (the input's dtype), LEVELS, EDGE (mask by threshold; else all
 // ones), FORM, BITS, PROLOGUE, SHOWN (the rows that a prologue made are written, too), and SAVED: of
 // integers, the bits an entry, 2 or 4, in which the codes are written as well; or 0. ROWS: of a team; WARPS:
 // of a team of several rows; of one, 0 where rows share a warp, 1, or 2 for as many as `warps` says.
@@ -47,7 +48,7 @@ typedef long long i64;
 
 constexpr int IN_BITS = IN == FLOAT32 ? 32 : 16;
 constexpr int ORDER = 128, CHUNKS = IN_BITS;  // elements of a block; its 16-byte chunks
-constexpr int GROUP = 8, TILE = 32, GROUPS = TILE / GROUP;  // blocks of a group, of a warp; groups of a warp
+constexpr int GROUP = 8, GROUPS = TILE / GROUP;  // blocks of a group; groups of a warp
 constexpr int WORD = 32 / IN_BITS;            // elements of 4 bytes
 constexpr int WORDS = 32 / WORD;              // of a lane and a group
 constexpr bool WIDE = IN == FLOAT32;
@@ -126,6 +127,22 @@ __device__ __forceinline__ u32 top_of(const u32 (&w)[WORDS]) {
   }
   return top;
 }
+
+#if IN != FLOAT32
+// The sums of squares of a group's blocks are the diagonal of the group's product with itself: that of block r in
+// lane 4 r + r / 2. In four chains of four products, which cut less than as many additions would round.
+__device__ __forceinline__ float squares_of_group(const u32 (&w)[WORDS], int eighth) {
+  float even[2][4] = {}, odd[2][4] = {};  // words in a's upper rows, and in its lower ones
+#pragma unroll
+  for (int i = 0; i < WORDS; i += 2) {
+    accumulate(even[i / 2 % 2], w[i], w[i + 1], w[i]);
+    accumulate(odd[i / 2 % 2], w[i], w[i + 1], w[i + 1]);
+  }
+  const bool second = eighth % 2;
+  return ((second ? even[0][1] : even[0][0]) + (second ? even[1][1] : even[1][0])) +
+         ((second ? odd[0][3] : odd[0][2]) + (second ? odd[1][3] : odd[1][2]));
+}
+#endif
 
 // value(g): what each lane of four has of a block of group g; f over those lanes, of block `lane`.
 template <int UNROLL, typename T, typename G, typename F> __device__ __forceinline__ T of_blocks(G value, F f, int lane) {
@@ -211,13 +228,14 @@ struct Gathered { u32 mask[TILE][4]; u32 codes[TILE][4 * GATHER]; };
 // What becomes of eight elements in a row, v(e): chunk c of a block, whose mask and narrow codes are gathered
 // at `mask` and `narrow`; the others' place is `to`, and that of what is saved in 4 bits `saved`. Returns the
 // sum of their codes, counted from 0, unless those are gathered.
-struct Scaled { float inverse, limit, sigma; };
+struct Scaled { float inverse, above, sigma; };
 template <typename F>
 __device__ __forceinline__ u32 emit(F v, const Scaled &by, float step, bool inside, unsigned char *mask,
                                     unsigned char *narrow, char *to, char *saved) {
-  if (EDGE) *mask = ~signs_of([&](int e) { return by.limit - fabsf(v(e)); });
-  if (OUT_BITS == 1) {  // + 0: a negative zero is not negative
-    *narrow = ~signs_of([&](int e) { return v(e) + 0.0f; });
+  if (EDGE) *mask = signs_of([&](int e) { return fabsf(v(e)) - by.above; });
+  if (OUT_BITS == 1) {
+    // A negative zero is not negative. (Sums of the tensor cores are none: they begin at 0.)
+    *narrow = ~signs_of([&](int e) { return WIDE ? v(e) + 0.0f : v(e); });
     return 0;
   }
   if constexpr (FORM == VALUES) {
@@ -273,8 +291,9 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
   const int mine = WIDE ? eighth : 2 * quad, piece = WIDE ? quad : eighth;  // see `transform`
   const int team = ROWS == 1 && WARPS <= 1 ? warp : warp / warps, part = warp - team * warps;
   // Of 16 bits a lane's chunks lie 32 apart, and no other lane sees them; see `turned`.
-  uint4 *const tile = tiles + warp * TILE * CHUNKS, *const own = tile + lane;
-  Gathered &gathered = ((Gathered *)(tiles + blockDim.x / 32 * TILE * CHUNKS))[warp];
+  constexpr int SLOT = GROUP * CHUNKS;  // chunks of a group
+  uint4 *const tile = tiles + warp * GROUPS * SLOT;
+  Gathered &gathered = ((Gathered *)(tiles + blockDim.x / 32 * GROUPS * SLOT))[warp];
   const i64 stride = (i64)gridDim.x * teams;
   constexpr bool packs = ROWS == 1 && WARPS == 0;  // rows into a warp
   constexpr bool several = ROWS > 1 || packs;
@@ -301,17 +320,17 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
 #if PROLOGUE != PLAIN
   // The chunks of block b of a unit's in a tensor with a pitch.
   auto pitched = [&](const uint4 *base, int pitch, i64 unit, int b) {
-    if (packs) return base + (unit << (5 - log)) * pitch + (u32)((b >> log) * pitch + (b & (segment - 1)) * CHUNKS);
+    if (packs) return base + unit * (TILE >> log) * pitch + (u32)((b >> log) * pitch + (b & (segment - 1)) * CHUNKS);
     const int row = row_of(part * TILE + b);
     return base + unit * ROWS * pitch + (u32)(row * pitch + (part * TILE + b - row * blocks) * CHUNKS);
   };
 #endif
-  // Asks for chunks q + 4 i of a lane's block, from chunk q on, of group g.
-  auto ask = [&](const uint4 *from, int g, bool wanted) {
+  // Asks for chunks q + 4 i of a lane's block, from chunk q on, of a group that will lie at `slot`.
+  auto ask = [&](const uint4 *from, uint4 *slot, bool wanted) {
 #if IN == FLOAT32
-#define TO(i) tile + g * GROUP * CHUNKS + (turned(eighth, quad) ^ turned(0, 4 * (i)))
+#define TO(i) slot + (turned(eighth, quad) ^ turned(0, 4 * (i)))
 #else
-#define TO(i) own + (g * GROUP * CHUNKS + 32 * (i))
+#define TO(i) slot + lane + 32 * (i)
 #endif
 #define COPY(i) copy_in<64 * (i)>((u32)__cvta_generic_to_shared(TO(i)), from, wanted)
     COPY(0), COPY(1), COPY(2), COPY(3);
@@ -326,7 +345,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
 #else
     const uint4 *from = pitched(x, x_pitch, unit, b);
 #endif
-    ask(from + quad, g, b < count);
+    ask(from + quad, tile + g * SLOT, b < count);
   };
 #if PROLOGUE == GATED || PROLOGUE == ADDED
   u32 other[WORDS] = {};  // of the second input
@@ -339,10 +358,10 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
   };
 #endif
   auto words_of = [&](u32 (&w)[WORDS], int g) {
+    const uint4 *const slot = tile + g * SLOT;
 #pragma unroll
     for (int i = 0; i < CHUNKS / 4; i++)
-      put(w, i, WIDE ? tile[g * GROUP * CHUNKS + (turned(eighth, 8 * quad) ^ turned(0, i))]
-                     : own[g * GROUP * CHUNKS + 32 * i]);
+      put(w, i, WIDE ? slot[turned(eighth, 8 * quad) ^ turned(0, i)] : slot[lane + 32 * i]);
   };
   u32 signs[4];
   make_signs(signs, lane);
@@ -379,17 +398,32 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
       fetch_other(last ? unit + stride : unit, last ? wanted : count, last ? 0 : g + 1);
       const int b = GROUP * g + eighth;
       uint4 *const shows = PROLOGUE == ADDED ? added : SHOWN ? shown : nullptr;
-      make(own + g * GROUP * CHUNKS, w, b < count && shows ? shows + (start + b) * CHUNKS + quad : nullptr, Gate());
+      make(tile + g * SLOT + lane, w, b < count && shows ? shows + (start + b) * CHUNKS + quad : nullptr, Gate());
     }
 #endif
-    auto squares = [&](int g) {
-      u32 w[WORDS];
-      words_of(w, g);
-      return squares_of(w, 1.0f);
+    // Of block `lane`, as it lies in the tile.
+    auto squares = [&]() {
+#if IN == FLOAT32
+      return of_blocks<GROUPS, float>([&](int g) {
+        u32 w[WORDS];
+        words_of(w, g);
+        return squares_of(w, 1.0f);
+      }, Add(), lane);
+#else
+      float sum = 0.0f;
+#pragma unroll
+      for (int g = 0; g < GROUPS; g++) {
+        u32 w[WORDS];
+        words_of(w, g);
+        const float found = __shfl_sync(ALL, squares_of_group(w, eighth), 4 * (lane % GROUP) + lane % GROUP / 2);
+        if (lane / GROUP == g) sum = found;
+      }
+      return sum;
+#endif
     };
 #if PROLOGUE != PLAIN
     if (NORMS) {
-      float sum = of_blocks<GROUPS, float>(squares, Add(), lane);
+      float sum = squares();
       sum = first[team].leave(inside ? sum : 0.0f, Add(), SUMS * turn, at);
       sum = first[team].fetch(sum, Add(), SUMS * turn, at);
       const float root = 1.0f / sqrtf(sum * mean + eps);
@@ -402,11 +436,11 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
 #pragma unroll
         for (int i = 0; i < 4; i++) put(w, i, weight[block * CHUNKS + quad + 4 * i]);
         uint4 *const shows = SHOWN && b < count ? shown + (start + b) * CHUNKS + quad : nullptr;
-        make(own + g * GROUP * CHUNKS, w, shows, Norm{inverse});
+        make(tile + g * SLOT + lane, w, shows, Norm{inverse});
       }
     }
 #endif
-    float s = of_blocks<GROUPS, float>(squares, Add(), lane);
+    float s = squares();
     s = first[team].leave(inside ? s : 0.0f, Add(), SUMS * turn + SUMS - 1, at);
     bool far = false;  // a row of a team of several, whichever
     s = first[team].fetch(s, Add(), SUMS * turn + SUMS - 1, at, [&](int row, float sum) {
@@ -443,69 +477,75 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     }
     const float inverse = inner > 0.0f ? NORM / (inner * step) : 0.0f;
     // Zeros lie within the limit; nothing of a row that is not finite does.
-    const float limit = sigma == sigma ? threshold * inner * ROOT : -1.0f;
+    const float above = sigma == sigma ? __uint_as_float(__float_as_uint(threshold * inner * ROOT) + 1) : -1.0f;
     // Of the group, from which all else is so many bytes away.
     char *to = out + (start + mine) * (ORDER * OUT_BITS / 8) + piece * OUT_BITS;
     char *kept = saved + (start + mine) * (ORDER / 2) + 4 * piece;
     unsigned char *masks = (unsigned char *)gathered.mask[mine] + piece;
     unsigned char *narrow = (unsigned char *)gathered.codes[mine] + GATHER * piece;
-    const uint4 *from = x + (ahead + eighth) * CHUNKS + quad;
     u32 counted = 0;  // of codes, of blocks 2 q (low half) and 2 q + 1 of the group of block `lane`
+    const uint4 *from = x + (ahead + eighth) * CHUNKS + quad;
+    const int held = max(count, wanted);  // blocks; groups behind them are neither computed nor asked for
+    auto code = [&](const bool again) {
 #pragma unroll 1
-    for (int g = 0; g < GROUPS; g++) {
-      u32 w[WORDS], in_group = 0;
-      words_of(w, g);
-#if PROLOGUE == PLAIN && IN != FLOAT32
-      ask(from, g, GROUP * g + eighth < wanted);
-      from += GROUP * CHUNKS;
-#elif PROLOGUE != PLAIN
-      fetch(unit + stride, ahead, wanted, g);
+      for (int g = 0; g * GROUP < held; g++) {
+        u32 w[WORDS], in_group = 0;
+        words_of(w, g);
+        auto ask_ahead = [&]() {
+#if PROLOGUE == PLAIN
+          ask(from, tile + g * SLOT, GROUP * g + eighth < wanted);
+          from += GROUP * CHUNKS;
+#else
+          fetch(unit + stride, ahead, wanted, g);
 #endif
-      if (again) {
-        const int b = GROUP * g + eighth;
-        const float factor = power(254 - __shfl_sync(ALL, block_field, b)), reciprocal = __shfl_sync(ALL, inverse, b);
+        };
+        if (!WIDE) ask_ahead();
+        if (again) {
+          const int b = GROUP * g + eighth;
+          const float factor = power(254 - __shfl_sync(ALL, block_field, b)), reciprocal = __shfl_sync(ALL, inverse, b);
 #pragma unroll
-        for (int i = 0; i < WORDS; i++) {
-          const u32 near = WORD == 2 ? pair_of(low(w[i]) * factor, high(w[i]) * factor) : __float_as_uint(low(w[i]) * factor);
-          w[i] = reciprocal > 0.0f ? near : 0;
+          for (int i = 0; i < WORDS; i++) {
+            const u32 near = WORD == 2 ? pair_of(low(w[i]) * factor, high(w[i]) * factor) : __float_as_uint(low(w[i]) * factor);
+            w[i] = reciprocal > 0.0f ? near : 0;
+          }
         }
-      }
-      float y[32];
-      transform(y, w, signs, tile + g * GROUP * CHUNKS);
-#if IN == FLOAT32
-      ask(from, g, GROUP * g + eighth < wanted);
-      from += GROUP * CHUNKS;
-#endif
-      if (again) {
+        float y[32];
+        transform(y, w, signs, tile + g * SLOT);
+        if (WIDE) ask_ahead();
+        if (again) {
+#pragma unroll
+          for (int z = 0; z < 2; z++) {
+            // From the block's power to the row's, in two steps: one alone may be less than a float can be.
+            const int further = __shfl_sync(ALL, block_field - field, GROUP * g + mine + (WIDE ? 0 : z));
+            const float half = power(127 + further / 2), rest = power(127 + further - further / 2);
+#pragma unroll
+            for (int i = 16 * z; i < 16 * z + 16; i++) y[i] = y[i] * half * rest;
+          }
+        }
 #pragma unroll
         for (int z = 0; z < 2; z++) {
-          // From the block's power to the row's, in two steps: one alone may be less than a float can be.
-          const int further = __shfl_sync(ALL, block_field - field, GROUP * g + mine + (WIDE ? 0 : z));
-          const float half = power(127 + further / 2), rest = power(127 + further - further / 2);
+          const int b = GROUP * g + mine + (WIDE ? 0 : z);
+          const Scaled by{of_block(inverse, b), of_block(above, b), of_block(sigma, b)};
 #pragma unroll
-          for (int i = 16 * z; i < 16 * z + 16; i++) y[i] = y[i] * half * rest;
+          for (int p = 0; p < 2; p++) {
+            const int c = 2 * z + p, further = WIDE ? 4 * c : 16 * z + 8 * p;  // chunks of eight from the lane's first
+            in_group += emit([&](int e) { return y[8 * c + e]; }, by, step, b < count, masks + further, narrow + GATHER * further,
+                          to + further * OUT_BITS, kept + 4 * further)
+                     << (WIDE ? 0 : 16 * z);
+          }
+        }
+        to += GROUP * (ORDER * OUT_BITS / 8), kept += GROUP * (ORDER / 2);
+        masks += GROUP * 16, narrow += GATHER * GROUP * 16;
+        if (COUNTS && OUT_BITS > 1) {
+#pragma unroll
+          for (int i = WIDE ? 1 : 4; i < (WIDE ? 4 : 32); i *= 2) in_group += __shfl_xor_sync(ALL, in_group, i);
+          if (g == (WIDE ? quad : lane / GROUP)) counted = in_group;
         }
       }
-#pragma unroll
-      for (int z = 0; z < 2; z++) {
-        const int b = GROUP * g + mine + (WIDE ? 0 : z);
-        const Scaled by{of_block(inverse, b), of_block(limit, b), of_block(sigma, b)};
-#pragma unroll
-        for (int p = 0; p < 2; p++) {
-          const int c = 2 * z + p, further = WIDE ? 4 * c : 16 * z + 8 * p;  // chunks of eight from the lane's first
-          in_group += emit([&](int e) { return y[8 * c + e]; }, by, step, b < count, masks + further, narrow + GATHER * further,
-                        to + further * OUT_BITS, kept + 4 * further)
-                   << (WIDE ? 0 : 16 * z);
-        }
-      }
-      to += GROUP * (ORDER * OUT_BITS / 8), kept += GROUP * (ORDER / 2);
-      masks += GROUP * 16, narrow += GATHER * GROUP * 16;
-      if (COUNTS && OUT_BITS > 1) {
-#pragma unroll
-        for (int i = WIDE ? 1 : 4; i < (WIDE ? 4 : 32); i *= 2) in_group += __shfl_xor_sync(ALL, in_group, i);
-        if (g == (WIDE ? quad : lane / GROUP)) counted = in_group;
-      }
-    }
+    };
+    if (WIDE) code(again);  // a loop of its own for rare rows is no faster there
+    else if (again) code(true);
+    else code(false);
     asm volatile("cp.async.commit_group;" ::: "memory");
     int sum = 0;
     if (EDGE || NARROW) __syncwarp();  // it is gathered
@@ -516,9 +556,9 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     if (NARROW) {
       uint4 *lines = (uint4 *)(FORM == PACKED ? out : saved);
 #pragma unroll
-      for (int i = 0; i < NARROW; i++) {
+      for (int i = 0; i < (TILE * NARROW + 31) / 32; i++) {
         const int id = 32 * i + lane;
-        const uint4 v = ((const uint4 *)gathered.codes)[id];
+        const uint4 v = id < TILE * NARROW ? ((const uint4 *)gathered.codes)[id] : make_uint4(0, 0, 0, 0);
         if (id / GATHER < count) lines[start * NARROW + id] = v;
         if (OUT_BITS == 1) sum = __popc(v.x) + __popc(v.y) + __popc(v.z) + __popc(v.w);
       }

@@ -23,13 +23,13 @@ from .layout import aligned
 from .quantize import DISTANCE, STE, Program
 
 ORDER = 128
-TILE = 32  # blocks that a warp holds
+TILE, SMALL = 32, 16  # blocks that a warp holds: see `_tile`
 WARP_LIMIT = 12  # warps whose threads hold a row, at most
 # By an entry's bytes: warps that a multiprocessor takes at once, of float32 as many as its shared
 # memory holds, and the registers that a thread of so many may have.
 RESIDENT = {2: 16, 4: 12}
 REGISTERS = {2: 128, 4: 168}
-GATHERED = 1536  # bytes in which a warp gathers what is narrower than a lane writes: 16, 32 a block
+GATHERED = 48  # bytes a block in which a warp gathers what is narrower than a lane writes
 RESERVED = 1024  # of a thread block, for the system (CUDA C++ Programming Guide)
 # The numbers of blocks.cu.
 VALUES, PACKED, CODES, INTEGERS = range(4)
@@ -55,7 +55,7 @@ def supports(program: Program, x: torch.Tensor) -> bool:
         and math.sqrt(x.shape[-1]) < 2**14 * program.step
         and cuda.unavailable(x.device) is None
         and all(
-            _bytes(_shape(x.shape[-1] // ORDER, several), x.element_size())
+            _bytes(_shape(x.shape[-1] // ORDER, several, x.element_size()), x.element_size())
             <= cuda.shared(x.device.index)
             for several in (False, True)
         )
@@ -65,49 +65,62 @@ def supports(program: Program, x: torch.Tensor) -> bool:
 class Shape(NamedTuple):
     """How threads share rows.
 
-    rows: of a team of `warps`. segment: blocks of a row that share a warp, or TILE. teams: of a
-    thread block.
+    rows: of a team of `warps`. segment: blocks of a row that share a warp, or `tile`. teams: of a
+    thread block. tile: blocks that a warp holds.
     """
 
     rows: int
     warps: int
     segment: int
     teams: int
+    tile: int
 
     @property
     def kind(self) -> int:
         """Warps as the source wants them: of a row 0 for a share of one, 2 for several."""
-        return self.warps if self.rows > 1 else min(self.warps, 2) if self.segment == TILE else 0
+        if self.rows > 1:
+            return self.warps
+        return min(self.warps, 2) if self.segment == self.tile else 0
 
     def shared(self, size: int) -> int:
         """Bytes of shared memory that a thread block is launched with; size: of an entry."""
-        return self.warps * self.teams * (size * TILE * ORDER + GATHERED)
+        return self.warps * self.teams * self.tile * (size * ORDER + GATHERED)
 
 
 def _bytes(shape: Shape, size: int) -> int:
     """Of shared memory that a thread block has; size: of an entry."""
     several = shape.rows > 1
-    slots, teams = (TILE * shape.warps, shape.teams) if several else (WARP_LIMIT, 4)
+    slots, teams = (shape.tile * shape.warps, shape.teams) if several else (WARP_LIMIT, 4)
     # Four exchanges a team, as exchange.cuh has them: a barrier, and two sets of slots.
     return shape.shared(size) + 4 * teams * (8 + 2 * 4 * slots)
 
 
+def _tile(blocks: int, size: int) -> int:
+    """Blocks that a warp holds: few where the row, or an entry's bytes, let them be enough.
+
+    A wave's inputs come before anything is computed, and its last blocks are computed after all
+    have come: the less a wave holds, the less of either.
+    """
+    return SMALL if blocks <= SMALL or (size == 4 and blocks <= WARP_LIMIT * SMALL) else TILE
+
+
 @functools.cache
-def _shape(blocks: int, several: bool = True) -> Shape:
-    """For rows of so many blocks; several: whether a team may hold more than one."""
-    if blocks < TILE and blocks & (blocks - 1) == 0:
-        return Shape(1, 1, blocks, 4)
-    rows, warps = _team(blocks, MOST_ROWS if several else 1)
-    return Shape(rows, warps, TILE, max(1, 4 // warps))
+def _shape(blocks: int, several: bool = True, size: int = 2) -> Shape:
+    """For rows of so many blocks; several: whether a team may hold more than one; size: of an entry."""
+    tile = _tile(blocks, size)
+    if blocks < tile and blocks & (blocks - 1) == 0:
+        return Shape(1, 1, blocks, 4, tile)
+    rows, warps = _team(blocks, MOST_ROWS if several else 1, tile)
+    return Shape(rows, warps, tile, max(1, 4 // warps), tile)
 
 
-def _team(blocks: int, most: int) -> tuple[int, int]:
+def _team(blocks: int, most: int, tile: int) -> tuple[int, int]:
     """(rows, warps) whose threads they fill best: one, or up to `most` where that is far more."""
 
     def filled(team: tuple[int, int]) -> float:
-        return team[0] * blocks / (team[1] * TILE)
+        return team[0] * blocks / (team[1] * tile)
 
-    alone, *several = ((n, -(-n * blocks // TILE)) for n in range(1, most + 1))
+    alone, *several = ((n, -(-n * blocks // tile)) for n in range(1, most + 1))
     fit = [team for team in several if team[1] <= MOST_WARPS]
     best = max(fit, key=filled, default=alone)
     return best if filled(best) >= GAIN * filled(alone) else alone
@@ -115,16 +128,16 @@ def _team(blocks: int, most: int) -> tuple[int, int]:
 
 def macros(
     dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, prologue: int = PLAIN,
-    shown: bool = False, saved: int = 0, rows: int = 1, warps: int = 1,
+    shown: bool = False, saved: int = 0, rows: int = 1, warps: int = 1, tile: int = TILE,
 ) -> dict[str, int]:  # fmt: skip
     """What blocks.cu is compiled with, for an input of `dtype`.
 
-    rows: of a team; warps: of a team of several rows, else as `Shape.kind`.
+    rows: of a team; warps: of a team of several rows, else as `Shape.kind`; tile: `Shape.tile`.
     """
     return {
         "REGISTERS": REGISTERS[dtype.itemsize], "IN": INPUTS[dtype], "LEVELS": levels,
         "EDGE": int(edge), "FORM": form, "BITS": bits, "PROLOGUE": prologue, "SHOWN": int(shown),
-        "SAVED": saved, "ROWS": rows, "WARPS": warps,
+        "SAVED": saved, "ROWS": rows, "WARPS": warps, "TILE": tile,
     }  # fmt: skip
 
 
@@ -133,7 +146,9 @@ def _kernel(
     shape: Shape, dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, device: int,
     prologue: int = PLAIN, shown: bool = False, saved: int = 0,
 ) -> cuda.Kernel:  # fmt: skip
-    made = macros(dtype, levels, edge, form, bits, prologue, shown, saved, shape.rows, shape.kind)
+    made = macros(
+        dtype, levels, edge, form, bits, prologue, shown, saved, shape.rows, shape.kind, shape.tile
+    )  # fmt: skip
     code = cuda.compile_("blocks.cu", cuda.architecture(device), made)
     threads = 32 * shape.warps * shape.teams
     return cuda.load(
@@ -146,11 +161,11 @@ def _grid(
     rows: int, blocks: int, device: int, size: int, several: bool = True
 ) -> tuple[int, tuple[int, ...], Shape]:
     """(thread blocks, what the kernel is told of the shape, the shape); all of them run at once."""
-    shape = _shape(blocks, several)
-    of_team, warps, segment, teams = shape
+    shape = _shape(blocks, several, size)
+    of_team, warps, segment, teams, tile = shape
     fit = (cuda.shared(device) + RESERVED) // (_bytes(shape, size) + RESERVED)
     resident = max(1, min(RESIDENT[size] // (warps * teams), fit))
-    units = -(-rows * blocks // TILE) if segment < TILE else -(-rows // of_team)
+    units = -(-rows * blocks // tile) if segment < tile else -(-rows // of_team)
     count = min(-(-units // teams), resident * cuda.processors(device))
     return count, (units, rows * blocks, blocks, warps, segment, teams), shape
 

@@ -6,7 +6,7 @@
 // makes those of all rows of them, LANES a row, in the order in which a row by itself adds: what a row gets
 // depends neither on where among the team's it lies nor on how many rows a team has.
 //
-// Macros: ROWS, WARPS, as in blocks.cu.
+// Macros: ROWS, WARPS, TILE, as in blocks.cu.
 constexpr int MAX_WARPS = 12;
 constexpr int LANES = ROWS > 4 ? 4 : ROWS > 2 ? 8 : 16;
 constexpr u32 ALL = 0xFFFFFFFF;
@@ -37,7 +37,7 @@ struct Nothing { template <typename T> __device__ void operator()(int, T) const 
 // the next fetch finds the barrier in its own phase or the next, which the parity tells apart.
 template <typename T, bool ORDERED = false> struct Exchange {
   unsigned long long barrier;
-  T slots[2][ROWS > 1 ? 32 * WARPS : MAX_WARPS];
+  T slots[2][ROWS > 1 ? TILE * WARPS : MAX_WARPS];
 
   __device__ u32 at() { return (u32)__cvta_generic_to_shared(&barrier); }
   __device__ void init(int warps) {
@@ -50,7 +50,7 @@ template <typename T, bool ORDERED = false> struct Exchange {
   // A thread's number; what it returns is for `fetch`.
   template <typename F> __device__ __forceinline__ T leave(T value, F f, int turn, const Place &p) {
     if (ROWS > 1) {
-      slots[turn & 1][32 * p.part + threadIdx.x % 32] = value;
+      if (TILE == 32 || threadIdx.x % 32 < TILE) slots[turn & 1][TILE * p.part + threadIdx.x % 32] = value;
       arrive();  // each lane for itself: what it fetched before lies before its arrival, too
       return value;
     }
@@ -77,10 +77,10 @@ template <typename T, bool ORDERED = false> struct Exchange {
       int lane = threadIdx.x % 32;
       asm volatile("" : "+r"(lane));  // or all places are kept from row to row, and more is spilled
       const int row = lane / LANES;
-      constexpr int MOST = 32 * WARPS / ROWS;  // blocks of a row
-      // Of floats in the order of a row that has warps of its own: a tree over each 32 blocks, and these one
+      constexpr int MOST = TILE * WARPS / ROWS;  // blocks of a row
+      // Of floats in the order of a row that has warps of its own: a tree over each TILE blocks, and these one
       // by one. What has no order takes fewer instructions.
-      constexpr int SPAN = ORDERED ? 32 : MOST;
+      constexpr int SPAN = ORDERED ? TILE : MOST;
 #pragma unroll
       for (int first = 0; first < MOST; first += SPAN) {
         T part[SPAN / LANES + 1] = {};
@@ -93,9 +93,9 @@ template <typename T, bool ORDERED = false> struct Exchange {
           else part[0] = f(part[0], value);
         }
 #pragma unroll
-        for (int step = 1; ORDERED && step < 32 / LANES; step *= 2)
+        for (int step = 1; ORDERED && step < TILE / LANES; step *= 2)
 #pragma unroll
-          for (int g = 0; g < 32 / LANES; g += 2 * step)
+          for (int g = 0; g < TILE / LANES; g += 2 * step)
             if (first + (g + step) * LANES < MOST) part[g] = f(part[g], part[g + step]);
         own = f(own, ORDERED ? part[0] : over_warp(part[0], f, LANES));
       }

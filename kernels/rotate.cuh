@@ -9,9 +9,9 @@
 //
 // Macro: HALF, of float16; else of bfloat16.
 #if HALF
-#define ROTATION "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#define MMA(K) "mma.sync.aligned.m16n8k" #K ".row.col.f32.f16.f16.f32"
 #else
-#define ROTATION "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#define MMA(K) "mma.sync.aligned.m16n8k" #K ".row.col.f32.bf16.bf16.f32"
 #endif
 
 // A lane's words of the matrix of signs, as ones of 16 bits: parity of the bits that meet.
@@ -26,7 +26,14 @@ __device__ __forceinline__ void make_signs(u32 (&signs)[4], int lane) {
 
 // d (16 x 8) = a (16 x 16) b, summed in float32.
 __device__ __forceinline__ void rotate(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  asm volatile(ROTATION " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+  asm volatile(MMA(16) " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
                : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
+
+// d (16 x 8) += a (16 x 8) b, summed in float32.
+__device__ __forceinline__ void accumulate(float (&d)[4], u32 a0, u32 a1, u32 b) {
+  asm volatile(MMA(8) " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a0), "r"(a1), "r"(b));
 }

@@ -97,6 +97,15 @@ PTX = {
             "%0 = sum_[0], %1 = sum_[1], %2 = sum_[2], %3 = sum_[3]"
         for kind in ("f16", "bf16")
     },
+    **{
+        f"mma.sync.aligned.m16n8k8.row.col.f32.{kind}.{kind}.f32 "
+        "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};":
+            "float sum_[4] = {%0, %1, %2, %3}; "
+            f"emulated::emulated_mma_{kind}(sum_, {{{{%4, %5, 0, 0}}, {{%6, 0}}}}, "
+            "__builtin_LINE()); "
+            "%0 = sum_[0], %1 = sum_[1], %2 = sum_[2], %3 = sum_[3]"
+        for kind in ("f16", "bf16")
+    },
     "cvt.f32.f16 %0, %1;": "%0 = emulated::half_at(%1, 0)",
     "cvt.rn.f16.f32 %0, %1;": "%0 = emulated::half_of(%1)",
     "cvt.rn.bf16.f32 %0, %1;": "%0 = emulated::bfloat_of(%1)",

@@ -101,12 +101,12 @@ def _tile(blocks: int, size: int) -> int:
     A wave's inputs come before anything is computed, and its last blocks are computed after all
     have come: the less a wave holds, the less of either.
     """
-    return SMALL if blocks <= SMALL or (size == 4 and blocks <= WARP_LIMIT * SMALL) else TILE
+    return SMALL if blocks <= (SMALL if size == 2 else 4 * SMALL) else TILE
 
 
 @functools.cache
 def _shape(blocks: int, several: bool = True, size: int = 2) -> Shape:
-    """For rows of so many blocks; several: whether a team may hold more than one; size: of an entry."""
+    """For rows of so many blocks of entries of `size` bytes; several: may a team hold more."""
     tile = _tile(blocks, size)
     if blocks < tile and blocks & (blocks - 1) == 0:
         return Shape(1, 1, blocks, 4, tile)

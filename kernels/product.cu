@@ -34,7 +34,6 @@
 #include "product.cuh"
 #include "bias.cuh"
 #include "gate.cuh"
-#include "rotary.cuh"
 
 // TILE_N, TILE_K (bytes), TEAM, STAGES, CLUSTER and CONSUMERS come from product.py.
 constexpr int WARPS = 4 * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
@@ -155,78 +154,19 @@ __device__ __forceinline__ void ask_residual(int4 (&to)[4], const Arguments &g, 
     if (row + 4 * i < g.rows && column < g.columns) to[i] = *(const int4 *)(from + (long long)4 * i * g.columns * OUT_SIZE);
 }
 
-#if ROTARY
-// Cosines and sines of a thread's two rows, for its two columns of eight of a head's half.
-struct Angles {
-  float2 cosine[2], sine[2];
-
-  __device__ __forceinline__ void ask(const Arguments &g, const long long (&at)[2], int first) {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      cosine[h] = *(const float2 *)(g.cosine + at[h] + first);
-      sine[h] = *(const float2 *)(g.sine + at[h] + first);
-    }
-  }
-};
-
-// Makes a warp's rows of y in place: the two outputs of d[2 n] and d[2 n + 1] stand in d[2 n], turned where
-// their head is. All heads of a tile have the same angles, which are read once, eight columns ahead.
-template <bool RARE>
-__device__ __forceinline__ void make_heads(int (&d)[TILE_N / 2], const Arguments &g, const Row (&rows)[2], const Columns &columns, int row0, int column0) {
-  const int lane = threadIdx.x % 32, own = 2 * (lane % 4);
-  const long long at[2] = {(long long)((row0 + lane / 4) % g.positions) * ROTARY + own,
-                           (long long)((row0 + lane / 4 + 8) % g.positions) * ROTARY + own};
-  constexpr int HEADS = TILE_N / (2 * ROTARY);
-  const bool some = column0 < g.turned;  // else none in this tile
-  Angles next = {};
-  if (some) next.ask(g, at, 0);
-#pragma unroll
-  for (int j = 0; j < ROTARY / 8; j++) {
-    const Angles angles = next;
-    if (some && j + 1 < ROTARY / 8) next.ask(g, at, 8 * (j + 1));
-#pragma unroll
-    for (int head = 0; head < HEADS; head++) {
-      const bool turned = column0 + 2 * ROTARY * head < g.turned;
-      float2 scale[2], bias[2];
-      int2 sum[2];
-#pragma unroll
-      for (int p = 0; p < 2; p++) {
-        const int column = ROTARY * (2 * head + p) + 8 * j + own;
-        scale[p] = *(const float2 *)&columns.scale[column];
-        bias[p] = BIAS ? *(const float2 *)&columns.bias[column] : make_float2(0.0f, 0.0f);
-        sum[p] = EPILOGUE == CORRECTED ? *(const int2 *)&columns.sum[column] : make_int2(0, 0);
-      }
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        u32 y[2];
-#pragma unroll
-        for (int p = 0; p < 2; p++) {
-          const int i = 4 * (ROTARY / 8 * (2 * head + p) + j) + 2 * h;
-          y[p] = pair_of(finish<RARE>(d[i], sum[p].x, g.factor, rows[h], scale[p].x, bias[p].x),
-                         finish<RARE>(d[i + 1], sum[p].y, g.factor, rows[h], scale[p].y, bias[p].y));
-        }
-        if (turned) turn(y[0], y[1], angles.cosine[h], angles.sine[h]);
-#pragma unroll
-        for (int p = 0; p < 2; p++) d[4 * (ROTARY / 8 * (2 * head + p) + j) + 2 * h] = y[p];
-      }
-      // Or all that the tile's columns bring is read at once, and registers are spilled.
-      if (head % 2) __syncwarp();
-    }
-  }
-}
-#endif
+#include "rotary.cuh"
 
 // Writes a warp's 16 rows of a tile, SPAN columns at a time, through its own shared memory, so
 // that rows are written 16 bytes a thread and 128 bytes a row.
 template <bool RARE>
-__device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, const Row (&rows)[2], const Columns &columns, char *stage, int row0, int column0) {
+__device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, const Row (&rows)[2], const Columns &columns, Angles &angles, char *stage, int row0, int column0) {
   const int lane = threadIdx.x % 32;
   // Whole vectors of 16 bytes, where every row begins at one.
   const bool vectors = g.columns % (16 / OUT_SIZE) == 0;
   // Groups of eight columns whose scales are held at a time; fewer where a residual takes registers.
   constexpr int READ = SPAN / 8 / (PARTS + (BIAS ? 3 : 1) * RESIDUAL);
 #if ROTARY
-  make_heads<RARE>(d, g, rows, columns, row0, column0);
+  make_heads<RARE>(d, g, rows, columns, angles, column0);
 #endif
 #pragma unroll
   for (int c = 0; c < TILE_OUT / SPAN; c++) {
@@ -434,6 +374,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         last = stage;
       }
       if (TEAMS > 1 && lane == 0) barrier_arrive(base + TURN_AT + 8 * (team ^ 1), rank);
+      Angles angles;
+#if ROTARY
+      angles.begin(g, row0 + lane / 4, column0);
+#endif
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
       if (lane < CLUSTER) barrier_arrive(base + EMPTY_AT + 8 * last, lane);
       at += (TEAMS - 1) * steps;
@@ -446,8 +390,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         meet(group);  // the columns stand
       }
       char *staging = raw + OUT_AT + warp * STAGING;
-      if (__any_sync(0xFFFFFFFF, rare)) write<true>(d, g, own, columns, staging, row0, column0);
-      else write<false>(d, g, own, columns, staging, row0, column0);
+      if (__any_sync(0xFFFFFFFF, rare)) write<true>(d, g, own, columns, angles, staging, row0, column0);
+      else write<false>(d, g, own, columns, angles, staging, row0, column0);
     }
   }
 }

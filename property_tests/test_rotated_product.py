@@ -333,15 +333,12 @@ def test_nothing_is_read_beside_its_angles(head: int, front: bool, on_hopper: Pl
 
 
 BROKEN = {
-    "a position": ("(row0 + lane / 4) % g.positions", "(row0 + lane / 4 + 1) % g.positions"),
-    "a sequence": (
-        "(row0 + lane / 4 + 8) % g.positions",
-        "min(row0 + lane / 4 + 8, g.positions - 1)",
-    ),
+    "a position": ("(row + 8 * h) % g.positions", "(row + 8 * h + 1) % g.positions"),
+    "a sequence": ("(row + 8 * h) % g.positions", "min(row + 8 * h, g.positions - 1)"),
     "a sign": ("__fsub_rn(__fmul_rn(b, cosine.y)", "__fadd_rn(__fmul_rn(b, cosine.y)"),
     "a column of a pair": ("__fmul_rn(a, sine.x)", "__fmul_rn(b, sine.x)"),
-    "angles ahead": ("next.ask(g, at, 8 * (j + 1));", "next.ask(g, at, 8 * j);"),
-    "heads that are not turned": ("if (turned) turn(", "if (some) turn("),
+    "angles ahead": ("angles.ask(j + 1);", "angles.ask(j);"),
+    "heads that are not turned": ("if (turned) turn(", "if (angles.some) turn("),
     "the last head": ("* head < g.turned", "* (head + 1) < g.turned"),
 }
 

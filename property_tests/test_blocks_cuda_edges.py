@@ -124,6 +124,20 @@ def test_values_and_masks(place: Place, dtype: torch.dtype, spec: str) -> None:
     LEDGER.judge(place.lane, found, f"{dtype}, {spec}", conclusive=False)
 
 
+@pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
+def test_a_limit_beyond_float32(place: Place, dtype: torch.dtype) -> None:
+    """It leaves nothing out, but of rows that are not finite."""
+    x = _normal((6, 256))
+    x[:4] *= torch.tensor([1.0, 1e10, 1e30, 1e-10])[:, None]  # limits on both sides
+    x[4], x[5, 3] = 0.0, float("nan")
+    for scale in ("1e30", "1e37"):
+        program = ops.program(parse(f"uniform4/hadamard128/clip{scale}/dense"), x)
+        there = x.to(place.device, dtype)
+        for form, bits in ((blocks.INTEGERS, 0), (blocks.VALUES, 0)):
+            mask = blocks.quantize(there, program, form=form, bits=bits)[2].cpu()
+            assert mask.unique(dim=1).tolist() == [[255]] * 5 + [[0]]
+
+
 def _third_turn(width: int) -> int:
     """Rows of 16 bits with which the last team of a multiprocessor comes to a third turn, and one
     more; of teams of several rows the last has one.

@@ -86,7 +86,7 @@ def test_every_shape_compiles_without_a_gpu(
     assert b"quantize" in made.code
 
 
-# What is narrow is gathered: of 16 blocks a warp's lanes write it in fewer turns, or half of them do.
+# What is narrow is gathered: of 16 blocks a warp's lanes write it in fewer turns, or half of them.
 NARROW = [
     (dtype, *asked)
     for dtype in blocks.INPUTS

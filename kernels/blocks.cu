@@ -476,8 +476,9 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
       if (top >= 0x7F800000) sigma = __int_as_float(0x7FC00000), inner = 0.0f;
     }
     const float inverse = inner > 0.0f ? NORM / (inner * step) : 0.0f;
-    // Zeros lie within the limit; nothing of a row that is not finite does.
-    const float above = sigma == sigma ? __uint_as_float(__float_as_uint(threshold * inner * ROOT) + 1) : -1.0f;
+    // Zeros lie within the limit, and all within one that float32 lacks; nothing of a row that is not finite does.
+    const float limit = fminf(threshold * inner * ROOT, LARGEST);
+    const float above = sigma == sigma ? __uint_as_float(__float_as_uint(limit) + 1) : -1.0f;
     // Of the group, from which all else is so many bytes away.
     char *to = out + (start + mine) * (ORDER * OUT_BITS / 8) + piece * OUT_BITS;
     char *kept = saved + (start + mine) * (ORDER / 2) + 4 * piece;

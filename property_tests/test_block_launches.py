@@ -32,8 +32,8 @@ pytestmark = pytest.mark.whole
 # itself.
 BLOCK_BYTES, BYTES, KEPT = 227 * 1024, 228 * 1024, 1024
 WARPS, TEAMS = 12, 4
-ENTRIES, AT_ONCE = 32 * 128, {2: 16, 4: 12}  # of a warp; warps of a multiprocessor by bytes of one
-GATHERED = 32 * (16 + 32)  # of a warp: for each block what is narrow, a mask and codes of two bits
+AT_ONCE = {2: 16, 4: 12}  # warps of a multiprocessor by bytes of an entry
+GATHERED = 16 + 32  # of a block: what is narrow, a mask and codes of two bits
 
 ONE = "uniform1/hadamard128/clip1.3/dense"
 TWO = "uniform2/hadamard128/ste/dense"
@@ -177,30 +177,37 @@ class Kernel:
         assert self.threads == 32 * warps * teams
         assert 1 <= warps <= WARPS
         assert 1 <= teams <= TEAMS
-        size = 4 if self.macros["IN"] == blocks.INPUTS[torch.float32] else 2
-        assert self.shared == warps * teams * (size * ENTRIES + GATHERED)
+        size, tile = (
+            4 if self.macros["IN"] == blocks.INPUTS[torch.float32] else 2,
+            self.macros["TILE"],
+        )
+        # Of short rows a warp holds half as many blocks as of others.
+        assert tile == 16 if of_row <= 16 else tile in (16, 32)
+        assert self.shared == warps * teams * tile * (size * 128 + GATHERED)
         assert self.macros["REGISTERS"] * 32 * AT_ONCE[size] <= 65536
         # Rows of a power of two share a warp, and no warp's turn is without a row.
-        packs = of_row in (1, 2, 4, 8, 16)
-        assert segment == of_row if packs else segment == 32
+        packs = of_row in (1, 2, 4, 8)
+        assert segment == of_row if packs else segment == tile
         assert warps == 1 or not packs
-        assert 32 % segment == 0
-        # A team of several rows is compiled for its warps: each of its threads has its own slots.
+        assert tile % segment == 0
+        # A team of several rows is compiled for its warps: each of its blocks has its own slots.
         # Of one row: for a share of a warp, for one, or for several.
         of_team, kind = self.macros["ROWS"], self.macros["WARPS"]
         assert kind == (warps if of_team > 1 else 0 if packs else 1 if warps == 1 else 2)
         assert of_team == 1 or self.macros["FORM"] != blocks.VALUES
         assert of_team == 1 or (not packs and warps * teams <= 4)
-        unit = 32 if packs else of_team * of_row
+        unit = tile if packs else of_team * of_row
         assert units == math.ceil(total / unit)
+        assert (warps - 1) * tile < unit <= warps * tile
         held = [
-            first + part * 32 + lane
+            first + part * tile + lane
             for first in range(0, units * unit, unit) for part in range(warps)
-            for lane in range(min(32, min(unit, total - first) - part * 32))
+            for lane in range(min(tile, min(unit, total - first) - part * tile))
         ]  # fmt: skip
         assert held == list(range(total))
         # Four exchanges a team: a barrier, and two sets of slots.
-        declared = 4 * teams * (8 + 2 * 4 * 32 * warps) if of_team > 1 else 4 * 4 * (8 + 2 * 4 * 12)
+        slots, of = (tile * warps, teams) if of_team > 1 else (12, 4)
+        declared = 4 * of * (8 + 2 * 4 * slots)
         at_once = AT_ONCE[size] // (warps * teams)
         at_once = min(at_once, BYTES // (self.shared + declared + KEPT))
         assert count == min(math.ceil(units / teams), at_once * self.device.processors)
@@ -328,14 +335,18 @@ def test_rows_that_lie_elsewhere(device: Device) -> None:
 @pytest.mark.parametrize(
     ("rows", "of_row"),
     [(1, 1), (33, 1), (1000, 1), (17, 2), (40, 16), (5, 3), (9, 31), (20, 32), (1, 33), (20, 33),
-     (9, 64), (3, 65), (2, 129), (2, 384), (1, 44), (21, 44), (20, 20), (13, 5), (5, 24), (7, 40)],
+     (9, 64), (3, 65), (2, 129), (2, 384), (1, 44), (21, 44), (20, 20), (13, 5), (5, 24), (7, 40),
+     (9, 6), (7, 9), (9, 10), (9, 12), (9, 15), (9, 16)],
 )  # fmt: skip
 @pytest.mark.parametrize("processors", [1, 5])
-def test_rows_of_any_width(rows: int, of_row: int, processors: int, device: Device) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rows_of_any_width(
+    rows: int, of_row: int, processors: int, dtype: torch.dtype, device: Device
+) -> None:
     """More of them than run at once, and fewer."""
     device.q, device.processors = parse(ONE), processors
     q = device.q
-    x = _rows(rows, 128 * of_row).bfloat16()
+    x = _rows(rows, 128 * of_row).to(dtype)
     device.known[:] = [x]
     for form, bits, sums in ((blocks.PACKED, 1, True), (blocks.VALUES, 0, False)):
         device.known[:] = [x]
@@ -561,14 +572,25 @@ def test_registers_of_a_thread(dtype: torch.dtype) -> None:
         assert macros["REGISTERS"] == 65536 // (AT_ONCE[dtype.itemsize] * 32) // 8 * 8
 
 
-# Rows of 16 blocks share a warp; those of five a team of six, each with slots of its own.
-@pytest.mark.parametrize(("of_row", "slots"), [(16, 12), (5, 32)])
+# Rows of 8 blocks share a warp, of 16 and of 32 they have one; those of five are a team of three,
+# each block with slots of its own.
+@pytest.mark.parametrize(
+    ("of_row", "tile", "slots"), [(8, 16, 12), (16, 16, 12), (5, 16, 16), (32, 32, 12)]
+)
 @pytest.mark.parametrize(("size", "most"), [(2, 4), (4, 3)])
 def test_the_last_byte_of_a_multiprocessor(
-    size: int, most: int, of_row: int, slots: int, device: Device
+    size: int,
+    most: int,
+    of_row: int,
+    tile: int,
+    slots: int,
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each thread block has 1 KiB more than it asks for, of what all may ask for and one KiB."""
-    each = 4 * (size * ENTRIES + GATHERED) + 4 * 4 * (8 + 2 * 4 * slots) + KEPT
+    monkeypatch.setattr(blocks, "_tile", lambda *_: tile)
+    monkeypatch.setattr(blocks, "_shape", blocks._shape.__wrapped__)  # it remembers
+    each = 4 * tile * (size * 128 + GATHERED) + 4 * 4 * (8 + 2 * 4 * slots) + KEPT
     for count in range(2, most + 1):
         for less, at_once in ((0, count), (1, count - 1)):
             device.shared = count * each - KEPT - less
@@ -591,6 +613,6 @@ def test_a_kernel_that_nothing_more_is_asked_of(
     given = (torch.bfloat16, 16, True, blocks.INTEGERS, 0)
     blocks._kernel(blocks._shape(32), *given, None)
     blocks._kernel(blocks._shape(32), *given, None, blocks.PLAIN, False, 0)
-    assert seen == [(blocks.macros(*given), 4 * (2 * ENTRIES + GATHERED))] * 2
+    assert seen == [(blocks.macros(*given), 4 * 32 * (2 * 128 + GATHERED))] * 2
     macros = seen[0][0]
     assert (macros["PROLOGUE"], macros["SHOWN"], macros["SAVED"]) == (blocks.PLAIN, 0, 0)

@@ -24,8 +24,9 @@ SPECS = (
     "uniform8/hadamard128/trust1.5/dense",
     "ternary/hadamard128/trust1.0/dense",
 )
-# Rows of 1, 4 and 16 blocks share a warp; those of 5, 12, 33 and 44 a team, six, five, three and
-# two of them; 28 blocks have a warp of their own, 86 a team; the last is the widest.
+# Of 16 bits rows of 1 and 4 blocks share a warp; those of 5, 12, 33 and 44 a team, three, four,
+# three and two of them; 16 and 28 blocks have a warp of their own, 86 a team; the last is the
+# widest. Of float32 a warp holds 16 blocks of all but the last: rows of 33 and more have a team.
 WIDTHS = (128, 512, 640, 1536, 2048, 3584, 4224, 5632, 11008, 49152)
 KINDS = ("gaussian", "heavy", "mixed_rows", "non_finite", "outlier")
 
@@ -58,17 +59,51 @@ def test_every_variant_compiles_without_a_gpu(
     assert b"quantize" in made.code
 
 
-# Rows that share a warp, or have several, and teams of several rows; above each has one of its own.
-SHAPES = {(made.rows, made.kind) for made in map(blocks._shape, (*range(1, 49), 64))} - {(1, 1)}
+# Rows that share a warp, or have several, and teams of several rows; above each has one of its own,
+# of 32 blocks.
+SHAPES = {
+    (dtype, (made.rows, made.kind, made.tile))
+    for dtype in (torch.bfloat16, torch.float32)
+    for made in (blocks._shape(n, size=dtype.itemsize) for n in (*range(1, 49), 64, 384))
+} - {(torch.bfloat16, (1, 1, 32))}
+PLACED = [
+    (dtype, prologue, *shape)
+    for dtype, shape in sorted(SHAPES, key=str)
+    for prologue in (blocks.PLAIN, blocks.GATED, blocks.NORMED, blocks.ADDED)
+    if dtype != torch.float32 or prologue == blocks.PLAIN
+]
 
 
-@pytest.mark.parametrize("shape", sorted(SHAPES))
-@pytest.mark.parametrize("prologue", [blocks.PLAIN, blocks.GATED, blocks.NORMED, blocks.ADDED])
-def test_every_shape_compiles_without_a_gpu(prologue: int, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("dtype", "prologue", "rows", "warps", "tile"), PLACED, ids=str)
+def test_every_shape_compiles_without_a_gpu(
+    dtype: torch.dtype, prologue: int, rows: int, warps: int, tile: int
+) -> None:
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     macros = blocks.macros(
-        torch.bfloat16, 16, False, blocks.INTEGERS, 0, prologue, rows=shape[0], warps=shape[1]
+        dtype, 16, False, blocks.INTEGERS, 0, prologue, rows=rows, warps=warps, tile=tile
     )
+    made = cuda.compile_("blocks.cu", "sm_90a", macros, cached=False)
+    assert b"quantize" in made.code
+
+
+# What is narrow is gathered: of 16 blocks a warp's lanes write it in fewer turns, or half of them.
+NARROW = [
+    (dtype, *asked)
+    for dtype in blocks.INPUTS
+    for asked in (
+        (2, True, blocks.PACKED, 1, 0), (4, True, blocks.PACKED, 2, 0),
+        (3, True, blocks.INTEGERS, 0, 2), (16, True, blocks.INTEGERS, 0, 4),
+        (16, True, blocks.VALUES, 0, 0), (256, True, blocks.CODES, 0, 0),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "levels", "edge", "form", "bits", "saved"), NARROW, ids=str)
+def test_every_form_of_short_rows_compiles_without_a_gpu(
+    dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, saved: int
+) -> None:
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    macros = blocks.macros(dtype, levels, edge, form, bits, saved=saved, warps=0, tile=16)
     made = cuda.compile_("blocks.cu", "sm_90a", macros, cached=False)
     assert b"quantize" in made.code
 
@@ -174,22 +209,26 @@ def test_thread_blocks_fit_a_multiprocessor(
     count, _, shape = blocks._grid(10**6, blocks_of_row, 0, size)
     warps = shape.warps * shape.teams
     each = blocks._bytes(shape, size) + blocks.RESERVED
-    assert each >= warps * (size * 32 * 128 + blocks.GATHERED) + blocks.RESERVED
+    assert each >= warps * shape.tile * (size * 128 + blocks.GATHERED) + blocks.RESERVED
     assert count % 10 == 0
     assert count // 10 * each <= 228 * 1024
     assert count // 10 * warps * 32 * blocks.REGISTERS[size] <= 65536
     most = {2: 16, 4: 12}[size] // warps
-    # Of float32 slots of each thread leave room for one less.
-    assert most - (size == 4 and shape.rows > 1) <= count // 10 <= most
+    # Of float32 slots of each thread leave room for one less, where a warp holds 32 blocks.
+    assert most - (size == 4 and shape.rows > 1 and shape.tile == 32) <= count // 10 <= most
 
 
-@pytest.mark.parametrize("blocks_of_row", [*range(1, 49), 86, 112, 384])
-def test_shapes_fit_a_thread_block(blocks_of_row: int) -> None:
-    rows, warps, segment, teams = blocks._shape(blocks_of_row)
-    assert rows * blocks_of_row <= warps * 32 < rows * blocks_of_row + 32
-    assert segment in (blocks_of_row, blocks.TILE)
-    assert 1 <= warps * teams <= 12
-    assert blocks._bytes(blocks._shape(blocks_of_row), 4) <= 227 * 1024
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("blocks_of_row", [*range(1, 49), 86, 112, 192, 193, 384])
+def test_shapes_fit_a_thread_block(blocks_of_row: int, size: int) -> None:
+    for several in (True, False):
+        rows, warps, segment, teams, tile = shape = blocks._shape(blocks_of_row, several, size)
+        assert tile in (16, 32)
+        assert segment in (blocks_of_row, tile)
+        if segment == tile:
+            assert rows * blocks_of_row <= warps * tile < rows * blocks_of_row + tile
+        assert 1 <= warps * teams <= 12
+        assert blocks._bytes(shape, size) <= 227 * 1024
 
 
 @pytest.mark.parametrize(
@@ -234,14 +273,18 @@ def test_the_last_byte_of_a_thread_block(
 ) -> None:
     """Tiles and exchanges have room wherever they are taken, and rows are wherever they have."""
     monkeypatch.setattr(cuda, "unavailable", lambda _: None)
-    # Four exchanges for each of four teams, with slots for twelve warps; three rows of 40 blocks
-    # have four warps, whose threads have slots.
-    for width, warps, more in (
-        (28672, 7, 4 * 4 * (8 + 2 * 4 * 12)), (5120, 4, 4 * (8 + 2 * 4 * 128)),
+    # Four exchanges for each of four teams, with slots for twelve warps. Three rows of 40 blocks
+    # have four warps of 32, and three of 20 four warps of 16, whose blocks have slots.
+    alone = 4 * 4 * (8 + 2 * 4 * 12)
+    monkeypatch.setattr(blocks, "_shape", blocks._shape.__wrapped__)
+    for width, tiles, tile, more in (
+        (28672, 7, 32, alone), (5120, 4, 32, 4 * (8 + 2 * 4 * 128)),
+        (2560, 4, 16, 4 * (8 + 2 * 4 * 64)), (2048, 4, 16, alone),
     ):  # fmt: skip
         x = torch.empty(1, width, dtype=dtype)
         program = ops.program(parse(SPECS[3]), x)
-        each = warps * (dtype.itemsize * 32 * 128 + 1536) + more
+        monkeypatch.setattr(blocks, "_tile", lambda *_, tile=tile: tile)
+        each = tiles * tile * (dtype.itemsize * 128 + 48) + more
         for limit, fits in ((each - 1, False), (each, True)):
             monkeypatch.setattr(cuda, "shared", lambda _, limit=limit: limit)
             assert blocks.supports(program, x) == fits

@@ -5,6 +5,9 @@ A variant or two each: what `test_blocks` and `test_prologue_kernel` meet among 
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -97,12 +100,14 @@ def test_signs_and_how_many(place: Place, dtype: torch.dtype) -> None:
 def test_rows_that_are_computed_again(place: Place, dtype: torch.dtype) -> None:
     """Far from 1, or not finite: found in whichever chunk, block and warp of a row it lies."""
     # A part of a warp, of a team, a warp, a team: by one row, and by several.
-    for width, step in ((256, 1), (640, 5), (3584, 7), (5632, 7), (8192, 7)):
+    for width, step in (
+        (256, 1), (640, 5), (768, 7), (1920, 7), (3584, 7), (5632, 7), (8192, 7)
+    ):  # fmt: skip
         _judge(place, _not_finite(dtype, width)[::step], FOUR, "not finite")
     _judge(place, _far(dtype), FOUR, "far from 1")
     for i, kind in enumerate(("tiny", "subnormal", "huge", "mixed_rows", "zeros")):
         # Of a warp, and of a team, some threads have no block.
-        for width in (256, 640, 3584, 8320):
+        for width in (256, 640, 1920, 3584, 8320):
             _judge(place, inputs.draw(kind, (9, width), dtype, i), FOUR, kind)
     _judge(place, _odd(dtype), FOUR, "equal numbers")
 
@@ -124,26 +129,104 @@ def test_values_and_masks(place: Place, dtype: torch.dtype, spec: str) -> None:
     LEDGER.judge(place.lane, found, f"{dtype}, {spec}", conclusive=False)
 
 
-def _third_turn(width: int) -> int:
-    """Rows of 16 bits with which the last team of a multiprocessor comes to a third turn, and one
-    more; of teams of several rows the last has one.
+@pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
+def test_a_limit_beyond_float32(place: Place, dtype: torch.dtype) -> None:
+    """It leaves nothing out, but of rows that are not finite."""
+    x = _normal((6, 256))
+    x[:4] *= torch.tensor([1.0, 1e10, 1e30, 1e-10])[:, None]  # limits on both sides
+    x[4], x[5, 3] = 0.0, float("nan")
+    for scale in ("1e30", "1e37"):
+        program = ops.program(parse(f"uniform4/hadamard128/clip{scale}/dense"), x)
+        there = x.to(place.device, dtype)
+        for form, bits in ((blocks.INTEGERS, 0), (blocks.VALUES, 0)):
+            mask = blocks.quantize(there, program, form=form, bits=bits)[2].cpu()
+            assert mask.unique(dim=1).tolist() == [[255]] * 5 + [[0]]
+
+
+def _transformed(x: Tensor) -> Tensor:
+    """Blocks of 128, times 128^0.5, of whole numbers: exact."""
+    i = torch.arange(128)
+    signs = torch.tensor([1 - 2 * (n.bit_count() % 2) for n in range(128)])[i & i[:, None]]
+    return (x.double().unflatten(-1, (-1, 128)) @ signs.double()).flatten(-2)
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float16, FULL], ids=str)
+@pytest.mark.parametrize("width", [256, 2048, 4096])
+def test_masks_at_the_limit(place: Place, width: int, dtype: torch.dtype) -> None:
+    """Sums of ones and minus ones, whose sigma is 1: exact numbers, some of which are the limit.
+
+    It lies inside; by one float less, it is beyond. By one more nothing else comes inside.
     """
-    shape = blocks._shape(width // 128)
-    teams = blocks.RESIDENT[2] // (shape.warps * shape.teams) * shape.teams
-    return shape.rows * 3 * teams + 1
+    x = _normal((9, width)).sign().to(dtype)
+    sums = _transformed(x).abs()
+    root = np.float32(11.313708498984761)
+    near = np.float32(10.0) / root
+    made = {}
+    for n in range(-4, 5):
+        threshold = np.float32(near + n * np.spacing(near))
+        made[float(threshold * root)] = float(threshold)  # rounded to float32, as the limit is
+    assert (sums == 10).sum() > 50
+    for limit in (10 - 2.0**-20, 10.0, 10 + 2.0**-20):
+        program = ops.program(parse(CLIPPED), x)
+        program = dataclasses.replace(program, threshold=made[float(limit)])
+        mask = blocks.quantize(x.to(place.device), program, form=blocks.INTEGERS)[2]
+        assert torch.equal(mask.cpu(), packing.pack(sums <= float(limit), 1))
 
 
-# Rows that have a warp; five warps, two, and three for two rows; a warp for six rows.
-@pytest.mark.parametrize("width", [3584, 16512, 8192, 5632, 640])
+@pytest.mark.parametrize("dtype", [HALF, torch.float16, FULL], ids=str)
+def test_zeros_are_positive(place: Place, dtype: torch.dtype) -> None:
+    """Whatever they come of: zeros of either sign, alone and in blocks beside others, and sums that
+    cancel; in 16 blocks of a warp and in 32.
+    """
+    for width in (256, 2048, 4096):
+        x = torch.zeros(6, width, dtype=dtype)
+        x[0], x[1] = -0.0, 0.0
+        x[2:4], x[2:4, 128], x[3, 128] = -0.0, 1.0, -1.0
+        x[4], x[5] = 1.5, -1.5
+        x = x.to(place.device)
+        for spec in (SIGNS, SIGNS.replace("ste", "clip1.0")):
+            program = ops.program(parse(spec), x)
+            out, _, mask, sums, _ = blocks.quantize(
+                x, program, form=blocks.PACKED, bits=1, sums=True
+            )
+            sign = _transformed(x.cpu()) >= 0
+            assert sign[:2].all()
+            assert sign[2:4, :128].all()
+            assert (~sign[4:]).sum(-1).tolist() == [0, width // 128]
+            assert torch.equal(out.cpu(), packing.pack(sign, 1))
+            assert torch.equal(sums[:, 0].cpu(), (2 * sign.int() - 1).sum(-1, dtype=torch.int32))
+            assert (mask[:2] == 255).all()
+
+
+def _third_turn(width: int, size: int = 2) -> int:
+    """Rows with which the last team of a multiprocessor comes to a third turn, and one more; of
+    teams of several rows, and of warps that rows share, the last has one. size: of an entry.
+    """
+    shape = blocks._shape(width // 128, size=size)
+    teams = blocks.RESIDENT[size] // (shape.warps * shape.teams) * shape.teams
+    of_team = shape.rows if shape.segment == shape.tile else shape.tile // shape.segment
+    return of_team * 3 * teams + 1
+
+
+# Of warps of 32 blocks: rows that have a warp; five warps, two, and three for two rows. Of 16: rows
+# that have a warp, which is full or not; share one; are three for one and five for two; have four.
+@pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
+@pytest.mark.parametrize(
+    ("width", "tile"),
+    [*((n, 32) for n in (3584, 16512, 8192, 5632)),
+     *((n, 16) for n in (2048, 1920, 1024, 640, 768, 8192))],
+)  # fmt: skip
 def test_turns_of_a_multiprocessor(
-    place: Place, width: int, monkeypatch: pytest.MonkeyPatch
+    place: Place, width: int, tile: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No row is left out, and none has the numbers of another, which differ much."""
     monkeypatch.setattr(cuda, "processors", lambda _: 1)
-    rows = _third_turn(width)
+    monkeypatch.setattr(blocks, "_tile", lambda *_: tile)
+    monkeypatch.setattr(blocks, "_shape", blocks._shape.__wrapped__)  # it remembers
+    rows = _third_turn(width, dtype.itemsize)
     powers = torch.arange(rows) * 37 % 41 - 20
     x = _normal((rows, width)) * 2.0 ** powers[:, None].double()
-    _judge(place, x.to(HALF), FOUR, "rows of unlike magnitudes")
+    _judge(place, x.to(dtype), FOUR, "rows of unlike magnitudes")
 
 
 def test_turns_of_the_widest_rows(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,8 +243,9 @@ def test_turns_of_the_widest_rows(place: Place, monkeypatch: pytest.MonkeyPatch)
     assert sums.flatten().tolist() == 3 * [384 * (120 + 127 * 8)]
 
 
-# Each turn with sums of two kinds that warps exchange: two of a row, and three of two rows.
-@pytest.mark.parametrize("width", [8192, 5632])
+# Each turn with sums of two kinds that warps exchange: two of a row, three of two rows, and of 16
+# blocks two of five rows; rows that have one, or share one.
+@pytest.mark.parametrize("width", [8192, 5632, 768, 1920, 1024])
 def test_turns_of_a_norm(place: Place, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "processors", lambda _: 1)
     rows = _third_turn(width)
@@ -174,7 +258,7 @@ def test_turns_of_a_norm(place: Place, width: int, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_gate(place: Place) -> None:
-    """silu over all of its range, to where exp leaves float32; 16 rows a warp, and what is left."""
+    """silu over all of its range, to where exp leaves float32; 8 rows a warp, and what is left."""
     gate = torch.linspace(-100, 100, 33 * 256).view(33, 256)
     gate[15:] /= 20
     gate, value = gate.to(HALF), inputs.draw("heavy", (33, 256), HALF, 1)
@@ -189,7 +273,19 @@ def test_a_gate(place: Place) -> None:
 )
 @pytest.mark.parametrize(
     ("rows", "width"),
-    [(1, 128), (1, 256), (3, 512), (5, 3584), (3, 8192), (3, 5632), (4, 640), (1, 384)],
+    [
+        (1, 128),
+        (1, 256),
+        (3, 512),
+        (5, 3584),
+        (3, 8192),
+        (3, 5632),
+        (4, 640),
+        (1, 384),
+        (5, 2048),
+        (3, 1920),
+        (7, 768),
+    ],
 )
 def test_nothing_is_written_beside_the_outputs(
     place: Place, rows: int, width: int, spec: str, form: int, bits: int
@@ -215,7 +311,9 @@ def test_nothing_is_written_beside_the_outputs(
         assert (t[-around:] == 77).all()
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1, 128), (3, 384), (3, 3584), (3, 5632)])
+@pytest.mark.parametrize(
+    ("rows", "width"), [(1, 128), (3, 384), (3, 1920), (7, 768), (3, 3584), (3, 5632)]
+)
 def test_nothing_is_read_beside_the_inputs(place: Place, rows: int, width: int) -> None:
     """Neither blocks that a warp has room for nor rows of the next turn."""
     x = _normal((rows, width)).to(place.device, HALF)
@@ -257,9 +355,9 @@ def test_signs_of_a_block_far_below_its_row(
     assert (found[:, 1:] > 0).all()
 
 
-# Five blocks, 20, 25, 33 and 44: six rows a team, three, five, three and two; values are made of
-# rows alone.
-@pytest.mark.parametrize("width", [640, 2560, 3200, 4224, 5632])
+# Five blocks, six, twelve, 20, 25, 33 and 44: three rows a team, five, four, three, five, three and
+# two; values are made of rows alone.
+@pytest.mark.parametrize("width", [640, 768, 1536, 2560, 3200, 4224, 5632])
 def test_a_scale_is_that_of_a_row_by_itself(place: Place, width: int) -> None:
     """Bit for bit, whatever is made of a row and wherever in a team it lies."""
     x = _normal((25, width)).to(place.device, HALF)
@@ -271,7 +369,7 @@ def test_a_scale_is_that_of_a_row_by_itself(place: Place, width: int) -> None:
     assert torch.equal(torch.cat(alone), scale)
 
 
-@pytest.mark.parametrize("width", [640, 3584])
+@pytest.mark.parametrize("width", [640, 768, 1024, 2048, 3584])
 @pytest.mark.parametrize(
     ("spec", "saved"),
     [("uniform4/hadamard128/trust1.0/dense", 4), ("uniform3/hadamard128/clip0.8/dense", 4),

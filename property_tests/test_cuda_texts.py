@@ -77,7 +77,10 @@ def _variants() -> Iterator[Variant]:
             (blocks.VALUES, 0, 0), (blocks.PACKED, 1, 0), (blocks.PACKED, 4, 0),
             (blocks.CODES, 0, 0), (blocks.INTEGERS, 0, 2), (blocks.INTEGERS, 0, 4),
         ):  # fmt: skip
-            for shape in ({}, {"warps": 0}, {"warps": 2}, {"rows": 2, "warps": 3}):
+            for shape in (
+                {}, {"warps": 0, "tile": 16}, {"warps": 2}, {"rows": 2, "warps": 3},
+                {"tile": 16}, {"warps": 2, "tile": 16}, {"rows": 5, "warps": 2, "tile": 16},
+            ):  # fmt: skip
                 macros = blocks.macros(dtype, 4, True, form, bits, prologue, saved=saved, **shape)
                 yield made("blocks.cu", tuple(macros.items()))
     for dtype, kind in itertools.product((SIXTEEN, FLOAT), blocks.OPERANDS):
@@ -180,15 +183,22 @@ def test_chunks_of_float32_lie_in_different_banks() -> None:
 
 def test_chunks_of_sixteen_bits_lie_in_different_banks() -> None:
     """As above: a lane's chunks lie 32 apart, and those of lanes in a row in a row."""
-    whole = cuda._text("blocks.cu")
-    assert "*const own = tile + lane;" in whole
+    whole = re.sub(r"//.*", "", cuda._text("blocks.cu"))
+    # A group begins at a slot, and its first chunks of lanes at their own.
+    slots = re.findall(r"\btile \+ ([^,;)]+)", whole)
+    assert {*slots} == {"g * SLOT", "g * SLOT + lane"}
+    assert "const uint4 *const slot = tile + g * SLOT;" in whole
+    within = re.findall(r"\bslot(?:\[| \+ )(lane.*?)(?:\]|$)", whole, re.M)
+    within += re.findall(r"\bown\[(.*?)\]", whole)
+    assert len(within) >= 4, within
     seen = 0
     for _, text in ((v, t) for v, t in _of("blocks.cu") if not t.names["WIDE"]):
-        for use in re.finditer(r"\bown(?:\[| \+ \()", whole):
-            place = whole[use.end() : closing(whole, use.end() - 1)]
-            for g, i in itertools.product(range(text.names["GROUPS"]), range(4)):
-                assert value(place, {**text.names, "g": g, "i": i}) % 32 == 0
-            seen += 1
+        assert text.names["SLOT"] == 8 * 16  # blocks of a group, and chunks of a block
+        for place, i in itertools.product(within, range(4)):
+            for lane in (0, 1, 31):
+                at = value(place, {**text.names, "lane": lane, "i": i})
+                assert at % 32 == (lane if "lane" in place else 0)
+                seen += 1
     assert seen
 
 
@@ -200,9 +210,11 @@ def test_tiles_and_what_is_gathered_have_room() -> None:
         names, macros = text.names, dict(variant.macros)
         arrays = re.findall(r"u32 \w+\[(.+?)\]\[(.+?)\];", gathered)
         bytes_ = 4 * sum(value(a, names) * value(b, names) for a, b in arrays)
-        bytes_ += 16 * names["TILE"] * names["CHUNKS"]
+        bytes_ += 16 * names["GROUPS"] * 8 * names["CHUNKS"]
         dtype = next(t for t, number in blocks.INPUTS.items() if number == macros["IN"])
-        left.add(blocks.Shape(1, 1, blocks.TILE, 1).shared(dtype.itemsize) - bytes_)
+        left.add(
+            blocks.Shape(1, 1, names["TILE"], 1, names["TILE"]).shared(dtype.itemsize) - bytes_
+        )
     assert min(left) == 0
 
 

@@ -147,3 +147,42 @@ def test_a_product_of_a_warp(kind: str, emulator: emulated.Emulator) -> None:
     group, thread = (t[:, None] for t in _lanes())
     i = torch.arange(4)
     assert torch.equal(out.long(), (a @ b)[group + 8 * (i // 2), 2 * thread + i % 2])
+
+
+# The same of half of K: two registers of a and one of b, onto what is there.
+SHORT = r"""
+extern "C" __global__ void one(const unsigned *a, const unsigned *b, float *out) {
+  const unsigned *x = a + 2 * threadIdx.x, *y = b + threadIdx.x;
+  float d[4];
+  for (int i = 0; i < 4; i++) d[i] = out[4 * threadIdx.x + i];
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.KIND.KIND.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(x[0]), "r"(x[1]), "r"(y[0]));
+  for (int i = 0; i < 4; i++) out[4 * threadIdx.x + i] = d[i];
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("f16", torch.float16), ("bf16", torch.bfloat16)])
+def test_a_short_product_of_a_warp(
+    kind: str, dtype: torch.dtype, emulator: emulated.Emulator
+) -> None:
+    """PTX ISA, Matrix Fragments for mma.m16n8k8: of row groupID, and of the row 8 further, columns
+    2 threadID_in_group and the next; of b these rows, and column groupID.
+    """
+    g = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randint(-100, 100, shape, generator=g) for shape in ((16, 8), (8, 8), (16, 8)))
+    group, thread = _lanes()
+    pair = 2 * thread[:, None] + torch.arange(2)
+    of_a = torch.stack([a[group[:, None] + more, pair] for more in (0, 8)], 1).to(dtype)
+    of_b = b[pair, group[:, None]].to(dtype)
+    i = torch.arange(4)
+    at = group[:, None] + 8 * (i // 2), 2 * thread[:, None] + i % 2
+    out = c[at].float().contiguous()
+    emulator.text["one"] = SHORT.replace("KIND", kind)
+    kernel = emulator.load(
+        emulator.compile_("one", "", {}), "one", None, threads=32, shared=0, layout="3P"
+    )
+    emulator.runs = 1  # it adds to its output
+    kernel.launch(1, *(cuda.pointer(t.contiguous()) for t in (of_a, of_b, out)))
+    assert torch.equal(out.long(), (c + a @ b)[at])

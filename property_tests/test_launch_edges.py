@@ -39,15 +39,18 @@ def _strided(t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("count", "warps", "teams"),
-    [(1, 1, 4), (31, 1, 4), (33, 4, 1), (49, 2, 2), (65, 3, 1), (129, 5, 1)],
-)
-def test_a_thread_block_of_the_block_quantizer(count: int, warps: int, teams: int) -> None:
-    """Four warps, or the team's where it has more than two; each with a tile of 32 blocks."""
+    ("count", "warps", "teams", "tile"),
+    [(1, 1, 4, 16), (9, 3, 1, 16), (10, 2, 2, 16), (16, 1, 4, 16), (31, 1, 4, 32), (33, 4, 1, 32),
+     (49, 2, 2, 32), (65, 3, 1, 32), (129, 5, 1, 32)],
+)  # fmt: skip
+def test_a_thread_block_of_the_block_quantizer(
+    count: int, warps: int, teams: int, tile: int
+) -> None:
+    """Four warps, or the team's where it has more than two; each with a tile of 16 or 32 blocks."""
     shape = blocks._shape(count)
-    assert (shape.warps, shape.teams) == (warps, teams)
+    assert (shape.warps, shape.teams, shape.tile) == (warps, teams, tile)
     for size in (2, 4):
-        each = size * 32 * 128 + 32 * (16 + 32)  # and, of each block, mask and codes
+        each = tile * (size * 128 + 16 + 32)  # and, of each block, mask and codes
         assert shape.shared(size) == warps * teams * each
 
 

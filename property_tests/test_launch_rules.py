@@ -83,7 +83,8 @@ def test_numbers_of_the_sources() -> None:
     )
     for name in ("PACKED", "CODES", "INTEGERS"):
         assert numbers("rows.cu")[name] == forms[name]
-    assert (forms["ORDER"], forms["TILE"]) == (blocks.ORDER, blocks.TILE)
+    assert forms["ORDER"] == blocks.ORDER == 128
+    assert (blocks.TILE, blocks.SMALL) == (32, 16)
     assert numbers("exchange.cuh")["MAX_WARPS"] == blocks.WARP_LIMIT
     assert numbers("sparse.cu")["TILE_K"] == sparse.TILE_K == 128
     assert sparse.BLOCK == 256
@@ -112,40 +113,63 @@ def test_parameters_of_the_quantizer(prologue: int, monkeypatch: pytest.MonkeyPa
     assert "".join(cuda._letters(told["layout"])) == letters
 
 
+@pytest.mark.parametrize(("size", "most"), [(2, 16), (4, 192)])
+def test_blocks_that_a_warp_holds(size: int, most: int) -> None:
+    """16 of rows of at most so many, else 32; of float32 twelve warps hold no more by sixteens."""
+    found = [blocks._tile(count, size) for count in range(1, 385)]
+    assert found == most * [16] + (384 - most) * [32]
+    assert [blocks._shape(count, size=size).tile for count in range(1, 385)] == found
+
+
 @pytest.mark.parametrize(
     ("count", "shape", "at_once"),
     [
-        (1, (1, 1, 1, 4), (4, 3)), (2, (1, 1, 2, 4), (4, 3)), (16, (1, 1, 16, 4), (4, 3)),
-        (3, (6, 1, 32, 4), (4, 3)), (5, (6, 1, 32, 4), (4, 3)), (20, (3, 2, 32, 2), (4, 3)),
-        (24, (4, 3, 32, 1), (5, 4)), (28, (1, 1, 32, 4), (4, 3)), (31, (1, 1, 32, 4), (4, 3)),
-        (32, (1, 1, 32, 4), (4, 3)), (33, (3, 4, 32, 1), (4, 3)), (40, (3, 4, 32, 1), (4, 3)),
-        (44, (2, 3, 32, 1), (5, 4)), (48, (2, 3, 32, 1), (5, 4)), (49, (1, 2, 32, 2), (4, 3)),
-        (64, (1, 2, 32, 2), (4, 3)), (65, (1, 3, 32, 1), (5, 4)), (86, (1, 3, 32, 1), (5, 4)),
-        (128, (1, 4, 32, 1), (4, 3)), (129, (1, 5, 32, 1), (3, 2)), (384, (1, 12, 32, 1), (1, 1)),
+        (1, (1, 1, 1, 4, 16), (4, 3)), (2, (1, 1, 2, 4, 16), (4, 3)), (8, (1, 1, 8, 4, 16), (4, 3)),
+        (3, (5, 1, 16, 4, 16), (4, 3)), (5, (3, 1, 16, 4, 16), (4, 3)),
+        (6, (5, 2, 16, 2, 16), (4, 3)), (7, (2, 1, 16, 4, 16), (4, 3)),
+        (9, (5, 3, 16, 1, 16), (5, 4)), (10, (3, 2, 16, 2, 16), (4, 3)),
+        (12, (4, 3, 16, 1, 16), (5, 4)), (13, (1, 1, 16, 4, 16), (4, 3)),
+        (15, (1, 1, 16, 4, 16), (4, 3)), (16, (1, 1, 16, 4, 16), (4, 3)),
+        (20, (3, 4, 16, 1, 16), (4, 3)), (24, (2, 3, 16, 1, 16), (5, 4)),
+        (28, (1, 2, 16, 2, 16), (4, 3)), (44, (1, 3, 16, 1, 16), (5, 4)),
+        (64, (1, 4, 16, 1, 16), (4, 3)), (112, (1, 7, 16, 1, 16), (2, 1)),
+        (192, (1, 12, 16, 1, 16), (1, 1)),
+        (17, (5, 3, 32, 1, 32), (5, 4)), (20, (3, 2, 32, 2, 32), (4, 3)),
+        (24, (4, 3, 32, 1, 32), (5, 4)), (28, (1, 1, 32, 4, 32), (4, 3)),
+        (31, (1, 1, 32, 4, 32), (4, 3)), (32, (1, 1, 32, 4, 32), (4, 3)),
+        (33, (3, 4, 32, 1, 32), (4, 3)), (40, (3, 4, 32, 1, 32), (4, 3)),
+        (44, (2, 3, 32, 1, 32), (5, 4)), (48, (2, 3, 32, 1, 32), (5, 4)),
+        (49, (1, 2, 32, 2, 32), (4, 3)), (64, (1, 2, 32, 2, 32), (4, 3)),
+        (65, (1, 3, 32, 1, 32), (5, 4)), (86, (1, 3, 32, 1, 32), (5, 4)),
+        (128, (1, 4, 32, 1, 32), (4, 3)), (129, (1, 5, 32, 1, 32), (3, 2)),
+        (384, (1, 12, 32, 1, 32), (1, 1)),
     ],
 )  # fmt: skip
 def test_rows_of_blocks(
     count: int,
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, int, int, int, int],
     at_once: tuple[int, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rows of a team, its warps, blocks of a row that share a warp, and teams of a thread block.
+    """Rows of a team, its warps, blocks of a row that share a warp, teams of a thread block, and
+    blocks that a warp holds, which are given here.
 
     at_once: thread blocks of a multiprocessor of Hopper, of 16 bits and of float32: sixteen or
     twelve warps are what its registers hold, less what shared memory has no room for.
     """
     monkeypatch.setattr(cuda, "shared", lambda _: 227 * 1024)
     monkeypatch.setattr(cuda, "processors", lambda _: 10)
-    made = blocks._shape(count)
-    assert made == shape
-    alone = blocks._shape(count, False)
-    assert alone == (made if shape[0] == 1 else (1, *alone[1:]))
-    assert alone.warps == -(-count // 32)
+    monkeypatch.setattr(blocks, "_tile", lambda *_: shape[-1])
+    monkeypatch.setattr(blocks, "_shape", blocks._shape.__wrapped__)  # it remembers
     for size, most in zip((2, 4), at_once, strict=True):
+        made = blocks._shape(count, size=size)
+        assert made == shape
+        alone = blocks._shape(count, False, size)
+        assert alone == (made if shape[0] == 1 else (1, *alone[1:]))
+        assert alone.warps == -(-count // shape[-1])
         assert blocks._grid(10**6, count, 0, size)[::2] == (10 * most, made)
         assert made.warps * made.teams * most <= blocks.RESIDENT[size]
-        each = size * 32 * 128 + 32 * (16 + 32)
+        each = shape[-1] * (size * 128 + 16 + 32)
         assert made.shared(size) == made.warps * made.teams * each
 
 

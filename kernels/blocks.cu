@@ -157,24 +157,13 @@ template <int UNROLL, typename T, typename G, typename F> __device__ __forceinli
   return __shfl_sync(ALL, own, 4 * (lane % GROUP) + lane / GROUP);
 }
 
-// The stage of index bits of value HALF, of a lane's 32 elements.
-template <int HALF_SPAN> __device__ __forceinline__ void stage(float (&y)[32]) {
-#pragma unroll
-  for (int i = 0; i < 32; i++) {
-    if (i & HALF_SPAN) continue;
-    const float a = y[i], b = y[i + HALF_SPAN];
-    y[i] = a + b;
-    y[i + HALF_SPAN] = a - b;
-  }
-}
-
 // Where chunk c of block r of a group of float32 lies: of those that are read or written at a time, by four lanes
 // for each of two blocks, none meet in a bank. Chunks 8 q + i, q + 4 i, or 2 q + 8 i and one further, for some i:
 // turned(r, a ^ b) is turned(r, a) ^ turned(0, b), so that a lane finds its own for one exclusive or each.
 __device__ __forceinline__ constexpr int turned(int r, int c) { return 32 * r ^ c ^ c / 8 ^ 5 * (r & 1); }
 
 // What a lane has of a group, transformed, times 128^0.5: y[8 c + e], e of eight in a row, c of four such.
-// 16 bits: c = 2 z + p, of block 2 q + z the elements from 64 p + 8 r on. float32: of block r, from 32 c + 8 q.
+// 16 bits: see `transform_group`. float32: of block r, from 32 c + 8 q.
 __device__ __forceinline__ void transform(float (&y)[32], const u32 (&w)[WORDS], const u32 (&signs)[4], uint4 *tile) {
 #if IN == FLOAT32
   // Elements 32 q and on; what index bits 3 and 4 tell and what 5 and 6 change places, through the tile, where a
@@ -195,12 +184,7 @@ __device__ __forceinline__ void transform(float (&y)[32], const u32 (&w)[WORDS],
   __syncwarp();
   stage<8>(y), stage<16>(y);
 #else
-  float made[8][4];  // [j][z + 2 h]: of block 2 q + z, element 64 (j / 4) + 8 r + 2 (j % 4) + h
-#pragma unroll
-  for (int j = 0; j < 8; j++) rotate(made[j], signs, w[j / 4 * 8 + j % 4], w[j / 4 * 8 + j % 4 + 4]);
-#pragma unroll
-  for (int i = 0; i < 32; i++) y[i] = made[i / 8 % 2 * 4 + i % 8 / 2][i / 16 + i % 2 * 2];
-  stage<2>(y), stage<4>(y), stage<8>(y);
+  transform_group(y, w, signs);
 #endif
 }
 

@@ -1,5 +1,5 @@
 // The Hadamard transform of 16-bit floats by the tensor cores: four index bits by one product with a 16 x 16
-// matrix of signs, for blocks.cu and few_rows.cuh. Of an element's index, bit 0 lies in a pair, two bits in
+// matrix of signs, for blocks.cu, masked.cu and few_rows.cuh. Of an element's index, bit 0 lies in a pair, two bits in
 // the lane, and one tells the second word of b; of the outcome bit 0 is a row's upper half, and the other
 // three are the row.
 //
@@ -14,9 +14,9 @@
 #define MMA(K) "mma.sync.aligned.m16n8k" #K ".row.col.f32.bf16.bf16.f32"
 #endif
 
-// A lane's words of the matrix of signs, as ones of 16 bits: parity of the bits that meet.
-__device__ __forceinline__ void make_signs(u32 (&signs)[4], int lane) {
-  const u32 one = HALF ? 0x3C003C00 : 0x3F803F80, r = lane / 4;
+// A lane's words of the matrix of signs, as pairs of `one` of 16 bits: parity of the bits that meet.
+__device__ __forceinline__ void make_signs(u32 (&signs)[4], int lane, u32 one = HALF ? 0x3C003C00 : 0x3F803F80) {
+  const u32 r = lane / 4;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const u32 odd = __popc(r & (lane % 4 + (i >= 2 ? 4 : 0))) & 1;
@@ -36,4 +36,26 @@ __device__ __forceinline__ void accumulate(float (&d)[4], u32 a0, u32 a1, u32 b)
   asm volatile(MMA(8) " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a0), "r"(a1), "r"(b));
+}
+
+// The stage of index bits of value HALF, of a lane's 32 elements.
+template <int HALF_SPAN> __device__ __forceinline__ void stage(float (&y)[32]) {
+#pragma unroll
+  for (int i = 0; i < 32; i++) {
+    if (i & HALF_SPAN) continue;
+    const float a = y[i], b = y[i + HALF_SPAN];
+    y[i] = a + b;
+    y[i + HALF_SPAN] = a - b;
+  }
+}
+
+// A group is eight blocks of 128. Lane 4 r + q has of block r the chunks of eight elements q + 4 i, in words 4 i and
+// on, and gets, transformed, times 128^0.5: y[8 c + e], c = 2 z + p, of block 2 q + z element 64 p + 8 r + e.
+__device__ __forceinline__ void transform_group(float (&y)[32], const u32 (&w)[16], const u32 (&signs)[4]) {
+  float made[8][4];  // [j][z + 2 h]: of block 2 q + z, element 64 (j / 4) + 8 r + 2 (j % 4) + h
+#pragma unroll
+  for (int j = 0; j < 8; j++) rotate(made[j], signs, w[j / 4 * 8 + j % 4], w[j / 4 * 8 + j % 4 + 4]);
+#pragma unroll
+  for (int i = 0; i < 32; i++) y[i] = made[i / 8 % 2 * 4 + i % 8 / 2][i / 16 + i % 2 * 2];
+  stage<2>(y), stage<4>(y), stage<8>(y);
 }

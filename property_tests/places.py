@@ -112,7 +112,7 @@ def _operators(emulator: emulated.Emulator) -> Any:
     """Launchers of kernels in CUDA C++, which run in the emulator; for the rest plain PyTorch."""
     names = (
         "encode", "operand", "quantize", "fake_quantize", "gated_encode", "gated_encode_shown",
-        "normed_encode", "normed_encode_shown",
+        "normed_encode", "normed_encode_shown", "masked_transpose",
     )  # fmt: skip
     launched = {name: vars(lanes.operators("launch"))[name] for name in names} | {
         "accumulate": lowbit.launch_accumulate,
@@ -148,10 +148,10 @@ def _launching(name: str, f: Callable[..., Any], emulator: emulated.Emulator) ->
 def _forget() -> None:
     """Kernels that were loaded."""
     # They import Triton: not in every run.
-    from quest.kernels import blocks, few, hopper, product, rows, sparse
+    from quest.kernels import blocks, few, hopper, masked, product, rows, sparse
 
     for cached in (
         blocks._kernel, rows._kernel, few._loaded, few._ready, product._kernel, sparse._kernel,
-        hopper.tensor_map,
+        hopper.tensor_map, masked._kernel,
     ):  # fmt: skip
         cached.cache_clear()

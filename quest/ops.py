@@ -162,10 +162,14 @@ def launch_hadamard(x: Tensor, order: int, transpose: bool) -> Tensor:
 def launch_masked_transpose(
     grad: Tensor, mask: Tensor, order: int, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """`eager.masked_transpose` by the kernel."""
+    """`eager.masked_transpose` by the kernels."""
     from .kernels import hadamard as kernel
+    from .kernels import masked
 
     _check_order(grad, order, mask)
+    if masked.supports(grad, order, dtype):
+        with device_of(grad):
+            return masked.transpose(grad, mask, dtype)
     base = transforms.base(transforms.split(order)[0], grad.device)
     with device_of(grad):
         return kernel.hadamard(grad, order, base, transpose=True, mask=mask, dtype=dtype)

@@ -106,6 +106,7 @@ PTX = {
             "%0 = sum_[0], %1 = sum_[1], %2 = sum_[2], %3 = sum_[3]"
         for kind in ("f16", "bf16")
     },
+    "prmt.b32 %0, %1, %1, %2;": "%0 = __byte_perm(%1, %1, %2)",
     "cvt.f32.f16 %0, %1;": "%0 = emulated::half_at(%1, 0)",
     "cvt.rn.f16.f32 %0, %1;": "%0 = emulated::half_of(%1)",
     "cvt.rn.bf16.f32 %0, %1;": "%0 = emulated::bfloat_of(%1)",

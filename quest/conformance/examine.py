@@ -40,6 +40,16 @@ def sums_of(lane: Lane, x: Tensor, q: Quantizer, few: bool = False) -> Sums:
     return TENSOR_CORES if compiled and halves and taken and at_once and not few else BUTTERFLY
 
 
+def turned_by(lane: Lane, dtype: torch.dtype, order: int) -> Sums:
+    """How a lane takes the sums of gradients of a dtype that are rotated back behind a mask.
+
+    kernels/masked.cu does it on the tensor cores.
+    """
+    compiled = lane.name == "triton-cuda" or lane.backend == "emulated"
+    halves = dtype is torch.bfloat16 or dtype is torch.float16
+    return TENSOR_CORES if compiled and halves and order == 128 else BUTTERFLY
+
+
 def transform(lane: Lane, x: Tensor, order: int, transpose: bool = False) -> list[Verdict]:
     """T1 of the Hadamard transform."""
     y = lane.call("hadamard", x, order=order, transpose=transpose)["y"]
@@ -96,9 +106,10 @@ def _stored(lane: Lane, x: Tensor, q: Quantizer, out: dict[str, Tensor]) -> list
 
 def backward(lane: Lane, grad: Tensor, mask: Tensor, order: int) -> list[Verdict]:
     """T7 of the fused backward; mask (..., ceil(d / 8)) uint8."""
+    by = turned_by(lane, grad.dtype, order)
     dx = lane.call("masked_transpose", grad, mask, order=order)["dx"]
     form = judges.form("backward", dx, tuple(grad.shape), grad.dtype)
-    return [form] if form.failure else [form, judges.transposed(grad, mask, dx, order)]
+    return [form] if form.failure else [form, judges.transposed(grad, mask, dx, order, by)]
 
 
 def encoded(lane: Lane, x: Tensor, q: Quantizer, kind: str) -> list[Verdict]:
@@ -327,7 +338,9 @@ def layer(
     ]
     masks = tuple(None if c is None else c["mask"] for c in codes)
     both, unit = (masks[0], masks[1]), accumulation(lane)
-    found = judges.layer(x, w, grad, bias, made, out, both, unit, parts)
+    order = made.activation.transform.order(x.shape[-1])
+    by = turned_by(lane, grad.dtype, order) if masks != (None, None) else BUTTERFLY
+    found = judges.layer(x, w, grad, bias, made, out, both, unit, parts, by)
     if path == "integers":
         # The first verdict is of the values' product, rounded to the dtype first.
         return _integers(pairs, bias, out, codes) + found[1:]

@@ -63,7 +63,7 @@ def _held() -> int:
     return torch.cuda.memory_allocated() if cases.CUDA else 0
 
 
-def _trainer(config: LlamaConfig, recipe: str, recompute: bool = False) -> Step:
+def _trainer(config: LlamaConfig, recipe: str, recompute: bool | int = False) -> Step:
     """The trainer's step of a new model."""
     model = _llama(config, recipe, torch.float32).recompute_(recompute)
     _compile_blocks(model)
@@ -71,7 +71,7 @@ def _trainer(config: LlamaConfig, recipe: str, recompute: bool = False) -> Step:
 
 
 def _plain(
-    config: LlamaConfig, recipe: str, windows: Tensor, recompute: bool = False
+    config: LlamaConfig, recipe: str, windows: Tensor, recompute: bool | int = False
 ) -> tuple[Callable[[], Tensor], int]:
     """A function that trains a step and returns the loss, and the most bytes that it held."""
     gc.collect()  # what earlier cases left must not be freed meanwhile
@@ -90,7 +90,7 @@ def _plain(
 
 
 def _captured(
-    config: LlamaConfig, recipe: str, windows: Tensor, recompute: bool = False
+    config: LlamaConfig, recipe: str, windows: Tensor, recompute: bool | int = False
 ) -> Callable[[], Tensor]:
     """The same as one graph: gradients set aside, forward, backward, clipping and update."""
     gc.collect()
@@ -116,7 +116,7 @@ def _captured(
 )
 def test_train_step(
     timed: Timed, config: LlamaConfig, sequences: int, length: int, recipe: str, graph: bool,
-    recompute: bool,
+    recompute: bool | int,
 ) -> None:  # fmt: skip
     """Forward, backward, clipping and the optimizer's update; bf16 never computes twice."""
     made = quest.recipe(recipe)

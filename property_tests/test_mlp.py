@@ -363,6 +363,25 @@ def test_a_model_keeps_less(fused: list[int]) -> None:
         assert torch.equal(one, other)
     model.recompute_(False)
     assert run()[1] == before
+    with pytest.raises(ValueError, match="blocks is 2: must be from 0 to 1"):
+        model.recompute_(2)
+
+
+def test_some_blocks_make_again() -> None:
+    """The first."""
+    model = Llama(LlamaConfig(16, 3, 128, 2))
+
+    def told(blocks: bool | int) -> list[bool]:
+        model.recompute_(blocks)
+        return [block.mlp.recompute for block in model.layers]
+
+    assert told(2) == [True, True, False]
+    assert told(1) == [True, False, False]
+    assert told(True) == told(3) == [True] * 3
+    assert told(False) == told(0) == [False] * 3
+    for wrong in (-1, 4):
+        with pytest.raises(ValueError, match=f"blocks is {wrong}: must be from 0 to 3"):
+            model.recompute_(wrong)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")

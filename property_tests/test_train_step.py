@@ -251,10 +251,12 @@ def test_a_step_is_captured_on_a_gpu(
         (("--graph",), True, False),
         (("--no-graph",), False, False),
         (("--recompute",), True, True),
+        (("--recompute", "3"), True, 3),
+        (("--recompute", "0"), True, False),
     ],
 )
 def test_the_command_says_whether_to_capture_and_to_make_again(
-    options: tuple[str, ...], graph: bool, recompute: bool, tmp_path: Path,
+    options: tuple[str, ...], graph: bool, recompute: bool | int, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     seen: list[tuple[bool, bool]] = []
@@ -267,6 +269,22 @@ def test_the_command_says_whether_to_capture_and_to_make_again(
     out = ["--out", str(tmp_path / "run"), "--steps", "1", "--device", "cpu"]
     assert main(["train", "--recipe", "w4a4", *out, *options]) != 0
     assert seen == [(graph, recompute)]
+    assert type(seen[0][1]) is type(recompute)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "told"),
+    [
+        ("5", "--recompute is 5: a model of size demo has 4 blocks"), ("-1", "no number of blocks"),
+        ("some", "'some' is no number of blocks"), ("1.5", "no number of blocks"),
+    ],
+)  # fmt: skip
+def test_blocks_that_there_are_not(
+    blocks: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--out", str(tmp_path / "run"), f"--recompute={blocks}"]) != 0
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @cuda

@@ -36,6 +36,15 @@ def _finite(context: click.Context, option: click.Parameter, value: float | None
     return value
 
 
+def _blocks(context: click.Context, option: click.Parameter, value: str) -> bool | int:
+    """All or none, or of how many."""
+    if value in ("all", "0"):
+        return value == "all"
+    if not value.isascii() or not value.isdecimal():
+        raise click.BadParameter(f"{value!r} is no number of blocks")
+    return int(value)
+
+
 @click.group()
 @click.version_option(__version__, prog_name="quest")
 def quest() -> None:
@@ -155,9 +164,13 @@ def verify(
 )
 @click.option(
     "--recompute",
-    is_flag=True,
-    help="Make an MLP's wide activations again in the backward: less memory, more time. "
-    "The same numbers.",
+    is_flag=False,
+    flag_value="all",
+    default="0",
+    metavar="[BLOCKS]",
+    callback=_blocks,
+    help="Make an MLP's wide activations again in the backward, of all blocks or of so many: less "
+    "memory, more time. The same numbers.",
 )
 def train(
     recipes: tuple[str, ...],
@@ -170,7 +183,7 @@ def train(
     device: str,
     compile_: bool,
     graph: bool,
-    recompute: bool,
+    recompute: bool | int,
     **settings: Any,
 ) -> int:
     """Train a Llama on real text and draw its loss.

@@ -210,11 +210,20 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.reset_parameters()
 
-    def recompute_(self, on: bool = True) -> Llama:
-        """Let the backward compute the wide activations again, or keep them; returns the model."""
-        for module in self.modules():
-            if isinstance(module, MLP):
-                module.recompute = on
+    def recompute_(self, blocks: bool | int = True) -> Llama:
+        """Let the backward compute the wide activations again, or keep them; returns the model.
+
+        blocks: all, none, or of how many, the first ones: each takes some memory less and some time
+        more. Raises ``ValueError`` for a number that the model does not have.
+        """
+        most = len(self.layers)
+        count = blocks * most if isinstance(blocks, bool) else blocks
+        if not 0 <= count <= most:
+            raise ValueError(f"blocks is {blocks}: must be from 0 to {most}, the model's")
+        for i, block in enumerate(self.layers):
+            for module in block.modules():
+                if isinstance(module, MLP):
+                    module.recompute = i < count
         return self
 
     def reset_parameters(self) -> None:

@@ -28,7 +28,8 @@ class Request:
 
     ``data`` are files, folders and globs (none: the standard library's source), ``tokenizer`` a
     Hugging Face file or None for bytes, ``device`` a name that torch knows or "auto". ``graph``
-    captures the step on a GPU and changes nothing on a CPU. ``recompute`` is `quest.swiglu`'s.
+    captures the step on a GPU and changes nothing on a CPU. ``recompute`` is
+    `Llama.recompute_`'s: all blocks, none, or how many.
     """
 
     recipes: Sequence[str]
@@ -39,7 +40,7 @@ class Request:
     device: str = "auto"
     compile: bool = False
     graph: bool = True
-    recompute: bool = False
+    recompute: bool | int = False
     resume: bool = False
     overwrite: bool = False
 
@@ -70,6 +71,11 @@ def run(request: Request, console: Console) -> list[loop.Outcome]:
         recipes = list(dict.fromkeys(recipe(name).name for name in request.recipes))
     except ValueError as error:
         raise UserError(str(error)) from error
+    layers = SIZES[config.size].layers
+    if request.recompute > layers:
+        raise UserError(
+            f"--recompute is {request.recompute}: a model of size {config.size} has {layers} blocks"
+        )
     device = choose_device(request.device)
     folder = RunFolder(request.out)
     folder.check(recipes, resume=request.resume, overwrite=request.overwrite)

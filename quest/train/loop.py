@@ -49,7 +49,7 @@ class Job:
     device: torch.device
     compile: bool
     graph: bool = True
-    recompute: bool = False
+    recompute: bool | int = False
 
     @property
     def architecture(self) -> LlamaConfig:

@@ -275,7 +275,7 @@ def test_the_command_says_whether_to_capture_and_to_make_again(
 @pytest.mark.parametrize(
     ("blocks", "told"),
     [
-        ("5", "--recompute is 5: a model of size demo has 4 blocks"), ("-1", "no number of blocks"),
+        ("5", "--recompute is 5: a model of size demo has 4 blocks"),
         ("some", "'some' is no number of blocks"), ("1.5", "no number of blocks"),
     ],
 )  # fmt: skip

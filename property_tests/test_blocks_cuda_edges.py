@@ -143,6 +143,23 @@ def test_a_limit_beyond_float32(place: Place, dtype: torch.dtype) -> None:
             assert mask.unique(dim=1).tolist() == [[255]] * 5 + [[0]]
 
 
+@pytest.mark.parametrize("dtype", [HALF, torch.float16, FULL], ids=str)
+@pytest.mark.parametrize("width", [256, 1024, 4096])
+def test_every_square_counts_once(place: Place, width: int, dtype: torch.dtype) -> None:
+    """Rows of a number or two, in each place of a block and in each block: exact scales."""
+    rows = 256
+    i = torch.arange(rows)
+    number = 2.0 ** (i % 11 - 5)
+    x = torch.zeros(rows, width // 128, 128)
+    x[i, i * 5 % (width // 128), i % 128] = number * (1 - i % 3)
+    x[i, i * 5 // 128 % (width // 128), (i + 64) % 128] += number * 2
+    squares = x.double().square().sum((1, 2))
+    x = x.view(rows, width).to(place.device, dtype)
+    scale = blocks.quantize(x, ops.program(parse(FOUR), x), form=blocks.INTEGERS)[1]
+    expected = (squares / width).float().sqrt()[:, None]
+    assert torch.equal(scale.cpu(), expected)
+
+
 def _transformed(x: Tensor) -> Tensor:
     """Blocks of 128, times 128^0.5, of whole numbers: exact."""
     i = torch.arange(128)
@@ -208,12 +225,13 @@ def _third_turn(width: int, size: int = 2) -> int:
     return of_team * 3 * teams + 1
 
 
-# Of warps of 32 blocks: rows that have a warp; five warps, two, and three for two rows. Of 16: rows
-# that have a warp, which is full or not; share one; are three for one and five for two; have four.
+# Of warps of 32 blocks: rows that have a warp; five warps, four, of which one is half empty, two,
+# and three for two rows, of which one is not full. Of 16: rows that have a warp, which is full or
+# not; share one; are three for one and five for two; have four.
 @pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
 @pytest.mark.parametrize(
     ("width", "tile"),
-    [*((n, 32) for n in (3584, 16512, 8192, 5632)),
+    [*((n, 32) for n in (3584, 16512, 14336, 8192, 5632)),
      *((n, 16) for n in (2048, 1920, 1024, 640, 768, 8192))],
 )  # fmt: skip
 def test_turns_of_a_multiprocessor(

@@ -106,7 +106,10 @@ def _tile(blocks: int, size: int) -> int:
 
 @functools.cache
 def _shape(blocks: int, several: bool = True, size: int = 2) -> Shape:
-    """For rows of so many blocks; several: whether a team may hold more than one; size: of an entry."""
+    """For rows of so many blocks, of entries of `size` bytes.
+
+    several: whether a team may hold more than one.
+    """
     tile = _tile(blocks, size)
     if blocks < tile and blocks & (blocks - 1) == 0:
         return Shape(1, 1, blocks, 4, tile)

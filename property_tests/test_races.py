@@ -9,10 +9,10 @@ import pytest
 
 from property_tests import sanitized
 
-# Of `sanitized`: rows that share a warp, have one, have a team and share one; of 16 bits a warp holds
-# 16 blocks of the narrow ones (256, 768, 2048) and 32 of others. The quickest of the tiles, and what
-# has fewer columns than threads; rows that are quantized on the way. The tool takes ten seconds to
-# start.
+# Of `sanitized`: rows that share a warp, have one, have a team and share one; of 16 bits a warp
+# holds 16 blocks of narrow ones (256, 768, 2048) and 32 of others. The quickest of the tiles, and
+# what has fewer columns than threads; rows that are quantized on the way. The tool takes ten
+# seconds to start.
 LAUNCHES = {
     "rows": (
         "blocks w4a4 256 torch.bfloat16",

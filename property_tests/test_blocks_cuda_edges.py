@@ -227,12 +227,12 @@ def _third_turn(width: int, size: int = 2) -> int:
 
 # Of warps of 32 blocks: rows that have a warp; five warps, four, of which one is half empty, two,
 # and three for two rows, of which one is not full. Of 16: rows that have a warp, which is full or
-# not; share one; are three for one and five for two; have four.
+# not; share one; are three for one, five for two and three for four; have four.
 @pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
 @pytest.mark.parametrize(
     ("width", "tile"),
     [*((n, 32) for n in (3584, 16512, 14336, 8192, 5632)),
-     *((n, 16) for n in (2048, 1920, 1024, 640, 768, 8192))],
+     *((n, 16) for n in (2048, 1920, 1024, 640, 768, 2560, 8192))],
 )  # fmt: skip
 def test_turns_of_a_multiprocessor(
     place: Place, width: int, tile: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -374,11 +374,19 @@ def test_signs_of_a_block_far_below_its_row(
 
 
 # Five blocks, six, twelve, 20, 25, 33 and 44: three rows a team, five, four, three, five, three and
-# two; values are made of rows alone.
-@pytest.mark.parametrize("width", [640, 768, 1536, 2560, 3200, 4224, 5632])
-def test_a_scale_is_that_of_a_row_by_itself(place: Place, width: int) -> None:
+# two; 20 by warps of 16 blocks, which float32 has, as well. Values are made of rows alone.
+@pytest.mark.parametrize(
+    ("width", "tile"),
+    [(640, 16), (768, 16), (1536, 16), (2560, 16), (2560, 32), (3200, 32), (4224, 32), (5632, 32)],
+)
+@pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
+def test_a_scale_is_that_of_a_row_by_itself(
+    place: Place, dtype: torch.dtype, width: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit for bit, whatever is made of a row and wherever in a team it lies."""
-    x = _normal((25, width)).to(place.device, HALF)
+    monkeypatch.setattr(blocks, "_tile", lambda *_: tile)
+    monkeypatch.setattr(blocks, "_shape", blocks._shape.__wrapped__)  # it remembers
+    x = _normal((25, width)).to(place.device, dtype)
     program = ops.program(parse(FOUR), x)
     scale = blocks.quantize(x, program, form=blocks.VALUES)[1]
     for form, bits in ((blocks.INTEGERS, 0), (blocks.CODES, 0), (blocks.PACKED, 4)):

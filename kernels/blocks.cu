@@ -470,10 +470,10 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     unsigned char *narrow = (unsigned char *)gathered.codes[mine] + GATHER * piece;
     u32 counted = 0;  // of codes, of blocks 2 q (low half) and 2 q + 1 of the group of block `lane`
     const uint4 *from = x + (ahead + eighth) * CHUNKS + quad;
-    const int held = max(count, wanted);  // blocks; groups behind them are neither computed nor asked for
     auto code = [&](const bool again) {
+      // Groups that it lacks are not computed; nor asked for, since its next unit has no more.
 #pragma unroll 1
-      for (int g = 0; g * GROUP < held; g++) {
+      for (int g = 0; g * GROUP < count; g++) {
         u32 w[WORDS], in_group = 0;
         words_of(w, g);
         auto ask_ahead = [&]() {

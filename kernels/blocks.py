@@ -99,14 +99,18 @@ def _tile(blocks: int, size: int) -> int:
     """Blocks that a warp holds: few where the row, or an entry's bytes, let them be enough.
 
     A wave's inputs come before anything is computed, and its last blocks are computed after all
-    have come: the less a wave holds, the less of either.
+    have come: the less a wave holds, the less of either. But warps that share a row wait for each
+    other, and of float32 five or more to a row leave room for few teams.
     """
     return SMALL if blocks <= (SMALL if size == 2 else 4 * SMALL) else TILE
 
 
 @functools.cache
 def _shape(blocks: int, several: bool = True, size: int = 2) -> Shape:
-    """For rows of so many blocks of entries of `size` bytes; several: may a team hold more."""
+    """For rows of so many blocks, of entries of `size` bytes.
+
+    several: whether a team may hold more than one.
+    """
     tile = _tile(blocks, size)
     if blocks < tile and blocks & (blocks - 1) == 0:
         return Shape(1, 1, blocks, 4, tile)

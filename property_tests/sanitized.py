@@ -158,9 +158,21 @@ def _rows(name: str, width: int, dtype: torch.dtype) -> Launch:
     return run
 
 
-# More than the blocks of one multiprocessor take in a turn: 384 rows of 128, 12 of 4096, 8 of 5632,
-# 4 of 11008 (`blocks._shape`).
-TURNS = {128: 1000, 256: 500, 4096: 30, 5632: 19, 11008: 9}
+# More than the blocks of one multiprocessor take in a turn, twice: 256 rows of 128, 128 of 256, 40
+# of 768, 16 of 2048 and of 4096, 10 of 5632, 5 of 11008 (`blocks._shape`).
+TURNS = {128: 1000, 256: 500, 768: 90, 2048: 37, 4096: 37, 5632: 23, 11008: 12}
+
+
+def _many(width: int) -> Launch:
+    """Rows that one multiprocessor takes in turns."""
+
+    def run() -> object:
+        x = _normal(TURNS[width], width)
+        x[3], x[5, 7] = 0.0, float("nan")
+        made = quest.recipe("w4a4").activation
+        return lowbit.launch_encode_saved(x, made, _kind("w4a4")), made(x)
+
+    return run
 
 
 def _prologues(name: str, width: int, dtype: torch.dtype) -> Launch:
@@ -257,9 +269,14 @@ def launches() -> Iterator[tuple[str, Launch]]:
     # The widest row: as many warps as a block may have.
     yield "blocks w4a4 49152 in turns", _in_turns(_blocks("w4a4", 49152, torch.bfloat16))
     yield "prologues w2a2 4096", _prologues("w2a2", 4096, torch.bfloat16)
-    # Two rows a team of three warps, whose threads leave each other sums.
-    yield "blocks w4a4 5632 in turns", _in_turns(_blocks("w4a4", 5632, torch.bfloat16))
-    yield "prologues w4a4 5632", _prologues("w4a4", 5632, torch.bfloat16)
+    # Two rows a team of three warps, whose threads leave each other sums; and, of 16 blocks a warp,
+    # five rows a team of two. Of 16 blocks a row has a warp.
+    for width in (5632, 768, 2048):
+        yield f"blocks w4a4 {width} in turns", _in_turns(_many(width))
+        yield f"prologues w4a4 {width}", _prologues("w4a4", width, torch.bfloat16)
+    for width in (768, 2048):  # codes of 2 bits, which fewer lanes write; of float32, one of a mask
+        yield f"blocks w2a2 {width}", _blocks("w2a2", width, torch.bfloat16)
+        yield f"blocks w1a1 {width} torch.float32", _blocks("w1a1", width, torch.float32)
     # Lanes that exchange nothing while they sum squares, since each has a row.
     yield "prologues w4a4 128", _prologues("w4a4", 128, torch.bfloat16)
     yield "rows w4a4 17408", _rows("w4a4", 17408, torch.bfloat16)  # two turns of a row

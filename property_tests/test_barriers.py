@@ -24,6 +24,7 @@ LAUNCHES = (
     "sparse int32",
     "blocks w4a4 49152 in turns",
     "blocks w4a4 5632 in turns",
+    "blocks w4a4 768 in turns",
     "few clusters",
 )
 

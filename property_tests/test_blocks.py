@@ -350,7 +350,7 @@ def test_the_kernel_of_those_without_a_compiler(spec: str, monkeypatch: pytest.M
         LEDGER.judge(LANE, examine.encoded(LANE, x, q, kind), told)
 
 
-@pytest.mark.parametrize("width", [256, 4096, 5632, 11008])
+@pytest.mark.parametrize("width", [256, 768, 2048, 4096, 5632, 11008])
 @pytest.mark.parametrize("dtype", list(blocks.INPUTS), ids=str)
 def test_many_turns_of_a_block(
     dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch

@@ -143,6 +143,23 @@ def test_a_limit_beyond_float32(place: Place, dtype: torch.dtype) -> None:
             assert mask.unique(dim=1).tolist() == [[255]] * 5 + [[0]]
 
 
+@pytest.mark.parametrize("dtype", [HALF, torch.float16, FULL], ids=str)
+@pytest.mark.parametrize("width", [256, 1024, 4096])
+def test_every_square_counts_once(place: Place, width: int, dtype: torch.dtype) -> None:
+    """Rows of a number or two, in each place of a block and in each block: exact scales."""
+    rows = 256
+    i = torch.arange(rows)
+    number = 2.0 ** (i % 11 - 5)
+    x = torch.zeros(rows, width // 128, 128)
+    x[i, i * 5 % (width // 128), i % 128] = number * (1 - i % 3)
+    x[i, i * 5 // 128 % (width // 128), (i + 64) % 128] += number * 2
+    squares = x.double().square().sum((1, 2))
+    x = x.view(rows, width).to(place.device, dtype)
+    scale = blocks.quantize(x, ops.program(parse(FOUR), x), form=blocks.INTEGERS)[1]
+    expected = (squares / width).float().sqrt()[:, None]
+    assert torch.equal(scale.cpu(), expected)
+
+
 def _transformed(x: Tensor) -> Tensor:
     """Blocks of 128, times 128^0.5, of whole numbers: exact."""
     i = torch.arange(128)
@@ -208,13 +225,14 @@ def _third_turn(width: int, size: int = 2) -> int:
     return of_team * 3 * teams + 1
 
 
-# Of warps of 32 blocks: rows that have a warp; five warps, two, and three for two rows. Of 16: rows
-# that have a warp, which is full or not; share one; are three for one and five for two; have four.
+# Of warps of 32 blocks: rows that have a warp; five warps, four, of which one is half empty, two,
+# and three for two rows, of which one is not full. Of 16: rows that have a warp, which is full or
+# not; share one; are three for one, five for two and three for four; have four.
 @pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
 @pytest.mark.parametrize(
     ("width", "tile"),
-    [*((n, 32) for n in (3584, 16512, 8192, 5632)),
-     *((n, 16) for n in (2048, 1920, 1024, 640, 768, 8192))],
+    [*((n, 32) for n in (3584, 16512, 14336, 8192, 5632)),
+     *((n, 16) for n in (2048, 1920, 1024, 640, 768, 2560, 8192))],
 )  # fmt: skip
 def test_turns_of_a_multiprocessor(
     place: Place, width: int, tile: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -356,11 +374,19 @@ def test_signs_of_a_block_far_below_its_row(
 
 
 # Five blocks, six, twelve, 20, 25, 33 and 44: three rows a team, five, four, three, five, three and
-# two; values are made of rows alone.
-@pytest.mark.parametrize("width", [640, 768, 1536, 2560, 3200, 4224, 5632])
-def test_a_scale_is_that_of_a_row_by_itself(place: Place, width: int) -> None:
+# two; 20 by warps of 16 blocks, which float32 has, as well. Values are made of rows alone.
+@pytest.mark.parametrize(
+    ("width", "tile"),
+    [(640, 16), (768, 16), (1536, 16), (2560, 16), (2560, 32), (3200, 32), (4224, 32), (5632, 32)],
+)
+@pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
+def test_a_scale_is_that_of_a_row_by_itself(
+    place: Place, dtype: torch.dtype, width: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit for bit, whatever is made of a row and wherever in a team it lies."""
-    x = _normal((25, width)).to(place.device, HALF)
+    monkeypatch.setattr(blocks, "_tile", lambda *_: tile)
+    monkeypatch.setattr(blocks, "_shape", blocks._shape.__wrapped__)  # it remembers
+    x = _normal((25, width)).to(place.device, dtype)
     program = ops.program(parse(FOUR), x)
     scale = blocks.quantize(x, program, form=blocks.VALUES)[1]
     for form, bits in ((blocks.INTEGERS, 0), (blocks.CODES, 0), (blocks.PACKED, 4)):

@@ -17,6 +17,9 @@ LAUNCHES = {
         "blocks w2a2 4096 torch.bfloat16",
         "blocks w8a8 256 torch.bfloat16",
         "blocks w4a4 5632 in turns",
+        "blocks w2a2 768",
+        "blocks w2a2 2048",
+        "blocks w1a1 768 torch.float32",
         "rows w1a1 11008 torch.bfloat16",
         "rows w4a4 256 torch.float32",
     ),
@@ -24,6 +27,8 @@ LAUNCHES = {
         "prologues w2a2 4096",
         "prologues w8a8 256 torch.float16",
         "prologues w4a4 5632",
+        "prologues w4a4 768",
+        "prologues w4a4 2048",
     ),
     "products": (
         "product w1a1 bias torch.float32",

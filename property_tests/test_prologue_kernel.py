@@ -123,7 +123,7 @@ def test_rows_of_a_kernel(name: str, dtype: torch.dtype, width: int) -> None:
             assert torch.equal(t.view(torch.uint8), expected.view(torch.uint8)), told
 
 
-@pytest.mark.parametrize("width", [128, 640, 2048, 5632, 11008])
+@pytest.mark.parametrize("width", [128, 640, 768, 2048, 5632, 11008])
 @pytest.mark.parametrize("name", ["w1a1", "w4a4"])
 def test_many_turns_of_a_block(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One multiprocessor has all rows, special ones among them: the same as by themselves."""
@@ -207,7 +207,7 @@ def test_rows_of_several_warps(
 
 
 @pytest.mark.parametrize("adds", [False, True])
-@pytest.mark.parametrize("width", [128, 256, 2048, 4096, 5632, 8192])
+@pytest.mark.parametrize("width", [128, 256, 768, 2048, 4096, 5632, 8192])
 def test_many_turns_of_a_norm(width: int, adds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One multiprocessor has all rows: the same as by themselves, sums of two kinds in turn."""
     _needs_kernel()

@@ -9,15 +9,18 @@ import pytest
 
 from property_tests import sanitized
 
-# Of `sanitized`: rows that share a warp, have one, have a team and share one; the quickest of the
-# tiles, and what has fewer columns than threads; rows that are quantized on the way. The tool takes
-# ten seconds to start.
+# Of `sanitized`: rows that share a warp, have one, have a team and share one; of 16 bits a warp
+# holds 16 blocks of narrow ones (256, 768, 2048) and 32 of others. The quickest of the tiles, and
+# what has fewer columns than threads; rows that are quantized on the way. The tool takes ten
+# seconds to start.
 LAUNCHES = {
     "rows": (
         "blocks w4a4 256 torch.bfloat16",
         "blocks w4a4 4096 torch.float32",
         "blocks w4a4 49152 in turns",
         "blocks w4a4 5632 in turns",
+        "blocks w4a4 768 in turns",
+        "blocks w4a4 2048 in turns",
         "rows w4a4 256 torch.bfloat16",
         "rows w4a4 4096 torch.bfloat16",
         "rows w4a4 17408",
@@ -25,6 +28,8 @@ LAUNCHES = {
     "prologues": (
         "prologues w4a4 128",
         "prologues w4a4 5632",
+        "prologues w4a4 768",
+        "prologues w4a4 2048",
         "prologues w4a4 256 torch.bfloat16",
         "prologues w1a1 11008 torch.bfloat16",
     ),

@@ -6,8 +6,8 @@
 // 1, 2 and 6 by additions in a lane: no shuffle. Lane 4 r + q reads of block r of a group the chunks of
 // eight elements q + 4 i, and has, transformed, elements 64 p + 8 r and the next seven of blocks 2 q and
 // 2 q + 1. float32 has no product: five stages in a lane, and two more once pieces have changed hands.
-// Sums of squares are products as well (`squares_of_group`). Sums and scales of a block are held by the lane of
-// its number: `of_blocks` and `counted` bring them there.
+// Sums of squares are products as well, but of float32 (`squares_of_group`). Sums and scales of a block are held by
+// the lane of its number: `of_blocks` and `counted` bring them there.
 //
 // A team of `warps` warps holds a row. Where a row alone would leave many threads idle it holds ROWS of
 // them, whose blocks lie one behind the other: a warp may have parts of several. Where `segment` < TILE a
@@ -218,7 +218,8 @@ __device__ __forceinline__ u32 emit(F v, const Scaled &by, float step, bool insi
                                     unsigned char *narrow, char *to, char *saved) {
   if (EDGE) *mask = signs_of([&](int e) { return fabsf(v(e)) - by.above; });
   if (OUT_BITS == 1) {
-    // A negative zero is not negative. (Sums of the tensor cores are none: they begin at 0.)
+    // A negative zero is not negative. (Sums of the tensor cores are none: they begin at 0. Nor are those of rows
+    // that are computed again.)
     *narrow = ~signs_of([&](int e) { return WIDE ? v(e) + 0.0f : v(e); });
     return 0;
   }
@@ -470,7 +471,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
     unsigned char *narrow = (unsigned char *)gathered.codes[mine] + GATHER * piece;
     u32 counted = 0;  // of codes, of blocks 2 q (low half) and 2 q + 1 of the group of block `lane`
     const uint4 *from = x + (ahead + eighth) * CHUNKS + quad;
-    auto code = [&](const bool again) {
+    auto code = [&](const bool rescaled) {
       // Groups that it lacks are not computed; nor asked for, since its next unit has no more.
 #pragma unroll 1
       for (int g = 0; g * GROUP < count; g++) {
@@ -485,7 +486,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
 #endif
         };
         if (!WIDE) ask_ahead();
-        if (again) {
+        if (rescaled) {
           const int b = GROUP * g + eighth;
           const float factor = power(254 - __shfl_sync(ALL, block_field, b)), reciprocal = __shfl_sync(ALL, inverse, b);
 #pragma unroll
@@ -497,14 +498,15 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
         float y[32];
         transform(y, w, signs, tile + g * SLOT);
         if (WIDE) ask_ahead();
-        if (again) {
+        if (rescaled) {
 #pragma unroll
           for (int z = 0; z < 2; z++) {
             // From the block's power to the row's, in two steps: one alone may be less than a float can be.
             const int further = __shfl_sync(ALL, block_field - field, GROUP * g + mine + (WIDE ? 0 : z));
             const float half = power(127 + further / 2), rest = power(127 + further - further / 2);
+            // What is lost is not negative. (Never contracted: that would leave it so.)
 #pragma unroll
-            for (int i = 16 * z; i < 16 * z + 16; i++) y[i] = y[i] * half * rest;
+            for (int i = 16 * z; i < 16 * z + 16; i++) y[i] = __fadd_rn(y[i] * half * rest, 0.0f);
           }
         }
 #pragma unroll

@@ -426,3 +426,23 @@ def test_what_is_saved(
         stride, top = 2 * stride, 2 * top
     index = (made[0].cpu().int() + top) // stride
     assert torch.equal(made[4].cpu(), packing.pack(index, saved))
+
+
+@pytest.mark.parametrize("apart", [140, 150, 160, 240])
+def test_what_is_lost_beside_its_row_is_positive(place: Place, apart: int) -> None:
+    """Signs, integers and values of a block that a row's power leaves nothing of, or little."""
+    x = _normal((3, 256))
+    x[:, :128] *= 2.0 ** (apart // 2)
+    x[:, 128:] *= 2.0 ** -(apart // 2)
+    x = x.to(place.device, HALF)
+    program = ops.program(parse(SIGNS), x)
+    bits = blocks.quantize(x, program, form=blocks.PACKED, bits=1, sums=True)
+    integers = blocks.quantize(x, program, form=blocks.INTEGERS, sums=True)
+    values = blocks.quantize(x, program, form=blocks.VALUES)
+    positive = integers[0].cpu() > 0
+    assert torch.equal(positive, values[0].cpu() > 0)
+    weight = 1 << torch.arange(8)
+    packed = (positive.view(3, 32, 8) * weight).sum(-1).to(torch.uint8)
+    assert torch.equal(packed, bits[0].cpu())
+    largest = int(integers[0].max())
+    assert torch.equal(bits[3].cpu() * largest, integers[3].cpu())

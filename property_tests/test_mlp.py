@@ -382,6 +382,8 @@ def test_some_blocks_make_again() -> None:
     for wrong in (-1, 4):
         with pytest.raises(ValueError, match=f"blocks is {wrong}: must be from 0 to 3"):
             model.recompute_(wrong)
+    with pytest.raises(TypeError, match="integer"):
+        model.recompute_(1.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")

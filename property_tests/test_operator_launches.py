@@ -275,3 +275,10 @@ def test_the_device_of_a_tensor_is_made_the_current_one(monkeypatch: pytest.Monk
         made = ops.device_of(at(index))
         assert isinstance(made, torch.cuda.device)
         assert made.idx == index
+
+
+def test_a_mask_that_lies_elsewhere() -> None:
+    """Its address is read by a kernel that can't tell."""
+    x, mask = torch.ones(2, 256, device="meta"), torch.ones((2, 32), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="mask must lie where its input lies, meta; got cpu"):
+        ops.launch_masked_transpose(x, mask, 128)

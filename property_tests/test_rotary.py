@@ -186,7 +186,8 @@ def test_what_does_not_fit() -> None:
         (x, made(cos, sin.half(), 2), ValueError, r"got torch\.float16 of shape \(30, 32\)"),
         (x, made(cos, sin, 0), ValueError, r"rotary\.layers must be 1 to 3, as there are, got 0"),
         (x, made(cos, sin, 4), ValueError, "got 4"),
-        (x, made(cos, sin, 2.0), ValueError, r"got 2\.0"),
+        (x, made(cos, sin, 2.0), TypeError, r"rotary\.layers must be an int, got float"),
+        (x, made(cos, sin, True), TypeError, "got bool"),
         (x[0, 0], made(cos, sin, 2), ValueError, r"x must be \(\.\.\., T, in\) to be turned, got"),
         (1.0, made(cos, sin, 2), TypeError, r"x must be a torch\.Tensor, got float"),
         (x, made(*angles(TOKENS, 256), 2), ValueError, "a multiple of 256 outputs, .* 192"),
@@ -491,6 +492,17 @@ def test_a_block_of_a_llama(
     model.layers[0].self_attn.register_forward_hook(lambda *_: None)
     assert same(model(ids), expected)
     assert seen == ([] if tokens == 3 or dtype == torch.float32 else [2 * 256])
+
+
+def test_angles_of_whole_heads() -> None:
+    """Of an even number of heads they would fit: twice as wide heads, half as many."""
+    config = LlamaConfig(16, 1, 256, 4)
+    block, x = Llama(config).layers[0], torch.randn(1, 5, 256)
+    cos, sin = (t.repeat(1, 2) for t in rope_angles(config, 5, x.device))
+    for called in (lambda: block.self_attn(x, cos, sin), lambda: block(x, cos, sin)):
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="must have 32 col"):
+                called()
 
 
 # --- on a GPU ---------------------------------------------------------------------------------

@@ -287,6 +287,13 @@ def test_blocks_that_there_are_not(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_request_of_fewer_blocks_than_none(tmp_path: Path) -> None:
+    config = TrainConfig.for_size("demo")
+    with pytest.raises(UserError, match="--recompute is -1: a model of size demo has 4 blocks"):
+        run(Request(("w4a4",), tmp_path / "run", config, recompute=-1), Console())
+    assert not (tmp_path / "run").exists()
+
+
 @cuda
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 # The attention that always adds in one order multiplies float32 without tensor cores, as asked.

@@ -39,8 +39,9 @@ def together(
     frozen layers that lie stacked, and x of 16 bits, one kernel on Hopper multiplies, rounds and
     turns heads of 32, 64 or 128 by angles in float32; but not of few rows, whose weights are read
     packed, nor of many with 2:4 sparse weights. Elsewhere they are turned behind the layers; the
-    numbers are the same. Raises ValueError for no layers and for angles that don't fit x and the
-    layers, TypeError for what is no module and no angles, and what the layers raise.
+    numbers are the same, but where torch's compiler turns them: it rounds once less. Raises
+    ValueError for no layers and for angles that don't fit x and the layers, TypeError for what is
+    no module and no angles, and what the layers raise.
     """
     return projected(x, layers, False, rotary)
 

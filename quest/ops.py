@@ -57,6 +57,8 @@ def _check_order(x: Tensor, order: int, mask: Tensor | None = None) -> None:
             f"mask must be uint8 of shape {(*x.shape[:-1], -(-d // 8))}, got {mask.dtype} of "
             f"shape {tuple(mask.shape)}"
         )
+    if mask is not None and mask.device != x.device:
+        raise ValueError(f"mask must lie where its input lies, {x.device}; got {mask.device}")
 
 
 def quantizer(spec: str) -> Quantizer:

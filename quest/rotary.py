@@ -1,9 +1,10 @@
 """The rotary embedding of queries and keys, and which layers' outputs it turns.
 
 A head's components i and i + d_head / 2 are a pair, which turns by its position's angle i, as in
-Hugging Face's Llama. It is computed in the dtype that components and angles promote to, float32 of
-16 bits, and rounded once to that of the components. Where the layers are frozen, on Hopper, the
-product's kernel does it while it finishes a tile (`rotated_product`), with the same bits.
+Hugging Face's Llama. It is computed in the dtype that components and angles promote to, which with
+float32 angles is float32 at the least, and rounded once to that of the components. Where the layers
+are frozen, on Hopper, the product's kernel does it while it finishes a tile (`rotated_product`),
+with the same bits.
 Source: RoPE, arXiv 2104.09864.
 """
 
@@ -79,7 +80,9 @@ def check(rotary: Rotary, x: Tensor, layers: Sequence[nn.Module]) -> None:
             f"sin must be like cos, {cos.dtype} of shape {tuple(cos.shape)}, got {sin.dtype} of "
             f"shape {tuple(sin.shape)}"
         )
-    if not isinstance(count, int) or not 1 <= count <= len(layers):
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"rotary.layers must be an int, got {type(count).__name__}")
+    if not 1 <= count <= len(layers):
         raise ValueError(f"rotary.layers must be 1 to {len(layers)}, as there are, got {count}")
     for layer in layers[:count]:
         width = getattr(layer, "out_features", None)

@@ -173,7 +173,9 @@ def scale(x: Float64, order: int, sigma: Float64, sums: Sums = BUTTERFLY) -> Flo
     """Bound of sigma (..., 1) stored in float32, from x or from a rotated x (T2).
 
     d squares and their sum: gamma_{d+2}, halved by the root; the root, the division by d and the
-    power of two that undoes a scaling round once each, and storing once more.
+    power of two that undoes a scaling round once each, and storing once more. Tensor cores that add
+    eight squares at a time, four times, cut at most 4 (8 + 2) times and leave a few additions:
+    fewer than the d >= 128 of a row that is taken by them.
     """
     d = x.shape[-1]
     propagated = np.sqrt(np.mean(rotation(x, order, sums=sums) ** 2, axis=-1, keepdims=True))

@@ -43,7 +43,8 @@ def sums_of(lane: Lane, x: Tensor, q: Quantizer, few: bool = False) -> Sums:
 def turned_by(lane: Lane, dtype: torch.dtype, order: int) -> Sums:
     """How a lane takes the sums of gradients of a dtype that are rotated back behind a mask.
 
-    kernels/masked.cu does it on the tensor cores.
+    kernels/masked.cu does it on the tensor cores. Where a device is Triton's the bound is wider
+    than need be.
     """
     compiled = lane.name == "triton-cuda" or lane.backend == "emulated"
     halves = dtype is torch.bfloat16 or dtype is torch.float16

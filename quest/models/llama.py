@@ -12,6 +12,7 @@ Shapes: ``B`` sequences, ``T`` tokens, width ``d``, ``h`` heads of width ``d / h
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -125,8 +126,21 @@ class Attention(nn.Module):
         return self.q_proj, self.k_proj, self.v_proj
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        out: Tensor = self.o_proj(self.mixed(together(x, self.inputs, Rotary(cos, sin, 2))))
+        rotary = self.rotary(cos, sin)
+        out: Tensor = self.o_proj(self.mixed(together(x, self.inputs, rotary)))
         return out
+
+    def rotary(self, cos: Tensor, sin: Tensor) -> Rotary:
+        """How queries and keys are turned by the angles of `rope_angles`.
+
+        Raises ``ValueError`` where these are not of half a head's width.
+        """
+        half = self.q_proj.out_features // (2 * self.heads)
+        if cos.shape[-1] != half:
+            raise ValueError(
+                f"cos and sin must have {half} columns, half a head's width, got {cos.shape[-1]}"
+            )
+        return Rotary(cos, sin, 2)
 
     def mixed(self, projected: tuple[Tensor, ...]) -> Tensor:
         """What `o_proj` sees, of the outputs of `inputs`, queries and keys turned."""
@@ -181,7 +195,7 @@ class Block(nn.Module):
         # The same, where a frozen layer's quantizer takes over the norm before it, and its product
         # the rotary embedding or the sum behind it; what `o_proj` leaves to be added, the second
         # norm's kernel adds.
-        rotary = Rotary(cos, sin, 2)
+        rotary = attention.rotary(cos, sin)
         _, projected = normed(x, self.input_layernorm, attention.inputs, rotary=rotary)
         y, rest = apart(attention.mixed(projected), attention.o_proj, x)
         norm, (gate, up) = self.post_attention_layernorm, mlp.inputs
@@ -213,11 +227,12 @@ class Llama(nn.Module):
     def recompute_(self, blocks: bool | int = True) -> Llama:
         """Let the backward compute the wide activations again, or keep them; returns the model.
 
-        blocks: all, none, or of how many, the first ones: each takes some memory less and some time
-        more. Raises ``ValueError`` for a number that the model does not have.
+        blocks: all, none, or of how many, the first ones: each takes some memory less and some
+        time more. Raises ``ValueError`` for a number that the model does not have, ``TypeError``
+        for what is no whole number.
         """
         most = len(self.layers)
-        count = blocks * most if isinstance(blocks, bool) else blocks
+        count = blocks * most if isinstance(blocks, bool) else operator.index(blocks)
         if not 0 <= count <= most:
             raise ValueError(f"blocks is {blocks}: must be from 0 to {most}, the model's")
         for i, block in enumerate(self.layers):

@@ -72,7 +72,7 @@ def run(request: Request, console: Console) -> list[loop.Outcome]:
     except ValueError as error:
         raise UserError(str(error)) from error
     layers = SIZES[config.size].layers
-    if request.recompute > layers:
+    if not 0 <= request.recompute <= layers:
         raise UserError(
             f"--recompute is {request.recompute}: a model of size {config.size} has {layers} blocks"
         )

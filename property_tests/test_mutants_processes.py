@@ -425,7 +425,7 @@ def outcomes(request: pytest.FixtureRequest) -> dict[str, runner.Result]:
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     file = "kernels/blocks.cu"
     size = len(read(file))
-    sign = read(file).index(b"a + b") + 1
+    sign = read(file).index(b"s[0] + s[1]") + 4
 
     def edited(name: str, start: int, end: int, new: str) -> Mutant:
         return Mutant(name, "cuda", file, (1, 1), start, end, new, "")

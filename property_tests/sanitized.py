@@ -191,6 +191,17 @@ def _prologues(name: str, width: int, dtype: torch.dtype) -> Launch:
     return _in_turns(run)
 
 
+def _masked(rows: int, dtype: torch.dtype, out: torch.dtype | None = None) -> Launch:
+    """Gradients turned back behind a mask; a group of eight blocks that is not full, too."""
+
+    def run() -> object:
+        grad = _normal(rows, 128, dtype)
+        mask = torch.randint(256, (rows, 16), device="cuda").to(torch.uint8)
+        return ops.launch_masked_transpose(grad, mask, 128, out)
+
+    return run
+
+
 def _few(name: str, rows: int, width: int, columns: int = 130) -> Launch:
     def run() -> object:
         w = _normal(columns, width)
@@ -288,6 +299,9 @@ def launches() -> Iterator[tuple[str, Launch]]:
     # One block has all of the rows: warps leave sums to others, and two of them scale rows.
     yield "few fused w4a4 40x256", _fused("w4a4", 40, 256, False)
     yield "few clusters", _few("w4a4", 40, 4096)  # more of A than a block of threads can hold
+    for dtype, out in ((torch.bfloat16, None), (torch.float16, torch.float32)):
+        for rows in (64, 77):
+            yield f"masked {rows} {dtype}", _masked(rows, dtype, out)
 
 
 def check(tool: str, wanted: tuple[str, ...], **environment: str) -> None:

@@ -32,7 +32,7 @@ from property_tests.cuda_reader import (
 )  # fmt: skip
 from quest import operands
 from quest.grids import Grid
-from quest.kernels import blocks, cuda, few, hopper, product, rows, sparse
+from quest.kernels import blocks, cuda, few, hopper, masked, product, rows, sparse
 
 pytestmark = pytest.mark.whole
 
@@ -86,6 +86,8 @@ def _variants() -> Iterator[Variant]:
     for dtype, kind in itertools.product((SIXTEEN, FLOAT), blocks.OPERANDS):
         for normed in (False, True)[: 2 - (dtype == FLOAT)]:
             yield made("rows.cu", tuple(rows.macros(dtype, 2, kind, normed).items()))
+    for dtype, out in itertools.product((SIXTEEN, torch.float16), (None, FLOAT)):
+        yield made("masked.cu", tuple(masked.macros(dtype, out or dtype).items()))
 
 
 VARIANTS = list(_variants())
@@ -102,11 +104,12 @@ def _of(source: str) -> Iterator[tuple[Variant, Text]]:
 @each_source
 def test_instructions_of_a_warp_name_all_its_threads(source: str) -> None:
     """PTX ISA, shfl.sync, vote.sync, redux.sync, bar.warp.sync: undefined where the executing
-    thread is not in the mask. Whole warps come to each of them here.
+    thread is not in the mask. Whole warps come to each of them here; __syncwarp by itself is all.
     """
     masks: set[str] = set()
     for _, text in _of(source):
-        found = re.findall(r"\b__(?:\w+_sync|syncwarp)\(([^,()]+)", text.code)
+        found = re.findall(r"\b__(?:\w+_sync|syncwarp)\(([^,()]*)", text.code)
+        found = [mask or "0xffffffff" for mask in found]
         assert {m: hex(value(m, text.names)) for m in found} == dict.fromkeys(found, "0xffffffff")
         masks |= {*found}
     assert masks

@@ -24,6 +24,7 @@ from quest.kernels import (
     few,
     hadamard,
     hopper,
+    masked,
     pack,
     product,
     rows,
@@ -68,6 +69,10 @@ def test_numbers_of_the_sources() -> None:
     floats = {t: name for t, name in dtypes.items() if t.is_floating_point}
     for file, known in (("halves.cuh", blocks.INPUTS), ("few.cu", few.OUT)):
         assert {t: numbers(file)[name] for t, name in floats.items()} == known
+    assert masked.TYPES == blocks.INPUTS
+    own = numbers("masked.cu")
+    assert (own["CHUNKS"], own["WARPS"], masked.GROUP) == (masked.ORDER // 8, masked.WARPS, 8)
+    assert masked.ORDER == 128
     forms = numbers("blocks.cu")
     assert tuple(forms[name] for name in ("VALUES", "PACKED", "CODES", "INTEGERS")) == (
         blocks.VALUES,
@@ -111,6 +116,24 @@ def test_parameters_of_the_quantizer(prologue: int, monkeypatch: pytest.MonkeyPa
     shape = blocks._shape(44)
     blocks._kernel.__wrapped__(shape, torch.bfloat16, 16, True, blocks.INTEGERS, 0, 0, prologue)
     assert "".join(cuda._letters(told["layout"])) == letters
+
+
+def test_parameters_of_the_transform_behind_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above; and the threads of a block are those of its bound."""
+    text = (KERNELS / "masked.cu").read_text()
+    found = re.search(r" masked\(([^()]*)\) {", text)
+    assert found is not None
+    letters = "".join(
+        "P" if "*" in each else {"i64": "q"}[each.split()[0]] for each in found[1].split(",")
+    )
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(cuda, "compile_", lambda *_: None)
+    monkeypatch.setattr(cuda, "architecture", lambda _: "")
+    monkeypatch.setattr(cuda, "load", lambda *_, **how: told.update(how))
+    masked._kernel.__wrapped__(torch.bfloat16, torch.float32, 0)
+    assert "".join(cuda._letters(told.pop("layout"))) == letters
+    assert told == {"threads": 256, "shared": 0}
+    assert "__launch_bounds__(32 * WARPS)" in text
 
 
 @pytest.mark.parametrize(("size", "most"), [(2, 16), (4, 192)])

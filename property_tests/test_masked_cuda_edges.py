@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from torch import Tensor
 
-from property_tests import emulated
 from property_tests.ledger import LEDGER
-from property_tests.places import CPU, Place
+from property_tests.places import Place
 from quest import ops
-from quest.conformance import examine, inputs, lanes
-from quest.kernels import cuda, masked
+from quest.conformance import examine, inputs
 
 pytestmark = pytest.mark.whole
 
@@ -89,30 +85,3 @@ def test_nothing_is_read_beside_the_inputs(place: Place, rows: int, front: bool)
     expected = ops.launch_masked_transpose(grad.to(place.device), mask.to(place.device), 128)
     with place.walled(grad, front) as x, place.walled(mask, front) as m:
         assert torch.equal(ops.launch_masked_transpose(x, m, 128), expected)
-
-
-BROKEN = {
-    "a bit": ("& 15) * 0x10204080", "& 15) * 0x10204040"),
-    "a nibble": ("byte >> 4 * i", "byte >> 3 * i"),
-    "a byte": (">> 8 * quad", ">> 8 * (quad ^ 1)"),
-    "halves of a word": ("0xBBAA : 0x9988", "0xBBAA : 0x8899"),
-    "the last block": ("if (own < total) {", "if (own < total - 1) {"),
-    "a block": ("first + 2 * quad + c / 2", "first + 2 * quad + c % 2"),
-    "a half of a block": ("8 * (c % 2) + eighth", "8 * (c / 2) + eighth"),
-    "a group": ("+ threadIdx.x / 32) * 8,", "+ threadIdx.x / 32) * 8 % 64,"),
-    "the normalisation": ("made[8 * c + e] * NORM", "made[8 * c + e] * (NORM * 1.0001f)"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_what_is_broken(name: str, emulator: emulated.Emulator) -> None:
-    old, new = BROKEN[name]
-    text = cuda._text("masked.cu")
-    assert text.count(old) == 1
-    grad = inputs.draw("gaussian", (70, 128), torch.float64, 4).to(HALVES[0])
-    mask = _mask(70, 16, seed=4)
-    assert not [v for v in examine.backward(CPU.lane, grad, mask, 128) if v.failure]
-    masked._kernel.cache_clear()
-    emulator.text["masked.cu"] = text.replace(old, new)
-    with contextlib.suppress(lanes.GuardError):  # what is not written differs between two runs
-        assert [v for v in examine.backward(CPU.lane, grad, mask, 128) if v.failure]

@@ -19,6 +19,8 @@ LAUNCHES = {
         "blocks w4a4 5632 in turns",
         "rows w1a1 11008 torch.bfloat16",
         "rows w4a4 256 torch.float32",
+        "masked 77 torch.bfloat16",
+        "masked 77 torch.float16",
     ),
     "prologues": (
         "prologues w2a2 4096",

@@ -21,6 +21,7 @@ LAUNCHES = {
         "rows w4a4 256 torch.bfloat16",
         "rows w4a4 4096 torch.bfloat16",
         "rows w4a4 17408",
+        "masked 77 torch.bfloat16",
     ),
     "prologues": (
         "prologues w4a4 128",

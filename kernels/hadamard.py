@@ -8,7 +8,8 @@ one tile) is a small product; the butterfly follows it in the same kernel, or wh
 fit one program comes before it, with a float32 intermediate.
 
 Reads the input once and writes the output once for powers of two up to TILE_LIMIT, and for orders
-with a base, of 16 bits and without a mask, up to FUSED_LIMIT; more often otherwise.
+with a base, of 16 bits and without a mask, up to FUSED_LIMIT; more often otherwise. Behind a mask
+masked.py, where CUDA C++ runs, has the order 128 of 16 bits.
 Sources: QuEST (arXiv 2502.05003), section 3; Sylvester (1867) for the factorisation.
 """
 

@@ -115,6 +115,26 @@ def test_instructions_of_a_warp_name_all_its_threads(source: str) -> None:
     assert masks
 
 
+def test_lanes_meet_before_the_tensor_cores() -> None:
+    """PTX ISA, mma: all threads of a warp come to what is .aligned. Lanes whose block of masked.cu
+    is not there pass over what reads it; they meet the others before a group is transformed.
+    """
+    for _, text in _of("masked.cu"):
+        (kernel,) = text.functions["masked"]
+        lines = [
+            (line, [each for each in around if each[0] not in ("let", "array")])
+            for line, around in statements(kernel.body)
+        ]
+        parted = [i for i, (_, around) in enumerate(lines) if ("if", "own < total") in around]
+        meets = [i for i, (line, _) in enumerate(lines) if line == "__syncwarp()"]
+        group = [i for i, (line, _) in enumerate(lines) if line.startswith("transform_group(")]
+        assert len(parted) > 2
+        assert len(meets) == len(group) == 1
+        assert max(parted) < meets[0] < group[0]
+        assert not lines[meets[0]][1]
+        assert not lines[group[0]][1]
+
+
 NAMED = re.compile(
     r"(?<![\w.])bar(?:rier)?(?:\.cta)?\.(?:sync|arrive|red)[\w.]* ([%\w]+)(?:, ([%\w]+))?"
     r'[^"]*"([^;]*);'

@@ -133,7 +133,8 @@ def test_what_bounds_gradients(
     narrow = quest.Recipe("narrow", *2 * (parse("uniform4/hadamard64/trust1.0/dense"),))
     for made, expected in (
         (quest.recipe("w4a4"), by), (quest.recipe("w4a16"), by),
-        (quest.recipe("bf16"), bounds.BUTTERFLY), (narrow, bounds.BUTTERFLY),
+        (quest.recipe("bf16", transform=quest.Hadamard(128)), bounds.BUTTERFLY),
+        (narrow, bounds.BUTTERFLY),
     ):  # fmt: skip
         found = examine.layer(lane, x, w, out, None, made)
         assert seen == [expected], made

@@ -249,9 +249,9 @@ BROKEN: dict[str, Callable[[str], str]] = {
     "the next is asked for where there still are words": lambda s: s.replace(
         "        if (!WIDE) ask_ahead();\n", ""
     ).replace(
-        "        };\n        if (again) {\n",
+        "        };\n        if (rescaled) {\n",
         "        };\n        if (!WIDE) ask_ahead();\n        words_of(w, g);\n"
-        "        if (again) {\n",
+        "        if (rescaled) {\n",
     ),
     "float32 is asked for before it has changed places": lambda s: s.replace(
         "if (!WIDE) ask_ahead();", "ask_ahead();"

@@ -17,9 +17,10 @@ import quest
 from property_tests.fake_launches import Kept, Kernels, Stream
 from property_tests.lane_marks import every_dtype, every_lane, fewer
 from property_tests.ledger import LEDGER
+from property_tests.products import TILES, operands_of
 from property_tests.prologues import on_hopper
 from property_tests.walled import walled
-from quest import direct, frozen, fused, joint, lowbit, operands, ops, paths, prologue, residual
+from quest import direct, frozen, fused, joint, lowbit, ops, paths, prologue, residual
 from quest.conformance import examine, inputs, judges, lanes
 from quest.conformance.lanes import Lane, no_product
 from quest.conformance.strategies import DTYPES, SEEDS
@@ -28,22 +29,6 @@ from quest.models.llama import Block, LlamaConfig, rope_angles
 
 RECIPES = ("w1a1", "w1.58a1.58", "w2a2", "w4a4", "w8a8", "w4a8", "fp4")
 BITS = {2: torch.int16, 4: torch.int32}
-TILES = {
-    "wide": (product.WIDE[False], product.WIDE[True]),
-    "middle": (product.MIDDLE, product.MIDDLE),
-    "narrow": (product.NARROW, product.NARROW),
-}
-
-
-def _given(name: str, x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype) -> list[Any]:
-    """What a product of x and w takes, but for a residual."""
-    made = quest.recipe(name)
-    kinds = operands.kinds(made.activation, made.weight)
-    assert kinds is not None
-    a, a_scale, _, a_sums = lowbit.encode(x, made.activation.spec, kinds[0])
-    b, b_scale, _, b_sums = lowbit.encode(w, made.weight.spec, kinds[1])
-    grids = ",".join(q.require_grid().name for q in (made.activation, made.weight))
-    return [a, b, a_scale, b_scale, a_sums, b_sums, bias, grids, ",".join(kinds), x.shape[1], dtype]
 
 
 def _same(t: Tensor, other: Tensor) -> bool:
@@ -141,7 +126,7 @@ def test_it_is_the_product_and_an_addition(how: str, dtype: torch.dtype) -> None
     """Bit for bit, also beside infinities and NaN; laid out as any result; nothing is changed."""
     for name, columns in (("w1a1", 24), ("w4a4", 13), ("w8a8", 24)):
         x, w = (inputs.draw("gaussian", (n, 128), torch.float32, n) for n in (7, columns))
-        made = _given(name, x, w * 2.0**100, w[:, 0].to(dtype), dtype)  # float16: infinite
+        made = operands_of(name, x, w * 2.0**100, w[:, 0].to(dtype), dtype)  # float16: infinite
         made[2][::2] *= 2.0**-100
         beside = _lying(inputs.draw("non_finite", (7, columns), dtype, 1), how)
         before = beside.clone()
@@ -158,7 +143,7 @@ def test_it_is_the_product_and_an_addition(how: str, dtype: torch.dtype) -> None
 
 def test_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowbit, "require_product", lambda _: None)
-    made = _given("w4a4", torch.randn(3, 128), torch.randn(8, 128), None, torch.bfloat16)
+    made = operands_of("w4a4", torch.randn(3, 128), torch.randn(8, 128), None, torch.bfloat16)
     fits = torch.zeros(3, 8, dtype=torch.bfloat16)
     fakes = [torch.empty_like(t, device="meta") if isinstance(t, Tensor) else t for t in made]
     for wrong in (
@@ -185,7 +170,7 @@ def test_what_the_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(product, "product", kernel)
     monkeypatch.setattr(lowbit, "require_product", lambda _: None)
-    made = _given("w4a4", torch.randn(3, 128), torch.randn(8, 128), None, torch.bfloat16)
+    made = operands_of("w4a4", torch.randn(3, 128), torch.randn(8, 128), None, torch.bfloat16)
     beside = torch.zeros(3, 8, dtype=torch.bfloat16)
     for more in ((), (None,), (beside,)):
         lowbit.launch_product(*made, *more)
@@ -199,7 +184,7 @@ def test_what_the_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shape", [(3, 8), (0, 8), (3, 0)], ids=str)
 def test_opcheck(shape: tuple[int, int]) -> None:
     x, w = torch.randn(shape[0], 128), torch.randn(shape[1], 128)
-    made = _given("w4a4", x, w, None, torch.float16)
+    made = operands_of("w4a4", x, w, None, torch.float16)
     for beside in (torch.ones(shape).half(), torch.ones(shape[::-1]).half().T):
         torch.library.opcheck(torch.ops.quest.product.default, (*made, beside))
         assert lowbit.product(*made, beside).shape == shape
@@ -653,7 +638,8 @@ def test_the_kernel_s_bits(
         bias = torch.randn(columns, generator=g)
         for i, given_ in enumerate((None, bias, bias.to(dtype))):
             made = [
-                t.cuda() if isinstance(t, Tensor) else t for t in _given(name, x, w, given_, dtype)
+                t.cuda() if isinstance(t, Tensor) else t
+                for t in operands_of(name, x, w, given_, dtype)
             ]
             drawn = inputs.draw(("gaussian", "non_finite", "heavy")[i], (rows, columns), dtype, i)
             for how in LYING:
@@ -679,7 +665,9 @@ def test_nothing_is_read_or_written_beside_it(
     for rows in (40, 1, 129):
         made = [
             t.cuda() if isinstance(t, Tensor) else t
-            for t in _given("w4a4", torch.randn(rows, 128), torch.randn(columns, 128), None, dtype)
+            for t in operands_of(
+                "w4a4", torch.randn(rows, 128), torch.randn(columns, 128), None, dtype
+            )
         ]
         beside = torch.randn(rows, columns).to(dtype)
         expected = beside.cuda() + lowbit.product(*made)

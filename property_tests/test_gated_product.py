@@ -17,6 +17,7 @@ import quest
 from property_tests.fake_launches import Kept, Kernels, Stream
 from property_tests.lane_marks import every_lane, fewer
 from property_tests.ledger import LEDGER
+from property_tests.products import TILES, operands_of
 from quest import direct, eager, frozen, fused, joint, lowbit, operands, ops, paths, prologue
 from quest.conformance import examine, inputs, judges
 from quest.conformance.lanes import Lane, no_product
@@ -36,16 +37,6 @@ def _names(made: quest.Recipe) -> tuple[str, tuple[str, str]]:
     kinds = operands.kinds(made.activation, made.weight)
     assert kinds is not None
     return ",".join(q.require_grid().name for q in (made.activation, made.weight)), kinds
-
-
-def _given(name: str, x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype) -> list[Any]:
-    """What products of x and w take."""
-    made = quest.recipe(name)
-    grids, kinds = _names(made)
-    a, a_scale, _, a_sums = lowbit.encode(x, made.activation.spec, kinds[0])
-    b, b_scale, _, b_sums = lowbit.encode(w, made.weight.spec, kinds[1])
-    of_rows = [a, b, a_scale, b_scale, a_sums, b_sums, bias]
-    return [*of_rows, grids, ",".join(kinds), x.shape[1], dtype]
 
 
 @every_lane
@@ -82,7 +73,7 @@ def test_the_judge_bites(name: str, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(6, 128, generator=g), torch.randn(24, 128, generator=g) / 4
     bias = torch.randn(24, generator=g)
-    made = _given(name, x, w, bias, dtype)
+    made = operands_of(name, x, w, bias, dtype)
     q, kinds = quest.recipe(name), _names(quest.recipe(name))[1]
     whole = tuple(judges.whole(t, kind, 128) for t, kind in zip(made[:2], kinds, strict=True))
     units = tuple(
@@ -133,11 +124,11 @@ def test_far_values_are_free() -> None:
 
 def test_what_does_not_fit() -> None:
     x, w = torch.randn(3, 128), torch.randn(8, 128)
-    made = _given("w4a4", x, w, None, torch.bfloat16)
+    made = operands_of("w4a4", x, w, None, torch.bfloat16)
     for function in (gated_product, eager_gated_product):
         with pytest.raises(TypeError, match=r"dtype must be bfloat16 or float16, got .*float32"):
             function(*made[:-1], torch.float32)
-        odd = _given("w4a4", x, w[:5], None, torch.bfloat16)
+        odd = operands_of("w4a4", x, w[:5], None, torch.bfloat16)
         with pytest.raises(ValueError, match=r"as many rows for the gate .* got shape \(5, 128\)"):
             function(*odd)
         with pytest.raises(ValueError, match="a_scale must be"):
@@ -162,7 +153,7 @@ def test_what_the_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(product, "product", kernel)
     monkeypatch.setattr(lowbit, "require_product", lambda _: None)
-    made = _given("w4a4", torch.randn(3, 128), torch.randn(8, 128), None, torch.bfloat16)
+    made = operands_of("w4a4", torch.randn(3, 128), torch.randn(8, 128), None, torch.bfloat16)
     for launch, gate in ((lowbit.launch_product, False), (launch_gated_product, True)):
         assert launch(*made).dtype == torch.bfloat16
         assert told.pop()["gate"] is gate
@@ -172,18 +163,14 @@ def test_what_the_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.whole
 @pytest.mark.parametrize("shape", [(3, 8), (0, 8), (3, 0)], ids=str)
 def test_opcheck(shape: tuple[int, int]) -> None:
-    made = _given("w4a4", torch.randn(shape[0], 128), torch.randn(shape[1], 128), None, HALVES[0])
+    made = operands_of(
+        "w4a4", torch.randn(shape[0], 128), torch.randn(shape[1], 128), None, HALVES[0]
+    )
     torch.library.opcheck(torch.ops.quest.gated_product.default, tuple(made))
     assert gated_product(*made).shape == (shape[0], shape[1] // 2)
 
 
 # --- on a GPU ---------------------------------------------------------------------------------
-
-TILES = {
-    "wide": (product.WIDE[False], product.WIDE[True]),
-    "middle": (product.MIDDLE, product.MIDDLE),
-    "narrow": (product.NARROW, product.NARROW),
-}
 
 
 def _require_hopper() -> None:
@@ -215,7 +202,8 @@ def test_it_is_the_product_and_its_gate(
         bias = torch.randn(2 * columns, generator=g)
         for added in (None, bias, bias.to(dtype)):
             made = [
-                t.cuda() if isinstance(t, Tensor) else t for t in _given(name, x, w, added, dtype)
+                t.cuda() if isinstance(t, Tensor) else t
+                for t in operands_of(name, x, w, added, dtype)
             ]
             with product.only(TILES[tiles][name == "w1a1"]):
                 y, found = lowbit.product(*made), gated_product(*made)
@@ -234,7 +222,7 @@ def test_columns_that_fill_no_tile() -> None:
             x, w = torch.randn(70, 256), torch.randn(2 * columns, 256) / 16
             made = [
                 t.cuda() if isinstance(t, Tensor) else t
-                for t in _given(name, x, w, torch.randn(2 * columns), torch.bfloat16)
+                for t in operands_of(name, x, w, torch.randn(2 * columns), torch.bfloat16)
             ]
             memory = torch.full((72 * columns,), 7.0, dtype=torch.bfloat16, device="cuda")
             terms = lowbit.terms(*made[7:9], 256)

@@ -17,18 +17,14 @@ from property_tests import emulated, far_scales
 from property_tests.lane_marks import every_lane, fewer
 from property_tests.ledger import LEDGER
 from property_tests.places import CPU, Place
-from quest import lowbit, operands, rotated_product
+from property_tests.products import TILES, operands_of
+from quest import lowbit, rotated_product
 from quest.conformance import examine, inputs, judges
 from quest.conformance.lanes import Lane, no_product
 from quest.conformance.strategies import SEEDS
 from quest.kernels import cuda, hopper, outputs, product
 
 HALVES = (torch.bfloat16, torch.float16)
-TILES = {
-    "wide": (product.WIDE[False], product.WIDE[True]),
-    "middle": (product.MIDDLE, product.MIDDLE),
-    "narrow": (product.NARROW, product.NARROW),
-}
 each_head = pytest.mark.parametrize("head", product.HEADS)
 
 
@@ -40,19 +36,6 @@ def angles(positions: int, head: int) -> tuple[Tensor, Tensor]:
     cos[:, ::7], sin[:, ::7] = 1.0, 0.0
     cos[:, 3::7], sin[:, 3::7] = 0.0, -1.0
     return cos, sin
-
-
-def operands_of(
-    name: str, x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> list[Any]:
-    """What a product of x and w takes, but for the angles."""
-    made = quest.recipe(name)
-    kinds = operands.kinds(made.activation, made.weight)
-    assert kinds is not None
-    a, a_scale, _, a_sums = lowbit.encode(x, made.activation.spec, kinds[0])
-    b, b_scale, _, b_sums = lowbit.encode(w, made.weight.spec, kinds[1])
-    grids = ",".join(q.require_grid().name for q in (made.activation, made.weight))
-    return [a, b, a_scale, b_scale, a_sums, b_sums, bias, grids, ",".join(kinds), x.shape[1], dtype]
 
 
 def same(t: Tensor, other: Tensor) -> bool:

@@ -249,7 +249,7 @@ def pytest_terminal_summary(
             out.write_line(line)
         for line in table.LEGEND:
             out.write_line(line)
-        for line in table.memory(run.results):
+        for line in (*table.memory(run.results), *table.alone(run.results)):
             out.write_line(line)
     if run.missing and run.path is not None:
         out.section(f"{len(run.missing)} missing: in {run.path.stem}, without a time now", red=True)

@@ -51,6 +51,16 @@ def memory(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             )
 
 
+def alone(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each benchmark that was timed by itself, too."""
+    for fullname, info in results.items():
+        if "alone_ratio" in info:
+            yield (
+                f"{short(fullname)} by itself {duration(info['alone_us'] / 1e6)}, torch "
+                f"{duration(info['alone_baseline_us'] / 1e6)}: {info['alone_ratio']:.2f}x"
+            )
+
+
 LEGEND = (
     "vs torch: torch's time over ours, in turn (above 1 ours is faster); 95%: its interval;",
     "was: in the record; of bound: the nearer of two, over ours: c, the time to copy the bytes",

@@ -59,6 +59,7 @@ class Timed:
         ceiling: float = 0.0,
         memory: tuple[int, int] = (0, 0),
         calls: int = 1,
+        alone: bool = False,
     ) -> None:
         """Pass the gate, then time `run` and `baseline` on the same normal inputs.
 
@@ -68,7 +69,7 @@ class Timed:
         reads that alone. operations: multiplications and additions of a call. ceiling: TOP/s that
         the tensor cores can do, see `ceilings`. memory: the most bytes that `run` and `baseline`
         held, where that was measured. calls: what `run` and `baseline` do so many times in a row;
-        reported is the time of one.
+        reported is the time of one. alone: on CUDA each is timed by itself, too.
         Bytes moved at the least: inputs and constants read once, outputs of `run` written once.
         """
         __tracebackhide__ = True
@@ -100,10 +101,29 @@ class Timed:
         if all(memory):
             self.info |= {"peak_bytes": memory[0], "memory_ratio": memory[0] / memory[1]}
             self.benchmark.extra_info.update(self.info)
+        if alone and cases.CUDA:
+            self._alone(run, baseline, sets)
         again = itertools.cycle(times.ours)
         self.benchmark.pedantic(
             self.clock.advance, setup=lambda: ((next(again),), {}), rounds=len(times.ours)
         )
+
+    def _alone(
+        self,
+        run: Callable[..., object],
+        baseline: Callable[..., object],
+        sets: list[tuple[Tensor, ...]],
+    ) -> None:
+        ours, theirs = (
+            timing.alone(lambda i, call=call: call(*sets[i % len(sets)]), cases.DEVICE)
+            for call in (run, baseline)
+        )
+        self.info |= {
+            "alone_us": ours * 1e6,
+            "alone_baseline_us": theirs * 1e6,
+            "alone_ratio": theirs / ours,
+        }
+        self.benchmark.extra_info.update(self.info)
 
     def _report(
         self,

@@ -4,6 +4,10 @@ A round calls each function once, on the round's own inputs; every second round 
 around. What drifts (clocks, temperature, a neighbour's load) then meets all of them alike. Medians
 over rounds are reported, and the interval of a ratio comes from resampling whole rounds.
 
+What draws much power is the exception: in turn, two models share the power that a GPU may draw, and
+the one that needs less of it pays for the other's. `alone` times one by itself, until the clock has
+settled on its load, as whoever runs that model will have it.
+
 A round is `quest.gate.clock`'s: events on CUDA, the thread's own time on the CPU. Inputs rotate
 through more memory than the cache holds.
 """
@@ -25,6 +29,8 @@ from quest.gate.clock import Call, CudaRound, cpu_round, input_sets
 BUDGET = 0.8  # seconds of rounds for a case
 ROUNDS = (15, 101)  # fewest and most
 RESAMPLES = 1000
+SUSTAINED = 2.5  # seconds by itself; a GPU's clock settles within one
+CHUNK = 0.05  # seconds of calls between two looks at the clock
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,30 @@ def interleave(calls: Sequence[Call], device: str) -> tuple[list[list[float]], b
     taken = [one_round(calls, i) for i in range(1, rounds + 1)]
     columns = [list(column) for column in zip(*taken, strict=True)]
     return columns, cuda is not None and cuda.host_bound
+
+
+def alone(call: Call, device: str, seconds: float = SUSTAINED) -> float:
+    """Seconds of a call that is made over and over, in the second half of so many seconds."""
+
+    def chunk(first: int, count: int) -> float:
+        if device == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+        began = time.perf_counter()
+        for i in range(first, first + count):
+            call(i)
+        if device != "cuda":
+            return (time.perf_counter() - began) / count
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3 / count
+
+    count = max(1, int(CHUNK / chunk(0, 1)))
+    taken: list[float] = []
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or not taken:
+        taken.append(chunk(count * len(taken), count))
+    return median(taken[len(taken) // 2 :])
 
 
 def measure(

@@ -261,7 +261,9 @@ def test_the_kernel_s_bits(
         rows, turned = sequences * positions, heads * head
         columns = turned + behind
         g = torch.Generator().manual_seed(rows)
-        x, w = (torch.randn(n, 200, generator=g) for n in (rows, columns))
+        # Of fewer stages than the ring has, and of more.
+        width = (200, 9300 if name == "w1a1" else 1300)[i]
+        x, w = (torch.randn(n, width, generator=g) for n in (rows, columns))
         x *= torch.tensor([1.0, 1e32, 1e-32])[torch.arange(rows) // 16 % 3, None]
         w *= torch.tensor([1.0, 1e-32, 1e32, 4.0])[torch.arange(columns) % 4, None]
         dtype = HALVES[(i + head // 64) % 2]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import conftest, timing, tokens
+from benchmarks import conftest, table, timing, tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,14 +68,14 @@ def test_a_table_and_a_record_are_drawn_alike() -> None:
         "environment": {"device": "NVIDIA X"},
         "benchmarks": [{"fullname": name, "extra_info": info}, eager],
     }
-    table = "\n".join((
+    drawn = "\n".join((
         "===== NVIDIA X: against torch and the copy bound =====",
         "frozen[64x4096x11008-w4a4-2:4]    25.9 us    1.25x   1.13-1.46      0.463   249  0.98",
         "frozen_eager[64x4096x11008-w4a4] (host)   49 us    0.40x   0.38-0.41",
     ))  # fmt: skip
     expected = ("NVIDIA X", [((64, 4096, 11008), "w4a4-2:4", 1.25)])
     assert tokens.of_record(record) == expected
-    assert tokens.of_table(table) == expected
+    assert tokens.of_table(drawn) == expected
     with pytest.raises(ValueError, match="no benchmark of a frozen layer"):
         tokens.draw("", [], ROOT / "not.png")
 
@@ -108,3 +108,23 @@ def test_times_of_one_of_several_calls() -> None:
     """And of copying the bytes of one."""
     times = timing.Times([2.0, 4.0], [6.0, 8.0], [4.0, 2.0], True)
     assert times.of_one(2) == timing.Times([1.0, 2.0], [3.0, 4.0], [2.0, 1.0], True)
+
+
+def test_times_of_one_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fast until the clock falls does not count; inputs rotate; what the table tells."""
+    now, asked = [0.0], []
+
+    def call(i: int) -> None:
+        asked.append(i)
+        now[0] += 0.01 if now[0] < 1 else 0.02
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    assert timing.alone(call, "cpu", seconds=2.0) == pytest.approx(0.02)
+    assert asked == [0, *range(len(asked) - 1)]
+    assert now[0] == pytest.approx(2.0, abs=0.15)
+    assert timing.alone(call, "cpu", seconds=0.0) == pytest.approx(0.02)  # one at least
+
+    name = "benchmarks/bench_model.py::test_prefill[8x512-w4a4]"
+    info = {"alone_us": 10_000.0, "alone_baseline_us": 18_200.0, "alone_ratio": 1.82}
+    told = list(table.alone({name: info, name.replace("8", "4"): {}}))
+    assert told == ["prefill[8x512-w4a4] by itself 10.0 ms, torch 18.2 ms: 1.82x"]

@@ -23,6 +23,7 @@ from quest.conformance import examine
 from quest.conformance.lanes import Lane
 from quest.conformance.verdict import Verdict
 from quest.models import Llama, LlamaConfig
+from quest.models.llama import rope_angles
 from quest.train.loop import token_loss
 from quest.train.optimizer import adamw, capturable
 from quest.train.step import WARM_UP, CudaGraphs, Step
@@ -185,11 +186,16 @@ def test_prefill(
         for inside, outside, together in _widths(config):
             judged = judge_of_frozen(rows, inside, together * outside, made, together)
             found += judged(lane, name)
-        if cases.CUDA:  # gate and up end in a gate there
+        if cases.CUDA:  # gate and up end in a gate there; queries and keys are turned
             d, columns = config.width, 2 * config.hidden
             x, w = gate.normal(gate.ROWS, d, name), gate.normal(columns, d, "gaussian", seed=1)
             with gate.tiles_of(made, rows, columns):
                 found += examine.product(lane, x, w, None, made, cases.DTYPE, gate=True)
+            rotary = (*rope_angles(config, gate.ROWS, torch.device("cpu")), 2 * d)
+            with gate.tiles_of(made, rows, 3 * d, turned=True):
+                found += examine.product(
+                    lane, x, w[: 3 * d], None, made, cases.DTYPE, rotary=rotary
+                )
         return found
 
     def ready(recipe: str) -> Callable[[], Tensor]:

@@ -51,8 +51,11 @@ def lane() -> Lane:
 
 
 @contextmanager
-def tiles_of(made: Recipe, rows: int, columns: int) -> Iterator[None]:
-    """Makes the integers' products of the gate's few rows the very kernels that are timed."""
+def tiles_of(made: Recipe, rows: int, columns: int, turned: bool = False) -> Iterator[None]:
+    """Makes the integers' products of the gate's few rows the very kernels that are timed.
+
+    turned: some of their columns are, by the rotary embedding.
+    """
     from quest.kernels import cuda, product, sparse
 
     kinds = operands.kinds(made.activation, made.weight)
@@ -60,7 +63,7 @@ def tiles_of(made: Recipe, rows: int, columns: int) -> Iterator[None]:
         yield
         return
     processors = cuda.processors(torch.cuda.current_device())
-    dense = product.shape(kinds[0] == "bits", rows, columns, processors)
+    dense = product.shape(kinds[0] == "bits", rows, columns, processors, turned)
     with product.only(dense), sparse.only(sparse.shape(columns, rows, processors)):
         yield
 

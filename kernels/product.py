@@ -100,14 +100,16 @@ def forced() -> Shape | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def shape(binary: bool, rows: int, columns: int, processors: int) -> Shape:
+def shape(binary: bool, rows: int, columns: int, processors: int, turned: bool = False) -> Shape:
     """The tiles of a product: those whose turns of the whole GPU take the least.
 
-    Of bits, whose kinds of tile differ less, small ones unless large ones have three turns.
+    Of bits, whose kinds of tile differ less, small ones unless large ones have three turns; or one,
+    where heads are turned: a large tile has angles in common for more of them.
     """
     at_once = max(1, processors // CLUSTER)
     if binary:
-        return WIDE[True] if WIDE[True].clusters(rows, columns) >= 3 * at_once else NARROW
+        turns = 1 if turned else 3
+        return WIDE[True] if WIDE[True].clusters(rows, columns) >= turns * at_once else NARROW
     return min(TURN, key=lambda t: -(-t.clusters(rows, columns) // at_once) * TURN[t])
 
 
@@ -211,7 +213,7 @@ def launch(
     tables don't lie as the kernel reads them.
     """
     processors, features = cuda.processors(device), columns * (1 + gate)
-    tiles = _forced or shape(binary, rows, features, processors)
+    tiles = _forced or shape(binary, rows, features, processors, rotary is not None)
     held = min(tiles.rows, rows)  # of a tile: what lies outside of A is not asked for
     more: tuple[int, ...] = (residual,) if residual else ()
     half = 0

@@ -197,11 +197,14 @@ CASES = [
          (1, 8, 128), 2, residual=True),
     Case(BYTES, (513, 258, 48), hopper.PLAIN, torch.float32, None, 132, product.WIDE[False],
          (2, 4, 256), 12, residual=True),
-    # Nor have heads that are turned any others.
+    # So have heads that are turned, of integers.
     Case(BITS, (70, 256, 16), hopper.CORRECTED, torch.bfloat16, torch.float16, 132, None,
          (1, 8, 128), 4, rotary=(35, 64, 128)),
     Case(BYTES, (513, 258, 48), hopper.PLAIN, torch.float16, None, 132, product.WIDE[False],
          (2, 4, 256), 12, rotary=(513, 128, 256)),
+    # Of bits they have large tiles from one turn on.
+    Case(BITS, (128 * 66, 256, 16), hopper.CORRECTED, torch.bfloat16, None, 132, None,
+         (1, 5, 256), 132, rotary=(64 * 66, 128, 256)),
 ]  # fmt: skip
 
 
@@ -481,6 +484,18 @@ def test_the_tiles_of_bits_where_a_single_cluster_runs() -> None:
         assert product.shape(True, 128, 3 * 256, processors) == product.WIDE[True]
         assert product.shape(True, 128, 2 * 256, processors) == product.NARROW
         assert product.shape(True, 3 * 128, 256, processors) == product.WIDE[True]
+
+
+def test_the_tiles_of_bits_whose_heads_are_turned() -> None:
+    """Large ones from one turn on; integers have those that they had."""
+    wide, rows = product.WIDE[True], 2 * product.WIDE[True].rows * 66
+    assert product.shape(True, rows, 1, 132, True) == wide
+    assert product.shape(True, rows - 2 * wide.rows, 1, 132, True) == product.NARROW
+    assert product.shape(True, rows, 1, 132) == product.NARROW
+    for rows, columns in ((64, 4096), (512, 6144), (1024, 6144), (4096, 6144)):
+        assert product.shape(False, rows, columns, 132, True) == product.shape(
+            False, rows, columns, 132
+        )
 
 
 @dataclass(frozen=True)

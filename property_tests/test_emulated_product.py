@@ -26,6 +26,7 @@ NARROW, MIDDLE, WIDE, BITS = (
         ("w4a4", MIDDLE, 70, 129, 7, torch.float32),
         ("w4a4", WIDE, 257, 300, 5, torch.bfloat16),
         ("w1a8", NARROW, 1, 130, 3, torch.float16),
+        ("w4a4", NARROW, 66, 5, 1, torch.bfloat16),
         ("w1a1", NARROW, 65, 137, 9, torch.float32),
         ("w1a1", BITS, 130, 260, 6, torch.bfloat16),
     ],
@@ -92,6 +93,9 @@ BROKEN = {
     "a wait for products": (
         TURNS, "wgmma.wait_group.sync.aligned 0;", FIRST, "wgmma.wait_group.sync.aligned 1;",
         "which a wgmma reads",
+    ),
+    "rows that are no whole vectors": (
+        ONE, "bool rare = APART && !in_vectors(g);", FIRST, "bool rare = false;", "no multiple",
     ),
     "a fence of accumulators": (
         ONE, 'asm volatile("wgmma.fence.sync.aligned;" ::: "memory");', FIRST, "", "wgmma.fence",

@@ -57,7 +57,8 @@ def alone(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         if "alone_ratio" in info:
             yield (
                 f"{short(fullname)} by itself {duration(info['alone_us'] / 1e6)}, torch "
-                f"{duration(info['alone_baseline_us'] / 1e6)}: {info['alone_ratio']:.2f}x"
+                f"{duration(info['alone_baseline_us'] / 1e6)}: {info['alone_ratio']:.2f}x "
+                f"({info['alone_low']:.2f}, {info['alone_high']:.2f})"
             )
 
 

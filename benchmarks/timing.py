@@ -104,7 +104,7 @@ def interleave(calls: Sequence[Call], device: str) -> tuple[list[list[float]], b
 
 
 def alone(call: Call, device: str, seconds: float = SUSTAINED) -> float:
-    """Seconds of a call that is made over and over, in the second half of so many seconds."""
+    """Seconds of a call that is made over and over for so long: the median of the later half."""
 
     def chunk(first: int, count: int) -> float:
         if device == "cuda":

@@ -242,7 +242,7 @@ def on_hopper(place: Place) -> Place:
 # Sequences, positions, heads that are turned, and columns behind them.
 SHAPES = {
     "wide": ((3, 47, 3, 70), (1, 257, 2, 128)),
-    "middle": ((2, 65, 4, 1), (1, 1, 1, 0)),
+    "middle": ((1, 1, 1, 0), (2, 65, 4, 1)),
     "narrow": ((1, 70, 0, 40), (5, 27, 5, 24)),
 }
 

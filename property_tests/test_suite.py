@@ -5,13 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from benchmarks import conftest, table, timing, tokens
+from benchmarks import conftest, table, timed, timing, tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -111,7 +114,7 @@ def test_times_of_one_of_several_calls() -> None:
 
 
 def test_times_of_one_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is fast until the clock falls does not count; inputs rotate; what the table tells."""
+    """What is fast until the clock falls does not count; calls are numbered on."""
     now, asked = [0.0], []
 
     def call(i: int) -> None:
@@ -124,7 +127,27 @@ def test_times_of_one_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert now[0] == pytest.approx(2.0, abs=0.15)
     assert timing.alone(call, "cpu", seconds=0.0) == pytest.approx(0.02)  # one at least
 
+
+def test_both_are_timed_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours, torch's, torch's and ours, each on all sets of inputs; what the table tells of them."""
+    sets = [(torch.tensor(float(i)),) for i in range(3)]
+    asked: list[tuple[str, list[float]]] = []
+    seen: list[float] = []
+
+    def alone(call: Callable[[int], object], device: str) -> float:
+        seen.clear()
+        names = [call(i) for i in range(4)]
+        asked.append((str(names[0]), list(seen)))
+        return (0.010, 0.019, 0.018, 0.010)[len(asked) - 1]
+
+    def named(name: str) -> Callable[[Tensor], str]:
+        return lambda x: seen.append(x.item()) or name  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(timing, "alone", alone)
+    one = timed.Timed(SimpleNamespace(extra_info={}), timing.Replay())  # type: ignore[arg-type]
+    one._alone(named("ours"), named("torch"), sets)
+    assert asked == [(name, [0, 1, 2, 0]) for name in ("ours", "torch", "torch", "ours")]
+    assert one.info == one.benchmark.extra_info
     name = "benchmarks/bench_model.py::test_prefill[8x512-w4a4]"
-    info = {"alone_us": 10_000.0, "alone_baseline_us": 18_200.0, "alone_ratio": 1.82}
-    told = list(table.alone({name: info, name.replace("8", "4"): {}}))
-    assert told == ["prefill[8x512-w4a4] by itself 10.0 ms, torch 18.2 ms: 1.82x"]
+    told = list(table.alone({name: one.info, name.replace("8", "4"): {}}))
+    assert told == ["prefill[8x512-w4a4] by itself 10.0 ms, torch 18.5 ms: 1.85x (1.80, 1.90)"]

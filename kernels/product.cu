@@ -160,15 +160,13 @@ __device__ __forceinline__ void ask_residual(int4 (&to)[4], const Arguments &g, 
 // together: 1 to 4 percent of single bits. (With a gate nothing, of turned heads 1 to 5 percent more.)
 constexpr bool APART = !GATE && !ROTARY;
 
-// Whether rows of y are whole vectors of 16 bytes, and each begins at one.
-__device__ __forceinline__ bool in_vectors(const Arguments &g) { return g.columns % (16 / OUT_SIZE) == 0; }
-
 // Writes a warp's 16 rows of a tile, SPAN columns at a time, through its own shared memory, so
 // that rows are written 16 bytes a thread and 128 bytes a row.
 template <bool RARE>
 __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, const Row (&rows)[2], const Columns &columns, Angles &angles, char *stage, int row0, int column0) {
   const int lane = threadIdx.x % 32;
-  const bool vectors = (APART && !RARE) || in_vectors(g);
+  // Whole vectors of 16 bytes, where every row begins at one.
+  const bool vectors = (APART && !RARE) || g.columns % (16 / OUT_SIZE) == 0;
   // Groups of eight columns whose scales are held at a time; fewer where a residual takes registers.
   constexpr int READ = SPAN / 8 / (PARTS + (BIAS ? 3 : 1) * RESIDUAL);
 #if ROTARY
@@ -388,7 +386,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       if (lane < CLUSTER) barrier_arrive(base + EMPTY_AT + 8 * last, lane);
       at += (TEAMS - 1) * steps;
       Row own[2] = {};
-      bool rare = APART && !in_vectors(g);
+      bool rare = APART && g.columns % (16 / OUT_SIZE) != 0;
       if (EPILOGUE != RAW) {
         meet(group);  // all have read the columns of the tile before
         fetched.put(columns);

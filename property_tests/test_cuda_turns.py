@@ -163,11 +163,16 @@ def test_as_many_tiles_as_ints_count(
     assert (world["across"] - 1) * tile <= MOST
 
 
-@pytest.mark.parametrize("residual", [0, 1])
+@pytest.mark.parametrize("rare", [0, 1])
+@pytest.mark.parametrize(("gate", "residual"), [(0, 0), (0, 1), (1, 0)])
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.float32])
-def test_vectors_begin_where_they_may(out: torch.dtype, residual: int) -> None:
+def test_vectors_begin_where_they_may(
+    out: torch.dtype, gate: int, residual: int, rare: int
+) -> None:
     """PTX ISA, ld and st: 16 bytes at a multiple of 16, in every row; of a residual likewise."""
-    text = compiled(product.NARROW, out=out, residual=residual)
+    if gate and out.itemsize == 4:
+        pytest.skip("a gate is of 16 bits")
+    text = compiled(product.NARROW, gate, out, residual)
     (write,) = (f for f in text.functions["write"] if "vectors" in f.body)
     lines = list(statements(write.body, write.arrays))
     told = [a for line, a in lines if "*(int4 *)(to " in line]
@@ -177,9 +182,25 @@ def test_vectors_begin_where_they_may(out: torch.dtype, residual: int) -> None:
     assert "*(const int4 *)(from " in ask.body
     assert len(asked) == 1
     told += asked if residual else []
-    assert residual or not list(worlds(_flat(asked[0]), {**text.names, "g_columns": 64}))
-    for columns in (*range(1, 70), MOST - 15, MOST):
-        for around in told:
-            known = list(worlds(_flat(around), {**text.names, "g_columns": columns}))
-            assert not known or columns * out.itemsize % 16 == 0, columns
-            assert known or columns % 64
+    names = {**text.names, "RARE": rare}
+    assert residual or not list(worlds(_flat(asked[0]), {**names, "g_columns": 64}))
+    rule = _rare(text)
+    for columns, around in itertools.product((*range(1, 70), MOST - 15, MOST), told):
+        known = list(worlds(_flat(around), {**names, "g_columns": columns}))
+        # What is not `rare` is written by `write<false>` alone.
+        met = rare or not value(rule, {**names, "g_columns": columns})
+        assert not known or not met or columns * out.itemsize % 16 == 0, columns
+        assert known or columns % 64
+
+
+def _rare(text: Text) -> str:
+    """What makes a warp's rows rare, whatever they are; rows that are, `write<true>` writes."""
+    (kernel,) = text.functions["product"]
+    lines = list(statements(kernel.body))
+    (rule,) = (line for line, _ in lines if re.match(r"(bool )?rare = ", line))
+    assert all(re.match(r"bool rare = |rare \|= |__any_sync", a) for a, _ in lines if "rare" in a)
+    calls = [(line[:11], a[-1]) for line, a in lines if line.startswith("write<")]
+    vote = "__any_sync(0xFFFFFFFF, rare)"
+    assert calls == [("write<true>", ("if", vote)), ("write<false", ("else", vote))]
+    ((_, flat),) = _flat((("if", rule.partition(" = ")[2]),))
+    return flat

@@ -52,14 +52,16 @@ def memory(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def alone(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """A line for each benchmark that was timed by itself, too."""
-    for fullname, info in results.items():
-        if "alone_ratio" in info:
-            yield (
-                f"{short(fullname)} by itself {duration(info['alone_us'] / 1e6)}, torch "
-                f"{duration(info['alone_baseline_us'] / 1e6)}: {info['alone_ratio']:.2f}x "
-                f"({info['alone_low']:.2f}, {info['alone_high']:.2f})"
-            )
+    """A line for each benchmark that was timed by itself, too, and what that says."""
+    told = {name: info for name, info in results.items() if "alone_ratio" in info}
+    for fullname, info in told.items():
+        yield (
+            f"{short(fullname)} by itself {duration(info['alone_us'] / 1e6)}, torch "
+            f"{duration(info['alone_baseline_us'] / 1e6)}: {info['alone_ratio']:.2f}x "
+            f"({info['alone_low']:.2f}, {info['alone_high']:.2f})"
+        )
+    if told:
+        yield "by itself: each over and over; ours, torch's, torch's, ours: the two ratios behind it"
 
 
 LEGEND = (

@@ -5,8 +5,8 @@ around. What drifts (clocks, temperature, a neighbour's load) then meets all of 
 over rounds are reported, and the interval of a ratio comes from resampling whole rounds.
 
 What draws much power is the exception: in turn, two models share the power that a GPU may draw, and
-the one that needs less of it pays for the other's. `alone` times one by itself, until the clock has
-settled on its load, as whoever runs that model will have it.
+the one that needs less of it may pay for the other's. `alone` times one by itself, at the clock
+that its own load leaves it, as whoever runs that model will have it.
 
 A round is `quest.gate.clock`'s: events on CUDA, the thread's own time on the CPU. Inputs rotate
 through more memory than the cache holds.
@@ -29,8 +29,8 @@ from quest.gate.clock import Call, CudaRound, cpu_round, input_sets
 BUDGET = 0.8  # seconds of rounds for a case
 ROUNDS = (15, 101)  # fewest and most
 RESAMPLES = 1000
-SUSTAINED = 2.5  # seconds by itself; a GPU's clock settles within one
-CHUNK = 0.05  # seconds of calls between two looks at the clock
+SUSTAINED = 2.5  # seconds by itself, of which the later half counts
+CHUNK = 0.05  # seconds of calls between two events
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ __device__ __forceinline__ void ask_residual(int4 (&to)[4], const Arguments &g, 
 #include "rotary.cuh"
 
 // Rows of y that are no whole vectors are written where rare ones are, so that instructions that are met lie close
-// together: 1 to 4 percent of single bits. (With a gate nothing, of turned heads 1 to 5 percent more.)
+// together: 1 to 4 percent of single bits. (With a gate nothing, of turned heads 0 to 5 percent more.)
 constexpr bool APART = !GATE && !ROTARY;
 
 // Writes a warp's 16 rows of a tile, SPAN columns at a time, through its own shared memory, so

@@ -150,4 +150,7 @@ def test_both_are_timed_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert one.info == one.benchmark.extra_info
     name = "benchmarks/bench_model.py::test_prefill[8x512-w4a4]"
     told = list(table.alone({name: one.info, name.replace("8", "4"): {}}))
-    assert told == ["prefill[8x512-w4a4] by itself 10.0 ms, torch 18.5 ms: 1.85x (1.80, 1.90)"]
+    line, legend = told
+    assert line == "prefill[8x512-w4a4] by itself 10.0 ms, torch 18.5 ms: 1.85x (1.80, 1.90)"
+    assert legend.startswith("by itself: ")
+    assert not list(table.alone({name: {}}))

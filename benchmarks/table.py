@@ -61,7 +61,7 @@ def alone(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             f"({info['alone_low']:.2f}, {info['alone_high']:.2f})"
         )
     if told:
-        yield "by itself: each over and over; ours, torch's, torch's, ours: the two ratios behind it"
+        yield "by itself: over and over; ours, torch's, torch's, ours: two ratios, behind the whole"
 
 
 LEGEND = (

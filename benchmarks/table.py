@@ -61,7 +61,7 @@ def alone(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             f"({info['alone_low']:.2f}, {info['alone_high']:.2f})"
         )
     if told:
-        yield "by itself: over and over; ours, torch's, torch's, ours: two ratios, behind the whole"
+        yield "by itself: ours, torch's, torch's, ours, each over and over; (their two ratios)"
 
 
 LEGEND = (

@@ -57,7 +57,7 @@ def judge_of_layer(
         x = gate.normal(gate.ROWS, inside, name, dtype=dtype)
         w = gate.normal(features, inside, "gaussian", seed=1, dtype=dtype)
         grad = gate.normal(gate.ROWS, features, "gaussian", seed=2, dtype=dtype)
-        with gate.tiles_of(made, tokens, outside):
+        with gate.tiles_of(made, tokens, outside, inside):
             return examine.layer(lane, x, w, grad, None, made, path, parts)
 
     return judge
@@ -76,7 +76,7 @@ def judge_of_frozen(
     def judge(lane: Lane, name: str) -> list[Verdict]:
         w = gate.normal(GATE_FEATURES * together, inside, "gaussian", seed=1)
         b = gate.normal(1, len(w), "gaussian", seed=2)[0] if bias else None
-        with gate.tiles_of(made, tokens, outside):
+        with gate.tiles_of(made, tokens, outside, inside):
             return examine.frozen(lane, gate.normal(rows, inside, name), w, b, made, parts)
 
     return judge

@@ -189,10 +189,10 @@ def test_prefill(
         if cases.CUDA:  # gate and up end in a gate there; queries and keys are turned
             d, columns = config.width, 2 * config.hidden
             x, w = gate.normal(gate.ROWS, d, name), gate.normal(columns, d, "gaussian", seed=1)
-            with gate.tiles_of(made, rows, columns):
+            with gate.tiles_of(made, rows, columns, d):
                 found += examine.product(lane, x, w, None, made, cases.DTYPE, gate=True)
             rotary = (*rope_angles(config, gate.ROWS, torch.device("cpu")), 2 * d)
-            with gate.tiles_of(made, rows, 3 * d, turned=True):
+            with gate.tiles_of(made, rows, 3 * d, d, turned=True):
                 found += examine.product(
                     lane, x, w[: 3 * d], None, made, cases.DTYPE, rotary=rotary
                 )

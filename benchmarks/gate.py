@@ -51,10 +51,13 @@ def lane() -> Lane:
 
 
 @contextmanager
-def tiles_of(made: Recipe, rows: int, columns: int, turned: bool = False) -> Iterator[None]:
+def tiles_of(
+    made: Recipe, rows: int, columns: int, width: int, turned: bool = False
+) -> Iterator[None]:
     """Makes the integers' products of the gate's few rows the very kernels that are timed.
 
-    turned: some of their columns are, by the rotary embedding.
+    width: entries of a row of either operand. turned: some of their columns are, by the rotary
+    embedding.
     """
     from quest.kernels import cuda, product, sparse
 
@@ -63,7 +66,9 @@ def tiles_of(made: Recipe, rows: int, columns: int, turned: bool = False) -> Ite
         yield
         return
     processors = cuda.processors(torch.cuda.current_device())
-    dense = product.shape(kinds[0] == "bits", rows, columns, processors, turned)
+    bits = kinds[0] == "bits"
+    bytes_ = -(-width // 8) if bits else width
+    dense = product.shape(bits, rows, columns, bytes_, processors, turned)
     with product.only(dense), sparse.only(sparse.shape(columns, rows, processors)):
         yield
 

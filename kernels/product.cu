@@ -8,9 +8,9 @@
 // and sends it to both. One block: a producer warpgroup that keeps STAGES tiles of TILE_K bytes in
 // flight through the bulk copy engine, and two consumer warpgroups of 64 x TILE_N int32 accumulators.
 // The grid is persistent. A TEAM of two consumers shares a tile of 128 rows, which asks shared memory
-// for the fewest bytes: int8, whose time is the tensor cores'. They wait for tiles of K alone, never for
-// each other. In TEAMs of one, a consumer computes a tile of 64 rows while the other writes its own out:
-// BINARY, where writing takes as long.
+// for the fewest bytes: int8 of long K, whose time is the tensor cores'. They wait for tiles of K alone,
+// never for each other. In TEAMs of one, a consumer computes a tile of 64 rows while the other writes its
+// own out: where K is short, and BINARY, which takes as long to write. (Which when: COSTS in product.py.)
 //
 // GATE: B is a gate's weight with a value's below it, and y = silu(gate) value of the two products, each
 // rounded to the output's dtype as if it were written. Half of a tile's columns are the gate's, the other

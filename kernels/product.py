@@ -72,13 +72,41 @@ class Shape:
         return -(-rows // (CLUSTER * self.rows)) * -(-columns // self.columns)
 
 
-# For products that fill the GPU: by whether the operands are bits. And for smaller ones.
-WIDE = {True: Shape(1, 5, 256), False: Shape(2, 4, 256)}
+# Two consumers on a tile (`Shape.team`), or each on one of its own, which it writes while the other
+# computes. Large tiles ask shared memory for fewer bytes, small ones leave less of the last turn
+# idle.
+WIDE = Shape(2, 4, 256)
 MIDDLE = Shape(2, 6, 128)
+TALL = Shape(1, 5, 256)
 NARROW = Shape(1, 8, 128)
-# What a turn of the whole GPU takes with int8, as it was measured: us for K = 4096 on an H100 (the
-# records' tuning.txt, 2026-11-25). Only their ratios count.
-TURN = {WIDE[False]: 24.5, MIDDLE: 14.5, NARROW: 9.5}
+KINDS = {"wide": WIDE, "middle": MIDDLE, "tall": TALL, "narrow": NARROW}
+
+
+class Cost(NamedTuple):
+    """What tiles take, in us: by 128 bytes of K; by turn of the whole GPU, alone and for heads that
+    are turned; and by launch: of what does not hide behind the tensor cores' work.
+
+    writing: what does hide, where the tensor cores have so long.
+    """
+
+    step: float
+    turn: float
+    turned: float
+    launch: float
+    writing: float = 0.0
+
+
+# By whether operands are bits. As measured on an H200 (product.txt there, part 2; `python -m
+# benchmarks.tiles`); what a launch takes with all of them is left out: only differences count.
+COSTS = {
+    False: {
+        WIDE: Cost(0.57, 2.2, 1.5, 0.0),
+        MIDDLE: Cost(0.316, 1.45, 1.6, 0.0),
+        TALL: Cost(0.333, 0.0, 0.9, 1.2, 1.8),
+        NARROW: Cost(0.213, 0.0, 1.1, 0.3, 1.2),
+    },
+    True: {TALL: Cost(0.43, 1.0, 0.9, 0.8), NARROW: Cost(0.24, 0.7, 1.0, 0.0)},
+}
 
 _forced: Shape | None = None
 
@@ -100,17 +128,19 @@ def forced() -> Shape | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def shape(binary: bool, rows: int, columns: int, processors: int, turned: bool = False) -> Shape:
-    """The tiles of a product: those whose turns of the whole GPU take the least.
-
-    Of bits, whose kinds of tile differ less, small ones unless large ones have three turns; or one,
-    where heads are turned: a large tile has angles in common for more of them.
-    """
+def shape(
+    binary: bool, rows: int, columns: int, width: int, processors: int, turned: bool = False
+) -> Shape:
+    """The tiles of a product, rows of `width` bytes: those that take the least by COSTS."""
     at_once = max(1, processors // CLUSTER)
-    if binary:
-        turns = 1 if turned else 3
-        return WIDE[True] if WIDE[True].clusters(rows, columns) >= turns * at_once else NARROW
-    return min(TURN, key=lambda t: -(-t.clusters(rows, columns) // at_once) * TURN[t])
+    steps = -(-width // TILE_K)
+
+    def taken(tiles: Shape) -> float:
+        cost, turns = COSTS[binary][tiles], -(-tiles.clusters(rows, columns) // at_once)
+        computing = max(steps * cost.step, cost.writing)
+        return turns * (computing + cost.turn + turned * cost.turned) + cost.launch
+
+    return min(COSTS[binary], key=taken)
 
 
 def compile_(
@@ -213,7 +243,7 @@ def launch(
     tables don't lie as the kernel reads them.
     """
     processors, features = cuda.processors(device), columns * (1 + gate)
-    tiles = _forced or shape(binary, rows, features, processors, rotary is not None)
+    tiles = _forced or shape(binary, rows, features, width, processors, rotary is not None)
     held = min(tiles.rows, rows)  # of a tile: what lies outside of A is not asked for
     more: tuple[int, ...] = (residual,) if residual else ()
     half = 0

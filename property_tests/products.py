@@ -11,12 +11,9 @@ import quest
 from quest import lowbit, operands
 from quest.kernels import product
 
-# By name, of int8 and of single bits.
-TILES = {
-    "wide": (product.WIDE[False], product.WIDE[True]),
-    "middle": (product.MIDDLE, product.MIDDLE),
-    "narrow": (product.NARROW, product.NARROW),
-}
+# Whether operands are bits, and the kinds of tile that their products take: what is compiled.
+COMPILED = [(binary, name) for binary in product.COSTS for name, tiles in product.KINDS.items()
+            if tiles in product.COSTS[binary]]  # fmt: skip
 
 
 def operands_of(

@@ -255,8 +255,8 @@ def _frozen(name: str, rows: int) -> Launch:
 def launches() -> Iterator[tuple[str, Launch]]:
     """Names, and what to call."""
     for name in ("w1a1", "w4a4", "w8a8"):
-        binary = name == "w1a1"
-        for told, tiles in (("wide", product.WIDE[binary]), ("narrow", product.NARROW)):
+        for told in ("tall", "narrow") if name == "w1a1" else ("wide", "tall", "narrow"):
+            tiles = product.KINDS[told]
             yield f"product {name} {told}", _product(name, tiles)
             yield f"gated product {name} {told}", _product(name, tiles, torch.float16, gate=True)
             yield f"added product {name} {told}", _product(name, tiles, residual=True)

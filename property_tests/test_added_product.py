@@ -17,7 +17,7 @@ import quest
 from property_tests.fake_launches import Kept, Kernels, Stream
 from property_tests.lane_marks import every_dtype, every_lane, fewer
 from property_tests.ledger import LEDGER
-from property_tests.products import TILES, operands_of
+from property_tests.products import COMPILED, operands_of
 from property_tests.prologues import on_hopper
 from property_tests.walled import walled
 from quest import direct, frozen, fused, joint, lowbit, ops, paths, prologue, residual
@@ -202,8 +202,7 @@ def test_bits_are_told_apart() -> None:
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("tiles", ["wide", "middle", "narrow"])
-@pytest.mark.parametrize("binary", [False, True], ids=["int8", "bits"])
+@pytest.mark.parametrize(("binary", "tiles"), COMPILED)
 def test_nothing_is_spilled(binary: bool, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What ptxas says of registers: a residual takes some, beside 128 accumulators a thread."""
     core = pytest.importorskip("cuda.core", reason="cuda-core is not installed")
@@ -211,7 +210,7 @@ def test_nothing_is_spilled(binary: bool, tiles: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(cuda, "compile_", lambda *told, cached: asked.append(told[2]))
     for out, bias in ((torch.bfloat16, 0), (torch.bfloat16, 2), (torch.float32, 0)):
         product.compile_(
-            binary, hopper.CORRECTED, out, bias, TILES[tiles][binary], residual=True
+            binary, hopper.CORRECTED, out, bias, product.KINDS[tiles], residual=True
         )  # fmt: skip
         options = core.ProgramOptions(
             std="c++17", arch=hopper.ARCHITECTURE, ptxas_options="-v",
@@ -622,7 +621,7 @@ def test_what_a_block_leaves_to_its_second_norm(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.whole
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("processors", [2, 6, 132])
-@pytest.mark.parametrize("tiles", list(TILES))
+@pytest.mark.parametrize("tiles", list(product.KINDS))
 @pytest.mark.parametrize("name", ["w1a1", "w4a4", "w4a8"])
 def test_the_kernel_s_bits(
     name: str, tiles: str, processors: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -644,7 +643,7 @@ def test_the_kernel_s_bits(
             drawn = inputs.draw(("gaussian", "non_finite", "heavy")[i], (rows, columns), dtype, i)
             for how in LYING:
                 beside = _lying(drawn.cuda(), how)
-                with product.only(TILES[tiles][name == "w1a1"]), outputs.poisoned(0x55):
+                with product.only(product.KINDS[tiles]), outputs.poisoned(0x55):
                     y, h, again = (
                         lowbit.product(*made, t) for t in (None, beside, beside)
                     )  # fmt: skip
@@ -672,7 +671,7 @@ def test_nothing_is_read_or_written_beside_it(
         beside = torch.randn(rows, columns).to(dtype)
         expected = beside.cuda() + lowbit.product(*made)
         at, terms = cuda.pointer, lowbit.terms(*made[7:9], 128)
-        for tiles in (product.WIDE[False], product.MIDDLE, product.NARROW):
+        for tiles in product.KINDS.values():
             memory = torch.full((rows + 2, columns), 7.0, dtype=dtype, device="cuda")
             with walled(beside, front) as edged, product.only(tiles):
                 if edged.data_ptr() % 16:  # where `product` would copy it

@@ -60,13 +60,13 @@ def _variants() -> Iterator[Variant]:
             for dtype, out in ((None, FLOAT), (SIXTEEN, SIXTEEN), (torch.float16, torch.float16)):
                 yield made(*few.compile_(bits, tiles, cluster, out, dtype), cluster)
         for out, epilogue in ((torch.int32, hopper.RAW), (SIXTEEN, hopper.CORRECTED)):
-            for one in (*product.WIDE.values(), product.MIDDLE, product.NARROW):
-                asked = product.compile_(one == product.WIDE[True], epilogue, out, 2, one)
+            for one in product.KINDS.values():
+                binary = one == product.TALL
+                asked = product.compile_(binary, epilogue, out, 2, one)
                 yield made(*asked, product.CLUSTER, product.THREADS - 128, one.shared)
                 if epilogue != hopper.RAW:
                     # With a gate, with a residual, and with heads that are turned.
                     for more in ((True,), (False, True), (False, False, 16), (False, False, 64)):
-                        binary = one == product.WIDE[True]
                         asked = product.compile_(binary, epilogue, out, 2, one, *more)
                         yield made(*asked, product.CLUSTER, product.THREADS - 128, one.shared)
             for tile in (sparse.WIDE, sparse.NARROW):

@@ -27,11 +27,7 @@ from quest.kernels import hopper, product
 pytestmark = pytest.mark.whole
 
 MOST = 2**31 - 1
-KINDS = [
-    (tiles, gate)
-    for tiles in (*product.WIDE.values(), product.MIDDLE, product.NARROW)
-    for gate in (0, 1)
-]
+KINDS = [(tiles, gate) for tiles in product.KINDS.values() for gate in (0, 1)]
 each_kind = pytest.mark.parametrize(("tiles", "gate"), KINDS)
 
 

@@ -12,9 +12,7 @@ from quest.conformance import examine, inputs
 from quest.kernels import cuda, hopper, product
 
 pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
-NARROW, MIDDLE, WIDE, BITS = (
-    product.NARROW, product.MIDDLE, product.WIDE[False], product.WIDE[True],
-)  # fmt: skip
+NARROW, MIDDLE, WIDE, TALL = product.NARROW, product.MIDDLE, product.WIDE, product.TALL
 
 
 # Rows, columns and tiles of K: more than the ring has, and tiles that are not whole.
@@ -25,10 +23,11 @@ NARROW, MIDDLE, WIDE, BITS = (
         ("w8a8", WIDE, 300, 70, 1, torch.float32),
         ("w4a4", MIDDLE, 70, 129, 7, torch.float32),
         ("w4a4", WIDE, 257, 300, 5, torch.bfloat16),
+        ("w4a4", TALL, 129, 300, 11, torch.bfloat16),
         ("w1a8", NARROW, 1, 130, 3, torch.float16),
         ("w4a4", NARROW, 66, 5, 1, torch.bfloat16),
         ("w1a1", NARROW, 65, 137, 9, torch.float32),
-        ("w1a1", BITS, 130, 260, 6, torch.bfloat16),
+        ("w1a1", TALL, 130, 260, 6, torch.bfloat16),
     ],
 )
 def test_it_is_judged(
@@ -46,7 +45,7 @@ def test_it_is_judged(
     LEDGER.judge(lane, found, f"{name}, {tiles}, {rows} x {columns}, {dtype}")
 
 
-@pytest.mark.parametrize("tiles", [NARROW, WIDE], ids=["narrow", "wide"])
+@pytest.mark.parametrize("tiles", [NARROW, WIDE, TALL], ids=["narrow", "wide", "tall"])
 def test_a_gate_is_judged(emulator: emulated.Emulator, tiles: product.Shape) -> None:
     x, w = (inputs.draw("gaussian", (n, 256), torch.bfloat16, n) for n in (130, 300))
     with product.only(tiles):

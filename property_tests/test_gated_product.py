@@ -17,7 +17,7 @@ import quest
 from property_tests.fake_launches import Kept, Kernels, Stream
 from property_tests.lane_marks import every_lane, fewer
 from property_tests.ledger import LEDGER
-from property_tests.products import TILES, operands_of
+from property_tests.products import operands_of
 from quest import direct, eager, frozen, fused, joint, lowbit, operands, ops, paths, prologue
 from quest.conformance import examine, inputs, judges
 from quest.conformance.lanes import Lane, no_product
@@ -185,7 +185,7 @@ def _require_hopper() -> None:
 @pytest.mark.whole
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("processors", [2, 6, 132])
-@pytest.mark.parametrize("tiles", list(TILES))
+@pytest.mark.parametrize("tiles", list(product.KINDS))
 @pytest.mark.parametrize("name", ["w1a1", "w4a4", "w4a8"])
 def test_it_is_the_product_and_its_gate(
     name: str, tiles: str, processors: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -205,7 +205,7 @@ def test_it_is_the_product_and_its_gate(
                 t.cuda() if isinstance(t, Tensor) else t
                 for t in operands_of(name, x, w, added, dtype)
             ]
-            with product.only(TILES[tiles][name == "w1a1"]):
+            with product.only(product.KINDS[tiles]):
                 y, found = lowbit.product(*made), gated_product(*made)
             spec, kind = quest.recipe("w4a4").activation.spec, "integers"
             shown = prologue.gated_encode_shown(y[:, :columns], y[:, columns:], spec, kind)[3]
@@ -227,7 +227,7 @@ def test_columns_that_fill_no_tile() -> None:
             memory = torch.full((72 * columns,), 7.0, dtype=torch.bfloat16, device="cuda")
             terms = lowbit.terms(*made[7:9], 256)
             a, b, at = made[0], made[1], cuda.pointer
-            for tiles in (*product.WIDE.values(), product.MIDDLE, product.NARROW):
+            for tiles in product.KINDS.values():
                 memory.fill_(7.0)
                 with product.only(tiles):
                     product.launch(

@@ -271,7 +271,7 @@ def test_warps_of_few_rows() -> None:
 @pytest.mark.parametrize(
     ("tiles", "rows_", "shared"),
     [
-        (product.WIDE[False], 128, 223312), (product.WIDE[True], 64, 231520),
+        (product.WIDE, 128, 223312), (product.TALL, 64, 231520),
         (product.MIDDLE, 128, 220272), (product.NARROW, 64, 220304),
     ],
 )  # fmt: skip

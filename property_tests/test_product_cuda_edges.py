@@ -92,7 +92,7 @@ def test_tiles_of_as_many_steps_as_there_are_stages(
     the place of what they have yet to read. Rows of odd lengths take them longest to write.
     """
     monkeypatch.setattr(cuda, "processors", lambda _: 2)
-    for seed, tiles in enumerate((product.WIDE[False], product.NARROW)):
+    for seed, tiles in enumerate((product.WIDE, product.TALL, product.NARROW)):
         sizes = (2 * tiles.rows, 5 * tiles.columns + 13)
         a, b = (inputs.integers("random", n, product.TILE_K * tiles.stages, seed) for n in sizes)
         with product.only(tiles):
@@ -159,7 +159,7 @@ def test_one_half_of_a_team_has_less_to_write(
     monkeypatch.setattr(cuda, "processors", lambda _: 2)
     x, w = (inputs.draw("gaussian", (n, 61), torch.float32, n) for n in (60, 1537))
     w *= 2.0 ** (torch.arange(1537) % 9)[:, None]  # scales of neighbours, and of tiles, differ
-    with product.only(product.WIDE[False]):
+    with product.only(product.WIDE):
         _judged(place, name, _operands(name, x, w), None, 61)
 
 
@@ -207,7 +207,7 @@ def _ends(n: int, width: int, low: int, high: int) -> Tensor:
     return made.to(torch.int8)
 
 
-@pytest.mark.parametrize("tiles", [product.WIDE[False], product.NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize("tiles", product.KINDS.values(), ids=product.KINDS)
 @pytest.mark.parametrize("width", [32768, 33040, 65536])
 @pytest.mark.parametrize("other", ["codes", "integers"])
 def test_codes_at_their_ends_in_long_rows(

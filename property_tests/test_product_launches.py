@@ -181,26 +181,26 @@ CASES = [
     Case(BYTES, (1024, 12288, 16), hopper.CORRECTED, torch.float16, torch.bfloat16, 132, None,
          (2, 4, 256), 132),
     # Three turns of 66 pairs of 64 rows of bits; an odd multiprocessor has no cluster.
-    Case(BITS, (128 * 198, 1, 16), hopper.CORRECTED, torch.float32, torch.float16, 133, None,
+    Case(BITS, (128 * 198, 129, 16), hopper.CORRECTED, torch.float32, torch.float16, 133, None,
          (1, 5, 256), 132),
     # Rows that are filled up; two clusters for six pairs of tiles.
-    Case(BYTES, (600, 300, 33), hopper.PLAIN, torch.float32, None, 5, product.WIDE[False],
+    Case(BYTES, (600, 300, 33), hopper.PLAIN, torch.float32, None, 5, product.WIDE,
          (2, 4, 256), 4),
     # Three pairs of 128 rows and two tiles of 128 columns of a gate and of a value.
     Case(BYTES, (513, 258, 48), hopper.PLAIN, torch.bfloat16, torch.float16, 132,
-         product.WIDE[False], (2, 4, 256), 12, True),
+         product.WIDE, (2, 4, 256), 12, True),
     # Of a gate and a value as many tiles as of a product of both: here three turns of bits.
     Case(BITS, (128 * 198, 256, 16), hopper.CORRECTED, torch.float16, None, 132, None,
          (1, 5, 256), 132, True),
     # A residual has the tiles of the product alone.
     Case(BITS, (70, 9, 16), hopper.CORRECTED, torch.bfloat16, torch.float16, 132, None,
          (1, 8, 128), 2, residual=True),
-    Case(BYTES, (513, 258, 48), hopper.PLAIN, torch.float32, None, 132, product.WIDE[False],
+    Case(BYTES, (513, 258, 48), hopper.PLAIN, torch.float32, None, 132, product.WIDE,
          (2, 4, 256), 12, residual=True),
     # So have heads that are turned, of integers.
     Case(BITS, (70, 256, 16), hopper.CORRECTED, torch.bfloat16, torch.float16, 132, None,
          (1, 8, 128), 4, rotary=(35, 64, 128)),
-    Case(BYTES, (513, 258, 48), hopper.PLAIN, torch.float16, None, 132, product.WIDE[False],
+    Case(BYTES, (513, 258, 48), hopper.PLAIN, torch.float16, None, 132, product.WIDE,
          (2, 4, 256), 12, rotary=(513, 128, 256)),
     # Of bits they have large tiles from one turn on.
     Case(BITS, (128 * 66, 256, 16), hopper.CORRECTED, torch.bfloat16, None, 132, None,
@@ -389,7 +389,7 @@ def test_that_shared_memory_holds_what_the_sources_lay_out(out_size: int) -> Non
         return read(source, tuple(macros.items())).names
 
     out = hopper.OUT[torch.bfloat16 if out_size == 2 else torch.float32]
-    for one in (*product.WIDE.values(), product.MIDDLE, product.NARROW):
+    for one in product.KINDS.values():
         at = constants(
             "product.cu", OUT=out, TILE_N=one.columns, TILE_K=128, TEAM=one.team,
             STAGES=one.stages, CLUSTER=2, CONSUMERS=2,
@@ -476,26 +476,6 @@ def test_that_no_word_holds_an_entry_twice(dtype: torch.dtype, gate: int) -> Non
     # once for far ones.
     assert len(words) == 2 * (32 + 16 * gate)
     assert all(low != high for low, high in words)
-
-
-def test_the_tiles_of_bits_where_a_single_cluster_runs() -> None:
-    """Large ones from three turns on, of one pair of tiles of 64 x 256 each."""
-    for processors in (1, 2, 3):
-        assert product.shape(True, 128, 3 * 256, processors) == product.WIDE[True]
-        assert product.shape(True, 128, 2 * 256, processors) == product.NARROW
-        assert product.shape(True, 3 * 128, 256, processors) == product.WIDE[True]
-
-
-def test_the_tiles_of_bits_whose_heads_are_turned() -> None:
-    """Large ones from one turn on; integers have those that they had."""
-    wide, rows = product.WIDE[True], 2 * product.WIDE[True].rows * 66
-    assert product.shape(True, rows, 1, 132, True) == wide
-    assert product.shape(True, rows - 2 * wide.rows, 1, 132, True) == product.NARROW
-    assert product.shape(True, rows, 1, 132) == product.NARROW
-    for rows, columns in ((64, 4096), (512, 6144), (1024, 6144), (4096, 6144)):
-        assert product.shape(False, rows, columns, 132, True) == product.shape(
-            False, rows, columns, 132
-        )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from property_tests import emulated, far_scales
 from property_tests.lane_marks import every_lane, fewer
 from property_tests.ledger import LEDGER
 from property_tests.places import CPU, Place
-from property_tests.products import TILES, operands_of
+from property_tests.products import COMPILED, operands_of
 from quest import lowbit, rotated_product
 from quest.conformance import examine, inputs, judges
 from quest.conformance.lanes import Lane, no_product
@@ -207,8 +207,7 @@ def test_opcheck(shape: tuple[int, int]) -> None:
 
 @pytest.mark.whole
 @each_head
-@pytest.mark.parametrize("tiles", list(TILES))
-@pytest.mark.parametrize("binary", [False, True], ids=["int8", "bits"])
+@pytest.mark.parametrize(("binary", "tiles"), COMPILED)
 def test_nothing_is_spilled(
     binary: bool, tiles: str, head: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,7 +221,7 @@ def test_nothing_is_spilled(
     ):  # fmt: skip
         if binary and epilogue == hopper.PLAIN:
             continue
-        product.compile_(binary, epilogue, out, bias, TILES[tiles][binary], rotary=head // 2)
+        product.compile_(binary, epilogue, out, bias, product.KINDS[tiles], rotary=head // 2)
         options = core.ProgramOptions(
             std="c++17", arch=hopper.ARCHITECTURE, ptxas_options="-v",
             define_macro=[(name, str(value)) for name, value in asked[-1].items()],
@@ -242,6 +241,7 @@ def on_hopper(place: Place) -> Place:
 # Sequences, positions, heads that are turned, and columns behind them.
 SHAPES = {
     "wide": ((3, 47, 3, 70), (1, 257, 2, 128)),
+    "tall": ((3, 47, 3, 70), (1, 257, 2, 128)),
     "middle": ((1, 1, 1, 0), (2, 65, 4, 1)),
     "narrow": ((1, 70, 0, 40), (5, 27, 5, 24)),
 }
@@ -249,7 +249,7 @@ SHAPES = {
 
 @pytest.mark.whole
 @each_head
-@pytest.mark.parametrize("tiles", list(TILES))
+@pytest.mark.parametrize("tiles", list(product.KINDS))
 @pytest.mark.parametrize("name", ["w1a1", "w4a4"])
 def test_the_kernel_s_bits(
     name: str, tiles: str, head: int, on_hopper: Place, monkeypatch: pytest.MonkeyPatch
@@ -271,7 +271,7 @@ def test_the_kernel_s_bits(
         made = operands_of(name, x, w, bias, dtype)
         made = [t.to(device) if isinstance(t, Tensor) else t for t in made]
         cos, sin = (t.to(device) for t in angles(positions, head))
-        with product.only(TILES[tiles][name == "w1a1"]), outputs.poisoned(0x55):
+        with product.only(product.KINDS[tiles]), outputs.poisoned(0x55):
             y = on_hopper.operators.product(*made)
             h = on_hopper.operators.rotated_product(*made, cos, sin, turned)
         assert same(h.cpu(), turned_by(y.cpu(), cos.cpu(), sin.cpu(), turned))

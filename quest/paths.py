@@ -43,12 +43,12 @@ SPARSE_ROWS = 512
 FUSED_ELEMENTS = 3 * 2**12
 
 # Elements of an input in inference that are quantized a row a thread block. From there on eight
-# Hadamard blocks a warp are faster (the H200's quantizer.txt, part 4): 512 rows of 4096, 190 of
-# 11008. A compiled sum and its norm before so few are the compiler's: these and this kernel take
-# less than one for all three (prefill.txt).
-OPERAND_ELEMENTS = 2**21
+# Hadamard blocks a warp are faster (the H200's quantizer.txt, part 11): 512 rows of 2048 take both
+# 2.9 us, 1024 the one 3.9 and the other 3.6; 256 of 5632 the one 3.6 and the other 4.4.
+OPERAND_ELEMENTS = 3 * 2**19
 # The same behind a norm: 1024 rows of 2048 take both 7.2 us, 2048 the one 11.5 and the other 9.9
-# (there, part 9).
+# (there, part 9). A compiled sum and its norm before so few are the compiler's: these and a
+# quantizer take less than one kernel for all three (prefill.txt).
 NORM_ELEMENTS = 2**21
 
 _forced: str | None = None

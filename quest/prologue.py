@@ -321,7 +321,7 @@ def _held(layers: Sequence[nn.Module], x: Tensor, summed: bool = False) -> froze
     if held is None or held.operand is None:
         return None
     if torch.compiler.is_compiling() and (
-        paths.fuses(x, held.few) or (summed and paths.has_few_rows(x))
+        paths.fuses(x, held.few) or (summed and paths.norms_few_rows(x))
     ):
         return None
     # Without autocast x has the weight's dtype: `check` has looked.
@@ -403,11 +403,12 @@ def normed(
     x, residual: (..., in) floats of one shape. Where no gradient is asked for, both have one dtype,
     `norm` is a `torch.nn.RMSNorm` with a weight and without hooks, and `layers` are frozen
     `quest.Linear`s, stacked if several, that multiply integers, one kernel adds, normalises, rounds
-    once and quantizes; not compiled where there are a residual and few rows (`paths.has_few_rows`),
-    nor of rows so few that one kernel quantizes and multiplies them. Elsewhere these are
-    operations one after another, as in `quest.together`, and h has the dtype of a sum: under
-    autocast a residual stream is float32. Raises TypeError and ValueError for an x and a residual
-    of other shapes or devices, for a norm that is no module, and what `quest.together` raises.
+    once and quantizes; not compiled where there are a residual and few rows
+    (`paths.norms_few_rows`), nor of rows so few that one kernel quantizes and multiplies them.
+    Elsewhere these are operations one after another, as in `quest.together`, and h has the dtype of
+    a sum: under autocast a residual stream is float32. Raises TypeError and ValueError for an x and
+    a residual of other shapes or devices, for a norm that is no module, and what `quest.together`
+    raises.
     """
     return behind_norm(x, norm, layers, residual, False, rotary)
 

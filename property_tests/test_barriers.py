@@ -14,7 +14,10 @@ from property_tests import sanitized
 LAUNCHES = (
     "product w4a4 narrow",
     "product w4a4 middle",
-    "product w1a1 wide",
+    "product w1a1 tall",
+    "product w4a4 tall",
+    "gated product w8a8 tall",
+    "rotated product w4a4 tall",
     "gated product w4a4 wide",
     "gated product w1a1 narrow",
     "added product w4a4 wide",

@@ -26,7 +26,7 @@ from torch import Tensor
 import quest
 from quest import lowbit, operands
 from quest.gated_product import launch_gated_product
-from quest.kernels import hopper, product
+from quest.kernels import cuda, hopper, product
 from quest.rotated_product import launch_rotated_product
 
 # In, out, and what follows: of the 1.6B model's layers, and of others by themselves.
@@ -65,8 +65,14 @@ def _took(graph: torch.cuda.CUDAGraph) -> float:
     return start.elapsed_time(end) * 1e3 / LAUNCHES
 
 
-def measure(recipe: str, rows: int, width: int, columns: int, then: str) -> dict[str, float]:
-    """us of a product by each kind of tile that its operands take."""
+def measure(
+    recipe: str, rows: int, width: int, columns: int, then: str, device: torch.device
+) -> dict[str, float]:
+    """us of a product by each kind of tile that its operands take.
+
+    then: "turned", the first two thirds of its columns, in heads of HEAD; "gated", "added" or "".
+    RuntimeError where two kinds have other numbers.
+    """
     made = quest.recipe(recipe)
     pair = (made.activation, made.weight)
     kinds = operands.kinds(*pair)
@@ -74,15 +80,15 @@ def measure(recipe: str, rows: int, width: int, columns: int, then: str) -> dict
     names = ",".join(q.require_grid().name for q in pair), ",".join(kinds)
 
     def encoded(n: int, of: int) -> Made:
-        x = torch.randn(n, width, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(n, width, device=device, dtype=torch.bfloat16)
         return lowbit.encode(x, pair[of].spec, kinds[of])
 
     binary = kinds[0] == "bits"
     count = max(3, min(MOST_WEIGHTS, int(COLD / (columns * width / (8 if binary else 1)))))
     weights = [encoded(columns, 1) for _ in range(count)]
     inputs = [encoded(rows, 0) for _ in range(3)]
-    beside = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
-    angles = torch.randn(POSITIONS, HEAD // 2, device="cuda")
+    beside = torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
+    angles = torch.randn(min(POSITIONS, rows), HEAD // 2, device=device)
     turned = angles.cos(), angles.sin(), columns // 3 * 2
 
     def run(i: int) -> Tensor:
@@ -130,11 +136,8 @@ def main(out: Path | None) -> None:
     """Time every kind of tile of a product, at the shapes of models' layers."""
     if out is not None and not out.parent.is_dir():
         raise click.BadParameter(f"there is no folder {out.parent}", param_hint="--out")
-    device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
-    if reason := hopper.unavailable(device):
-        raise click.ClickException(f"products of integers need a Hopper GPU: {reason}")
     random.seed(0)
-    rows = list(_rows(torch.cuda.get_device_properties(device).multi_processor_count))
+    rows = list(_rows(_device()))
     if out is None:
         _write(sys.stdout, rows)
         return
@@ -143,9 +146,17 @@ def main(out: Path | None) -> None:
     click.echo(f"wrote {out}", err=True)
 
 
-def _rows(processors: int) -> Iterator[dict[str, object]]:
+def _device() -> torch.device:
+    device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    if reason := hopper.unavailable(device):
+        raise click.ClickException(f"products of integers need a Hopper GPU: {reason}")
+    return device
+
+
+def _rows(device: torch.device) -> Iterator[dict[str, object]]:
+    processors = cuda.processors(device.index)
     for recipe, (width, columns, then), rows in product_of(("w4a4", "w1a1"), SHAPES, ROWS):
-        took = measure(recipe, rows, width, columns, then)
+        took = measure(recipe, rows, width, columns, then, device)
         taken = chosen(recipe, rows, width, columns, then, processors)
         best = min(took, key=lambda name: took[name])
         click.echo(

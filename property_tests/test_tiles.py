@@ -1,0 +1,84 @@
+"""`python -m benchmarks.tiles`: what it times, and what it says of wrong arguments."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor
+
+from benchmarks import tiles
+from property_tests.places import CPU, Place
+from quest.kernels import cuda, hopper, product
+
+SHAPES = ((64, 384, "turned"), (48, 96, ""), (48, 96, "added"), (64, 64, "gated"))
+
+
+@pytest.fixture
+def somewhere(place: Place, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """Small shapes; on a CPU a call stands for a graph of twelve, and takes a second."""
+    if reason := hopper.unavailable(torch.device(place.device)):
+        pytest.skip(reason)
+    monkeypatch.setattr(tiles, "SHAPES", SHAPES)
+    monkeypatch.setattr(tiles, "ROWS", (70,))
+    monkeypatch.setattr(tiles, "COLD", 0)
+    monkeypatch.setattr(cuda, "processors", lambda _: 4)
+    if place is CPU:
+        monkeypatch.setattr(tiles, "_graph", lambda run: run(1))
+        monkeypatch.setattr(tiles, "_took", lambda _: 1.0)
+        monkeypatch.setattr(tiles, "_device", lambda: torch.device("cpu"))
+    return place
+
+
+def test_the_table(somewhere: Place, tmp_path: Path) -> None:
+    """A line of each case, and times of the kinds of tile that are used for it."""
+    out = tmp_path / "tiles.csv"
+    ran = CliRunner().invoke(tiles.main, ["--out", str(out)], catch_exceptions=False)
+    assert ran.exit_code == 0, ran.output
+    with out.open(newline="", encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    assert [(row["recipe"], row["in"], row["out"], row["then"]) for row in found] == [
+        (recipe, str(width), str(columns), then)
+        for recipe in ("w4a4", "w1a1")
+        for width, columns, then in SHAPES
+    ]
+    for row in found:
+        used = product.COSTS[row["recipe"] == "w1a1"]
+        for name, kind in product.KINDS.items():
+            assert (float(row[name]) > 0) if kind in used else row[name] == ""
+
+
+@pytest.mark.parametrize("then", ["", "gated"])
+def test_other_numbers_are_refused(
+    then: str, somewhere: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kind of tile with another product than the first is no time."""
+    real: Callable[..., Tensor] = product.product
+    monkeypatch.setattr(
+        product, "product",
+        lambda *told, **more: real(*told, **more) + (product.forced() == product.TALL),
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="tall tiles have other numbers: w4a4, 70 rows"):
+        tiles.measure("w4a4", 70, 64, 64, then, torch.device(somewhere.device))
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    """Before anything is measured."""
+    ran = CliRunner().invoke(tiles.main, ["--out", str(tmp_path / "none" / "tiles.csv")])
+    assert ran.exit_code == 2
+    assert "there is no folder" in ran.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(tmp_path: Path) -> None:
+    """And what was there stays."""
+    out = tmp_path / "tiles.csv"
+    out.write_text("kept")
+    ran = CliRunner().invoke(tiles.main, ["--out", str(out)])
+    assert ran.exit_code == 1
+    assert "need a Hopper GPU: there is no CUDA device" in ran.output
+    assert out.read_text() == "kept"

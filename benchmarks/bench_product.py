@@ -107,7 +107,7 @@ def _time(
     def judge(lane: Lane, name: str) -> list[Verdict]:
         x = gate.normal(GATE_ROWS, width, name)
         w = gate.normal(GATE_COLUMNS, width, "gaussian", seed=1)
-        with gate.tiles_of(made, rows, columns, width):
+        with gate.tiles_of(made, rows, columns, width, turned is not None):
             beside = gate.normal(GATE_ROWS, GATE_COLUMNS, name, seed=2) if add else None
             rotary = None
             if turned is not None:  # of two sequences a head, and what is none

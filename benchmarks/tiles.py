@@ -1,16 +1,18 @@
 """What each kind of tile of a product takes: `python -m benchmarks.tiles`, a table in us.
 
-    python -m benchmarks.tiles --out benchmarks/records/nvidia-h200/tiles.csv
+    python -m benchmarks.tiles --out tiles.csv
 
-From it come the costs by which `kernels/product.py` chooses (COSTS). Twelve launches one after
-another as a CUDA graph, of weights that are not in the L2 cache, kinds in random order, medians.
-Before a kind is timed its product is compared with another kind's: all bits are to be the same.
-Nothing is judged here: `pytest benchmarks/` does that.
+Of such times are the costs made by which `kernels/product.py` chooses (COSTS; those in use are of a
+trial, records/nvidia-h200/product.txt). Launches one after another as a CUDA graph, each with a
+weight that has left the L2 cache since it was last read; kinds in random order, medians. Before a
+kind is timed its product with the first weight is compared with another kind's: all bits are to be
+the same. Nothing is judged here: `pytest benchmarks/` does that.
 """
 
 from __future__ import annotations
 
 import csv
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -36,33 +38,32 @@ SHAPES = (
     (4096, 22016, ""), (11008, 4096, ""),
 )  # fmt: skip
 ROWS = (64, 128, 256, 512, 1024, 2048, 4096, 16384)
-COLD = 160e6  # bytes of weights in turn: three L2 caches
-MOST_WEIGHTS = 24
-LAUNCHES, ROUNDS = 12, 8
+COLD = 160e6  # bytes of weights in turn, at least: three L2 caches
+LAUNCHES, ROUNDS = 12, 8  # of a graph, at least
 HEAD, POSITIONS = 128, 512
 FIELDS = ("recipe", "rows", "in", "out", "then", *product.KINDS)
 
 Made = tuple[Tensor, Tensor, Tensor, Tensor]  # operand, scale, mask, sums
 
 
-def _graph(run: Callable[[int], Tensor]) -> torch.cuda.CUDAGraph:
+def _graph(run: Callable[[int], Tensor], launches: int) -> torch.cuda.CUDAGraph:
     run(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for i in range(LAUNCHES):
+        for i in range(launches):
             run(i)
     return graph
 
 
-def _took(graph: torch.cuda.CUDAGraph) -> float:
+def _took(graph: torch.cuda.CUDAGraph, launches: int) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(100_000)  # until both are queued
+    torch.cuda._sleep(2_000_000)  # a millisecond, until all is queued
     start.record()
     graph.replay()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) * 1e3 / LAUNCHES
+    return start.elapsed_time(end) * 1e3 / launches
 
 
 def measure(
@@ -84,7 +85,7 @@ def measure(
         return lowbit.encode(x, pair[of].spec, kinds[of])
 
     binary = kinds[0] == "bits"
-    count = max(3, min(MOST_WEIGHTS, int(COLD / (columns * width / (8 if binary else 1)))))
+    count = max(LAUNCHES, math.ceil(COLD / (columns * width / (8 if binary else 1))))
     weights = [encoded(columns, 1) for _ in range(count)]
     inputs = [encoded(rows, 0) for _ in range(3)]
     beside = torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
@@ -92,7 +93,7 @@ def measure(
     turned = angles.cos(), angles.sin(), columns // 3 * 2
 
     def run(i: int) -> Tensor:
-        (a, a_scale, _, a_sums), (b, b_scale, _, b_sums) = inputs[i % 3], weights[i % count]
+        (a, a_scale, _, a_sums), (b, b_scale, _, b_sums) = inputs[i % 3], weights[i]
         told = (a, b, a_scale, b_scale, a_sums, b_sums, None, *names, width, torch.bfloat16)
         if then == "turned":
             return launch_rotated_product(*told, *turned)
@@ -109,11 +110,11 @@ def measure(
             first = y if first is None else first
             if not torch.equal(first, y):
                 raise RuntimeError(f"{name} tiles have other numbers: {recipe}, {rows} rows")
-            graphs[name] = _graph(run)
+            graphs[name] = _graph(run, count)
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for turn in range(ROUNDS + 1):
         for name in random.sample(list(graphs), len(graphs)):
-            took = _took(graphs[name])
+            took = _took(graphs[name], count)
             if turn:
                 times[name].append(took)
     return {name: median(each) for name, each in times.items()}

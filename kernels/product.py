@@ -86,26 +86,30 @@ class Cost(NamedTuple):
     """What tiles take, in us: by 128 bytes of K; by turn of the whole GPU, alone and for heads that
     are turned; and by launch: of what does not hide behind the tensor cores' work.
 
-    writing: what does hide, where the tensor cores have so long.
+    writing: what does hide, where the tensor cores have so long; reckoned from single bits'.
     """
 
     step: float
     turn: float
     turned: float
     launch: float
-    writing: float = 0.0
+    writing: float
 
 
-# By whether operands are bits. As measured on an H200 (product.txt there, part 2; `python -m
-# benchmarks.tiles`); what a launch takes with all of them is left out: only differences count.
+# By whether operands are bits. As measured on an H200 (product.txt there, part 2): int8 of K from
+# 1024 to 11008 and 64 rows on, bits of K of 2048 and 5632 and 512 rows on. What a launch takes with
+# all of them is left out: only differences count. `python -m benchmarks.tiles` measures such times.
 COSTS = {
     False: {
-        WIDE: Cost(0.57, 2.2, 1.5, 0.0),
-        MIDDLE: Cost(0.316, 1.45, 1.6, 0.0),
+        WIDE: Cost(0.57, 2.2, 1.5, 0.0, 0.0),
+        MIDDLE: Cost(0.316, 1.45, 1.6, 0.0, 0.0),
         TALL: Cost(0.333, 0.0, 0.9, 1.2, 1.8),
         NARROW: Cost(0.213, 0.0, 1.1, 0.3, 1.2),
     },
-    True: {TALL: Cost(0.43, 1.0, 0.9, 0.8), NARROW: Cost(0.24, 0.7, 1.0, 0.0)},
+    True: {
+        TALL: Cost(0.43, 1.0, 0.9, 0.95, 0.0),
+        NARROW: Cost(0.235, 0.7, 1.0, 0.0, 0.0),
+    },
 }
 
 _forced: Shape | None = None
@@ -129,7 +133,7 @@ def forced() -> Shape | None:
 
 @functools.lru_cache(maxsize=4096)
 def shape(
-    binary: bool, rows: int, columns: int, width: int, processors: int, turned: bool = False
+    binary: bool, rows: int, columns: int, width: int, processors: int, turned: bool
 ) -> Shape:
     """The tiles of a product, rows of `width` bytes: those that take the least by COSTS."""
     at_once = max(1, processors // CLUSTER)

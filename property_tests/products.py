@@ -16,6 +16,13 @@ COMPILED = [(binary, name) for binary in product.COSTS for name, tiles in produc
             if tiles in product.COSTS[binary]]  # fmt: skip
 
 
+def kinds_of(*recipes: str) -> list[tuple[str, str]]:
+    """(recipe, kind of tile) for each kind that its products take."""
+    return [
+        (name, tiles) for name in recipes for bits, tiles in COMPILED if bits == (name == "w1a1")
+    ]
+
+
 def operands_of(
     name: str, x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> list[Any]:

@@ -17,7 +17,7 @@ import quest
 from property_tests.fake_launches import Kept, Kernels, Stream
 from property_tests.lane_marks import every_dtype, every_lane, fewer
 from property_tests.ledger import LEDGER
-from property_tests.products import COMPILED, operands_of
+from property_tests.products import COMPILED, kinds_of, operands_of
 from property_tests.prologues import on_hopper
 from property_tests.walled import walled
 from quest import direct, frozen, fused, joint, lowbit, ops, paths, prologue, residual
@@ -621,8 +621,7 @@ def test_what_a_block_leaves_to_its_second_norm(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.whole
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("processors", [2, 6, 132])
-@pytest.mark.parametrize("tiles", list(product.KINDS))
-@pytest.mark.parametrize("name", ["w1a1", "w4a4", "w4a8"])
+@pytest.mark.parametrize(("name", "tiles"), kinds_of("w1a1", "w4a4", "w4a8"))
 def test_the_kernel_s_bits(
     name: str, tiles: str, processors: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ import quest
 from property_tests.fake_launches import Kept, Kernels, Stream
 from property_tests.lane_marks import every_lane, fewer
 from property_tests.ledger import LEDGER
-from property_tests.products import operands_of
+from property_tests.products import kinds_of, operands_of
 from quest import direct, eager, frozen, fused, joint, lowbit, operands, ops, paths, prologue
 from quest.conformance import examine, inputs, judges
 from quest.conformance.lanes import Lane, no_product
@@ -185,8 +185,7 @@ def _require_hopper() -> None:
 @pytest.mark.whole
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("processors", [2, 6, 132])
-@pytest.mark.parametrize("tiles", list(product.KINDS))
-@pytest.mark.parametrize("name", ["w1a1", "w4a4", "w4a8"])
+@pytest.mark.parametrize(("name", "tiles"), kinds_of("w1a1", "w4a4", "w4a8"))
 def test_it_is_the_product_and_its_gate(
     name: str, tiles: str, processors: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

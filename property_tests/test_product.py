@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import quest
 from property_tests.lane_marks import every_lane, fewer
 from property_tests.ledger import LEDGER
-from property_tests.products import COMPILED
+from property_tests.products import COMPILED, kinds_of
 from quest import lowbit, operands, packing
 from quest.conformance import examine, inputs, judges, oracle
 from quest.conformance.lanes import Lane, no_product
@@ -315,11 +315,10 @@ def test_the_judges_of_the_product_bite() -> None:
 @pytest.mark.parametrize(
     "shape", [(1, 1, 16), (257, 511, 400), (700, 1100, 1168), (2048, 900, 640)]
 )
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
 @pytest.mark.parametrize("processors", [2, 6, 132])
-@pytest.mark.parametrize("tiles", list(product.KINDS))
+@pytest.mark.parametrize(("binary", "tiles"), COMPILED)
 def test_every_kind_of_tile(
-    tiles: str, processors: int, dtype: torch.dtype, shape: tuple[int, int, int], kind: str,
+    binary: bool, tiles: str, processors: int, shape: tuple[int, int, int], kind: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """On few processors a cluster has many tiles: both teams, every lap of the ring, all groups."""
@@ -327,6 +326,7 @@ def test_every_kind_of_tile(
         pytest.skip(str(hopper.unavailable(torch.device("cuda", torch.cuda.current_device()))))
     monkeypatch.setattr(cuda, "processors", lambda _: processors)
     g = torch.Generator().manual_seed(0)
+    dtype = torch.uint8 if binary else torch.int8
     a, b = (_bytes(kind, n, shape[2], dtype, g) for n in shape[:2])
     with product.only(product.KINDS[tiles]):
         acc = lowbit.accumulate(a.cuda(), b.cuda()).cpu()
@@ -335,8 +335,7 @@ def test_every_kind_of_tile(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.whole
-@pytest.mark.parametrize("name", ["w1a1", "w4a4", "w8a8"])
-@pytest.mark.parametrize("tiles", list(product.KINDS))
+@pytest.mark.parametrize(("name", "tiles"), kinds_of("w1a1", "w4a4", "w8a8"))
 @pytest.mark.parametrize(
     ("shape", "dtype", "added"),
     [((600, 1100, 136), torch.bfloat16, torch.float16),
@@ -361,8 +360,7 @@ def test_many_tiles_of_a_cluster(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("name", ["w1a1", "w4a4", "w8a8"])
-@pytest.mark.parametrize("tiles", list(product.KINDS))
+@pytest.mark.parametrize(("name", "tiles"), kinds_of("w1a1", "w4a4", "w8a8"))
 def test_a_far_scale_leaves_other_rows_alone(tiles: str, name: str) -> None:
     """Those of its warp, and those that the last tile, which begins early, has once more."""
     if hopper.unavailable(torch.device("cuda", torch.cuda.current_device())) is not None:
@@ -432,25 +430,44 @@ def test_every_variant_compiles_without_a_gpu(
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "records" / "nvidia-h200" / "tiles.csv"
 
 
-def _measured() -> list[dict[str, str]]:
-    with MEASURED.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-@pytest.mark.parametrize("case", _measured(), ids=lambda case: "-".join(list(case.values())[:5]))
-def test_the_choice_of_tiles(case: dict[str, str]) -> None:
-    """Of each case that was measured: at most 7 percent longer than the best kind of tile."""
+def _loss(case: dict[str, str]) -> float:
+    """By how much the kind of tile that a measured case takes is longer than the best."""
     rows, width, columns = (int(case[name]) for name in ("rows", "in", "out"))
     binary = case["recipe"] == "w1a1"
     took = {kind: float(case[name]) for name, kind in product.KINDS.items() if case[name]}
     assert set(took) == set(product.COSTS[binary])
     bytes_ = width // 8 if binary else width
     taken = product.shape(binary, rows, columns, bytes_, 132, case["then"] == "turned")
-    assert took[taken] <= 1.07 * min(took.values())
+    return took[taken] / min(took.values())
+
+
+def test_the_choice_of_tiles() -> None:
+    """Of 88 cases that were measured one takes 7 percent longer than it could, the others 4."""
+    with MEASURED.open(newline="", encoding="utf-8") as file:
+        losses = sorted(map(_loss, csv.DictReader(file)))
+    assert len(losses) == 88
+    assert losses[-1] <= 1.07
+    assert losses[-2] <= 1.041
 
 
 def test_the_tiles_of_a_product_smaller_than_a_cluster() -> None:
-    """And of a GPU that has not two multiprocessors."""
     for binary in (False, True):
-        assert product.shape(binary, 1, 1, 16, 132) == product.NARROW
-        assert product.shape(binary, 64, 64, 16, 1) == product.NARROW
+        assert product.shape(binary, 1, 1, 16, 132, False) == product.NARROW
+        assert product.shape(binary, 64, 64, 16, 1, False) == product.NARROW
+
+
+def test_the_tiles_follow_what_a_turn_has_to_do() -> None:
+    """With heads to turn fewer turns, with more of K the team's tile: 512 and 1024 rows of int8."""
+    wide, tall, narrow = product.WIDE, product.TALL, product.NARROW
+    assert product.shape(False, 512, 6144, 2048, 132, False) == narrow
+    assert product.shape(False, 512, 6144, 2048, 132, True) == wide
+    assert product.shape(False, 1024, 11264, 2048, 132, False) == tall
+    assert product.shape(False, 1024, 11264, 4096, 132, False) == wide
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_the_tiles_where_one_cluster_runs_at_a_time(binary: bool) -> None:
+    """Of one multiprocessor, which has none, as of two and three; of four two run."""
+    case = (binary, 256, 256, 256)
+    one, few, odd, more = (product.shape(*case, n, False) for n in (1, 2, 3, 4))
+    assert one == few == odd != more

@@ -180,7 +180,11 @@ CASES = [
     # More tiles than the GPU takes at a time: 4 * 48 pairs, 66 clusters.
     Case(BYTES, (1024, 12288, 16), hopper.CORRECTED, torch.float16, torch.bfloat16, 132, None,
          (2, 4, 256), 132),
-    # Three turns of 66 pairs of 64 rows of bits; an odd multiprocessor has no cluster.
+    # The same with more of K, whose tiles are a consumer's each: 8 * 44 pairs.
+    Case(BYTES, (1024, 11264, 2048), hopper.CORRECTED, torch.float16, torch.bfloat16, 132, None,
+         (1, 5, 256), 132),
+    # Three turns of 66 pairs of 64 rows of bits, of two columns; an odd multiprocessor has no
+    # cluster.
     Case(BITS, (128 * 198, 129, 16), hopper.CORRECTED, torch.float32, torch.float16, 133, None,
          (1, 5, 256), 132),
     # Rows that are filled up; two clusters for six pairs of tiles.
@@ -189,7 +193,7 @@ CASES = [
     # Three pairs of 128 rows and two tiles of 128 columns of a gate and of a value.
     Case(BYTES, (513, 258, 48), hopper.PLAIN, torch.bfloat16, torch.float16, 132,
          product.WIDE, (2, 4, 256), 12, True),
-    # Of a gate and a value as many tiles as of a product of both: here three turns of bits.
+    # Of a gate and a value as many tiles as of a product of both.
     Case(BITS, (128 * 198, 256, 16), hopper.CORRECTED, torch.float16, None, 132, None,
          (1, 5, 256), 132, True),
     # A residual has the tiles of the product alone.
@@ -197,12 +201,12 @@ CASES = [
          (1, 8, 128), 2, residual=True),
     Case(BYTES, (513, 258, 48), hopper.PLAIN, torch.float32, None, 132, product.WIDE,
          (2, 4, 256), 12, residual=True),
-    # So have heads that are turned, of integers.
+    # Heads that are turned, of bits and of integers.
     Case(BITS, (70, 256, 16), hopper.CORRECTED, torch.bfloat16, torch.float16, 132, None,
          (1, 8, 128), 4, rotary=(35, 64, 128)),
     Case(BYTES, (513, 258, 48), hopper.PLAIN, torch.float16, None, 132, product.WIDE,
          (2, 4, 256), 12, rotary=(513, 128, 256)),
-    # Of bits they have large tiles from one turn on.
+    # Of bits a turn of large tiles takes less than two of small ones.
     Case(BITS, (128 * 66, 256, 16), hopper.CORRECTED, torch.bfloat16, None, 132, None,
          (1, 5, 256), 132, rotary=(64 * 66, 128, 256)),
 ]  # fmt: skip

@@ -381,7 +381,9 @@ def _check_norm(
 @on_hopper
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("recipe", ["w4a4", "w1a1"])
-@pytest.mark.parametrize("rows", [40, 100, paths.NORM_ELEMENTS // 256 + 8])
+@pytest.mark.parametrize(
+    "rows", [40, 100, paths.OPERAND_ELEMENTS // 256 + 8, paths.NORM_ELEMENTS // 256 + 8]
+)
 def test_layers_behind_a_norm_on_hopper(rows: int, recipe: str, bias: bool) -> None:
     """Eagerly, compiled and from a graph: the same bits, those of the operand made alone.
 

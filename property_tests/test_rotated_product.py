@@ -17,7 +17,7 @@ from property_tests import emulated, far_scales
 from property_tests.lane_marks import every_lane, fewer
 from property_tests.ledger import LEDGER
 from property_tests.places import CPU, Place
-from property_tests.products import COMPILED, operands_of
+from property_tests.products import COMPILED, kinds_of, operands_of
 from quest import lowbit, rotated_product
 from quest.conformance import examine, inputs, judges
 from quest.conformance.lanes import Lane, no_product
@@ -249,8 +249,7 @@ SHAPES = {
 
 @pytest.mark.whole
 @each_head
-@pytest.mark.parametrize("tiles", list(product.KINDS))
-@pytest.mark.parametrize("name", ["w1a1", "w4a4"])
+@pytest.mark.parametrize(("name", "tiles"), kinds_of("w1a1", "w4a4"))
 def test_the_kernel_s_bits(
     name: str, tiles: str, head: int, on_hopper: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -306,9 +306,9 @@ def _held(layers: Sequence[nn.Module], x: Tensor, summed: bool = False) -> froze
     """The frozen weight of layers that a prologue can stand before; x: like their input.
 
     summed: by a norm of a sum. Not where something must see a layer's call or another dtype; nor,
-    compiled, where the compiler's one kernel for all that comes before and a kernel for few rows
-    take less: that which quantizes and multiplies, and behind a sum and its norm that which
-    quantizes alone.
+    compiled, where the compiler's one kernel for all that comes before and another behind it take
+    less: before few rows one that quantizes and multiplies, or, of a sum and its norm, one that
+    quantizes.
     """
     if torch.is_grad_enabled():
         return None

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.tiles`: what it times, and what it says of wrong arguments."""
+"""Tiles of products in benchmarks: those that the gate judges; and `python -m benchmarks.tiles`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from benchmarks import tiles
+from benchmarks import bench_product, gate, tiles
 from property_tests.places import CPU, Place
+from quest.conformance import examine
 from quest.kernels import cuda, hopper, product
 
 SHAPES = ((64, 384, "turned"), (48, 96, ""), (48, 96, "added"), (64, 64, "gated"))
@@ -52,6 +53,19 @@ def test_the_table(somewhere: Place, tmp_path: Path) -> None:
             assert (float(row[name]) > 0) if kind in used else row[name] == ""
 
 
+def test_two_thirds_of_the_columns_are_turned(
+    somewhere: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """q and k of q, k and v, in sequences of at most as many rows as there are."""
+    real, told = tiles.launch_rotated_product, []
+    monkeypatch.setattr(
+        tiles, "launch_rotated_product",
+        lambda *given: told.append((given[-3].shape, given[-1])) or real(*given),
+    )  # fmt: skip
+    tiles.measure("w4a4", 70, 64, 384, "turned", torch.device(somewhere.device))
+    assert set(told) == {((70, 64), 256)}
+
+
 @pytest.mark.parametrize("then", ["", "gated"])
 def test_other_numbers_are_refused(
     then: str, somewhere: Place, monkeypatch: pytest.MonkeyPatch
@@ -82,3 +96,30 @@ def test_no_gpu(tmp_path: Path) -> None:
     assert ran.exit_code == 1
     assert "need a Hopper GPU: there is no CUDA device" in ran.output
     assert out.read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "turned", "judged"),
+    [("w4a4", False, product.NARROW), ("w4a4", True, product.WIDE),
+     ("w1a1", False, product.NARROW), ("w1a1", True, product.TALL)],
+)  # fmt: skip
+def test_the_gate_judges_the_tiles_that_are_timed(
+    recipe: str, turned: bool, judged: product.Shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """512 x 2048 x 6144 on 132 multiprocessors, where heads that are turned have other tiles."""
+    monkeypatch.setattr(gate, "CUDA", True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "processors", lambda _: 132)
+    monkeypatch.setattr(bench_product, "no_product", lambda _: None)
+    monkeypatch.setattr(examine, "product", lambda *_: [product.forced()])
+    angles = torch.zeros(bench_product.POSITIONS, bench_product.HEAD // 2)
+    found: list[object] = []
+
+    def timed(**told: Callable[..., list[object]]) -> None:
+        found.extend(told["judge"](gate.lane(), "gaussian"))
+
+    bench_product._time(
+        timed, 512, 2048, 6144, recipe,
+        turned=product.Turned(angles, angles, 4096) if turned else None,
+    )  # fmt: skip
+    assert found == [judged]

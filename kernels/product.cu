@@ -112,7 +112,7 @@ struct Fetched {
       const int at = i * 128 + threadIdx.x % 128;
       to.scale[at] = scale[i];
       if (BIAS) to.bias[at] = bias_of(bias[i], BIAS);
-      if (EPILOGUE == CORRECTED) to.sum[at] = sum[i];
+      if (EPILOGUE == CORRECTED) to.sum[at] = of_column(sum[i]);
     }
   }
 
@@ -192,17 +192,19 @@ __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, 
           sum[p][j] = EPILOGUE == CORRECTED ? *(const int2 *)&columns.sum[column] : make_int2(0, 0);
         }
       }
+      u32 words[4];  // of outputs of 16 bits, for `store`
 #pragma unroll
       for (int j = 0; j < READ; j++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           char *at = stage + (lane / 4 + 8 * h) * STAGE_ROW + (8 * (first + j) + 2 * (lane % 4)) * OUT_SIZE;
+          u32 &word = words[j % 2 * 2 + h];
           float y[PARTS][2];
 #pragma unroll
           for (int p = 0; p < PARTS; p++) {
             const int i = 4 * (p * (TILE_OUT / 8) + c * (SPAN / 8) + first + j) + 2 * h;
             if (ROTARY) {
-              *(int *)at = d[i];
+              word = d[i];
             } else if (EPILOGUE == RAW) {
               *(int2 *)at = make_int2(d[i], d[i + 1]);
             } else {
@@ -212,13 +214,14 @@ __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, 
           }
           if (GATE) {
             const u32 gate = pair_of(y[0][0], y[0][1]), value = pair_of(y[PARTS - 1][0], y[PARTS - 1][1]);
-            *(u32 *)at = pair_of(gated(bias_of(gate & 0xFFFF, OUT), bias_of(value & 0xFFFF, OUT)),
-                                 gated(bias_of(gate >> 16, OUT), bias_of(value >> 16, OUT)));
+            word = pair_of(gated(bias_of(gate & 0xFFFF, OUT), bias_of(value & 0xFFFF, OUT)),
+                           gated(bias_of(gate >> 16, OUT), bias_of(value >> 16, OUT)));
           } else if (EPILOGUE != RAW && !ROTARY) {
-            if (OUT_SIZE == 2) *(u32 *)at = pair_of(y[0][0], y[0][1]);
+            if (OUT_SIZE == 2) word = pair_of(y[0][0], y[0][1]);
             else *(float2 *)at = make_float2(y[0][0], y[0][1]);
           }
         }
+        if (OUT_SIZE == 2 && j % 2) store(words, stage, STAGE_ROW, first + j - 1);
       }
     }
     __syncwarp();

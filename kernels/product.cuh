@@ -8,7 +8,7 @@
 //   CORRECTED  BINARY: p = 4 acc - row_sum[i] - column_sum[j] - length, the sum of products of signs
 //              int8: p = acc + (row_sum[i] + column_sum[j] - length) / 4, that of code + 1/2
 //   and y = float(p) * (factor * row_scale[i]) * column_scale[j] + bias[j]
-// A BINARY p must be below 2^22 in size.
+// Of BINARY p, 4 acc - column_sum[j] and row_sum[i] + length must be below 2^22 in size.
 #ifndef BINARY
 #define BINARY 0
 #endif
@@ -55,12 +55,19 @@ struct Arguments {
   int positions, turned;       // row r lies at position r % positions
 };
 
-// What a row brings to an element.
-struct Row { Scale scale; int sum; };
-
-// A sum of products of signs is below 2^22 in size: beside 1.5 * 2^23 it stands in a float's last
-// bits, which saves a conversion at a quarter of the rate.
+// Of single bits, 4 acc less a column's sum is below 2^22 in size: beside 1.5 * 2^23 it stands in a float's last bits,
+// which saves a conversion at a quarter of the rate. A column's sum comes with that number, and a row's leaves with
+// it, in the one subtraction that an element needs; all of it is exact.
 constexpr int WHOLE = 0x4B400000;
+constexpr float WHOLE_FLOAT = 12582912.0f;
+#if BINARY
+typedef float OfRow;
+#else
+typedef int OfRow;
+#endif
+
+// What a row brings to an element.
+struct Row { Scale scale; OfRow sum; };
 
 // What one of a sum counts: that of code + 1/2 is a number of quarters.
 constexpr bool QUARTERS = EPILOGUE == CORRECTED && !BINARY;
@@ -68,12 +75,12 @@ constexpr float UNIT = QUARTERS ? 0.25f : 1.0f;
 // The longest K whose quarters fit int32, of bytes of any codes: 255 * 255 * 32768 < 2^31.
 constexpr int LONG = QUARTERS ? 32768 : 2147483647;
 
-// RARE: some row of the warp may be far, or K is LONG.
+// RARE: some row of the warp may be far, or K is LONG. column_sum: as `of_column` has it.
 template <bool RARE>
 __device__ __forceinline__ float finish(int acc, int column_sum, float factor, const Row &row, float column, float bias) {
   float p;
   if (EPILOGUE == CORRECTED && BINARY) {
-    p = __int_as_float(4 * acc + (row.sum - column_sum)) - 12582912.0f;
+    p = __int_as_float(4 * acc + column_sum) - row.sum;
   } else if (QUARTERS) {
     // Rounded once either way. Of unsigned numbers, for 4 acc alone may leave int32.
     if (RARE) p = (float)fma(4.0, (double)acc, (double)(row.sum + column_sum));
@@ -87,5 +94,18 @@ __device__ __forceinline__ float finish(int acc, int column_sum, float factor, c
 __device__ __forceinline__ Row row_of(const Arguments &g, float scale, int sum) {
   Scale of = scale_of(g.factor, scale);
   of.near *= UNIT;
-  return {of, BINARY ? WHOLE - sum - g.length : sum - g.length};
+  return {of, BINARY ? OfRow(WHOLE_FLOAT + (sum + g.length)) : OfRow(sum - g.length)};
+}
+
+// What a column's sum brings to an element.
+__device__ __forceinline__ int of_column(int sum) { return BINARY ? WHOLE - sum : sum; }
+
+// 16 rows, `row` bytes apart, of two groups of eight outputs of 16 bits, the first of them `group`: four 8 x 8 matrices,
+// of which a lane has the words that an accumulator's place gives it. It names eight outputs of one row.
+__device__ __forceinline__ void store(const u32 (&words)[4], char *stage, u32 row, int group) {
+  const int lane = threadIdx.x % 32;
+  const u32 to = (u32)__cvta_generic_to_shared(stage) + lane % 16 * row + 16 * (group + lane / 16);
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
 }

@@ -212,8 +212,8 @@ def product(
     CORRECTED, for int8: the sum of (a + 1/2)(b + 1/2), acc + (row_sum + column_sum - length) / 4
     with the sums of 2 a + 1. row_scale (M,), column_scale (N,) float32; row_sum (M,),
     column_sum (N,) int32; bias (N,) float32, bfloat16 or float16. acc, or with bits 4 acc, must fit
-    int32, which K below 2**17 does. A sum of products of signs must be below 2**22 in size, which K
-    below 2**17 makes it.
+    int32, which K below 2**17 does. Of signs, p, 4 acc - column_sum and row_sum + length must be
+    below 2**22 in size, which K below 2**17 makes them.
     settled: between what wrote b and this launch, another launch that did not overlap has been
     queued on this stream. b may then be asked for before the kernel before this one has ended.
     """

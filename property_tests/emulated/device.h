@@ -56,8 +56,8 @@ void emulated_mma_u8_s8(int (&d)[4], const Fragments &own, int line);
 void emulated_mma_and_popc(int (&d)[4], const Fragments &own, int line);
 void emulated_mma_f16(float (&d)[4], const Fragments &own, int line);
 void emulated_mma_bf16(float (&d)[4], const Fragments &own, int line);
-// stmatrix.x4.trans of a warp.
-void emulated_stmatrix(unsigned to, const unsigned (&own)[4], int line);
+// stmatrix.x4 of a warp; turned: with .trans.
+void emulated_stmatrix(unsigned to, const unsigned (&own)[4], bool turned, int line);
 void emulated_cluster_arrive(bool releases, int line);
 void emulated_cluster_wait(int line);
 void emulated_copy(unsigned to, const void *from, int bytes);

@@ -84,16 +84,18 @@ void emulated_mma_bf16(float (&d)[4], const Fragments &own, int line) {
   mma_float(d, own, "mma m16n8k16 of bf16", line, [](uint16_t bits) { return seen<float>((uint32_t)bits << 16); });
 }
 
-// Four 8 x 8 matrices of 16 bits. Lane 4 c + r has, of column c of each, rows 2 r and 2 r + 1; lane 8 m + r writes
-// row r of matrix m.
-void emulated_stmatrix(unsigned to, const unsigned (&own)[4], int line) {
+// Four 8 x 8 matrices of 16 bits. Lane 4 r + c has, of row r of each, columns 2 c and 2 c + 1; turned: of column r, rows.
+// Lane 8 m + r writes row r of matrix m.
+void emulated_stmatrix(unsigned to, const unsigned (&own)[4], bool turned, int line) {
   const Met met = meet(false, 0xFFFFFFFF, "stmatrix", line, [&](Meeting &m, int turn) {
     memcpy(&m.more[turn][current % WARP], own, sizeof own);
   });
   const int lane = current % WARP, matrix = lane / 8, row = lane % 8;
   uint16_t made[8];
-  for (int column = 0; column < 8; column++)
-    made[column] = (uint16_t)(met.meeting.more[met.turn][4 * column + row / 2].words[matrix] >> row % 2 * 16);
+  for (int column = 0; column < 8; column++) {
+    const int from = turned ? column : row, half = turned ? row : column;
+    made[column] = (uint16_t)(met.meeting.more[met.turn][4 * from + half / 2].words[matrix] >> half % 2 * 16);
+  }
   emulated_put(to, made, sizeof made, true);
 }
 

@@ -64,8 +64,12 @@ PTX = {
             "static_assert(%0 % 8 == 0 && %0 >= 24 && %0 <= 256, \"setmaxnreg\")"
         for way in ("dec", "inc")
     },
-    "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};":
-        "emulated::emulated_stmatrix(%0, {%1, %2, %3, %4}, __builtin_LINE())",
+    **{
+        f"stmatrix.sync.aligned.m8n8.x4{turned}.shared.b16 [%0], {{%1, %2, %3, %4}};":
+            "emulated::emulated_stmatrix(%0, {%1, %2, %3, %4}, "
+            f"{'true' if turned else 'false'}, __builtin_LINE())"
+        for turned in ("", ".trans")
+    },
     "{.reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1 + %3], 16; }":
         "if (%2) emulated::emulated_copy(%0, (const char *)(%1) + %3, 16)",
     "cp.async.commit_group;": "emulated::emulated_commit()",

@@ -3,7 +3,7 @@ r"""Every CUDA C++ kernel once at a small shape, for compute-sanitizer.
     compute-sanitizer --report-api-errors no --tool memcheck python -m property_tests.sanitized
     compute-sanitizer --report-api-errors no --tool racecheck python -m property_tests.sanitized few
 
-Arguments select launches whose names contain one of them. Loading a kernel asks the driver for
+An argument that is a launch's name selects that one, any other those whose names contain it. Loading a kernel asks the driver for
 things that some devices refuse, which is no fault of a kernel: hence without API errors.
 What the kernels compute is judged by the tests; here they only have to run to their end.
 """
@@ -29,6 +29,7 @@ from quest.rotated_product import rotated_product
 from quest.sparse_product import sparse_product
 
 Launch = Callable[[], object]
+TIME = 900  # seconds that a tool may take for a test: the slowest took about 100
 
 
 def _normal(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -334,28 +335,36 @@ def check(tool: str, wanted: tuple[str, ...], **environment: str) -> None:
     reason = hopper.unavailable(torch.device("cuda", torch.cuda.current_device()))
     if reason is not None:
         pytest.skip(reason)
-    done = subprocess.run(
-        [found, "--report-api-errors", "no", "--tool", tool, "--error-exitcode", "9",
-         sys.executable, "-m", "property_tests.sanitized", *wanted],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-        env=os.environ | environment,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [found, "--report-api-errors", "no", "--tool", tool, "--error-exitcode", "9",
+             sys.executable, "-m", "property_tests.sanitized", *wanted],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+            env=os.environ | environment, timeout=TIME,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        ended = (error.stdout or b"").decode(errors="replace")[-3000:]
+        pytest.fail(f"{tool} did not end in {TIME} s; so far it said:\n{ended}")
     assert done.returncode == 0, done.stdout[-3000:]
     assert all(launch in done.stdout for launch in wanted)
 
 
+def chosen(wanted: list[str], names: list[str]) -> list[str]:
+    """Those of `names` that the arguments select; SystemExit where one selects none."""
+    selected: set[str] = set()
+    for word in wanted:
+        found = {word} if word in names else {told for told in names if word in told}
+        if not found:
+            raise SystemExit(f"nothing is called {word}; there are {', '.join(names)}")
+        selected |= found
+    return [told for told in names if not wanted or told in selected]
+
+
 def main(wanted: list[str]) -> None:
     """Run what is wanted, everything by default, and say what ran."""
-    chosen = [
-        (told, launch)
-        for told, launch in launches()
-        if not wanted or any(word in told for word in wanted)
-    ]
-    if not chosen:
-        names = ", ".join(told for told, _ in launches())
-        raise SystemExit(f"nothing is called {' or '.join(wanted)}; there are {names}")
-    for told, launch in chosen:
-        launch()
+    known = dict(launches())
+    for told in chosen(wanted, list(known)):
+        known[told]()
         torch.cuda.synchronize()
         print(told, flush=True)
 

@@ -39,6 +39,10 @@ LAUNCHES = {
         "product w4a4 middle",
         "product w1a1 tall",
         "product w4a4 tall",
+        "sparse narrow",
+        "sparse int32",
+    ),
+    "epilogues": (
         "gated product w8a8 tall",
         "rotated product w4a4 tall",
         "gated product w4a4 wide",
@@ -47,8 +51,6 @@ LAUNCHES = {
         "added product w1a1 narrow",
         "rotated product w4a4 wide",
         "rotated product w1a1 narrow",
-        "sparse narrow",
-        "sparse int32",
     ),
     "few": (
         "few fused w4a4 5x4096 True",

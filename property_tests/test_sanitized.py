@@ -1,0 +1,43 @@
+"""`sanitized`: which launches its arguments select, and what becomes of a tool that does not end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from property_tests import sanitized
+
+NAMES = ["product wide", "product wide float32", "gated product wide", "few"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "selected"),
+    [
+        ([], NAMES),
+        (["product wide"], ["product wide"]),
+        (["wide"], NAMES[:3]),
+        (["few", "gated"], ["gated product wide", "few"]),
+    ],
+)
+def test_launches_that_are_chosen(wanted: list[str], selected: list[str]) -> None:
+    assert sanitized.chosen(wanted, NAMES) == selected
+
+
+def test_a_word_that_selects_nothing() -> None:
+    with pytest.raises(SystemExit, match="nothing is called fwe; there are product wide, "):
+        sanitized.chosen(["few", "fwe"], NAMES)
+
+
+def test_a_tool_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "tool"
+    tool.write_text("#!/bin/sh\necho product wide\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(sanitized.shutil, "which", lambda _: str(tool))
+    monkeypatch.setattr(sanitized.hopper, "unavailable", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(sanitized, "TIME", 0.5)
+    with pytest.raises(pytest.fail.Exception, match=r"(?s)racecheck did not end in 0.5 s.*product"):
+        sanitized.check("racecheck", ("product wide",))

@@ -3,8 +3,9 @@ r"""Every CUDA C++ kernel once at a small shape, for compute-sanitizer.
     compute-sanitizer --report-api-errors no --tool memcheck python -m property_tests.sanitized
     compute-sanitizer --report-api-errors no --tool racecheck python -m property_tests.sanitized few
 
-An argument that is a launch's name selects that one, any other those whose names contain it. Loading a kernel asks the driver for
-things that some devices refuse, which is no fault of a kernel: hence without API errors.
+An argument that is a launch's name selects that one, any other those whose names contain it.
+Loading a kernel asks the driver for things that some devices refuse, which is no fault of a kernel:
+hence without API errors.
 What the kernels compute is judged by the tests; here they only have to run to their end.
 """
 

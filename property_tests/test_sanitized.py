@@ -1,4 +1,4 @@
-"""`sanitized`: which launches its arguments select, and what becomes of a tool that does not end."""
+"""`sanitized`: which launches its arguments select, and a tool that does not end."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ from quest.rotated_product import launch_rotated_product
 SHAPES = (
     (2048, 6144, "turned"), (2048, 6144, ""), (2048, 2048, "added"), (2048, 11264, "gated"),
     (5632, 2048, "added"), (2048, 2048, ""), (1024, 1024, ""), (4096, 4096, ""), (4096, 12288, ""),
-    (4096, 22016, ""), (11008, 4096, ""),
+    (4096, 22016, ""), (11008, 4096, ""), (256, 4096, ""), (512, 4096, ""),
 )  # fmt: skip
 ROWS = (64, 128, 256, 512, 1024, 2048, 4096, 16384)
 COLD = 160e6  # bytes of weights in turn, at least: three L2 caches

@@ -76,17 +76,16 @@ class Shape:
 # computes. Large tiles ask shared memory for fewer bytes, small ones leave less of the last turn
 # idle.
 WIDE = Shape(2, 4, 256)
-MIDDLE = Shape(2, 6, 128)
 TALL = Shape(1, 5, 256)
 NARROW = Shape(1, 8, 128)
-KINDS = {"wide": WIDE, "middle": MIDDLE, "tall": TALL, "narrow": NARROW}
+KINDS = {"wide": WIDE, "tall": TALL, "narrow": NARROW}
 
 
 class Cost(NamedTuple):
     """What tiles take, in us: by 128 bytes of K; by turn of the whole GPU, alone and for heads that
     are turned; and by launch: of what does not hide behind the tensor cores' work.
 
-    writing: what does hide, where the tensor cores have so long; reckoned from single bits'.
+    writing: what does hide, where the tensor cores have so long.
     """
 
     step: float
@@ -96,19 +95,18 @@ class Cost(NamedTuple):
     writing: float
 
 
-# By whether operands are bits. As measured on an H200 (product.txt there, part 2): int8 of K from
-# 1024 to 11008 and 64 rows on, bits of K of 2048 and 5632 and 512 rows on. What a launch takes with
-# all of them is left out: only differences count. `python -m benchmarks.tiles` measures such times.
+# By whether operands are bits. As `python -m benchmarks.tile_costs` fits them to what
+# `python -m benchmarks.tiles` measured on an H200 (tiles.csv there): 208 products of 64 rows on, K
+# of 256 to 11008. What they choose is judged by those times, and no cost by itself.
 COSTS = {
     False: {
-        WIDE: Cost(0.57, 2.2, 1.5, 0.0, 0.0),
-        MIDDLE: Cost(0.316, 1.45, 1.6, 0.0, 0.0),
-        TALL: Cost(0.333, 0.0, 0.9, 1.2, 1.8),
-        NARROW: Cost(0.213, 0.0, 1.1, 0.3, 1.2),
+        WIDE: Cost(0.606, 2.55, 2.02, 2.34, 1.03),
+        TALL: Cost(0.34, 0.1, 1.33, 4.0, 0.89),
+        NARROW: Cost(0.2, 0.33, 0.55, 2.51, 0.58),
     },
     True: {
-        TALL: Cost(0.43, 1.0, 0.9, 0.95, 0.0),
-        NARROW: Cost(0.235, 0.7, 1.0, 0.0, 0.0),
+        TALL: Cost(0.343, 0.77, 0.12, 3.92, 0.38),
+        NARROW: Cost(0.299, 0.37, 0.47, 2.03, 0.86),
     },
 }
 

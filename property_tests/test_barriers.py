@@ -13,7 +13,7 @@ from property_tests import sanitized
 # no block behind a mask, which come to the others' product.
 LAUNCHES = (
     "product w4a4 narrow",
-    "product w4a4 middle",
+    "product w4a4 wide",
     "product w1a1 tall",
     "product w4a4 tall",
     "gated product w8a8 tall",

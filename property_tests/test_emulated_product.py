@@ -12,7 +12,7 @@ from quest.conformance import examine, inputs
 from quest.kernels import cuda, hopper, product
 
 pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
-NARROW, MIDDLE, WIDE, TALL = product.NARROW, product.MIDDLE, product.WIDE, product.TALL
+NARROW, WIDE, TALL = product.NARROW, product.WIDE, product.TALL
 
 
 # Rows, columns and tiles of K: more than the ring has, and tiles that are not whole.
@@ -21,7 +21,7 @@ NARROW, MIDDLE, WIDE, TALL = product.NARROW, product.MIDDLE, product.WIDE, produ
     [
         ("w8a8", NARROW, 130, 200, 9, torch.bfloat16),
         ("w8a8", WIDE, 300, 70, 1, torch.float32),
-        ("w4a4", MIDDLE, 70, 129, 7, torch.float32),
+        ("w4a4", WIDE, 70, 129, 7, torch.float32),
         ("w4a4", WIDE, 257, 300, 5, torch.bfloat16),
         ("w4a4", TALL, 129, 300, 11, torch.bfloat16),
         ("w1a8", NARROW, 1, 130, 3, torch.float16),
@@ -66,7 +66,7 @@ def _multiply(tiles: product.Shape, rows: int, columns: int, width: int) -> None
 
 FIRST, SECOND = 1, 2
 TURNS = (NARROW, 130, 300, 1552)  # each team has several tiles, and stages several tiles of K
-ONE = (MIDDLE, 70, 129, 400)  # as many tiles as there are blocks
+ONE = (WIDE, 70, 301, 400)  # as many tiles as there are blocks
 LAST = " barrier_arrive(base + EMPTY_AT + 8 * last, lane);"
 CLUSTERED = "barrier.cluster.arrive.relaxed.aligned;\\n barrier.cluster.wait.acquire.aligned;"
 # What is multiplied; what is lost, the how manieth, what stands there instead, and how it shows.

@@ -37,7 +37,6 @@ LAUNCHES = {
         "product w4a4 bias torch.bfloat16",
         "product w4a4 40 rows",
         "gated product w4a4 wide",
-        "gated product w4a4 middle",
         "gated product w4a4 tall",
         "added product w4a4 tall",
         "gated product w1a1 narrow",

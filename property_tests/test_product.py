@@ -442,12 +442,13 @@ def _loss(case: dict[str, str]) -> float:
 
 
 def test_the_choice_of_tiles() -> None:
-    """Of 88 cases that were measured one takes 7 percent longer than it could, the others 4."""
+    """Of 208 measured cases six take longer than they could, by 11 percent in all."""
     with MEASURED.open(newline="", encoding="utf-8") as file:
         losses = sorted(map(_loss, csv.DictReader(file)))
-    assert len(losses) == 88
-    assert losses[-1] <= 1.07
-    assert losses[-2] <= 1.041
+    assert len(losses) == 208
+    assert losses[-1] <= 1.049
+    assert losses[-2] <= 1.03
+    assert sum(losses) <= 208 + 0.107
 
 
 def test_the_tiles_of_a_product_smaller_than_a_cluster() -> None:
@@ -457,11 +458,12 @@ def test_the_tiles_of_a_product_smaller_than_a_cluster() -> None:
 
 
 def test_the_tiles_follow_what_a_turn_has_to_do() -> None:
-    """With heads to turn fewer turns, with more of K the team's tile: 512 and 1024 rows of int8."""
+    """With heads to turn smaller tiles, with more of K the team's, of int8."""
     wide, tall, narrow = product.WIDE, product.TALL, product.NARROW
-    assert product.shape(False, 512, 6144, 2048, 132, False) == narrow
-    assert product.shape(False, 512, 6144, 2048, 132, True) == wide
+    assert product.shape(False, 512, 3072, 2048, 132, False) == tall
+    assert product.shape(False, 512, 3072, 2048, 132, True) == narrow
     assert product.shape(False, 1024, 11264, 2048, 132, False) == tall
+    assert product.shape(False, 128, 12288, 4096, 132, False) == tall  # one turn, of 128 rows
     assert product.shape(False, 1024, 11264, 4096, 132, False) == wide
 
 

@@ -176,11 +176,11 @@ CASES = [
     Case(BYTES, (3, 5, 16), hopper.RAW, torch.int32, None, 132, None, (1, 8, 128), 2),
     # Two pairs of 128 rows and two of 128 columns: a row and a column too many.
     Case(BYTES, (257, 129, 400), hopper.PLAIN, torch.bfloat16, torch.float32, 132,
-         product.MIDDLE, (2, 6, 128), 8),
+         product.NARROW, (1, 8, 128), 12),
     # More tiles than the GPU takes at a time: 4 * 48 pairs, 66 clusters.
-    Case(BYTES, (1024, 12288, 16), hopper.CORRECTED, torch.float16, torch.bfloat16, 132, None,
+    Case(BYTES, (1024, 12288, 4096), hopper.CORRECTED, torch.float16, torch.bfloat16, 132, None,
          (2, 4, 256), 132),
-    # The same with more of K, whose tiles are a consumer's each: 8 * 44 pairs.
+    # The same with less of K, whose tiles are a consumer's each: 8 * 44 pairs.
     Case(BYTES, (1024, 11264, 2048), hopper.CORRECTED, torch.float16, torch.bfloat16, 132, None,
          (1, 5, 256), 132),
     # Three turns of 66 pairs of 64 rows of bits, of two columns; an odd multiprocessor has no

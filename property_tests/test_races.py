@@ -36,7 +36,7 @@ LAUNCHES = {
     ),
     "products": (
         "product w4a4 narrow",
-        "product w4a4 middle",
+        "product w4a4 wide",
         "product w1a1 tall",
         "product w4a4 tall",
         "sparse narrow",

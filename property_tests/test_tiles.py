@@ -99,14 +99,14 @@ def test_no_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "turned", "judged"),
-    [("w4a4", False, product.NARROW), ("w4a4", True, product.WIDE),
-     ("w1a1", False, product.NARROW), ("w1a1", True, product.TALL)],
+    ("recipe", "columns", "turned", "judged"),
+    [("w4a4", 3072, False, product.TALL), ("w4a4", 3072, True, product.NARROW),
+     ("w1a1", 6144, False, product.NARROW), ("w1a1", 6144, True, product.TALL)],
 )  # fmt: skip
 def test_the_gate_judges_the_tiles_that_are_timed(
-    recipe: str, turned: bool, judged: product.Shape, monkeypatch: pytest.MonkeyPatch
+    recipe: str, columns: int, turned: bool, judged: product.Shape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """512 x 2048 x 6144 on 132 multiprocessors, where heads that are turned have other tiles."""
+    """512 x 2048 x columns on 132 multiprocessors, where heads that are turned have other tiles."""
     monkeypatch.setattr(gate, "CUDA", True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(cuda, "processors", lambda _: 132)
@@ -119,7 +119,7 @@ def test_the_gate_judges_the_tiles_that_are_timed(
         found.extend(told["judge"](gate.lane(), "gaussian"))
 
     bench_product._time(
-        timed, 512, 2048, 6144, recipe,
-        turned=product.Turned(angles, angles, 4096) if turned else None,
+        timed, 512, 2048, columns, recipe,
+        turned=product.Turned(angles, angles, columns // 3 * 2) if turned else None,
     )  # fmt: skip
     assert found == [judged]

@@ -63,7 +63,7 @@ def test_what_a_choice_loses() -> None:
         np.array([[1.0, 2.0], [3.0, 5.0]]), np.array([[4.0, 5.0], [12.0, 9.0]]),
     )  # fmt: skip
     costs = np.array([(0.5, 1.0, 1.0, 0.0, 3.0), (0.5, 1.0, 4.0, 2.0, 0.0)])
-    # Computing is 3 and 1 us; to which come 1, where heads are turned 1 and 4, and 0 and 2 a launch.
+    # Computing takes 3 and 1 us; a turn 1, heads that are turned 1 and 4, a launch 0 and 2.
     assert cases.reckoned(costs).tolist() == [[4.0, 6.0], [15.0, 32.0]]
     assert cases.losses(costs).tolist() == [1.0, 12 / 9]
     assert tile_costs.told(cases.losses(costs)) == "1 of 2 not the fastest, 1.333 at most"

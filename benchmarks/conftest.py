@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from . import records, table
+from . import records, rows, table
 from .timed import Benchmark, Timed
 from .timing import Replay
 
@@ -54,6 +54,15 @@ class Run:
 RUN = pytest.StashKey[Run]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Of this folder."""
+    parser.getgroup("benchmark").addoption(
+        "--rows", metavar="FILE", type=Path,
+        help="Append each result to FILE as soon as it is measured; python -m benchmarks.rows "
+        "prints its tables.",
+    )  # fmt: skip
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Before pytest-benchmark sets up: storage, machine id, record, and a table that reads well."""
@@ -74,6 +83,11 @@ def pytest_configure(config: pytest.Config) -> None:
         option.benchmark_columns = ["median", "iqr", "min", "rounds"]
     if "--benchmark-sort" not in given:
         option.benchmark_sort = "name"  # a benchmark's line in the record and its line now adjoin
+    if option.rows and not option.collectonly:
+        try:
+            rows.begin(option.rows)
+        except OSError as error:
+            raise pytest.UsageError(f"--rows: {error}") from None
     storage = option.benchmark_storage.removeprefix("file://")
     if option.benchmark_compare and "://" not in storage:
         _find_record(config, run, Path(storage))
@@ -166,7 +180,10 @@ def timed(request: pytest.FixtureRequest, benchmark: Benchmark) -> Iterator[Time
     one = Timed(benchmark, _clock)
     yield one
     if one.info:
-        request.config.stash[RUN].results[request.node.nodeid] = one.info
+        name, config = request.node.nodeid, request.config
+        config.stash[RUN].results[name] = one.info
+        if path := config.option.rows:
+            rows.keep(path, name, one.info)
 
 
 def _selected(config: pytest.Config) -> bool:
@@ -244,12 +261,8 @@ def pytest_terminal_summary(
     """The table, and what is missing."""
     run, out = config.stash[RUN], terminalreporter
     if run.results:
-        out.section(f"{records.device_name()}: against torch and the copy bound")
-        for line in table.lines(run.results, run.before()):
-            out.write_line(line)
-        for line in table.LEGEND:
-            out.write_line(line)
-        for line in (*table.memory(run.results), *table.alone(run.results)):
+        out.section(table.title(records.device_name()))
+        for line in table.whole(run.results, run.before()):
             out.write_line(line)
     if run.missing and run.path is not None:
         out.section(f"{len(run.missing)} missing: in {run.path.stem}, without a time now", red=True)

@@ -64,6 +64,11 @@ def alone(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         yield "by itself: ours, torch's, torch's, ours, each over and over; (their two ratios)"
 
 
+def title(device: str) -> str:
+    """What stands above a table."""
+    return f"{device}: against torch and the copy bound"
+
+
 LEGEND = (
     "vs torch: torch's time over ours, in turn (above 1 ours is faster); 95%: its interval;",
     "was: in the record; of bound: the nearer of two, over ours: c, the time to copy the bytes",
@@ -71,3 +76,13 @@ LEGEND = (
     "TOP/s: 10^12 multiplications and additions of the product a second;",
     "gate: worst error over its bound, 1 is the limit. benchmarks/NOTES.md has the rest.",
 )
+
+
+def whole(
+    results: Mapping[str, Mapping[str, Any]], before: Mapping[str, float] | None
+) -> Iterator[str]:
+    """All that is told of a run below its title; as `lines` has it."""
+    yield from lines(results, before)
+    yield from LEGEND
+    yield from memory(results)
+    yield from alone(results)

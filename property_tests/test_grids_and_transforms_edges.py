@@ -175,6 +175,18 @@ def test_that_trust_of_1_and_more_has_an_edge(scale: float) -> None:
     assert quest.Quantizer(grid, estimator=quest.Trust(scale)).thresholds() == expected
 
 
+@pytest.mark.parametrize("scale", [1e30, 1e39, 1e300, 1.7e308])
+@pytest.mark.parametrize("kind", [quest.Clip, quest.Trust])
+def test_thresholds_beyond_float32(kind: type[quest.Clip], scale: float) -> None:
+    """All passes, rows of zeros, too, whose scale is 0; a kernel is told them as float32."""
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    x[1] = 0
+    for sparsity in (None, quest.NM(2, 4)):
+        q = quest.Quantizer(grids.uniform(4), estimator=kind(scale), sparsity=sparsity)
+        assert all(0 < t <= torch.finfo(torch.float32).max for t in q.thresholds()[:2])
+        assert q.quantize(x).mask.all()
+
+
 @pytest.mark.parametrize("order", [1, 2, 4, 8])
 def test_that_signs_are_sylvester_s(order: int) -> None:
     assert transforms._signs(order) == reference_hadamard.matrix(order).tolist()

@@ -16,6 +16,8 @@ from .grids import Grid
 from .sparsity import NM, Pairwise, Sparsity
 from .transforms import Hadamard, Identity, Transform
 
+FARTHEST = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True)
 class Quantizer:
@@ -78,15 +80,17 @@ class Quantizer:
 
         edge: compare |x_h| with the threshold, else |Q(x_h) - x_h|. Trust(s >= 1) trusts all that
         lies inside the grid, so only the outer edge counts; written as a distance, rounding would
-        mask entries at the cells' edges (method, section 4).
+        mask entries at the cells' edges (method, section 4). At most float32's largest number: no
+        entry of a row reaches that many sigma, and infinity times a sigma of 0 would be NaN.
         """
         grid = self.require_grid()
         if isinstance(self.estimator, Clip):
-            c = self.estimator.scale * grid.outer
+            c = min(self.estimator.scale * grid.outer, FARTHEST)
             return c, c, True
         if isinstance(self.estimator, Trust):
-            t = self.estimator.scale * grid.half_gap
-            return (grid.outer + t, t, True) if self.estimator.scale >= 1 else (t, t, False)
+            t = min(self.estimator.scale * grid.half_gap, FARTHEST)
+            outer = min(grid.outer + t, FARTHEST)
+            return (outer, t, True) if self.estimator.scale >= 1 else (t, t, False)
         return 0.0, 0.0, True
 
     def check(self, x: torch.Tensor) -> None:

@@ -39,6 +39,7 @@ class Run:
         self.collected: set[str] = set()
         self.deselected: set[str] = set()
         self.missing: list[str] = []
+        self.kept: rows.Kept | None = None
 
     def before(self) -> dict[str, float] | None:
         """The record's ratios by full name; None without a comparison."""
@@ -85,8 +86,8 @@ def pytest_configure(config: pytest.Config) -> None:
         option.benchmark_sort = "name"  # a benchmark's line in the record and its line now adjoin
     if option.rows and not option.collectonly:
         try:
-            rows.begin(option.rows)
-        except OSError as error:
+            run.kept = rows.Kept(option.rows)
+        except (OSError, ValueError) as error:
             raise pytest.UsageError(f"--rows: {error}") from None
     storage = option.benchmark_storage.removeprefix("file://")
     if option.benchmark_compare and "://" not in storage:
@@ -182,8 +183,8 @@ def timed(request: pytest.FixtureRequest, benchmark: Benchmark) -> Iterator[Time
     if one.info:
         name, config = request.node.nodeid, request.config
         config.stash[RUN].results[name] = one.info
-        if path := config.option.rows:
-            rows.keep(path, name, one.info)
+        if kept := config.stash[RUN].kept:
+            kept.add(name, one.info)
 
 
 def _selected(config: pytest.Config) -> bool:

@@ -20,6 +20,13 @@ from pytest_benchmark.utils import get_commit_info
 
 from . import records, table
 
+# What the table reads, of a run's environment and of a result.
+OF_ENVIRONMENT = {"device", "torch"}
+OF_RESULT = {
+    "median_us", "ratio_to_baseline", "ratio_low", "ratio_high", "host_bound", "fraction_of_copy",
+    "worst_ratio",
+}  # fmt: skip
+
 
 @dataclass
 class Run:
@@ -30,40 +37,61 @@ class Run:
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+class Kept:
+    """A file to which results are appended, below those of other runs.
 
+    OSError where it can't be written; ValueError where it holds anything else than results. A last
+    line that a killed run left unfinished is cut off.
+    """
 
-def begin(path: Path) -> None:
-    """Append the head of a run; OSError where the file can't be written."""
-    commit = {k: v for k, v in get_commit_info().items() if k in ("id", "time", "dirty")}
-    _append(path, {"environment": records.environment(), "commit": commit})
+    def __init__(self, path: Path) -> None:
+        with path.open("a+b") as file:
+            file.seek(0)
+            held = file.read()
+            if held:
+                _parsed(path, held)
+                file.truncate(held.rindex(b"\n") + 1)
+        self._path, self._begun = path, False
 
+    def add(self, name: str, info: dict[str, Any]) -> None:
+        """Append a benchmark's result; before the first the head of this run."""
+        if not self._begun:
+            commit = {k: v for k, v in get_commit_info().items() if k in ("id", "time", "dirty")}
+            self._append({"environment": records.environment(), "commit": commit})
+            self._begun = True
+        self._append({"name": name, "info": info})
 
-def keep(path: Path, name: str, info: dict[str, Any]) -> None:
-    """Append a benchmark's result."""
-    _append(path, {"name": name, "info": info})
+    def _append(self, line: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def read(path: Path) -> list[Run]:
-    """The runs of a file; ValueError where it holds anything else.
+    """The runs of a file; ValueError where it holds none, or anything else.
 
     A last line that a killed run left unfinished is passed over.
     """
+    return _parsed(path, path.read_bytes())
+
+
+def _parsed(path: Path, held: bytes) -> list[Run]:
     runs: list[Run] = []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        if not line.endswith("\n"):
-            continue
+    finished = held[: held.rfind(b"\n") + 1].split(b"\n")[:-1]
+    for number, line in enumerate(finished, 1):
         try:
             told = json.loads(line)
             if "name" in told:
                 runs[-1].results[told["name"]] = told["info"]
+                there = told["info"].keys() >= OF_RESULT
             else:
-                runs.append(Run(told["environment"], told["commit"]))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"{path}, line {number}: no result of a benchmark") from error
+                runs.append(Run(dict(told["environment"]), dict(told["commit"])))
+                there = told["environment"].keys() >= OF_ENVIRONMENT
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            there = False
+        if not there:
+            raise ValueError(f"{path}, line {number}: no result of a benchmark")
+    if not runs:
+        raise ValueError(f"{path} has no result of a benchmark")
     return runs
 
 

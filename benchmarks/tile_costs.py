@@ -14,6 +14,8 @@ Source of the search: scipy.optimize.differential_evolution.
 from __future__ import annotations
 
 import csv
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,31 +64,39 @@ def read(table: Path, binary: bool, processors: int) -> Cases:
     """The cases of a table of `benchmarks.tiles`; ValueError where it is none, or has none."""
     kinds = product.COSTS[binary]
     names = [name for name, kind in product.KINDS.items() if kind in kinds]
-    found = []
-    with table.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if not {"recipe", "rows", "in", "out", "then", *names} <= row.keys():
-                raise ValueError(f"{table} is no table of benchmarks.tiles")
-            if (row["recipe"] == "w1a1") == binary:
-                found.append(row)
-    if not found:
-        raise ValueError(f"{table} has no case of {NAMES[binary]}")
     shapes = [product.KINDS[name] for name in names]
     at_once = max(1, processors // product.CLUSTER)
-    widths = [int(row["in"]) // (8 if binary else 1) for row in found]
-    return Cases(
-        kinds=tuple(shapes),
-        steps=np.array([-(-width // product.TILE_K) for width in widths], float),
-        turned=np.array([row["then"] == "turned" for row in found], float),
-        turns=np.array(
-            [
-                [-(-kind.clusters(int(row["rows"]), int(row["out"])) // at_once) for kind in shapes]
-                for row in found
-            ],
-            float,
-        ),
-        times=np.array([[float(row[name]) for name in names] for row in found]),
-    )
+    steps, turned, turns, times = [], [], [], []
+    for line, row in _rows(table, names):
+        if (row["recipe"] == "w1a1") != binary:
+            continue
+        try:
+            width, *shape = (int(row[name]) for name in ("in", "rows", "out"))
+            took = [float(row[name]) for name in names]
+            if min(width, *shape) < 1 or not all(0 < t < math.inf for t in took):
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"{table}, line {line}: no shape, or no time in us") from None
+        times.append(took)
+        turned.append(row["then"] == "turned")
+        steps.append(-(-width // ((8 if binary else 1) * product.TILE_K)))
+        turns.append([-(-kind.clusters(*shape) // at_once) for kind in shapes])
+    if not times:
+        raise ValueError(f"{table} has no case of {NAMES[binary]}")
+    return Cases(tuple(shapes), *(np.array(t, float) for t in (steps, turned, turns, times)))
+
+
+def _rows(table: Path, names: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Lines and rows; ValueError where it is no table of `benchmarks.tiles`, of these kinds."""
+    wanted = {"recipe", "rows", "in", "out", "then", *names}
+    try:
+        with table.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, restval="")
+            if not wanted <= set(reader.fieldnames or ()):
+                raise ValueError
+            yield from ((reader.line_num, row) for row in reader)
+    except (ValueError, csv.Error):
+        raise ValueError(f"{table} is no table of benchmarks.tiles") from None
 
 
 def fitted(cases: Cases, seed: int = 0) -> Array:
@@ -124,20 +134,23 @@ def told(losses: Array) -> str:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("table", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--processors", default=132, show_default=True, help="Multiprocessors of its GPU.")
+@click.option(
+    "--processors", type=click.IntRange(min=product.CLUSTER), default=132, show_default=True,
+    help="Multiprocessors of its GPU.",
+)  # fmt: skip
 def main(table: Path, processors: int) -> None:
     """Costs of tiles for `kernels/product.py`, from a TABLE of `python -m benchmarks.tiles`."""
     names = {kind: name.upper() for name, kind in product.KINDS.items()}
-    for binary in product.COSTS:
-        try:
-            cases = read(table, binary, processors)
-        except ValueError as error:
-            raise click.ClickException(str(error)) from error
+    try:
+        every = {binary: read(table, binary, processors) for binary in product.COSTS}
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    for binary, cases in every.items():
         costs = fitted(cases)
         click.echo(f"# {NAMES[binary]}: in use {told(cases.losses(in_use(cases, binary)))}")
         click.echo(f"#   fitted {told(cases.losses(costs))}")
         for kind, cost in zip(cases.kinds, costs, strict=True):
-            click.echo(f"{names[kind]}: Cost({', '.join(f'{c:g}' for c in cost)}),")
+            click.echo(f"{names[kind]}: Cost({', '.join(str(float(c)) for c in cost)}),")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -333,18 +334,21 @@ def check(tool: str, wanted: tuple[str, ...], **environment: str) -> None:
     reason = hopper.unavailable(torch.device("cuda", torch.cuda.current_device()))
     if reason is not None:
         pytest.skip(reason)
-    try:
-        done = subprocess.run(
-            [found, "--report-api-errors", "no", "--tool", tool, "--error-exitcode", "9",
-             sys.executable, "-m", "property_tests.sanitized", *wanted],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-            env=os.environ | environment, timeout=TIME,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        ended = (error.stdout or b"").decode(errors="replace")[-3000:]
-        pytest.fail(f"{tool} did not end in {TIME} s; so far it said:\n{ended}")
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert all(launch in done.stdout for launch in wanted)
+    # A session of its own: what the tool has started ends with it.
+    with subprocess.Popen(
+        [found, "--report-api-errors", "no", "--tool", tool, "--error-exitcode", "9",
+         sys.executable, "-m", "property_tests.sanitized", *wanted],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            told = process.communicate(timeout=TIME)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            told = process.communicate()[0]
+            pytest.fail(f"{tool} did not end in {TIME} s; it said:\n{told[-3000:]}")
+    assert process.returncode == 0, told[-3000:]
+    assert set(wanted) <= set(told.splitlines())
 
 
 def chosen(wanted: list[str], names: list[str]) -> list[str]:

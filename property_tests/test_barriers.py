@@ -24,6 +24,7 @@ LAUNCHES = (
     "added product w1a1 narrow",
     "rotated product w4a4 wide",
     "rotated product w1a1 narrow",
+    "rotated product w1a1 tall",
     "sparse narrow",
     "sparse int32",
     "blocks w4a4 49152 in turns",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from pytest_benchmark.utils import get_commit_info
 
 from benchmarks import rows, tokens
 
@@ -35,55 +36,84 @@ def test_a_run_s_rows(tmp_path: Path) -> None:
     runs = rows.read(path)
     assert [list(run.results) for run in runs] == [[CASE]] * 2
     assert runs[0].environment["device"]
-    assert len(runs[0].commit["id"]) == 40
+    assert runs[0].commit["id"] == get_commit_info()["id"]
     told = CliRunner().invoke(rows.main, [str(path)])
     assert told.exit_code == 0
     (line,) = (line for line in ran[1].stdout.splitlines() if line.startswith("hadamard[256x1024"))
     assert line in told.output.splitlines()
 
 
-def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
-    """Before anything is measured."""
-    done = _run(CASE, "--rows", str(tmp_path / "none" / "rows.jsonl"))
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("none/rows.jsonl", "[Errno 2] No such file"), (".", "[Errno 21] Is a directory"),
+     ("page.md", "page.md, line 1: no result of a benchmark")],
+)  # fmt: skip
+def test_a_file_that_is_not_for_rows(name: str, says: str, tmp_path: Path) -> None:
+    """Before anything is measured; what is there stays."""
+    (tmp_path / "page.md").write_text("# A page\n")
+    done = _run(CASE, "--rows", str(tmp_path / name))
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "ERROR: --rows: [Errno 2] No such file or directory" in done.stderr
+    assert "ERROR: --rows: " in done.stderr
+    assert says in done.stderr
+    assert (tmp_path / "page.md").read_text() == "# A page\n"
+
+
+def test_a_run_without_a_result_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert _run(CASE, "--rows", str(path), "--benchmark-disable").returncode == 0
+    assert path.read_text() == ""
 
 
 def test_each_result_stands_at_once(tmp_path: Path) -> None:
-    """A line that was not finished is no result, and takes none away."""
+    """A line that was not finished is no result, and takes none away, nor the next run's."""
     path = tmp_path / "rows.jsonl"
-    rows.begin(path)
+    kept = rows.Kept(path)
     for name in ("one", "two"):
-        rows.keep(path, name, INFO)
+        kept.add(name, INFO)
         assert list(rows.read(path)[0].results)[-1] == name
-    whole = path.read_text()
-    path.write_text(whole[:-9])
+    path.write_text(path.read_text()[:-9])
     (run,) = rows.read(path)
     assert run.results == {"one": INFO}
+    rows.Kept(path).add("three", INFO)
+    assert [run.results for run in rows.read(path)] == [{"one": INFO}, {"three": INFO}]
 
 
 def test_a_picture_of_rows(tmp_path: Path) -> None:
     """`benchmarks.tokens` draws what is printed."""
     path = tmp_path / "rows.jsonl"
-    rows.begin(path)
-    rows.keep(path, "benchmarks/bench_linear.py::test_frozen[64x128x256-w4a4]", INFO)
+    rows.Kept(path).add("benchmarks/bench_linear.py::test_frozen[64x128x256-w4a4]", INFO)
     device, found = tokens.of_table(CliRunner().invoke(rows.main, [str(path)]).output)
     assert device == rows.read(path)[0].environment["device"]
     assert found == [((64, 128, 256), "w4a4", 2.0)]
 
 
+HEAD = json.dumps({"environment": {"device": "cpu", "torch": "2"}, "commit": {}}) + "\n"
+
+
 @pytest.mark.parametrize(
-    "text",
+    ("held", "says"),
     [
-        "no JSON\n",
-        json.dumps({"name": "of no run", "info": {}}) + "\n",
-        json.dumps({"environment": {}}) + "\n",
-        "3\n",
+        (b"no JSON\n", ", line 1: no result of a benchmark"),
+        (json.dumps({"name": "of no run", "info": INFO}) + "\n", ", line 1: no result"),
+        (json.dumps({"environment": {}, "commit": {}}) + "\n", ", line 1: no result"),
+        (json.dumps({"environment": 1, "commit": {}}) + "\n", ", line 1: no result"),
+        (HEAD + json.dumps({"name": "bare", "info": {}}) + "\n", ", line 2: no result"),
+        (HEAD + json.dumps({"name": "bare", "info": 3}) + "\n", ", line 2: no result"),
+        ("3\n", ", line 1: no result"),
+        (b"\xff\xfe\x00\n", ", line 1: no result"),
+        (b"\xff\xfe\x00", " has no result of a benchmark"),
+        (json.dumps({"benchmarks": []}), " has no result of a benchmark"),
+        (b"", " has no result of a benchmark"),
     ],
 )
-def test_something_else(text: str, tmp_path: Path) -> None:
+def test_something_else(held: str | bytes, says: str, tmp_path: Path) -> None:
     path = tmp_path / "other.jsonl"
-    path.write_text(text)
+    held = held.encode() if isinstance(held, str) else held
+    path.write_bytes(held)
     told = CliRunner().invoke(rows.main, [str(path)])
     assert told.exit_code == 1
-    assert told.output == f"Error: {path}, line 1: no result of a benchmark\n"
+    assert told.output.startswith(f"Error: {path}{says}")
+    if held:
+        with pytest.raises(ValueError, match="no result of a benchmark"):
+            rows.Kept(path)
+        assert path.read_bytes() == held

@@ -10,9 +10,8 @@ import pytest
 from property_tests import sanitized
 
 # Of `sanitized`: rows that share a warp, have one, have a team and share one; of 16 bits a warp
-# holds 16 blocks of narrow ones (256, 768, 2048) and 32 of others. The quickest of the tiles, and
-# what has fewer columns than threads; rows that are quantized on the way. The tool takes ten
-# seconds to start.
+# holds 16 blocks of narrow ones (256, 768, 2048) and 32 of others. Each kind of tile, of bits and
+# of integers; rows that are quantized on the way. The tool takes ten seconds to start.
 LAUNCHES = {
     "rows": (
         "blocks w4a4 256 torch.bfloat16",
@@ -51,6 +50,10 @@ LAUNCHES = {
         "added product w1a1 narrow",
         "rotated product w4a4 wide",
         "rotated product w1a1 narrow",
+        "gated product w1a1 tall",
+        "added product w1a1 tall",
+        "rotated product w1a1 tall",
+        "rotated product w4a4 heads of 32",
     ),
     "few": (
         "few fused w4a4 5x4096 True",

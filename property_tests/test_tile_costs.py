@@ -84,16 +84,41 @@ def test_costs_are_printed_as_the_product_has_them(tmp_path: Path) -> None:
     assert all(isinstance(cost, product.Cost) for cost in made.values())
 
 
+HEAD = b"recipe,rows,in,out,then,wide,tall,narrow\n"
+
+
 @pytest.mark.parametrize(
-    ("text", "says"),
-    [("a,b\n1,2\n", "is no table of benchmarks.tiles"), ("", "has no case of int8")],
-)
-def test_a_table_of_something_else(text: str, says: str, tmp_path: Path) -> None:
+    ("held", "says"),
+    [
+        (b"a,b\n1,2\n", " is no table of benchmarks.tiles"),
+        (b"", " is no table of benchmarks.tiles"),
+        (b"\xff\xfe\x00", " is no table of benchmarks.tiles"),
+        (HEAD + b"\xff\n", " is no table of benchmarks.tiles"),
+        (HEAD, " has no case of int8"),
+        (HEAD + b"w4a4,64,256,512,,5.1,4.2,3.3\n", " has no case of single bits"),
+        *(
+            (HEAD + row + b"\n", ", line 2: no shape, or no time in us")
+            for row in (
+                b"w4a4,64", b"w4a4,64,256,512,,5.1,4.2,", b"w4a4,64,256,x,,5.1,4.2,3.3",
+                b"w4a4,0,256,512,,5.1,4.2,3.3", b"w4a4,64,256,512,,5.1,nan,3.3",
+                b"w4a4,64,256,512,,5.1,0,3.3", b"w4a4,64,256,512,,inf,4.2,3.3",
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_a_table_of_something_else(held: bytes, says: str, tmp_path: Path) -> None:
+    """Before anything is fitted."""
     table = tmp_path / "other.csv"
-    table.write_text(text)
+    table.write_bytes(held)
     ran = CliRunner().invoke(tile_costs.main, [str(table)])
     assert ran.exit_code == 1
-    assert ran.output == f"Error: {table} {says}\n"
+    assert ran.output == f"Error: {table}{says}\n"
+
+
+def test_a_gpu_without_a_cluster() -> None:
+    ran = CliRunner().invoke(tile_costs.main, ["--processors", "1", str(MEASURED)])
+    assert ran.exit_code == 2
+    assert "1 is not in the range x>=2" in ran.output
 
 
 def test_a_table_that_is_not_there(tmp_path: Path) -> None:

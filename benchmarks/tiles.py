@@ -2,8 +2,7 @@
 
     python -m benchmarks.tiles --out tiles.csv
 
-Of such times are the costs made by which `kernels/product.py` chooses (COSTS; those in use are of a
-trial, records/nvidia-h200/product.txt). Launches one after another as a CUDA graph, each with a
+To such times `benchmarks.tile_costs` fits the costs by which `kernels/product.py` chooses. Launches one after another as a CUDA graph, each with a
 weight that has left the L2 cache since it was last read; kinds in random order, medians. Before a
 kind is timed its product with the first weight is compared with another kind's: all bits are to be
 the same. Nothing is judged here: `pytest benchmarks/` does that.

@@ -8,6 +8,7 @@ import torch
 import quest
 from property_tests import emulated, places
 from property_tests.ledger import LEDGER
+from property_tests.products import kinds_of
 from quest.conformance import examine, inputs
 from quest.kernels import cuda, hopper, product
 
@@ -45,13 +46,13 @@ def test_it_is_judged(
     LEDGER.judge(lane, found, f"{name}, {tiles}, {rows} x {columns}, {dtype}")
 
 
-@pytest.mark.parametrize("tiles", [NARROW, WIDE, TALL], ids=["narrow", "wide", "tall"])
-def test_a_gate_is_judged(emulator: emulated.Emulator, tiles: product.Shape) -> None:
+@pytest.mark.parametrize(("name", "tiles"), kinds_of("w1a1", "w4a4"))
+def test_a_gate_is_judged(emulator: emulated.Emulator, name: str, tiles: str) -> None:
     x, w = (inputs.draw("gaussian", (n, 256), torch.bfloat16, n) for n in (130, 300))
-    with product.only(tiles):
-        made = quest.recipe("w4a4")
+    with product.only(product.KINDS[tiles]):
+        made = quest.recipe(name)
         found = examine.product(places.CPU.lane, x, w, None, made, x.dtype, gate=True)
-    LEDGER.judge(places.CPU.lane, found, f"a gate, {tiles}")
+    LEDGER.judge(places.CPU.lane, found, f"a gate, {name}, {tiles}")
 
 
 def _multiply(tiles: product.Shape, rows: int, columns: int, width: int) -> None:

@@ -326,6 +326,19 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize(("name", "tiles"), kinds_of("w1a1", "w4a4"))
+def test_each_kind_of_tile_emulated(name: str, tiles: str, emulator: emulated.Emulator) -> None:
+    """Of two sequences and more of K than a stage: the product's bits, turned."""
+    x, w = torch.randn(134, 1400), torch.randn(300, 1400)
+    made = operands_of(name, x, w, torch.randn(300), HALVES[1])
+    cos, sin = angles(67, 128)
+    with product.only(product.KINDS[tiles]):
+        y = CPU.operators.product(*made)
+        h = CPU.operators.rotated_product(*made, cos, sin, 256)
+    assert same(h, turned_by(y, cos, sin, 256))
+    assert not same(h, y)
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_broken(name: str, emulator: emulated.Emulator) -> None:
     old, new = BROKEN[name]

@@ -2,10 +2,11 @@
 
     python -m benchmarks.tiles --out tiles.csv
 
-To such times `benchmarks.tile_costs` fits the costs by which `kernels/product.py` chooses. Launches one after another as a CUDA graph, each with a
-weight that has left the L2 cache since it was last read; kinds in random order, medians. Before a
-kind is timed its product with the first weight is compared with another kind's: all bits are to be
-the same. Nothing is judged here: `pytest benchmarks/` does that.
+To such times `benchmarks.tile_costs` fits the costs by which `kernels/product.py` chooses. Launches
+one after another as a CUDA graph, each with a weight that has left the L2 cache since it was last
+read; kinds in random order, medians. Before a kind is timed its product with the first weight is
+compared with another kind's: all bits are to be the same. Nothing is judged here: `pytest
+benchmarks/` does that.
 """
 
 from __future__ import annotations

@@ -89,8 +89,7 @@ class Quantizer:
             return c, c, True
         if isinstance(self.estimator, Trust):
             t = min(self.estimator.scale * grid.half_gap, FARTHEST)
-            outer = min(grid.outer + t, FARTHEST)
-            return (outer, t, True) if self.estimator.scale >= 1 else (t, t, False)
+            return (grid.outer + t, t, True) if self.estimator.scale >= 1 else (t, t, False)
         return 0.0, 0.0, True
 
     def check(self, x: torch.Tensor) -> None:

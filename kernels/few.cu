@@ -47,7 +47,7 @@ constexpr int PARTS = BITS == 1 ? 1 : 8 / BITS;       // chunks of A that meet a
 constexpr int SWING = 8 / PARTS;                      // see `place`
 constexpr int STEP_CHUNKS = NT * PARTS * 32;          // of A, in a step
 constexpr int CHAINS = NT <= 2 ? 2 : 1;               // accumulators that take turns
-constexpr int TOGETHER = NT == 8 ? 2 : 4;             // chunks of A that a thread has in flight
+constexpr int TOGETHER = NT <= 2 ? 8 : 16 / NT;       // chunks of A that a thread has in flight
 constexpr bool TIGHT = NT >= 4;                       // no registers to spare for what the output needs
 constexpr u32 MASK = BITS == 4 ? 0x0F0F0F0F : 0x03030303;
 

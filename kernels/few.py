@@ -41,6 +41,11 @@ SHARED = 227 * 1024  # bytes that a block can have
 # Hadamard blocks a warp. Every cluster quantizes all of A.
 QUANTIZED = WARPS * 8 * CHUNK
 ORDER = 128  # of the Hadamard transform that it has
+# Bytes of A, of one or two tiles, that a block brings for itself where it has all of K; with more two
+# blocks share K. 64 KB took a fifth less time so, 86 KB an eighth more (the H200's tuning.txt).
+ALONE = 80 * 1024
+# Bytes of A that a block holds, so that the sums of many tiles have room: else they come in waves.
+HELD = 192 * 1024
 
 Source = torch.dtype | None  # of rows that are quantized; None for an operand
 
@@ -70,8 +75,13 @@ def _row_tiles(rows: int) -> int:
     return next(n for n in TILES if 8 * n >= rows)
 
 
-def _depth(tiles: int) -> int:
-    """Units that a warp has in flight, 1 KB each; sums of 64 rows leave registers for three."""
+def _depth(tiles: int, bits: int, quantizes: bool) -> int:
+    """Units that a warp has in flight, 1 KB each; sums of 64 rows leave registers for three.
+
+    More than four help 4 bits alone, which wait for memory the longest.
+    """
+    if tiles <= 2 and bits == 4 and not quantizes:
+        return 6
     return 4 if tiles < 8 else 3
 
 
@@ -80,13 +90,17 @@ def _parts(bits: int) -> int:
     return 1 if bits == 1 else 8 // bits
 
 
+def _held(rows: int, steps: int, bits: int) -> int:
+    """Bytes of so many rows of A in so many steps."""
+    return rows * 64 * _parts(bits) * steps
+
+
 def _shared(rows: int, steps: int, own: int, bits: int, cluster: int, quantizes: bool) -> int:
     """Bytes of shared memory, as few.cu lays them out."""
-    held = 8 * _row_tiles(rows) * 64 * _parts(bits) * steps
     words = rows * (16 * own + 4) + 3 * 16 * own + 2 * rows
     if quantizes:
         words += 2 * rows + 2 * cluster * rows + 2 * rows * _blocks(steps, bits)
-    return held + 4 * words
+    return _held(8 * _row_tiles(rows), steps, bits) + 4 * words
 
 
 def _steps(width: int, bits: int, cluster: int) -> int:
@@ -120,9 +134,15 @@ def split(rows: int, width: int, bits: int, *, quantizes: bool) -> int:
     for cluster in CLUSTERS:
         steps = _steps(width, bits, cluster)
         fits = _shared(rows, steps, 1, bits, cluster, quantizes) <= SHARED
+        if quantizes:
+            little = rows * _blocks(steps, bits) * ORDER <= QUANTIZED
+        else:
+            alone = cluster == 1 and _row_tiles(rows) <= 2
+            little = _held(8 * _row_tiles(rows), steps, bits) <= HELD and not (
+                alone and _held(rows, steps, bits) > ALONE
+            )
         # A cluster of more blocks than steps would leave some without work.
-        most = cluster >= _steps(width, bits, 1)
-        if fits and (not quantizes or most or rows * _blocks(steps, bits) * ORDER <= QUANTIZED):
+        if fits and (little or cluster >= _steps(width, bits, 1)):
             break
     return cluster
 
@@ -155,7 +175,8 @@ def macros(
     """What few.cu is compiled with."""
     return {
         "BITS": bits, "NT": tiles, "CLUSTER": cluster, "OUT": OUT[out], "WARPS": WARPS,
-        "DEPTH": _depth(tiles), "ROWS": 0 if source is None else OUT[source],
+        "DEPTH": _depth(tiles, bits, source is not None),
+        "ROWS": 0 if source is None else OUT[source],
     }  # fmt: skip
 
 

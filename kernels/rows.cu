@@ -157,6 +157,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS)
   __shared__ int counts[MAX_WARPS];
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");  // the product may start where there is room
+  // Until the kernel before has ended: what it wrote is read, and what it still reads may be written here.
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, hop = GROUP * (blockDim.x / 32);
   const char *row = x + blockIdx.x * stride;

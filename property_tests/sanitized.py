@@ -298,7 +298,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
                 yield f"rows {name} {width} {dtype}", _rows(name, width, dtype)
             for dtype in (torch.bfloat16, torch.float16):
                 yield f"prologues {name} {width} {dtype}", _prologues(name, width, dtype)
-        for rows in (2, 20, 300):
+        for rows in (2, 12, 20, 300):
             yield f"frozen {name} {rows} rows", _frozen(name, rows)
     yield "frozen w4a4-2:4 600 rows", _frozen("w4a4-2:4", 600)  # compressed
     for name in ("w1a1", "w4a4"):

@@ -364,6 +364,21 @@ def test_barriers_lie_apart_in_shared_memory(source: str) -> None:
         assert all(a % 8 == 0 <= a <= variant.shared - 8 for a in at), (variant, sorted(at))
 
 
+def test_the_quantizer_of_few_rows_waits_before_all_else() -> None:
+    """It may overlap with the kernel before it, which still writes x and reads the operand."""
+    seen = 0
+    for variant, text in _of("rows.cu"):
+        (kernel,) = text.functions["rows"]
+        lines = [line for line, _ in statements(kernel.body)]
+        waits = [i for i, line in enumerate(lines) if "griddepcontrol.wait" in line]
+        given = {"x", "scale", "out", "sums", "weight", "shown"}
+        used = [i for i, line in enumerate(lines) if given & {*re.findall(WORD, line)}]
+        assert len(waits) == 1, variant
+        assert waits[0] < used[0], (variant, lines[used[0]])
+        seen += 1
+    assert seen
+
+
 def _bounds(subscript: str, names: Names) -> tuple[int, int]:
     """The least and the most that it is, by its value, or as a remainder or by a mask."""
     with suppress(KeyError):

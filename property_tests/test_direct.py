@@ -99,6 +99,42 @@ def test_calls_are_made_again(
 
 
 @on_cuda
+@pytest.mark.parametrize("rows", [1, 5, 16])
+@pytest.mark.parametrize("recipe", ["w4a4", "w2a2", "w1a1"])
+def test_a_chain_that_overlaps(recipe: str, rows: int) -> None:
+    """Each layer quantizes what the one before has just written, eagerly and under a graph."""
+    _needs_product()
+    torch.manual_seed(0)
+    layers = [
+        quest.Linear(1024, 1024, False, recipe, device="cuda").bfloat16().eval().freeze()
+        for _ in range(30)
+    ]
+    start = torch.randn(rows, 1024, device="cuda").bfloat16()
+
+    @torch.no_grad()
+    def chain(apart: bool = False) -> Tensor:
+        x = start
+        for layer in layers:
+            x = layer(x)
+            if apart:
+                torch.cuda.synchronize()
+        return x
+
+    expected = chain(apart=True)
+    assert expected.isfinite().all()
+    assert expected.any()
+    for _ in range(5):  # launches, and then what was recorded of them
+        assert torch.equal(chain(), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain()
+    for _ in range(20):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
+@on_cuda
 def test_another_bias() -> None:
     """One elsewhere is another kind of call; one that kernels can't read is converted, or told."""
     _needs_product()

@@ -145,7 +145,8 @@ def test_what_is_ready_for_a_shape(
     assert isinstance(kernel, Fake)
     assert kernel.function == {
         "BITS": bits, "NT": nt, "CLUSTER": cluster, "OUT": 3, "WARPS": 16,
-        "DEPTH": 3 if nt == 8 else 4, "ROWS": {None: 0, BF16: 2, F16: 3}[source],
+        "DEPTH": {1: 6 if (bits, source) == (4, None) else 4, 2: 4, 8: 3}[nt],
+        "ROWS": {None: 0, BF16: 2, F16: 3}[source],
     }  # fmt: skip
     assert (kernel.device, kernel.threads, kernel.shared) == (3, 512, shared)
     assert (device.most, device.cached) == (227 * 1024, [True])
@@ -168,7 +169,7 @@ def test_what_a_binary_is_of(device: Device) -> None:
     few.compile_(2, 8, 4, F32, BF16, cached=False)
     assert device.cached == [True, False]
     # Sums of 64 rows alone leave few registers.
-    assert [few._depth(tiles) for tiles in (1, 7, 8)] == [4, 4, 3]
+    assert [few._depth(tiles, 2, False) for tiles in (1, 7, 8)] == [4, 4, 3]
 
 
 def test_what_shared_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +198,21 @@ def test_what_shared_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(few, "SHARED", bytes_)
         p = few.plan(9, 96, 8192, 2, 1, 1, quantizes=False)
         assert (p.tiles, p.own, p.clusters) == (tiles, tiles, clusters)
+
+
+def test_how_an_operand_is_split() -> None:
+    """Up to 16 rows share K from 80 KB of A on; more, where A takes more than 192 KB."""
+    cases = {
+        # rows, width, bits: blocks
+        (1, 4096, 4): 1, (16, 4096, 4): 1, (16, 5120, 4): 1, (16, 5120 + 128, 4): 2,
+        (5, 16384, 4): 1, (6, 14336, 4): 2, (8, 10240, 4): 1, (8, 10240 + 128, 2): 2,
+        (16, 14336, 4): 2, (16, 24576, 2): 2, (16, 24576 + 256, 2): 4, (9, 24576 + 256, 2): 4,
+        (17, 5120 + 128, 4): 1, (32, 6144, 4): 1, (32, 6144 + 128, 4): 2, (32, 14336, 4): 4,
+        (64, 4096, 2): 2, (64, 14336, 4): 8, (16, 40960, 1): 1, (16, 40960 + 512, 1): 2,
+        (64, 24576, 1): 1, (64, 24576 + 512, 1): 2, (16, 65536, 4): 8, (1, 65536, 4): 4,
+        (1, 24576, 4): 1, (1, 24576 + 128, 4): 2,
+    }  # fmt: skip
+    assert {case: few.split(*case, quantizes=False) for case in cases} == cases
 
 
 def test_how_rows_that_are_quantized_are_split() -> None:
@@ -404,7 +420,7 @@ def test_rows_are_quantized(
             "IN": {F32: 1, BF16: 2, F16: 3}[dtype], "LEVELS": levels, "FORM": form, "NORMED": 0,
         }  # fmt: skip
         assert (kernel.threads, kernel.shared) == (64, 2 * 8 * 128 * 4)
-        assert (blocks, overlap) == (3 if len(lead) == 1 else 6 if lead else 1, False)
+        assert (blocks, overlap) == (3 if len(lead) == 1 else 6 if lead else 1, True)
         operand, scale, sums = made
         width, code = (144, torch.uint8) if kind == "bits" else (1152, torch.int8)
         assert [(t.shape, t.dtype) for t in made] == [
@@ -445,6 +461,19 @@ def test_rows_on_addresses(of_rows: Device) -> None:
         assert (told["x"], told["stride"], told["blocks"]) == (x.data_ptr(), stride, 1)
 
 
+def test_few_elements_overlap_with_the_kernel_before(of_rows: Device) -> None:
+    """Behind a norm as well; by their number, whatever their shape and dtype."""
+    of_rows.architecture = "sm of None"
+    q, x = quest.quantizer.parse("uniform4/hadamard128/ste/dense"), torch.zeros(1, 128, dtype=BF16)
+    norm = (torch.zeros(128, dtype=BF16), 0.5)
+    for count, d in ((64, 4096), (128, 2048), (2048, 128), (4, 65536)):
+        for more in (0, 1):
+            for given in (None, norm):
+                at = (101, 102, 103, given)
+                rows.launch(x, ops.program(q, x), "integers", count + more, d, *at)
+                assert of_rows.one()[2] is (more == 0)
+
+
 @pytest.mark.parametrize("show", [False, True])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize(
@@ -469,7 +498,7 @@ def test_norms_are_quantized(
             "IN": {BF16: 2, F16: 3}[dtype], "LEVELS": 2 if form == 1 else 16, "FORM": form,
             "NORMED": 1,
         }  # fmt: skip
-        assert (kernel.threads, blocks, overlap) == (64, 3, False)
+        assert (kernel.threads, blocks, overlap) == (64, 3, True)
         at, by = told.pop("x"), told.pop("weight")
         fits = x.data_ptr() % 16 == 0
         assert ((at == x.data_ptr()), (by == weight.data_ptr())) == (fits, fits)

@@ -75,8 +75,8 @@ def test_what_a_weight_is_frozen_into(name: str, width: int) -> None:
     assert (held.kinds, held.names) == (kinds, ",".join(names))
     # No mask is asked for.
     assert held.spec == dataclasses.replace(recipe.activation, estimator=STE()).spec
-    # One kernel takes as many rows as have the elements of 3 rows of 4096.
-    assert held.few == (48 if held.packed is not None else 0)
+    # One kernel takes as many rows as have the elements of a row of 4096.
+    assert held.few == (16 if held.packed is not None else 0)
     assert held.weight is w
     assert held.is_of(w)
     assert not held.is_of(_weight(width))
@@ -101,7 +101,7 @@ def test_values_ask_for_no_gradient(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("transform", "few"),
-    [(Hadamard(), 48), (Hadamard(128), 48), (Hadamard(64), 0), (Identity(), 0)],
+    [(Hadamard(), 16), (Hadamard(128), 16), (Hadamard(64), 0), (Identity(), 0)],
 )
 def test_one_kernel_has_one_transform(transform: Any, few: int) -> None:
     """Other rows are quantized by themselves, and then read the packed codes."""
@@ -126,12 +126,20 @@ class _Names(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made
 
 
-@pytest.mark.parametrize("name", ["w4a4", "w1a1"])
-def test_another_kernel_follows_the_one_that_wrote_codes(name: str) -> None:
-    """Which lets the first call read them before the kernel before it has ended."""
+@pytest.mark.parametrize("order", [128, 64])
+@pytest.mark.parametrize("name", ["w4a4", "w1a1", "w8a8", "w4a4-2:4"])
+def test_another_kernel_follows_those_that_wrote_a_weight(name: str, order: int) -> None:
+    """Which lets the first call read it before the kernel before it has ended: also where another
+    kernel quantizes the rows, which may overlap with what is before it.
+    """
+    made = quest.recipe(name)
+    activation, weight = (
+        dataclasses.replace(q, transform=Hadamard(order)) for q in (made.activation, made.weight)
+    )
     with _Names() as mode:
-        held = frozen.freeze(_weight(), quest.recipe(name))
-    assert held.packed is not None
+        held = frozen.freeze(_weight(), Recipe("own", weight, activation))
+    assert (held.packed is not None) == (name in ("w4a4", "w1a1"))
+    assert (held.few > 0) == (order == 128 and held.packed is not None)
     last, made = mode.seen[-1]
     assert last == "aten::clone"
     assert made is held.scale
@@ -272,7 +280,7 @@ class Ways:
     def _way(self, name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
         def run(*given: Any) -> Any:
             self.seen.append(name)
-            if name.endswith("few"):
+            if name.endswith(("few", "packed")):
                 assert given[-1] is True  # settled: another kernel has followed that of the codes
             if name == "launch operand":  # which takes the quantizer itself
                 given = (given[0], given[1].spec, given[2])

@@ -266,6 +266,7 @@ def test_warps_of_few_rows() -> None:
     """Eight blocks of 128 a warp, sixteen warps at the most."""
     assert [rows._warps(w) for w in (128, 1024, 1152, 4096, 16384, 65536)] == [1, 1, 2, 4, 16, 16]
     assert rows.SHARED_OF_WARP == 4096
+    assert rows.OVERLAPS == 64 * 4096
 
 
 @pytest.mark.parametrize(
@@ -329,7 +330,11 @@ def test_shared_memory_of_few_rows(case: tuple[int, ...], expected: int) -> None
 
 def test_numbers_of_few_rows() -> None:
     assert [few._row_tiles(n) for n in (1, 8, 9, 16, 17, 32, 33, 64)] == [1, 1, 2, 2, 4, 4, 8, 8]
-    assert [few._depth(n) for n in few.TILES] == [4, 4, 4, 3]
+    for quantizes in (False, True):
+        for bits in (1, 2, 4):
+            first = 6 if bits == 4 and not quantizes else 4
+            made = [few._depth(n, bits, quantizes) for n in few.TILES]
+            assert made == [first, first, 4, 3]
     assert [few._parts(bits) for bits in (1, 2, 4)] == [1, 4, 2]
     assert [few._steps(4096, bits, 1) for bits in (1, 2, 4)] == [8, 16, 32]
     assert [few._steps(4096 + 128, 4, c) for c in (1, 2, 8)] == [33, 17, 5]
@@ -383,10 +388,10 @@ def test_who_takes_the_integers_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_how_many_rows_one_kernel_quantizes_and_multiplies() -> None:
-    """Three rows of 4096, one of 11008; none of a row without entries, or of 3 bits."""
+    """A row of 4096, two of 2048; none of a row without entries, or of 3 bits."""
     cases = {
-        (4096, 2048): 3, (4224, 2112): 2, (11008, 5504): 1, (12288, 6144): 1, (12416, 6208): 0,
-        (128, 64): 64, (128, 16): 64, (4096, 1536): 0, (0, 0): 0,
+        (4096, 2048): 1, (4224, 2112): 0, (2048, 1024): 2, (1408, 704): 2, (128, 64): 32,
+        (128, 16): 32, (4096, 1536): 0, (0, 0): 0,
     }  # fmt: skip
     for (width, bytes_), expected in cases.items():
         packed = torch.empty((1, bytes_), dtype=torch.uint8)

@@ -286,6 +286,14 @@ def test_packed_products(
         assert made is None if given is None else torch.equal(made, bias)
         assert keywords["length"] == (128 if bits == 1 else 0)
         assert keywords["factor"] == _unit(q) * _half(weight)  # of codes as they are
+        assert keywords["settled"] is False
+    # Settled where that is said of a weight that was not copied first.
+    rest = (a_scale, w_scale, a_sums, w_sums, None, names, f"{kind},{kind}", 128, torch.float16)
+    for settled, codes in ((True, w), (False, w), (True, _strided(w))):
+        _on_cuda("packed_product", a, codes, *rest, settled)
+        assert kernels.one()[2]["settled"] is (settled and codes is w)
+        packed.launch_packed(a, codes, *rest, settled)
+        assert kernels.one()[2]["settled"] is (settled and codes is w)
     many = torch.zeros(few.LIMIT + 1, *a.shape[1:], dtype=a.dtype)
     n = len(many)
     with pytest.raises(ValueError, match="up to 64 rows of a multiple of 128 entries, got 65 of"):

@@ -447,7 +447,7 @@ def _multiply(
     assert held.scale is not None
     assert held.sums is not None
     columns, at = y.shape[-1], (held.scale.data_ptr(), held.sums.data_ptr())
-    # The launch before lies between what wrote the weight and these, which makes it settled.
+    # Settled: `freeze` has queued another kernel after those which wrote the weight.
     if held.form(n, width) == "packed":
         assert packed is not None
         assert residual is None  # `Frozen.adds` and `turns` are of the operand's product

@@ -134,7 +134,7 @@ class Stack:
     count: int
 
 
-# Packed codes are not the last to be written: `linear` counts on another kernel after them.
+# The scales are written behind what products read, which count on another kernel after that.
 _ROWS = ("values", "operand", "packed", "scale", "sums", "kept", "metadata")
 
 
@@ -201,8 +201,8 @@ def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
     few = 0
     if packed is not None and fused.pairs(recipe.activation, recipe.weight.require_grid()):
         few = paths.few_rows(packed, weight.shape[1])
-        # The last kernel here, after the one that wrote the codes: see `linear`.
-        scale = scale.clone()
+    # The last kernel here, after those that wrote what products read: see `multiply` and `direct`.
+    scale = scale.clone()
     kinds = ",".join(pair)
     # Nothing asks for a mask, and its bits are a tenth of the quantizer's work.
     spec = replace(recipe.activation, estimator=STE()).spec
@@ -308,6 +308,7 @@ def multiply(
     elif form == "packed":
         assert frozen.packed is not None
         function, launch, weight = packed_product, launch_packed, (frozen.packed,)
+        more = (True,)  # settled: `freeze` has queued another kernel after that which wrote them
     y: Tensor = (launch if unwatched else function)(
         a, *weight, a_scale, frozen.scale, a_sums, frozen.sums, bias, frozen.names, frozen.kinds,
         width, dtype, *more,

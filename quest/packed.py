@@ -56,11 +56,13 @@ def packed_product(
     kinds: str,
     width: int,
     dtype: torch.dtype,
+    settled: bool = False,
 ) -> Tensor:
     """y (M, N) of `dtype` = values(a) values(w)^T + bias, as `lowbit.product`, for a packed weight.
 
     a (M, bytes): an operand as `lowbit.encode` makes it. w (N, width bits / 8) uint8: codes of 1, 2
-    or 4 bits as `Quantizer.pack` makes them. The rest as in `lowbit.product`.
+    or 4 bits as `Quantizer.pack` makes them. settled: see `quest.kernels.few.product`; False is
+    always right. The rest as in `lowbit.product`.
     """
     bits = _check(a, w, a_scale, w_scale, a_sums, w_sums, bias, grid_names, kinds, width, dtype)
     if bits == 1:
@@ -103,6 +105,7 @@ def _check(
 def launch_packed(
     a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor, a_sums: Tensor, w_sums: Tensor,
     bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
+    settled: bool = False,
 ) -> Tensor:  # fmt: skip
     """`packed_product` by the kernel."""
     from .kernels import few
@@ -115,13 +118,15 @@ def launch_packed(
             f"entries, got {a.shape[0]} of {width}"
         )
     terms = lowbit.terms(grid_names, kinds, width)
+    packed = w.contiguous()
     with ops.device_of(a):
         return few.product(
-            a.contiguous(), w.contiguous(), bits, dtype,
+            a.contiguous(), packed, bits, dtype,
             factor=terms.factor * _spread(grid_names, kinds), length=terms.length,
             a_scale=a_scale.contiguous(), w_scale=w_scale.contiguous(),
             a_sum=a_sums.contiguous(), w_sum=w_sums.contiguous(),
             bias=None if bias is None else bias.contiguous(),
+            settled=settled and packed is w,  # a copy has just been written
         )  # fmt: skip
 
 
@@ -129,5 +134,6 @@ def launch_packed(
 def _(
     a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor, a_sums: Tensor, w_sums: Tensor,
     bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
+    settled: bool = False,
 ) -> Tensor:  # fmt: skip
     return a.new_empty((a.shape[0], w.shape[0]), dtype=dtype)

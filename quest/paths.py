@@ -38,9 +38,10 @@ FEW_ROWS = {1: 16, 4: 32}
 # four 7B shapes (kernels/README.md); at 384 rows it is at 0.93 to 1.19, below mostly slower.
 SPARSE_ROWS = 512
 
-# Elements of rows that the kernel of few rows quantizes itself: 3 rows of 4096, one of 11008. With
-# more, every cluster's quantizing outweighs the launch that it saves (tuning.txt, 2026-11-25).
-FUSED_ELEMENTS = 3 * 2**12
+# Elements of rows that the kernel of few rows quantizes itself: a row of 4096. With more, every
+# cluster's quantizing outweighs the launch that it saves, which overlaps (the H200's tuning.txt,
+# 2026-11-29).
+FUSED_ELEMENTS = 2**12
 
 # Elements of an input in inference that are quantized a row a thread block. From there on eight
 # Hadamard blocks a warp are faster (the H200's quantizer.txt, part 11): 512 rows of 2048 take both

@@ -41,8 +41,8 @@ SHARED = 227 * 1024  # bytes that a block can have
 # Hadamard blocks a warp. Every cluster quantizes all of A.
 QUANTIZED = WARPS * 8 * CHUNK
 ORDER = 128  # of the Hadamard transform that it has
-# Bytes of A, of one or two tiles, that a block brings for itself where it has all of K; with more two
-# blocks share K. 64 KB took a fifth less time so, 86 KB an eighth more (the H200's tuning.txt).
+# Bytes of A, of one or two tiles, that a block brings where it has all of K; with more two blocks
+# share K. Apart, 64 KB took 4 to 25 percent less time, 86 KB 11 to 16 more (the H200's few.txt).
 ALONE = 80 * 1024
 # Bytes of A that a block holds, so that the sums of many tiles have room: else they come in waves.
 HELD = 192 * 1024

@@ -39,7 +39,7 @@ FEW_ROWS = {1: 16, 4: 32}
 SPARSE_ROWS = 512
 
 # Elements of rows that the kernel of few rows quantizes itself: a row of 4096. With more, every
-# cluster's quantizing outweighs the launch that it saves, which overlaps (the H200's tuning.txt,
+# cluster's quantizing outweighs the launch that it saves, which overlaps (the H200's few.txt,
 # 2026-11-29).
 FUSED_ELEMENTS = 2**12
 

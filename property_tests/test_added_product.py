@@ -385,9 +385,8 @@ def test_who_does_not_take_it(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
     made = Layer(monkeypatch, "w4a4-2:4" if case == "2:4" else "w4a4")
     layer: Any = made.layer
     x, beside = _inputs(rows)
-    if case != "one kernel":
-        monkeypatch.setattr(paths, "fuses", lambda *_: False)
-    else:
+    monkeypatch.setattr(paths, "fuses", lambda *_: case == "one kernel")
+    if case == "one kernel":
         monkeypatch.setattr(fused, "unchecked", lambda x, *_: x.new_ones(len(x), OUT))
     calls: list[int] = []
     if case == "hooked":

@@ -293,9 +293,8 @@ def test_who_does_not_take_it(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
     layers: tuple[Any, ...] = made.all
     cos, sin = angles(tokens, 48 if case == "heads of 48" else HEAD)
     x = _x((tokens,) if case == "one kernel" else (1, tokens))
-    if case != "one kernel":
-        monkeypatch.setattr(paths, "fuses", lambda *_: False)
-    else:
+    monkeypatch.setattr(paths, "fuses", lambda *_: case == "one kernel")
+    if case == "one kernel":
         monkeypatch.setattr(fused, "unchecked", lambda x, *_: x.new_ones(*x.shape[:-1], 3 * OUT))
     if case == "hooked":
         layers[0].register_forward_hook(lambda *_: None)

@@ -27,9 +27,9 @@ from .quantize import Program
 GROUP = 8  # blocks of a warp
 WARPS = 16
 SHARED_OF_WARP = GROUP * blocks.ORDER * 4
-# Elements up to which the launch overlaps with the kernel before it. 64 rows of 4096 behind another
-# layer, a product of tensors or a norm take 0.1 to 0.5 us less so; where all overlapped a prefill of
-# 512 tokens took 8 or 9 percent longer (the H200's few.txt).
+# Elements up to which the launch overlaps with the kernel before it. 64 rows of 4096, behind
+# another layer, a product of tensors or a norm, take 0.1 to 0.5 us less so; where all overlapped, a
+# prefill of 512 tokens took 8 or 9 percent longer (the H200's few.txt).
 OVERLAPS = 2**18
 
 

@@ -119,6 +119,12 @@ def architecture(device: int) -> str:
 
 
 @functools.cache
+def overlaps(device: int) -> bool:
+    """Whether a launch may overlap with the kernel before it: only there kernels wait for it."""
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@functools.cache
 def processors(device: int) -> int:
     """Multiprocessors of a GPU."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

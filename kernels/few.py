@@ -41,10 +41,11 @@ SHARED = 227 * 1024  # bytes that a block can have
 # Hadamard blocks a warp. Every cluster quantizes all of A.
 QUANTIZED = WARPS * 8 * CHUNK
 ORDER = 128  # of the Hadamard transform that it has
-# Bytes of A, of one or two tiles, that a block brings where it has all of K; with more two blocks
+# Bytes of A, of one or two tiles, that a block brings where it has all of K; with more, two blocks
 # share K. Apart, 64 KB took 4 to 25 percent less time, 86 KB 11 to 16 more (the H200's few.txt).
 ALONE = 80 * 1024
-# Bytes of A that a block holds, so that the sums of many tiles have room: else they come in waves.
+# Bytes of A, of more than one tile, that a block holds: sums of 9 rows and more want room, or the
+# tiles of W come in waves, each of which brings A anew.
 HELD = 192 * 1024
 
 Source = torch.dtype | None  # of rows that are quantized; None for an operand
@@ -78,7 +79,7 @@ def _row_tiles(rows: int) -> int:
 def _depth(tiles: int, bits: int, quantizes: bool) -> int:
     """Units that a warp has in flight, 1 KB each; sums of 64 rows leave registers for three.
 
-    More than four help 4 bits alone, which wait for memory the longest.
+    More than four mostly help 4 bits alone, which wait for memory the longest.
     """
     if tiles <= 2 and bits == 4 and not quantizes:
         return 6
@@ -129,6 +130,14 @@ def supports(rows: int, width: int, bits: int, *, quantizes: bool = False) -> bo
     )
 
 
+def _brings_little(rows: int, steps: int, bits: int, cluster: int) -> bool:
+    """Whether a block of so many steps is fast, as far as A goes; see ALONE and HELD."""
+    tiles = _row_tiles(rows)
+    if cluster == 1 and tiles <= 2 and _held(rows, steps, bits) > ALONE:
+        return False
+    return tiles == 1 or _held(8 * tiles, steps, bits) <= HELD
+
+
 def split(rows: int, width: int, bits: int, *, quantizes: bool) -> int:
     """Blocks of a cluster, which share K, for what `supports` allows: the fewest that will do."""
     for cluster in CLUSTERS:
@@ -137,10 +146,7 @@ def split(rows: int, width: int, bits: int, *, quantizes: bool) -> int:
         if quantizes:
             little = rows * _blocks(steps, bits) * ORDER <= QUANTIZED
         else:
-            alone = cluster == 1 and _row_tiles(rows) <= 2
-            little = _held(8 * _row_tiles(rows), steps, bits) <= HELD and not (
-                alone and _held(rows, steps, bits) > ALONE
-            )
+            little = _brings_little(rows, steps, bits, cluster)
         # A cluster of more blocks than steps would leave some without work.
         if fits and (little or cluster >= _steps(width, bits, 1)):
             break
@@ -322,8 +328,8 @@ def linear(
     of 4 or 16 otherwise) as `blocks.quantize` does it. y (..., N). show: a (..., K/8) uint8 or
     (..., K) int8, a_scale (..., 1) float32 and a_sum (..., 1) int32 are given, too; else None.
     settled: between what wrote w and this launch, another launch that did not overlap has been
-    queued on this stream. This one then overlaps with the end of the kernel before it, and asks for
-    w before that has ended.
+    queued on this stream: a quantizer that did (`rows.OVERLAPS`) does not count. This one then
+    overlaps with kernels before it, and asks for w before they have ended.
     """
     lead, width, columns, device = x.shape[:-1], x.shape[-1], w.shape[0], x.device
     rows = math.prod(lead)

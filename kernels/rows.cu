@@ -158,6 +158,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS)
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");  // the product may start where there is room
   // Until the kernel before has ended: what it wrote is read, and what it still reads may be written here.
+  // The product may have started by then, and asked for its weight: see `settled` in few.py.
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, hop = GROUP * (blockDim.x / 32);

@@ -112,12 +112,13 @@ def launch(
 
     x: (rows, d), or contiguous in any shape. norm: of `normed`, its weight, which lies at a
     multiple of 16 bytes, and eps; shown: or 0.
-    With few elements it may start before the kernel before it has ended: see OVERLAPS.
+    With few elements it may start before the kernel before it has ended, and waits: see OVERLAPS.
     """
     stride = x.stride(0) if x.ndim == 2 else d
     given = () if norm is None else (norm[0].data_ptr(), shown, norm[1])
     _kernel(x.dtype, program.levels, kind, _warps(d), x.device.index, norm is not None).launch(
         rows,
         x.data_ptr(), scale, operand, sums, stride * x.element_size(), d // blocks.ORDER,
-        program.step, *given, overlap=rows * d <= OVERLAPS,
+        program.step, *given,
+        overlap=rows * d <= OVERLAPS and cuda.overlaps(x.device.index),
     )  # fmt: skip

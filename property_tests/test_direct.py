@@ -99,11 +99,16 @@ def test_calls_are_made_again(
 
 
 @on_cuda
+@pytest.mark.parametrize("watched", [False, True], ids=["direct", "operators"])
 @pytest.mark.parametrize("rows", [1, 5, 16])
 @pytest.mark.parametrize("recipe", ["w4a4", "w2a2", "w1a1"])
-def test_a_chain_that_overlaps(recipe: str, rows: int) -> None:
+def test_a_chain_that_overlaps(
+    recipe: str, rows: int, watched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each layer quantizes what the one before has just written, eagerly and under a graph."""
     _needs_product()
+    if watched:
+        monkeypatch.setattr(ops, "direct", lambda _: False)
     torch.manual_seed(0)
     layers = [
         quest.Linear(1024, 1024, False, recipe, device="cuda").bfloat16().eval().freeze()

@@ -193,6 +193,20 @@ def test_what_rows_are_multiplied_with() -> None:
 
 # --- stacks -----------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("name", ["w4a4", "w1a1", "w8a8", "w4a4-2:4"])
+def test_another_kernel_follows_those_that_stack_a_weight(name: str) -> None:
+    """As in `freeze`: what products ask for early is not what was written last."""
+    parts = [frozen.freeze(_weight(), quest.recipe(name)) for _ in range(2)]
+    with _Names() as mode:
+        whole = frozen.stacked(frozen.stack(parts))
+    assert whole is not None
+    wrote = [made for name, made in mode.seen if name == "aten::cat"]
+    early = [i for i, made in enumerate(wrote) if made is whole.operand or made is whole.packed]
+    assert len(early) == 1 + (name == "w4a4")
+    assert any(made is whole.scale for made in wrote[max(early) + 1 :])
+
+
 ROWS = ("values", "operand", "packed", "scale", "sums", "kept", "metadata")
 
 

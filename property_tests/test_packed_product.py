@@ -43,7 +43,8 @@ def test_it_is_the_product_of_the_unpacked_weight(recipe: str, device: str) -> N
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_opcheck(recipe: str, device: str) -> None:
     a, _, codes, rest = _arguments(recipe, device)
-    torch.library.opcheck(torch.ops.quest.packed_product, (a, codes, *rest))
+    for settled in ((), (False,), (True,)):
+        torch.library.opcheck(torch.ops.quest.packed_product, (a, codes, *rest, *settled))
 
 
 @pytest.mark.parametrize("device", DEVICES)

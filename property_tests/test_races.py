@@ -59,6 +59,9 @@ LAUNCHES = {
         "few fused w4a4 5x4096 True",
         "few fused w4a4 40x256",
         "few w1a1 40 rows",
+        "few w4a4 4224 wide",
+        "frozen w4a4 12 rows",
+        "frozen w1a1 12 rows",
         "few clusters",
     ),
 }

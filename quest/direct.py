@@ -7,7 +7,8 @@ sums of the input are addresses in one allocation. The kernels and the numbers a
 
 What a second call of a kind launches is recorded, and a call like it (`again`) gives the same
 launches the addresses of its inputs and its outputs, and does nothing else. All recorded calls of a
-thread and a stream share the memory between their kernels: there one ends before the next begins.
+thread and a stream share the memory between their kernels: there one ends before the next begins
+(or a quantizer that began early, while it is recorded, goes on).
 
 `linear` is the layer, to which a residual may be added; `behind` the layer behind a gate or a norm
 (see `prologue`). The rotary embedding may turn what comes out of either.
@@ -447,7 +448,7 @@ def _multiply(
     assert held.scale is not None
     assert held.sums is not None
     columns, at = y.shape[-1], (held.scale.data_ptr(), held.sums.data_ptr())
-    # Settled: `freeze` has queued another kernel after those which wrote the weight.
+    # Settled: `freeze` and `stack` queue another kernel after those that write the weight.
     if held.form(n, width) == "packed":
         assert packed is not None
         assert residual is None  # `Frozen.adds` and `turns` are of the operand's product

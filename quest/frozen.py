@@ -134,7 +134,8 @@ class Stack:
     count: int
 
 
-# The scales are written behind what products read, which count on another kernel after that.
+# Behind operand and packed codes, which products ask for early, another kernel is to follow: the
+# scales'. See `multiply` and `direct`.
 _ROWS = ("values", "operand", "packed", "scale", "sums", "kept", "metadata")
 
 
@@ -308,7 +309,7 @@ def multiply(
     elif form == "packed":
         assert frozen.packed is not None
         function, launch, weight = packed_product, launch_packed, (frozen.packed,)
-        more = (True,)  # settled: `freeze` has queued another kernel after that which wrote them
+        more = (True,)  # settled: `freeze` and `stack` queue another kernel after their codes'
     y: Tensor = (launch if unwatched else function)(
         a, *weight, a_scale, frozen.scale, a_sums, frozen.sums, bias, frozen.names, frozen.kinds,
         width, dtype, *more,

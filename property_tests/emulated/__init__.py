@@ -227,6 +227,7 @@ def instead(patch: pytest.MonkeyPatch, emulator: Emulator | None = None) -> Emul
     patch.setattr(cuda, "processors", lambda _: emulator.multiprocessors)
     patch.setattr(cuda, "clusters", lambda _, size: max(1, emulator.multiprocessors // size))
     patch.setattr(cuda, "architecture", lambda _: "sm_90a")
+    patch.setattr(cuda, "overlaps", lambda _: True)
     try:
         from cuda.bindings import driver
     except ImportError:  # then there are no tensor maps, and no products that read them

@@ -262,6 +262,20 @@ def test_grids_of_operands(
             assert (blocks_ - 1) * side < entries <= blocks_ * side
 
 
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((12, 0), True)]
+)
+def test_where_launches_overlap(
+    capability: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where kernels are compiled with a wait: `__CUDA_ARCH__ >= 900` in rows.cu."""
+    of = {3: capability}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: of[device])
+    cuda.overlaps.cache_clear()
+    assert cuda.overlaps(3) is expected
+    cuda.overlaps.cache_clear()
+
+
 def test_warps_of_few_rows() -> None:
     """Eight blocks of 128 a warp, sixteen warps at the most."""
     assert [rows._warps(w) for w in (128, 1024, 1152, 4096, 16384, 65536)] == [1, 1, 2, 4, 16, 16]

@@ -1,10 +1,10 @@
 // y = A W^T for few rows of A (1 to 64) and packed low-bit W, which is read from memory once.
 //
-// A: (rows, bytes), signs as single bits (BITS 1) or int8 of integers; or, ROWS, what they are
-// quantized from here, see few_rows.cuh. W: (columns, bytes), codes from 0 of BITS bits, little-endian
-// within a byte. Both row-major, K a multiple of 128, so that a row of W is whole chunks of 16 bytes. The tensor cores multiply W's codes as they are, unsigned,
-// with A: m16n8k32 (or, BITS 1, m16n8k256) with 16 rows of W as its rows and 8 rows of A as its
-// columns. What the codes lack of integers, the sums of A's rows supply.
+// A: (rows, bytes), signs as single bits (BITS 1) or int8 of integers. W: (columns, bytes), codes from
+// 0 of BITS bits, little-endian within a byte. Both row-major, K a multiple of 128, so that a row of W
+// is whole chunks of 16 bytes. The tensor cores multiply W's codes as they are, unsigned, with A:
+// m16n8k32 (or, BITS 1, m16n8k256) with 16 rows of W as its rows and 8 rows of A as its columns. What
+// the codes lack of integers, the sums of A's rows supply.
 //
 // The order of K is free where both operands follow it. A step of K is four chunks of each row of W,
 // and the four lanes of a fragment's row hold a chunk each: 16 contiguous bytes that they load
@@ -31,11 +31,6 @@
 #ifndef OUT
 #define OUT BFLOAT16
 #endif
-#ifndef ROWS  // of A, BFLOAT16 or FLOAT16, to be quantized; 0: an operand
-#define ROWS 0
-#endif
-#define IN ROWS
-#define HALF (ROWS == FLOAT16)
 
 typedef unsigned int u32;
 typedef long long i64;
@@ -94,12 +89,6 @@ __device__ __forceinline__ u32 place(u32 row, u32 q) {
   return chunk / 4 * STEP_CHUNKS + (row / 8 * PARTS + part) * 32 + (lane ^ part * SWING);
 }
 
-#if ROWS
-#include "halves.cuh"
-#include "rotate.cuh"
-#include "few_rows.cuh"
-#endif
-
 // Chunks of the two rows of W that a lane has in a fragment.
 struct Unit { uint4 low, high; };
 
@@ -118,20 +107,17 @@ __device__ __forceinline__ void step(const Unit &unit, const uint4 *rows, int la
   }
 }
 
-// bias: of dtype `bias_type`, as OUT counts them, or null. a_scale, a_sum: of A; of ROWS they, and `shown`
-// for the operand, are written where they are not null. stride: of rows of A, in bytes (ROWS).
-// chunks: of a row of W. tiles: of a cluster; own: those that a block writes out, ceil(tiles /
-// CLUSTER). steps: of a block. k_warps: a power of two. inverse: ceil(2^32 / chunks of A in `steps`), or, ROWS,
-// of its blocks of 128, 0 for one. levels, unit: of the grid of A, and its step (ROWS).
+// bias: of dtype `bias_type`, as OUT counts them, or null. chunks: of a row of W. tiles: of a cluster;
+// own: those that a block writes out, ceil(tiles / CLUSTER). steps: of a block. k_warps: a power of
+// two. inverse: ceil(2^32 / chunks of A in `steps`).
 extern "C" __global__ void
 #if CLUSTER > 1
 __cluster_dims__(CLUSTER, 1, 1)
 #endif
 __launch_bounds__(THREADS, 1)
-    few(void *out, const char *a, const char *w, float *a_scale, const float *w_scale, const void *bias,
-        int *a_sum, const int *w_sum, char *shown, i64 stride, int rows, int columns, int chunks,
-        int length, int tiles, int own, int steps, int k_warps, u32 inverse, float factor, int bias_type,
-        int levels, float unit) {
+    few(void *out, const char *a, const char *w, const float *a_scale, const float *w_scale, const void *bias,
+        const int *a_sum, const int *w_sum, int rows, int columns, int chunks, int length, int tiles,
+        int own, int steps, int k_warps, u32 inverse, float factor, int bias_type) {
   extern __shared__ uint4 raw[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int rank = cluster_rank(), cluster = blockIdx.x / CLUSTER;
@@ -178,29 +164,11 @@ __launch_bounds__(THREADS, 1)
   begin();
   Unit ring[DEPTH];
   const int t = threadIdx.x;
-#if ROWS
-  const int blocks = steps * STEP_BLOCKS, first_block = rank * blocks;
-  int *const row_field = row_sum + rows;
-  float *const row_inverse = (float *)(row_field + rows);
-  u32 *const parts = (u32 *)(row_inverse + rows);
-  float *const squares = (float *)(parts + 2 * CLUSTER * rows);
-  const Share share = {a, stride, rows, blocks, first_block, length / ORDER - first_block, length, levels,
-                       inverse, unit, held, squares, (int *)(squares + rows * blocks), parts, row_scale,
-                       row_inverse, row_field, row_sum, cluster ? nullptr : shown, a_scale};
-  u32 x[16];
-#endif
 #pragma unroll
   for (int i = 0; i < DEPTH; i++) fetch(ring[i]);
-#if ROWS
-  // Answered before the first write to another block's memory: that block must have begun.
-  if (CLUSTER > 1) cluster_begin();
-#endif
   wait_for_previous();
 
   // While they come: A, what the output needs, and zeros.
-#if ROWS
-  read_group(x, share, warp, lane);
-#elif !ROWS
   const u32 a_chunks = chunks * PARTS, a_first = first_step * 4 * PARTS, a_own = steps * 4 * PARTS;
   const u32 all = rows * a_own;
   auto bring = [&](u32 first) {
@@ -220,7 +188,6 @@ __launch_bounds__(THREADS, 1)
     };
   };
   auto put = bring(t);
-#endif
   const int column0 = (cluster * tiles + rank * own) * 16;
   const int wide = min(16 * min(own, here - rank * own), columns - column0);  // written here; may be < 0
   float scale_of_column = 0.0f, bias_of_column = 0.0f;
@@ -230,18 +197,12 @@ __launch_bounds__(THREADS, 1)
     if (bias) bias_of_column = bias_at(bias, column0 + t, bias_type);
     if (BITS == 1) sum_of_column = w_sum[column0 + t];
   }
-#if ROWS
-  if (t < rows) row_sum[t] = 0;
-#else
   float scale_of_row = 0.0f;
   int sum_of_row = 0;
   if (t < rows) scale_of_row = a_scale[t], sum_of_row = a_sum[t];
-#endif
 #pragma unroll 1
   for (int i = t; i < rows * hop_of_sums; i += THREADS) sums[i] = 0;
-#if !ROWS
   if (CLUSTER > 1) cluster_arrive();
-#endif
   auto settle = [&] {
 #pragma unroll 1
     for (int i = t; i < wide; i += THREADS) {
@@ -250,22 +211,14 @@ __launch_bounds__(THREADS, 1)
       column_bias[i] = again ? bias ? bias_at(bias, column0 + i, bias_type) : 0.0f : bias_of_column;
       if (BITS == 1) column_sum[i] = again ? w_sum[column0 + i] : sum_of_column;
     }
-#if !ROWS
     if (t < rows) row_scale[t] = scale_of_row, row_sum[t] = sum_of_row;
-#endif
   };
-#if ROWS
-  if (TIGHT) settle();
-  quantize_rows(x, share, rank);
-  __syncthreads();
-#else
   put();
 #pragma unroll 1
   for (u32 i = t + TOGETHER * THREADS; i < all; i += TOGETHER * THREADS) bring(i)();
   if (TIGHT) settle();
   __syncthreads();
   if (CLUSTER > 1) cluster_wait();  // nothing is added before it is 0
-#endif
 
   int d[CHAINS][NT][4] = {};
   const u32 base = shared_address(sums);
@@ -314,9 +267,6 @@ __launch_bounds__(THREADS, 1)
   } else {
     __syncthreads();
   }
-#if ROWS
-  if (a_sum && blockIdx.x == 0 && t < rows) a_sum[t] = row_sum[t];
-#endif
   // 32, 64 or 128 threads a row.
   const int shift = span <= 32 ? 5 : span <= 64 ? 6 : 7;
 #pragma unroll 1

@@ -1,10 +1,9 @@
 """y = A W^T for few rows of A and packed weights: CUDA C++ for Hopper, from few.cu.
 
 With few rows the time is that of reading the weights, which lie packed at 1, 2 or 4 bits and are
-read once. A holds signs as single bits, or int8 of integers (`product`); or it is quantized by the
-same kernel, while the weights come, to odd integers 2 code + 1 (`linear`). The weights' codes are
-counted from 0 and multiplied as they are: the sums of A's rows supply the rest. The epilogue is
-`product`'s, with the same roundings.
+read once. A holds signs as single bits, or int8 of integers. The weights' codes are counted from 0
+and multiplied as they are: the sums of A's rows supply the rest. The epilogue is that of
+`kernels.product`, with the same roundings.
 
 Source: QuEST (arXiv 2502.05003), section 4; PTX ISA, `mma.sync` m16n8k32 and m16n8k256.
 """
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +19,7 @@ import torch
 
 from . import cuda, outputs
 from .hopper import bias_type
-from .layout import aligned, rows_of
+from .layout import aligned
 
 if TYPE_CHECKING:
     from cuda.core import ObjectCode
@@ -37,18 +35,12 @@ CLUSTERS = (1, 2, 4, 8)
 WARPS = 16
 SHARES = (1, 2, 4, 8, 16)  # warps that share a tile's K
 SHARED = 227 * 1024  # bytes that a block can have
-# Elements of A that a block quantizes, at most, where a cluster is large enough: one group of eight
-# Hadamard blocks a warp. Every cluster quantizes all of A.
-QUANTIZED = WARPS * 8 * CHUNK
-ORDER = 128  # of the Hadamard transform that it has
 # Bytes of A, of one or two tiles, that a block brings where it has all of K; with more, two blocks
 # share K. Apart, 64 KB took 4 to 25 percent less time, 86 KB 11 to 16 more (the H200's few.txt).
 ALONE = 80 * 1024
 # Bytes of A, of more than one tile, that a block holds: sums of 9 rows and more want room, or the
 # tiles of W come in waves, each of which brings A anew.
 HELD = 192 * 1024
-
-Source = torch.dtype | None  # of rows that are quantized; None for an operand
 
 
 @dataclass(frozen=True)
@@ -76,12 +68,12 @@ def _row_tiles(rows: int) -> int:
     return next(n for n in TILES if 8 * n >= rows)
 
 
-def _depth(tiles: int, bits: int, quantizes: bool) -> int:
+def _depth(tiles: int, bits: int) -> int:
     """Units that a warp has in flight, 1 KB each; sums of 64 rows leave registers for three.
 
     More than four mostly help 4 bits alone, which wait for memory the longest.
     """
-    if tiles <= 2 and bits == 4 and not quantizes:
+    if tiles <= 2 and bits == 4:
         return 6
     return 4 if tiles < 8 else 3
 
@@ -96,11 +88,9 @@ def _held(rows: int, steps: int, bits: int) -> int:
     return rows * 64 * _parts(bits) * steps
 
 
-def _shared(rows: int, steps: int, own: int, bits: int, cluster: int, quantizes: bool) -> int:
+def _shared(rows: int, steps: int, own: int, bits: int) -> int:
     """Bytes of shared memory, as few.cu lays them out."""
     words = rows * (16 * own + 4) + 3 * 16 * own + 2 * rows
-    if quantizes:
-        words += 2 * rows + 2 * cluster * rows + 2 * rows * _blocks(steps, bits)
     return _held(8 * _row_tiles(rows), steps, bits) + 4 * words
 
 
@@ -110,23 +100,17 @@ def _steps(width: int, bits: int, cluster: int) -> int:
     return -(-whole // cluster)
 
 
-def _blocks(steps: int, bits: int) -> int:
-    """Hadamard blocks in so many steps."""
-    return steps * (4 // bits)
-
-
-def supports(rows: int, width: int, bits: int, *, quantizes: bool = False) -> bool:
+def supports(rows: int, width: int, bits: int) -> bool:
     """Whether the kernel does this: K a multiple of 128 and at most 65536, 1 to 64 rows.
 
     More than 32 rows of int8 fit shared memory up to a K of about 27000, 17 to 32 up to 55000.
     """
-    last = CLUSTERS[-1]
     return (
         bits in (1, 2, 4)
         and 1 <= rows <= LIMIT
         and 0 < width <= MAX_WIDTH
         and width % CHUNK == 0
-        and _shared(rows, _steps(width, bits, last), 1, bits, last, quantizes) <= SHARED
+        and _shared(rows, _steps(width, bits, CLUSTERS[-1]), 1, bits) <= SHARED
     )
 
 
@@ -138,31 +122,25 @@ def _brings_little(rows: int, steps: int, bits: int, cluster: int) -> bool:
     return tiles == 1 or _held(8 * tiles, steps, bits) <= HELD
 
 
-def split(rows: int, width: int, bits: int, *, quantizes: bool) -> int:
+def split(rows: int, width: int, bits: int) -> int:
     """Blocks of a cluster, which share K, for what `supports` allows: the fewest that will do."""
     for cluster in CLUSTERS:
         steps = _steps(width, bits, cluster)
-        fits = _shared(rows, steps, 1, bits, cluster, quantizes) <= SHARED
-        if quantizes:
-            little = rows * _blocks(steps, bits) * ORDER <= QUANTIZED
-        else:
-            little = _brings_little(rows, steps, bits, cluster)
+        fits = _shared(rows, steps, 1, bits) <= SHARED
+        little = _brings_little(rows, steps, bits, cluster)
         # A cluster of more blocks than steps would leave some without work.
         if fits and (little or cluster >= _steps(width, bits, 1)):
             break
     return cluster
 
 
-def plan(
-    rows: int, columns: int, width: int, bits: int, cluster: int, groups: int,
-    *, quantizes: bool,
-) -> Plan:  # fmt: skip
+def plan(rows: int, columns: int, width: int, bits: int, cluster: int, groups: int) -> Plan:
     """The split of K and N over clusters of so many blocks, `groups` of which run at once."""
     steps = _steps(width, bits, cluster)
     total = waves = -(-columns // 16)
     for waves in range(1, total + 1):
         tiles = -(-total // (waves * groups))
-        shared = _shared(rows, steps, -(-tiles // cluster), bits, cluster, quantizes)
+        shared = _shared(rows, steps, -(-tiles // cluster), bits)
         if shared <= SHARED:
             break
     return Plan(cluster, tiles, steps, _warps(tiles, steps, cluster), -(-total // tiles), shared)
@@ -175,61 +153,46 @@ def _warps(tiles: int, steps: int, cluster: int) -> int:
     return min(SHARES, key=lambda n: -(-tiles * n // WARPS) * (-(-steps // n) + flush))
 
 
-def macros(
-    bits: int, tiles: int, cluster: int, out: torch.dtype, source: Source = None
-) -> dict[str, int]:
+def macros(bits: int, tiles: int, cluster: int, out: torch.dtype) -> dict[str, int]:
     """What few.cu is compiled with."""
     return {
         "BITS": bits, "NT": tiles, "CLUSTER": cluster, "OUT": OUT[out], "WARPS": WARPS,
-        "DEPTH": _depth(tiles, bits, source is not None),
-        "ROWS": 0 if source is None else OUT[source],
+        "DEPTH": _depth(tiles, bits),
     }  # fmt: skip
 
 
 def compile_(
-    bits: int,
-    tiles: int,
-    cluster: int,
-    out: torch.dtype,
-    source: Source = None,
-    *,
-    cached: bool = True,
+    bits: int, tiles: int, cluster: int, out: torch.dtype, *, cached: bool = True
 ) -> ObjectCode:
     """The binary of a variant for sm_90a; see `cuda.compile_`."""
-    made = macros(bits, tiles, cluster, out, source)
+    made = macros(bits, tiles, cluster, out)
     return cuda.compile_("few.cu", ARCHITECTURE, made, cached=cached)
 
 
 @functools.cache
-def _loaded(
-    bits: int, tiles: int, cluster: int, out: torch.dtype, source: Source, device: int
-) -> cuda.Kernel:
-    code = compile_(bits, tiles, cluster, out, source)
-    return cuda.load(code, "few", device, threads=32 * WARPS, shared=SHARED, layout="9Pq8iIf2if")
+def _loaded(bits: int, tiles: int, cluster: int, out: torch.dtype, device: int) -> cuda.Kernel:
+    code = compile_(bits, tiles, cluster, out)
+    return cuda.load(code, "few", device, threads=32 * WARPS, shared=SHARED, layout="8P8iIfi")
 
 
 @functools.lru_cache(maxsize=1024)
 def _ready(
-    rows: int, columns: int, width: int, bits: int, out: torch.dtype, source: Source, device: int
+    rows: int, columns: int, width: int, bits: int, out: torch.dtype, device: int
 ) -> tuple[cuda.Kernel, int, int, int, int, int, int]:
     """The kernel with its shared memory, the blocks, and what few.cu is told of the split."""
-    quantizes = source is not None
-    if not supports(rows, width, bits, quantizes=quantizes):
+    if not supports(rows, width, bits):
         raise ValueError(f"there is no product of {rows} rows of {width} entries at {bits} bits")
-    cluster = split(rows, width, bits, quantizes=quantizes)
-    kernel = _loaded(bits, _row_tiles(rows), cluster, out, source, device)
+    cluster = split(rows, width, bits)
+    kernel = _loaded(bits, _row_tiles(rows), cluster, out, device)
     groups = max(1, cuda.clusters(kernel, cluster))
-    p = plan(rows, columns, width, bits, cluster, groups, quantizes=quantizes)
-    kernel, divisor = dataclasses.replace(kernel, shared=p.shared), inverse(p, bits, source)
+    p = plan(rows, columns, width, bits, cluster, groups)
+    kernel, divisor = dataclasses.replace(kernel, shared=p.shared), inverse(p, bits)
     return kernel, p.cluster * p.clusters, p.tiles, p.own, p.steps, p.warps, divisor
 
 
-def inverse(p: Plan, bits: int, source: Source) -> int:
+def inverse(p: Plan, bits: int) -> int:
     """What few.cu divides by the length of a block's share of a row with."""
-    if source is None:
-        return -(-(2**32) // (4 * _parts(bits) * p.steps))
-    blocks = _blocks(p.steps, bits)
-    return 0 if blocks == 1 else -(-(2**32) // blocks)
+    return -(-(2**32) // (4 * _parts(bits) * p.steps))
 
 
 def product(
@@ -256,7 +219,9 @@ def product(
     each for the integer 2 code - (2**bits - 1); a_sum (M,) int32 the sums of a's rows. p is the sum
     of products of integers; `length` and w_sum don't count. Entries past a row's end are 0 in a.
     a_scale (M,), w_scale (N,) float32; bias (N,) float32, bfloat16 or float16. Vectors are
-    contiguous. settled: see `linear`.
+    contiguous. settled: between what wrote w and this launch, another launch that did not overlap
+    has been queued on this stream: a quantizer that did (`rows.OVERLAPS`) does not count. This one
+    then overlaps with kernels before it, and asks for w before they have ended.
     """
     rows, columns = a.shape[0], w.shape[0]
     y = outputs.empty((rows, columns), out_dtype, a.device)
@@ -280,77 +245,9 @@ def launch(
     w_sum: int, bias: torch.Tensor | None, settled: bool,
 ) -> None:  # fmt: skip
     """`product` on addresses, of rows of `width` entries."""
-    kernel, blocks, *split_ = _ready(rows, columns, width, bits, out_dtype, None, device)
+    kernel, blocks, *split_ = _ready(rows, columns, width, bits, out_dtype, device)
     kernel.launch(
         blocks,
-        y, a, w, a_scale, w_scale, cuda.pointer(bias), a_sum, w_sum, 0, 0, rows, columns,
-        width * bits // CHUNK, length, *split_, factor, bias_type(bias), 0,
-        0.0, overlap=settled,
+        y, a, w, a_scale, w_scale, cuda.pointer(bias), a_sum, w_sum, rows, columns,
+        width * bits // CHUNK, length, *split_, factor, bias_type(bias), overlap=settled,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A uniform grid of rows that are quantized: 2, 4 or 16 levels, its step from 2^-6 and below 1.
-
-    With smaller ones codes may not fit 16 bits; with larger ones what a block is multiplied with
-    may be less than float32 has.
-    """
-
-    levels: int
-    step: float
-
-
-@functools.lru_cache(maxsize=1024)
-def quantizes(dtype: torch.dtype, rows: int, width: int, bits: int) -> bool:
-    """Whether `linear` takes so many rows of this dtype for weights of so many bits."""
-    known = dtype in (torch.bfloat16, torch.float16)
-    return known and supports(rows, width, bits, quantizes=True)
-
-
-def linear(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    bits: int,
-    out_dtype: torch.dtype,
-    *,
-    grid: Grid,
-    factor: float,
-    w_scale: torch.Tensor,
-    w_sum: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    settled: bool = False,
-    show: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(y, a, a_scale, a_sum): `product` of the operand of x (..., K), see `quantizes`.
-
-    x H, H the Hadamard transform in blocks of 128, is quantized to `grid` (of 2 levels for bits 1,
-    of 4 or 16 otherwise) as `blocks.quantize` does it. y (..., N). show: a (..., K/8) uint8 or
-    (..., K) int8, a_scale (..., 1) float32 and a_sum (..., 1) int32 are given, too; else None.
-    settled: between what wrote w and this launch, another launch that did not overlap has been
-    queued on this stream: a quantizer that did (`rows.OVERLAPS`) does not count. This one then
-    overlaps with kernels before it, and asks for w before they have ended.
-    """
-    lead, width, columns, device = x.shape[:-1], x.shape[-1], w.shape[0], x.device
-    rows = math.prod(lead)
-    y = outputs.empty((*lead, columns), out_dtype, device)
-    a = scale = sums = None
-    if show:
-        bytes_, kind = (width // 8, torch.uint8) if bits == 1 else (width, torch.int8)
-        a = outputs.empty((*lead, bytes_), kind, device)
-        scale = outputs.empty((*lead, 1), torch.float32, device)
-        sums = outputs.empty((*lead, 1), torch.int32, device)
-    if rows == 0 or columns == 0:
-        return y, a, scale, sums
-    kernel, blocks, *split_ = _ready(rows, columns, width, bits, out_dtype, x.dtype, device.index)
-    x = rows_of(x if x.ndim == 2 else x.reshape(rows, width))
-    given, w = w, aligned(w)
-    at = cuda.pointer
-    kernel.launch(
-        blocks,
-        y.data_ptr(), x.data_ptr(), w.data_ptr(), at(scale), w_scale.data_ptr(), at(bias),
-        at(sums), w_sum.data_ptr(), at(a), 2 * x.stride(0), rows, columns, width * bits // CHUNK,
-        width, *split_, factor, bias_type(bias), grid.levels, grid.step,
-        overlap=settled and w is given,  # a copy has just been written
-    )  # fmt: skip
-    return y, a, scale, sums

@@ -1,4 +1,4 @@
-// What few.cu asks of PTX. Macros: BITS, CLUSTER, HALF, OUT.
+// What few.cu asks of PTX. Macros: BITS, CLUSTER, OUT.
 
 // 16 bytes; nothing, and any values, unless `wanted`. Volatile: loads stay in the order written here.
 // Not .nc, which the assembler moves behind `wait_for_previous`.
@@ -36,11 +36,6 @@ __device__ __forceinline__ u32 cluster_rank() {
   return rank;
 }
 
-// Says that this block has begun, and orders nothing: a release would wait for loads under way.
-__device__ __forceinline__ void cluster_begin() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
@@ -62,13 +57,6 @@ __device__ __forceinline__ void add_to(u32 address, int value) {
     asm volatile("red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
   else
     asm volatile("red.relaxed.cta.shared::cta.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ void put_at(u32 address, u32 first, u32 second) {
-  if (CLUSTER > 1)
-    asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(first), "r"(second) : "memory");
-  else
-    asm volatile("st.shared::cta.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(first), "r"(second) : "memory");
 }
 
 // The kernel after this one may start where there is room for it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from torch import Tensor
 from property_tests import emulated
 from property_tests.walled import mapped, walled
 from quest import (
-    fused,
     gated_product,
     lowbit,
     packed,
@@ -44,14 +42,6 @@ class Place:
     def operators(self) -> Any:
         """The functions of the lane by operator name, as `lanes.operators` has them."""
         return lanes.operators(self.lane.backend)
-
-    @property
-    def few_linear_shown(self) -> Callable[..., tuple[Tensor, ...]]:
-        """The operator, or what it calls on a GPU."""
-        if self.device == "cuda":
-            return fused.few_linear_shown
-        made: Any = functools.partial(fused._on_cuda, settled=False, show=True)
-        return made
 
     @property
     def packed_product(self) -> Callable[..., Tensor]:

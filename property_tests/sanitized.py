@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import quest
-from quest import compression, fused, lowbit, operands, ops, paths, prologue
+from quest import compression, lowbit, operands, ops, paths, prologue
 from quest.gated_product import gated_product
 from quest.kernels import cuda, hopper, product, sparse
 from quest.packed import packed_product
@@ -229,20 +229,6 @@ def _few(name: str, rows: int, width: int, columns: int = 130) -> Launch:
     return run
 
 
-def _fused(name: str, rows: int, width: int, settled: bool) -> Launch:
-    def run() -> object:
-        w, made = _normal(130, width), quest.recipe(name)
-        b = _encoded(name, _normal(1, width), w)[1]
-        packed, grid = made.weight.pack(w).codes, made.weight.require_grid().name
-        x = _normal(rows, width)
-        torch.cuda.synchronize()
-        return fused.few_linear(
-            x, packed, b[1], b[2], None, made.activation.spec, grid, torch.bfloat16, settled
-        )
-
-    return run
-
-
 def _frozen(name: str, rows: int) -> Launch:
     """A layer in eager mode: kernels that overlap, and weights asked for early."""
 
@@ -298,7 +284,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
                 yield f"rows {name} {width} {dtype}", _rows(name, width, dtype)
             for dtype in (torch.bfloat16, torch.float16):
                 yield f"prologues {name} {width} {dtype}", _prologues(name, width, dtype)
-        for rows in (2, 12, 20, 300):
+        for rows in (1, 12, 20, 300):
             yield f"frozen {name} {rows} rows", _frozen(name, rows)
     yield "frozen w4a4-2:4 600 rows", _frozen("w4a4-2:4", 600)  # compressed
     for name in ("w1a1", "w4a4"):
@@ -307,14 +293,6 @@ def launches() -> Iterator[tuple[str, Launch]]:
         # The last tile's upper half ends where the weights do; several turns of a warp in a tile.
         yield f"few {name} 140 columns", _few(name, 5, 1152, 140)
         yield f"few {name} 4224 wide", _few(name, 5, 4224)
-        for rows, width in ((1, 1152), (5, 4096), (16, 4096)):
-            for settled in (False, True):
-                yield (
-                    f"few fused {name} {rows}x{width} {settled}",
-                    _fused(name, rows, width, settled),
-                )
-    # One block has all of the rows: warps leave sums to others, and two of them scale rows.
-    yield "few fused w4a4 40x256", _fused("w4a4", 40, 256, False)
     yield "few clusters", _few("w4a4", 40, 4096)  # more of A than a block of threads can hold
     for dtype, out in ((torch.bfloat16, None), (torch.float16, torch.float32)):
         for rows in (64, 77):

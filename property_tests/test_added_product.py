@@ -20,7 +20,7 @@ from property_tests.ledger import LEDGER
 from property_tests.products import COMPILED, kinds_of, operands_of
 from property_tests.prologues import on_hopper
 from property_tests.walled import walled
-from quest import direct, frozen, fused, joint, lowbit, ops, paths, prologue, residual
+from quest import direct, frozen, joint, lowbit, ops, paths, prologue, residual
 from quest.conformance import examine, inputs, judges, lanes
 from quest.conformance.lanes import Lane, no_product
 from quest.conformance.strategies import DTYPES, SEEDS
@@ -376,18 +376,15 @@ def test_a_residual_that_is_not_recorded(how: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.whole
 @pytest.mark.parametrize(
     "case",
-    ["few rows", "one kernel", "hooked", "grad", "not frozen", "values", "broadcast", "a row",
+    ["few rows", "hooked", "grad", "not frozen", "values", "broadcast", "a row",
      "another dtype", "autocast", "2:4", "of another module"],
 )  # fmt: skip
 def test_who_does_not_take_it(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The numbers are those of the layer and of an addition all the same."""
-    rows = {"few rows": 3, "one kernel": 40, "2:4": paths.SPARSE_ROWS}.get(case, ROWS)
+    rows = {"few rows": 3, "2:4": paths.SPARSE_ROWS}.get(case, ROWS)
     made = Layer(monkeypatch, "w4a4-2:4" if case == "2:4" else "w4a4")
     layer: Any = made.layer
     x, beside = _inputs(rows)
-    monkeypatch.setattr(paths, "fuses", lambda *_: case == "one kernel")
-    if case == "one kernel":
-        monkeypatch.setattr(fused, "unchecked", lambda x, *_: x.new_ones(len(x), OUT))
     calls: list[int] = []
     if case == "hooked":
         layer.register_forward_hook(lambda *_: calls.append(1))

@@ -57,8 +57,8 @@ def _variants() -> Iterator[Variant]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "compile_", lambda *told, cached: (told[0], tuple(told[2].items())))
         for bits, tiles, cluster in itertools.product((1, 2, 4), few.TILES, few.CLUSTERS):
-            for dtype, out in ((None, FLOAT), (SIXTEEN, SIXTEEN), (torch.float16, torch.float16)):
-                yield made(*few.compile_(bits, tiles, cluster, out, dtype), cluster)
+            for out in (FLOAT, SIXTEEN, torch.float16):
+                yield made(*few.compile_(bits, tiles, cluster, out), cluster)
         for out, epilogue in ((torch.int32, hopper.RAW), (SIXTEEN, hopper.CORRECTED)):
             for one in product.KINDS.values():
                 binary = one == product.TALL
@@ -112,7 +112,7 @@ def test_instructions_of_a_warp_name_all_its_threads(source: str) -> None:
         found = [mask or "0xffffffff" for mask in found]
         assert {m: hex(value(m, text.names)) for m in found} == dict.fromkeys(found, "0xffffffff")
         masks |= {*found}
-    assert masks
+    assert bool(masks) == (source != "few.cu")  # whose threads meet in its barriers alone
 
 
 def test_lanes_meet_before_the_tensor_cores() -> None:

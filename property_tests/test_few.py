@@ -47,23 +47,6 @@ def test_every_variant_compiles_without_a_gpu(
     _compiles(bits, tiles, cluster, out)
 
 
-@needs_nvrtc
-@pytest.mark.parametrize("tiles", few.TILES)
-@pytest.mark.parametrize("bits", BITS)
-def test_every_variant_that_quantizes_compiles_without_a_gpu(bits: int, tiles: int) -> None:
-    _compiles(bits, tiles, 8 if tiles > 1 else 1, torch.bfloat16, torch.bfloat16)
-
-
-@needs_nvrtc
-@pytest.mark.parametrize(
-    ("out", "source"),
-    [(torch.float32, torch.bfloat16), (torch.float16, torch.float16)],
-    ids=["float32", "float16"],
-)
-def test_every_other_dtype_compiles_without_a_gpu(out: torch.dtype, source: torch.dtype) -> None:
-    _compiles(4, 1, 1, out, source)
-
-
 # One test, that the quick profile has all of it.
 SUPPORTED = {
     (1, 128, 1): True,
@@ -93,15 +76,12 @@ def test_plan(data: st.DataObject) -> None:
     columns = data.draw(st.integers(1, 200_000), label="columns")
     width = few.CHUNK * data.draw(st.integers(1, 512), label="chunks")
     bits = data.draw(st.sampled_from(BITS), label="bits")
-    quantizes = data.draw(st.booleans(), label="quantizes")
     processors = data.draw(st.sampled_from((1, 114, 132)), label="processors")
-    if not few.supports(rows, width, bits, quantizes=quantizes):
+    if not few.supports(rows, width, bits):
         return
-    cluster = few.split(rows, width, bits, quantizes=quantizes)
+    cluster = few.split(rows, width, bits)
     assert cluster in few.CLUSTERS
-    p = few.plan(
-        rows, columns, width, bits, cluster, max(1, processors // cluster), quantizes=quantizes
-    )
+    p = few.plan(rows, columns, width, bits, cluster, max(1, processors // cluster))
     assert p.cluster == cluster
     assert p.shared <= few.SHARED
     assert p.clusters * p.tiles * 16 >= columns
@@ -123,7 +103,7 @@ def test_what_is_planned() -> None:
         (64, 70_000, 4096, 4, 4, 33): (133, 8, 1, 33),
         (64, 140_000, 4096, 4, 4, 33): (133, 8, 1, 66),
     }
-    made = {case: few.plan(*case, quantizes=False) for case in cases}
+    made = {case: few.plan(*case) for case in cases}
     assert {c: (p.tiles, p.steps, p.warps, p.clusters) for c, p in made.items()} == cases
     assert few.SHARES == (1, 2, 4, 8, few.WARPS)
 
@@ -134,34 +114,19 @@ def test_the_divisor_of_a_share(data: st.DataObject) -> None:
     bits = data.draw(st.sampled_from(BITS), label="bits")
     width = few.CHUNK * data.draw(st.integers(1, 512), label="chunks")
     rows = data.draw(st.integers(1, few.LIMIT), label="rows")
-    for source in (None, torch.bfloat16):
-        quantizes = source is not None
-        if not few.supports(rows, width, bits, quantizes=quantizes):
-            continue
-        cluster = few.split(rows, width, bits, quantizes=quantizes)
-        p = few.plan(rows, 16, width, bits, cluster, 1, quantizes=quantizes)
-        inverse = few.inverse(p, bits, source)
-        length = p.steps * (4 // bits if quantizes else 4 if bits == 1 else 32 // bits)
-        assert inverse < 2**32
-        if inverse == 0:  # for a length of one, in the kernel
-            assert length == 1
-            continue
-        for row in range(rows):
-            for i in (row * length, (row + 1) * length - 1):
-                assert i * inverse >> 32 == row
+    if not few.supports(rows, width, bits):
+        return
+    p = few.plan(rows, 16, width, bits, few.split(rows, width, bits), 1)
+    inverse, length = few.inverse(p, bits), p.steps * (4 if bits == 1 else 32 // bits)
+    assert inverse < 2**32
+    for row in range(rows):
+        for i in (row * length, (row + 1) * length - 1):
+            assert i * inverse >> 32 == row
 
 
 def test_rows_of_an_operand_are_split_where_they_do_not_fit() -> None:
     cases = [(1, 65536), (8, 4096), (64, 2048), (64, 4096), (64, 8192), (64, 16384)]
-    assert [few.split(*case, 4, quantizes=False) for case in cases] == [4, 1, 1, 2, 4, 8]
-
-
-def test_rows_that_are_quantized_share_their_work() -> None:
-    """A cluster grows until a block has one group of blocks a warp, and no further than K goes."""
-    few_rows = [few.split(rows, 4096, 4, quantizes=True) for rows in (1, 4, 5, 8, 9, 16, 17, 64)]
-    assert few_rows == [1, 1, 2, 2, 4, 4, 8, 8]
-    assert few.split(64, 128, 4, quantizes=True) == 1
-    assert few.split(64, 512, 1, quantizes=True) == 1
+    assert [few.split(*case, 4) for case in cases] == [4, 1, 1, 2, 4, 8]
 
 
 def _operands(
@@ -317,4 +282,4 @@ def test_operands_that_are_not_aligned() -> None:
 def test_what_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "processors", lambda device: 132)
     with pytest.raises(ValueError, match="no product of 65 rows of 128 entries at 4 bits"):
-        few._ready(65, 16, 128, 4, torch.float32, None, 0)
+        few._ready(65, 16, 128, 4, torch.float32, 0)

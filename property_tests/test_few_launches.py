@@ -126,79 +126,61 @@ def _apart(t: Tensor) -> Tensor:
 
 # By hand, of the comments of few.cu. A step is 64 bytes of a row of W, a chunk 16; a chunk of W
 # meets 1, 4 or 2 chunks of A at 1, 2 or 4 bits.
-# rows, columns, width, bits, groups, source; then cluster, tiles of A, blocks, tiles, own, steps,
-# k_warps, chunks of A in the steps (or blocks of 128, of what is quantized), shared bytes
-SPLITS: list[tuple[tuple[int, int, int, int, int, torch.dtype | None], tuple[int, ...]]] = [
-    ((3, 40, 512, 4, 2, None), (1, 1, 2, 2, 2, 4, 4, 32, 8 * 64 * 2 * 4 + 4 * 210)),
-    ((64, 300, 65536, 1, 3, None), (4, 8, 12, 7, 2, 32, 2, 128, 64 * 64 * 32 + 4 * 2528)),
-    ((9, 20, 1152, 2, 0, None), (1, 2, 1, 2, 2, 5, 8, 80, 16 * 64 * 4 * 5 + 4 * 438)),
-    ((5, 100, 4096, 4, 2, BF16), (2, 1, 4, 4, 2, 16, 4, 16, 8 * 64 * 2 * 16 + 4 * 476)),
-    ((5, 100, 4096, 4, 2, F16), (2, 1, 4, 4, 2, 16, 4, 16, 8 * 64 * 2 * 16 + 4 * 476)),
+# rows, columns, width, bits, groups; then cluster, tiles of A, blocks, tiles, own, steps, k_warps,
+# chunks of A in the steps, shared bytes
+SPLITS: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
+    ((3, 40, 512, 4, 2), (1, 1, 2, 2, 2, 4, 4, 32, 8 * 64 * 2 * 4 + 4 * 210)),
+    ((64, 300, 65536, 1, 3), (4, 8, 12, 7, 2, 32, 2, 128, 64 * 64 * 32 + 4 * 2528)),
+    ((9, 20, 1152, 2, 0), (1, 2, 1, 2, 2, 5, 8, 80, 16 * 64 * 4 * 5 + 4 * 438)),
 ]
 
 
 @pytest.mark.parametrize(("case", "expected"), SPLITS)
 def test_what_is_ready_for_a_shape(
-    case: tuple[Any, ...], expected: tuple[int, ...], device: Device
+    case: tuple[int, ...], expected: tuple[int, ...], device: Device
 ) -> None:
-    count, columns, width, bits, device.groups, source = case
+    count, columns, width, bits, device.groups = case
     cluster, nt, blocks, tiles, own, steps, warps, length, shared = expected
-    kernel, *split = few._ready(count, columns, width, bits, F16, source, 3)
+    kernel, *split = few._ready(count, columns, width, bits, F16, 3)
     assert isinstance(kernel, Fake)
     assert kernel.function == {
         "BITS": bits, "NT": nt, "CLUSTER": cluster, "OUT": 3, "WARPS": 16,
-        "DEPTH": {1: 6 if (bits, source) == (4, None) else 4, 2: 4, 8: 3}[nt],
-        "ROWS": {None: 0, BF16: 2, F16: 3}[source],
+        "DEPTH": {1: 6, 2: 4, 8: 3}[nt],
     }  # fmt: skip
     assert (kernel.device, kernel.threads, kernel.shared) == (3, 512, shared)
     assert (device.most, device.cached) == (227 * 1024, [True])
     assert split == [blocks, tiles, own, steps, warps, -(-(2**32) // length)]
 
 
-def test_a_share_of_one_block_has_no_inverse() -> None:
-    """2^32 over 1 does not fit 32 bits: 0 says so to few.cu."""
-    plans = [few.Plan(1, 1, steps, 1, 1, 0) for steps in (1, 2)]
-    assert [few.inverse(p, 4, BF16) for p in plans] == [0, 2**31]
-    assert [few.inverse(p, 2, BF16) for p in plans] == [2**31, 2**30]
-
-
 def test_what_a_binary_is_of(device: Device) -> None:
     """Each macro of few.cu by what it is called there; kept, unless told otherwise."""
     made: Any = few.compile_(2, 8, 4, F32)
     assert made == {
-        "BITS": 2, "NT": 8, "CLUSTER": 4, "OUT": 1, "WARPS": 16, "DEPTH": 3, "ROWS": 0,
+        "BITS": 2, "NT": 8, "CLUSTER": 4, "OUT": 1, "WARPS": 16, "DEPTH": 3,
     }  # fmt: skip
-    few.compile_(2, 8, 4, F32, BF16, cached=False)
+    few.compile_(2, 8, 4, F32, cached=False)
     assert device.cached == [True, False]
     # Sums of 64 rows alone leave few registers.
-    assert [few._depth(tiles, 2, False) for tiles in (1, 7, 8)] == [4, 4, 3]
+    assert [few._depth(tiles, 2) for tiles in (1, 7, 8)] == [4, 4, 3]
 
 
 def test_what_shared_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the byte: 9 rows of 8192 at 2 bits, of which a cluster of 8 has 4 steps a block."""
     words = 9 * 20 + 48 + 18  # sums, columns, rows
-    operand = 16 * 64 * 4 * 4 + 4 * words
-    quantized = operand + 4 * (18 + 2 * 8 * 9 + 2 * 9 * 8)  # 8 blocks of 128
+    least = 16 * 64 * 4 * 4 + 4 * words
     case = (9, 8192, 2)
-    for bytes_, expected in (
-        (operand - 1, (False, False)), (operand, (True, False)),
-        (quantized - 1, (True, False)), (quantized, (True, True)),
-    ):  # fmt: skip
+    for bytes_, expected in ((least - 1, False), (least, True)):
         monkeypatch.setattr(few, "SHARED", bytes_)
-        few.quantizes.cache_clear()
-        assert (few.supports(*case), few.supports(*case, quantizes=True)) == expected
-        assert few.quantizes(BF16, *case) == few.quantizes(F16, *case) == expected[1]
-        assert not few.quantizes(F32, *case)
-    few.quantizes.cache_clear()
+        assert few.supports(*case) is expected
     # All 32 steps in one block, and a row of tiles for each 16 columns.
     one = 16 * 64 * 4 * 32 + 4 * words
     for bytes_, cluster in ((one, 1), (one - 1, 2)):
         monkeypatch.setattr(few, "SHARED", bytes_)
-        assert few.split(*case, quantizes=False) == cluster
+        assert few.split(*case) == cluster
     six = 16 * 64 * 4 * 32 + 4 * (9 * 100 + 3 * 96 + 18)
     for bytes_, tiles, clusters in ((six, 6, 1), (six - 1, 3, 2)):
         monkeypatch.setattr(few, "SHARED", bytes_)
-        p = few.plan(9, 96, 8192, 2, 1, 1, quantizes=False)
+        p = few.plan(9, 96, 8192, 2, 1, 1)
         assert (p.tiles, p.own, p.clusters) == (tiles, tiles, clusters)
 
 
@@ -214,15 +196,7 @@ def test_how_an_operand_is_split() -> None:
         (64, 24576, 1): 1, (64, 24576 + 512, 1): 2, (16, 65536, 4): 8, (1, 65536, 4): 4,
         (1, 24576 + 128, 4): 1, (2, 28160, 4): 1, (8, 57344, 4): 2,
     }  # fmt: skip
-    assert {case: few.split(*case, quantizes=False) for case in cases} == cases
-
-
-def test_how_rows_that_are_quantized_are_split() -> None:
-    """128 blocks of 128 a block of threads, and no cluster with blocks that have no step."""
-    assert few.split(2, 64 * 128, 4, quantizes=True) == 1
-    assert few.split(3, 43 * 128, 4, quantizes=True) == 2  # 129
-    assert few.split(64, 1024, 1, quantizes=True) == 2  # of two steps
-    assert few._steps(300 * 512 + 128, 1, 1) == 301
+    assert {case: few.split(*case) for case in cases} == cases
 
 
 @pytest.mark.parametrize("bias_type", [None, F32, BF16, F16], ids=str)
@@ -235,10 +209,10 @@ def test_a_product_on_addresses(bias_type: torch.dtype | None, device: Device) -
     assert kernel.function["OUT"] == 2
     assert told == {
         "out": 101, "a": 102, "w": 103, "a_scale": 104, "w_scale": 105,
-        "bias": 0 if bias is None else bias.data_ptr(), "a_sum": 106, "w_sum": 107, "shown": 0,
-        "stride": 0, "rows": 3, "columns": 40, "chunks": 512 // 2 // 16, "length": 500,
-        "tiles": 2, "own": 2, "steps": 4, "k_warps": 4, "inverse": 2**27, "factor": 0.75,
-        "bias_type": {None: 0, F32: 1, BF16: 2, F16: 3}[bias_type], "levels": 0, "unit": 0.0,
+        "bias": 0 if bias is None else bias.data_ptr(), "a_sum": 106, "w_sum": 107, "rows": 3,
+        "columns": 40, "chunks": 512 // 2 // 16, "length": 500, "tiles": 2, "own": 2, "steps": 4,
+        "k_warps": 4, "inverse": 2**27, "factor": 0.75,
+        "bias_type": {None: 0, F32: 1, BF16: 2, F16: 3}[bias_type],
     }  # fmt: skip
 
 
@@ -305,96 +279,6 @@ def test_a_product_of_what_is_not_aligned(apart: str, overlaps: bool, device: De
 def test_a_product_without_entries(shape: tuple[int, int], device: Device) -> None:
     y, *_ = _product((*shape, 128), 4)
     assert (y.shape, device.seen) == (shape, [])
-
-
-GRID = few.Grid(16, 0.25)
-
-
-def _linear(x: Tensor, columns: int, bits: int, **how: Any) -> tuple[Any, Tensor, Tensor, Tensor]:
-    """What `linear` gives for x, and w, w_scale and w_sum."""
-    g = torch.Generator().manual_seed(1)
-    w = torch.randint(0, 256, (columns, x.shape[-1] * bits // 8), generator=g).to(torch.uint8)
-    w = _apart(w) if how.pop("apart", False) else w
-    scale, sums = torch.ones(columns), torch.zeros(columns, dtype=torch.int32)
-    made = few.linear(x, w, bits, F16, grid=GRID, factor=0.5, w_scale=scale, w_sum=sums, **how)
-    return made, w, scale, sums
-
-
-def _numbers(count: int, columns: int, width: int, bits: int) -> dict[str, Any]:
-    """Of a launch of `_linear`, those that don't depend on the split."""
-    return {
-        "rows": count, "columns": columns, "chunks": width * bits // 128, "length": width,
-        "factor": 0.5, "levels": 16, "unit": 0.25,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4])
-@pytest.mark.parametrize("lead", [(2, 3), (6,), ()])
-def test_a_layer_on_few_rows(lead: tuple[int, ...], bits: int, device: Device) -> None:
-    x, count = torch.zeros(*lead, 256, dtype=BF16), 6 if lead else 1
-    bias = torch.ones(40)
-    made, w, w_scale, w_sum = _linear(x, 40, bits, bias=bias, settled=True, show=True)
-    kernel, _, overlap, told = device.one()
-    assert overlap
-    assert [kernel.function[n] for n in ("BITS", "OUT", "ROWS")] == [bits, 3, 2]
-    shown = (32, torch.uint8) if bits == 1 else (256, torch.int8)
-    for t, last, kind in zip(made, (40, shown[0], 1, 1), (F16, shown[1], F32, torch.int32),
-                             strict=True):  # fmt: skip
-        assert (t.shape, t.dtype) == ((*lead, last), kind)
-    y, a, scale, sums = made
-    pointers = {
-        "out": y, "a": x, "w": w, "a_scale": scale, "w_scale": w_scale, "bias": bias,
-        "a_sum": sums, "w_sum": w_sum, "shown": a,
-    }  # fmt: skip
-    assert {n: told[n] for n in pointers} == {n: t.data_ptr() for n, t in pointers.items()}
-    expected = {**_numbers(count, 40, 256, bits), "stride": 512, "bias_type": 1}
-    assert {n: told[n] for n in expected} == expected
-
-
-def test_how_a_layer_s_rows_are_split(device: Device) -> None:
-    """5 rows of 4096: a cluster of two. Nothing is shown, and it waits, unless told otherwise."""
-    made, *_ = _linear(torch.zeros(5, 4096, dtype=F16), 100, 4)
-    kernel, blocks, overlap, told = device.one()
-    assert (blocks, overlap, made[1:]) == (4, False, (None, None, None))
-    assert [kernel.function[n] for n in ("CLUSTER", "OUT", "ROWS")] == [2, 3, 3]
-    names = ("tiles", "own", "steps", "k_warps", "inverse")
-    assert [told[n] for n in names] == [4, 2, 16, 4, 2**28]
-    assert [told[n] for n in ("a_scale", "a_sum", "shown", "bias", "bias_type")] == [0] * 5
-    _linear(torch.zeros(1, 128, dtype=F16), 1, 4)  # a single number
-    expected = _numbers(1, 1, 128, 4)
-    _, _, _, told = device.one()
-    assert {n: told[n] for n in expected} == expected
-
-
-def test_a_layer_s_rows_in_other_layouts(device: Device) -> None:
-    """Rows that begin at multiples of 16 bytes are read where they are; others are copied."""
-    wide = torch.arange(4 * 272, dtype=F32).to(BF16).view(4, 272)
-    for x, copied, stride in (
-        (wide[:, :256], False, 544), (wide[:, 8:264], False, 544), (wide[:, 1:257], True, 512),
-        (wide[:2, :256].unflatten(0, (2, 1)), False, 544),
-    ):  # fmt: skip
-        device.read = {"a": 512}
-        _linear(x, 5, 4)
-        told = device.one()[3]
-        assert (told["a"] != x.data_ptr(), told["stride"], told["a"] % 16) == (copied, stride, 0)
-        first = x.reshape(-1, 256)[0].clone()
-        assert device.bytes == [first.view(torch.uint8).numpy().tobytes()]
-
-
-@pytest.mark.parametrize("settled", [True, False])
-def test_a_layer_s_weights_that_are_not_aligned(settled: bool, device: Device) -> None:
-    device.read = {"w": 5 * 64}
-    _, w, *_ = _linear(torch.zeros(2, 128, dtype=BF16), 5, 4, settled=settled, apart=True)
-    _, _, overlap, told = device.one()
-    assert (overlap, told["w"] % 16) == (False, 0)
-    assert device.bytes == [w.numpy().tobytes()]
-
-
-@pytest.mark.parametrize(("lead", "columns"), [((0,), 5), ((2, 0), 5), ((3,), 0)])
-def test_a_layer_without_entries(lead: tuple[int, ...], columns: int, device: Device) -> None:
-    made, *_ = _linear(torch.zeros(*lead, 128, dtype=BF16), columns, 4, show=True)
-    assert [t.shape for t in made] == [(*lead, n) for n in (columns, 128, 1, 1)]
-    assert not device.seen
 
 
 KINDS = [("uniform1", "bits", 1), ("uniform8", "codes", 2), ("uniform4", "integers", 3)]

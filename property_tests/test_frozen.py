@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 
 import pytest
 import torch
 
 import quest
-from quest import frozen, fused, lowbit, operands, paths
+from quest import lowbit, operands, paths
 from quest.conformance import examine, inputs, oracle
 from quest.conformance.lanes import Lane, all_lanes
 from quest.kernels.hopper import unavailable
@@ -188,16 +187,17 @@ def test_the_court_of_frozen_integers_bites() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["w4a4", "w1a1", "w2a4"])
-def test_the_court_of_one_kernel_bites(recipe: str) -> None:
-    """Without a GPU: an operand, its scale and its sums as a kernel shows them, right and wrong."""
+def test_the_court_of_frozen_rows_bites(recipe: str) -> None:
+    """Without a GPU: an operand, its scale and its sums, right and wrong."""
     made = quest.recipe(recipe)
     x, w = torch.randn(5, 256), torch.randn(24, 256)
     kind = (operands.kinds(made.activation, made.weight) or ("",))[0]
     b, b_scale, _, b_sums = lowbit.encode(w, made.weight.spec, kind)
-    y, a, scale, sums = fused.few_linear_shown(
-        x, made.weight.pack(w).codes, b_scale, b_sums, None, made.activation.spec,
-        made.weight.require_grid().name, torch.float32,
-    )  # fmt: skip
+    a, scale, _, sums = lowbit.encode(x, made.activation.spec, kind)
+    names = ",".join(q.require_grid().name for q in (made.activation, made.weight))
+    y = lowbit.product(
+        a, b, scale, b_scale, sums, b_sums, None, names, f"{kind},{kind}", 256, torch.float32
+    )
     right = {"y": y, "a": a, "a_scale": scale, "a_sums": sums, "b": b, "b_scale": b_scale}
 
     class Stub(Lane):
@@ -221,8 +221,8 @@ def test_the_court_of_one_kernel_bites(recipe: str) -> None:
         assert (stage in failed) if stage else not failed
 
 
-def test_sums_of_tensor_cores_are_one_kernel_s() -> None:
-    """A scale between the bounds of both kinds of sums: right where that kernel made it."""
+def test_a_scale_off_by_more_than_a_butterfly_s_sums() -> None:
+    """But by less than those of tensor cores, which a frozen layer's few rows do not have."""
     made, w = quest.recipe("w4a4"), torch.randn(24, 256)
     x = inputs.draw("gaussian", (5, 256), torch.float32, 0)
     a, _, _, a_sums = lowbit.encode(x, made.activation.spec, "integers")
@@ -241,12 +241,10 @@ def test_sums_of_tensor_cores_are_one_kernel_s() -> None:
 
     class Stub(Lane):
         def call(self, stage: str, *tensors: torch.Tensor, **static: object) -> dict[str, object]:
-            return given
+            return out
 
-    for given in (out, out | {"fused": torch.ones(1)}):
-        found = examine.frozen(Stub("stub", "cuda", "dispatch"), x, w, None, made)
-        failed = {v.stage for v in found if v.failure is not None}
-        assert failed == (set() if "fused" in given else {"frozen scale"})
+    found = examine.frozen(Stub("stub", "cuda", "dispatch"), x, w, None, made)
+    assert {v.stage for v in found if v.failure is not None} == {"frozen scale"}
 
 
 @pytest.mark.parametrize("few", [True, False])
@@ -293,30 +291,6 @@ def test_whose_sums_are_those_of_tensor_cores() -> None:
         assert sums == (examine.TENSOR_CORES if expected else bounds.BUTTERFLY), (lane, dtype, spec)
         few = examine.sums_of(lane, torch.empty(1, 256, dtype=dtype), parse(spec), few=True)
         assert few == bounds.BUTTERFLY
-
-
-@pytest.mark.parametrize("few", [0, 2, 64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_few_rows_take_one_kernel(
-    few: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the weight allows so many rows, of 16 bits; the numbers are the same on a CPU."""
-    made, w = quest.recipe("w4a4"), torch.randn(24, 256, dtype=dtype)
-    operand, scale, _, sums = lowbit.encode(w, made.weight.spec, "integers")
-    held = frozen.Frozen(
-        operand=operand, scale=scale, sums=sums, packed=made.weight.pack(w).codes, few=few,
-        names="uniform4,uniform4", kinds="integers,integers", spec=made.activation.spec,
-    )  # fmt: skip
-    called = []
-    real = fused.few_linear
-    monkeypatch.setattr(fused, "few_linear", lambda *args: called.append(1) or real(*args))
-    for rows in (0, 1, 2, 3):
-        x, bias = torch.randn(rows, 1, 256, dtype=dtype), torch.randn(24, dtype=dtype)
-        called.clear()
-        y = frozen.linear(x, held, bias, made)
-        assert len(called) == (dtype == torch.bfloat16 and 0 < rows <= few)
-        expected = frozen.linear(x, dataclasses.replace(held, few=0), bias, made)
-        assert torch.equal(y, expected)
 
 
 def test_a_copy_and_a_state_dict() -> None:

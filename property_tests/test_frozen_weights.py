@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quest
-from quest import compression, direct, frozen, fused, grids, lowbit, ops, packed, paths
+from quest import compression, direct, frozen, lowbit, ops, packed, paths
 from quest import sparse_product as sparse
 from quest.estimators import STE
 from quest.recipes import Recipe
-from quest.transforms import Hadamard, Identity
+from quest.transforms import Hadamard
 
 pytestmark = pytest.mark.whole
 
@@ -75,8 +75,6 @@ def test_what_a_weight_is_frozen_into(name: str, width: int) -> None:
     assert (held.kinds, held.names) == (kinds, ",".join(names))
     # No mask is asked for.
     assert held.spec == dataclasses.replace(recipe.activation, estimator=STE()).spec
-    # One kernel takes as many rows as have the elements of a row of 4096.
-    assert held.few == (16 if held.packed is not None else 0)
     assert held.weight is w
     assert held.is_of(w)
     assert not held.is_of(_weight(width))
@@ -97,18 +95,6 @@ def test_values_ask_for_no_gradient(name: str, monkeypatch: pytest.MonkeyPatch) 
     y = frozen.linear(x, held, None, made)
     assert not y.requires_grad
     assert torch.equal(y, torch.nn.functional.linear(made.activation(x), made.weight(w.detach())))
-
-
-@pytest.mark.parametrize(
-    ("transform", "few"),
-    [(Hadamard(), 16), (Hadamard(128), 16), (Hadamard(64), 0), (Identity(), 0)],
-)
-def test_one_kernel_has_one_transform(transform: Any, few: int) -> None:
-    """Other rows are quantized by themselves, and then read the packed codes."""
-    q = quest.Quantizer(grids.uniform(4), transform)
-    held = frozen.freeze(_weight(), Recipe("own", q, q))
-    assert held.packed is not None
-    assert held.few == few
 
 
 class _Names(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -139,7 +125,6 @@ def test_another_kernel_follows_those_that_wrote_a_weight(name: str, order: int)
     with _Names() as mode:
         held = frozen.freeze(_weight(), Recipe("own", weight, activation))
     assert (held.packed is not None) == (name in ("w4a4", "w1a1"))
-    assert (held.few > 0) == (order == 128 and held.packed is not None)
     last, made = mode.seen[-1]
     assert last == "aten::clone"
     assert made is held.scale
@@ -160,7 +145,7 @@ def test_a_weight_that_counts_no_writes() -> None:
 def test_recorded_calls_are_of_one_weight() -> None:
     """What is made like it has none, and no one is shown them."""
     held = frozen.Frozen()
-    assert (held.few, held.place, held.path) == (0, 0, "values")
+    assert (held.place, held.path) == (0, "values")
     held.calls["kind",] = None
     assert not dataclasses.replace(held).calls
     assert "calls" not in repr(held)
@@ -275,17 +260,16 @@ class Ways:
         self.kept: Tensor | None = None
         self.asked: list[tuple[Any, ...]] = []
         operators: dict[str, Callable[..., Any]] = {
-            "few": fused.few_linear, "operand": lowbit.operand, "product": lowbit.product,
+            "operand": lowbit.operand, "product": lowbit.product,
             "packed": packed.packed_product, "sparse": sparse.sparse_product,
         }  # fmt: skip
         for module, name, key in (
-            (fused, "few_linear", "few"), (lowbit, "operand", "operand"),
-            (lowbit, "product", "product"), (frozen, "packed_product", "packed"),
-            (frozen, "sparse_product", "sparse"), (fused, "unchecked", "few"),
-            (lowbit, "launch_operand", "operand"), (lowbit, "launch_product", "product"),
-            (frozen, "launch_packed", "packed"), (frozen, "launch_sparse_product", "sparse"),
+            (lowbit, "operand", "operand"), (lowbit, "launch_operand", "operand"),
+            (lowbit, "product", "product"), (lowbit, "launch_product", "product"),
+            (frozen, "packed_product", "packed"), (frozen, "launch_packed", "packed"),
+            (frozen, "sparse_product", "sparse"), (frozen, "launch_sparse_product", "sparse"),
         ):  # fmt: skip
-            launches = name == "unchecked" or name.startswith("launch")
+            launches = name.startswith("launch")
             patch.setattr(module, name, self._way("launch " * launches + key, operators[key]))
         patch.setattr(ops, "direct", lambda x: isinstance(x, Tensor) and self.direct)
         for name in ("again", "recorded", "linear"):
@@ -294,7 +278,7 @@ class Ways:
     def _way(self, name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
         def run(*given: Any) -> Any:
             self.seen.append(name)
-            if name.endswith(("few", "packed")):
+            if name.endswith("packed"):
                 assert given[-1] is True  # settled: another kernel has followed that of the codes
             if name == "launch operand":  # which takes the quantizer itself
                 given = (given[0], given[1].spec, given[2])
@@ -351,7 +335,6 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> Ways:
     return Ways(monkeypatch)
 
 
-# For rows of bfloat16 that one kernel takes, and for ones of float32 that it doesn't.
 HALF, FULL = torch.bfloat16, torch.float32
 PRODUCTS = {"w4a4": "packed", "w1a1": "packed", "w4a8": "product", "w8a8": "product"}
 
@@ -364,7 +347,6 @@ def test_the_ways_of_few_rows(name: str, dtype: torch.dtype, ways: Ways) -> None
     held = frozen.freeze(_weight(), recipe)
     x, bias = torch.randn(2, 3, 256, dtype=dtype), torch.randn(24)
     apart = ["operand", PRODUCTS[name]]
-    one = held.packed is not None and dtype == HALF
     ways.direct = False
     plain = dataclasses.replace(held, packed=None)
     for bias_ in (None, bias):
@@ -378,25 +360,23 @@ def test_the_ways_of_few_rows(name: str, dtype: torch.dtype, ways: Ways) -> None
             assert torch.equal(y, expected)  # noqa: B023
             assert ways.take() == list(called)
 
-        check(*(["few"] if one else apart))
+        check(*apart)
         ways.direct = True
         ways.asked.clear()
-        run = "launch few" if one else "direct"
-        check("again", "recorded", run)
+        check("again", "recorded", "direct")
         for asked in ways.asked:
             assert [a is b for a, b in zip(asked, (x, held, bias_), strict=True)] == [True] * 3
         assert len(ways.asked) == 2
         in_columns = x.mT.contiguous().mT  # which kernels can't read where they lie
-        check("again", run, x=in_columns)
+        check("again", "direct", x=in_columns)
         ways.linear = False  # where direct launches have another way to take
-        if not one:
-            launched = [f"launch {way}" for way in apart]
-            check("again", "recorded", "direct", *launched)
-            check("again", "direct", *launched, x=in_columns)
+        launched = [f"launch {way}" for way in apart]
+        check("again", "recorded", "direct", *launched)
+        check("again", "direct", *launched, x=in_columns)
         ways.linear = True
         if bias_ is not None:  # which no kernel reads where it lies
             strided = torch.stack([bias, bias], -1)[..., 0]
-            check(*(["few"] if one else apart), given=strided)
+            check(*apart, given=strided)
         ways.kept = expected
         assert frozen.linear(x, held, bias_, recipe) is expected
         assert ways.take() == ["again"]

@@ -18,7 +18,7 @@ from property_tests.fake_launches import Kept, Kernels, Stream
 from property_tests.lane_marks import every_lane, fewer
 from property_tests.ledger import LEDGER
 from property_tests.products import kinds_of, operands_of
-from quest import direct, eager, frozen, fused, joint, lowbit, operands, ops, paths, prologue
+from quest import direct, eager, frozen, joint, lowbit, operands, ops, paths, prologue
 from quest.conformance import examine, inputs, judges
 from quest.conformance.lanes import Lane, no_product
 from quest.conformance.strategies import SEEDS
@@ -447,7 +447,6 @@ def test_a_recorded_call_is_found_by_what_it_was(
     And before anything is checked, but for what is no tensor.
     """
     layers = Layers(monkeypatch, bias=bias)
-    monkeypatch.setattr(paths, "fuses", lambda *_: False)
     x = _input(rows)
     gate, one = layers.both[0], joint.whole(layers.both)
     assert one is not None
@@ -534,11 +533,10 @@ def test_values_have_no_gated_product() -> None:
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("case", ["few rows", "one kernel", "float32", "two widths", "watched"])
+@pytest.mark.parametrize("case", ["few rows", "float32", "two widths", "watched"])
 def test_who_does_not_take_it(case: str, layers: Layers, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, dtype = {"few rows": 3, "one kernel": 40}.get(case, ROWS), HALVES[0]
+    rows, dtype = 3 if case == "few rows" else ROWS, HALVES[0]
     x, given = _input(rows, torch.float32 if case == "float32" else dtype), list(layers.both)
-    monkeypatch.setattr(paths, "fuses", lambda *_: case == "one kernel")
     if case == "float32":
         for layer in (*layers.both, layers.down):
             layer.float().freeze()
@@ -573,8 +571,6 @@ def test_who_does_not_take_it(case: str, layers: Layers, monkeypatch: pytest.Mon
         t for t in (one.operand, one.packed, one.scale, one.sums) if t is not None
     ]
     assert not joint.gates(x, given, one)
-    if case == "one kernel":
-        monkeypatch.setattr(fused, "unchecked", lambda x, *_: x.new_zeros(len(x), 2 * HIDDEN))
     seen = layers.seen(lambda: joint.projected(x, given, True))
     assert "gated product" not in seen
     assert len(layers.made) == 2

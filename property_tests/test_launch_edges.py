@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import quest
-from quest import eager, fused, grids, lowbit, operands, ops
+from quest import eager, grids, lowbit, operands, ops
 from quest import transforms as rotations
 from quest.conformance import lanes
-from quest.kernels import blocks, decode, few, hadamard, outputs, pack, quantize, sparse
+from quest.kernels import blocks, decode, hadamard, outputs, pack, quantize, sparse
 
 pytestmark = pytest.mark.whole
 
@@ -52,13 +51,6 @@ def test_a_thread_block_of_the_block_quantizer(
     for size in (2, 4):
         each = tile * (size * 128 + 16 + 32)  # and, of each block, mask and codes
         assert shape.shared(size) == warps * teams * each
-
-
-def test_how_much_a_block_of_few_rows_quantizes() -> None:
-    """128 Hadamard blocks of 128, eight for each of 16 warps; one more makes the cluster larger."""
-    assert few.split(64, 2 * 128, 4, quantizes=True) == 1
-    assert few.split(43, 3 * 128, 4, quantizes=True) == 2
-    assert few.split(43, 3 * 128, 4, quantizes=False) == 1
 
 
 def test_the_largest_order_of_a_tile() -> None:
@@ -274,23 +266,3 @@ def test_a_bias_that_a_product_does_not_take(
     assert product(torch.arange(5.0)).tolist() == [[0, 1, 2, 3, 4]] * 3
     with pytest.raises(error, match=told):
         product(bias)
-
-
-def test_few_rows_in_one_operator() -> None:
-    """It gives y, and the one that shows more gives y first; so do their fakes."""
-    weight, x = _random(5, 128), _random(2, 3, 128, seed=1)
-    operand, scale, _, sums = lowbit.encode(weight, FOUR.spec, "integers")
-    packed = lowbit.pack_operand(operand, FOUR.spec)
-    said = (None, FOUR.spec, "uniform4", torch.bfloat16)
-    y = fused.few_linear(x, packed, scale, sums, *said)
-    shown = fused.few_linear_shown(x, packed, scale, sums, *said)
-    assert torch.equal(y, shown[0])
-    expected = FOUR(x).double() @ FOUR(weight).double().T
-    # bfloat16 rounds by 2^-9; of 128 terms near 1 the float32 factors are off by 2^-23 each.
-    torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-4)
-    with FakeTensorMode() as mode:
-        rows, w, w_scale, w_sums = (mode.from_tensor(t) for t in (x, packed, scale, sums))
-        like = fused.few_linear(rows, w, w_scale, w_sums, *said)
-        every = fused.few_linear_shown(rows, w, w_scale, w_sums, *said)
-    assert (like.shape, like.dtype) == (y.shape, y.dtype)
-    assert [(t.shape, t.dtype) for t in every] == [(t.shape, t.dtype) for t in shown]

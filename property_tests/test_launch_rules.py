@@ -326,34 +326,27 @@ def test_the_choice_of_sparse_tiles() -> None:
 
 
 def _of_few() -> Iterator[tuple[tuple[int, ...], int]]:
-    """(rows, steps, own, bits, cluster), and the bytes that few.cu counts for an operand."""
-    yield (1, 8, 2, 4, 1), 8 * 64 * 2 * 8 + 4 * (1 * 36 + 96 + 2)
-    yield (8, 8, 2, 1, 1), 8 * 64 * 1 * 8 + 4 * (8 * 36 + 96 + 16)
-    yield (9, 4, 1, 2, 4), 16 * 64 * 4 * 4 + 4 * (9 * 20 + 48 + 18)
-    yield (33, 2, 3, 4, 8), 64 * 64 * 2 * 2 + 4 * (33 * 52 + 144 + 66)
+    """(rows, steps, own, bits), and the bytes that few.cu counts."""
+    yield (1, 8, 2, 4), 8 * 64 * 2 * 8 + 4 * (1 * 36 + 96 + 2)
+    yield (8, 8, 2, 1), 8 * 64 * 1 * 8 + 4 * (8 * 36 + 96 + 16)
+    yield (9, 4, 1, 2), 16 * 64 * 4 * 4 + 4 * (9 * 20 + 48 + 18)
+    yield (33, 2, 3, 4), 64 * 64 * 2 * 2 + 4 * (33 * 52 + 144 + 66)
 
 
 @pytest.mark.parametrize(("case", "expected"), list(_of_few()))
 def test_shared_memory_of_few_rows(case: tuple[int, ...], expected: int) -> None:
-    rows_, steps, own, bits, cluster = case
-    assert few._shared(rows_, steps, own, bits, cluster, False) == expected
-    # To quantize: two numbers a row, two of each block of the cluster, two a Hadamard block.
-    more = 2 * rows_ * (1 + cluster + steps * 4 // bits)
-    assert few._shared(rows_, steps, own, bits, cluster, True) == expected + 4 * more
+    rows_, steps, own, bits = case
+    assert few._shared(rows_, steps, own, bits) == expected
 
 
 def test_numbers_of_few_rows() -> None:
     assert [few._row_tiles(n) for n in (1, 8, 9, 16, 17, 32, 33, 64)] == [1, 1, 2, 2, 4, 4, 8, 8]
-    for quantizes in (False, True):
-        for bits in (1, 2, 4):
-            first = 6 if bits == 4 and not quantizes else 4
-            made = [few._depth(n, bits, quantizes) for n in few.TILES]
-            assert made == [first, first, 4, 3]
+    for bits, first in ((1, 4), (2, 4), (4, 6)):
+        assert [few._depth(n, bits) for n in few.TILES] == [first, first, 4, 3]
     assert [few._parts(bits) for bits in (1, 2, 4)] == [1, 4, 2]
     assert [few._steps(4096, bits, 1) for bits in (1, 2, 4)] == [8, 16, 32]
     assert [few._steps(4096 + 128, 4, c) for c in (1, 2, 8)] == [33, 17, 5]
-    assert [few._blocks(3, bits) for bits in (1, 2, 4)] == [12, 6, 3]
-    assert (few.WARPS, few.SHARED, few.QUANTIZED) == (16, 232448, 16384)
+    assert (few.WARPS, few.SHARED) == (16, 232448)
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -401,15 +394,10 @@ def test_who_takes_the_integers_path(monkeypatch: pytest.MonkeyPatch) -> None:
         assert paths.has_integers(t, four) is expected
 
 
-def test_how_many_rows_one_kernel_quantizes_and_multiplies() -> None:
-    """A row of 4096, two of 2048; none of a row without entries, or of 3 bits."""
-    cases = {
-        (4096, 2048): 1, (4224, 2112): 0, (2048, 1024): 2, (1408, 704): 2, (128, 64): 32,
-        (128, 16): 32, (4096, 1536): 0, (0, 0): 0,
-    }  # fmt: skip
-    for (width, bytes_), expected in cases.items():
+def test_which_rows_read_packed_codes() -> None:
+    """None of rows without entries, or of 3 bits."""
+    for width, bytes_ in ((4096, 2048), (128, 64), (128, 16), (4096, 1536), (0, 0)):
         packed = torch.empty((1, bytes_), dtype=torch.uint8)
-        assert paths.few_rows(packed, width) == expected, width
         bits = bytes_ * 8 // width if width else 0
         most = {0: 0, 1: paths.FEW_ROWS[1], 3: 0}.get(bits, paths.FEW_ROWS[4])
         assert not paths.reads_packed(most + 1, packed, width)

@@ -60,9 +60,9 @@ LAUNCHES = {
         "few w1a1 140 columns",
         "few w4a4 140 columns",
         "few w4a4 4224 wide",
-        "few fused w1a1 1x1152 True",
-        "few fused w4a4 1x1152 False",
-        "few fused w4a4 16x4096 False",
+        "frozen w4a4 1 rows",
+        "frozen w1a1 12 rows",
+        "few clusters",
     ),
 }
 

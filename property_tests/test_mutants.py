@@ -330,7 +330,7 @@ def test_a_few_likely_killers_are_enough() -> None:
 
 
 def test_a_header_is_launched_by_those_who_include_it() -> None:
-    m = next(m for m in KNOWN.values() if m.file == "kernels/few_rows.cuh")
+    m = next(m for m in KNOWN.values() if m.file == "kernels/few_ptx.cuh")
     lines = read("kernels/few.py").decode().splitlines()
     launch = next(n for n, line in enumerate(lines, 1) if ".launch(" in line)
     test = "property_tests/test_few.py::t"

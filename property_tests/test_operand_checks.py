@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import quest
-from quest import fused, grids, lowbit, packed
+from quest import grids, lowbit, packed
 from quest.lowbit_linear import low_bit_linear
 
 pytestmark = pytest.mark.whole
@@ -188,51 +188,6 @@ def test_arguments_that_a_packed_product_does_not_take(name: str, value: Any, to
 def test_sums_are_one_a_row() -> None:
     with pytest.raises(ValueError, match=r"a_sums must be torch.int32 of shape \(3, 1\)"):
         _packed(a_sums=torch.zeros(128, 1, dtype=torch.int32))
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "told"),
-    [
-        *SHARED,
-        ("x", torch.zeros(3, 128).int(), "x must be float32, bfloat16 or float16"),
-        ("x", ROWS.to("meta"), "x must lie where w lies, cpu; got meta"),
-        ("x", torch.zeros(3, 64), "x must have rows of a multiple of 128 entries, got 64"),
-        ("activation", quest.recipe("w8a8").activation.spec, "one kernel quantizes and multiplies"),
-    ],
-)
-@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
-def test_arguments_that_few_rows_do_not_take(name: str, value: Any, told: str, fake: bool) -> None:
-    arguments: dict[str, Any] = {
-        "x": ROWS, "w": CODES, "w_scale": torch.ones(24, 1), "w_sums": WHOLE, "bias": None,
-        "activation": FOUR.spec, "weight_grid": "uniform4", "dtype": torch.float32,
-        "settled": False,
-    } | {name: value}  # fmt: skip
-    with pytest.raises((ValueError, TypeError), match=told):
-        (fused._fake if fake else fused.few_linear)(**arguments)
-
-
-def test_the_quantizers_that_one_kernel_has() -> None:
-    def asked(grid: grids.Grid | None, weight: grids.Grid, **how: Any) -> str | None:
-        return fused.pairs(quest.Quantizer(grid, **how), weight)
-
-    one, two, four = (grids.uniform(b) for b in (1, 2, 4))
-    assert asked(one, one) == asked(one, one, transform=quest.Hadamard(128)) == "bits"
-    for a in (two, four):
-        for w in (two, four):
-            assert asked(a, w) == asked(a, w, transform=quest.Hadamard(128)) == "integers"
-    pairs: tuple[tuple[grids.Grid | None, grids.Grid], ...] = (
-        (one, four), (four, one), (four, grids.uniform(8)), (grids.uniform(8), four),
-        (None, four), (four, grids.ternary()), (grids.ternary(), four), (four, grids.e2m1()),
-        (grids.lloyd_max(1), one), (grids.lloyd_max(4), four),
-    )  # fmt: skip
-    for grid, weight in pairs:
-        assert asked(grid, weight) is None
-    for how in (
-        {"transform": quest.Identity()}, {"transform": quest.Hadamard(64)},
-        {"sparsity": quest.NM(2, 4)},
-    ):  # fmt: skip
-        assert asked(one, one, **how) is None
-        assert asked(four, four, **how) is None
 
 
 def test_weights_that_a_layer_does_not_take() -> None:

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import quest
-from quest import fused, grids, lowbit, operands, packed, paths
+from quest import grids, lowbit, operands, packed, paths
 from quest.kernels import blocks, decode, few, hopper, pack, product, quantize, rows
 
 pytestmark = pytest.mark.whole
@@ -35,7 +34,7 @@ class Kernels:
         for module, name, count in (
             (blocks, "quantize", 5), (quantize, "encode", 4), (rows, "quantize", 3),
             (pack, "pack", 1), (decode, "decode", 1), (product, "product", 1),
-            (few, "product", 1), (few, "linear", 4),
+            (few, "product", 1),
         ):  # fmt: skip
             patch.setattr(module, name, self._kernel(module.__name__, name, count))
 
@@ -247,8 +246,6 @@ def test_a_device_without_the_product(kernels: Kernels, monkeypatch: pytest.Monk
         ("accumulate", (a, a)),
         ("product", (a, a, scale, scale, sums, sums, *last)),
         ("packed_product", (a, w, scale, scale, sums, sums, *last)),
-        ("few_linear", (X.half(), w, scale, sums, None, FOUR.spec, "uniform4", torch.float32,
-                        False)),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match="the low-bit product can't run here: cpu is too"):
             _on_cuda(name, *arguments)
@@ -301,107 +298,3 @@ def test_packed_products(
             many, w, torch.ones(n, 1), w_scale, torch.zeros(n, 1).int(), w_sums, None, names,
             f"{kind},{kind}", 128, torch.float16,
         )  # fmt: skip
-
-
-@pytest.mark.parametrize(("q", "weight", "kind", "bits"), PACKED)
-def test_few_rows_in_one_kernel(
-    kernels: Kernels, q: quest.Quantizer, weight: quest.Quantizer, kind: str, bits: int
-) -> None:
-    w, w_scale, w_sums = _weight(bits)
-    bias, grid = torch.arange(5.0), q.require_grid()
-    said = (q.spec, str(weight.grid), torch.float16)
-    s = SPREADS.get(grid.storage_bits, 1)
-    x = torch.zeros(2, 3, 128, dtype=torch.bfloat16)
-    for given in (None, bias):
-        vectors = (w_scale, w_sums, given)
-        strided = (_strided(w_scale), _strided(w_sums), None if given is None else _strided(given))
-        for settled in (False, True):
-            for shown in (False, True):
-                name = "few_linear_shown" if shown else "few_linear"
-                made = _on_cuda(name, x, w, *strided, *said, settled)
-                assert _numbers(made) == [0, s, 2, 3 * s] if shown else int(made) == 0
-                _seen(kernels, x, w, vectors, bits, settled, shown)
-            made = fused.unchecked(x, w, *vectors, *said, settled)
-            assert int(made) == 0
-            keywords = _seen(kernels, x, w, vectors, bits, settled, False)
-            step = 0.5 if kind == "bits" else 2 * _half(q)
-            assert keywords["grid"] == few.Grid(len(grid.points), step)
-            assert keywords["factor"] == _half(q) * _half(weight)
-
-
-def test_what_one_kernel_shows_is_what_others_make(kernels: Kernels) -> None:
-    """It multiplies odd integers as they are; as operands they are doubled while int8 has room."""
-    made = torch.zeros(1), torch.tensor([[-15, 1]]).char(), torch.ones(1, 1), torch.tensor([[-14]])
-    w, w_scale, w_sums = _weight(4)
-    said = (FOUR.spec, "uniform4", torch.float16, False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(few, "linear", lambda *_, **__: made)
-        _, a, _, sums = _on_cuda("few_linear_shown", X.half(), w, w_scale, w_sums, None, *said)
-    assert (a.tolist(), a.dtype, sums.tolist()) == ([[-120, 8]], torch.int8, [[-112]])
-
-
-def _seen(
-    kernels: Kernels, x: Tensor, w: Tensor, vectors: tuple[Tensor | None, ...], bits: int,
-    settled: bool, shown: bool,
-) -> dict[str, Any]:  # fmt: skip
-    name, arguments, keywords = kernels.one()
-    assert (name, arguments[2:]) == ("few.linear", (bits, torch.float16))
-    assert [t.shape for t in arguments[:2]] == [x.shape, w.shape]
-    for key, t in zip(("w_scale", "w_sum", "bias"), vectors, strict=True):
-        found = keywords[key]
-        assert found is None if t is None else torch.equal(found, t) and found.is_contiguous()
-    assert (keywords["settled"], keywords["show"]) == (settled, shown)
-    return keywords
-
-
-class _Arguments(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Those of each operator called."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: list[tuple[Any, ...]] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self.seen.append((func.name(), *args))
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_weight_is_taken_for_settled_only_where_that_is_said() -> None:
-    arguments = (X, *_weight(4), None, FOUR.spec, "uniform4", torch.float16)
-    for name in ("few_linear", "few_linear_shown"):
-        with _Arguments() as mode:
-            getattr(fused, name)(*arguments)
-            getattr(fused, name)(*arguments, True)
-        found = [a[-1] for a in mode.seen if a[0] == f"quest::{name}"]
-        assert found == [False, True]
-
-
-def test_rows_that_one_kernel_does_not_take(kernels: Kernels) -> None:
-    vectors = _weight(4)[1:]
-    said = (None, FOUR.spec, "uniform4", torch.float16, False)
-    for x, told in (
-        (torch.zeros(65, 128).bfloat16(), "got 65 of 128 entries of torch.bfloat16"),
-        (torch.zeros(5, 13, 128).half(), "got 65 of 128 entries of torch.float16"),
-        (torch.zeros(3, 128), "got 3 of 128 entries of torch.float32"),
-    ):
-        with pytest.raises(ValueError, match=f"up to 64 rows of bfloat16 or float16 .*{told}"):
-            _on_cuda("few_linear", x, _weight(4)[0], *vectors, *said)
-    assert not kernels.seen
-    with pytest.raises(ValueError, match="x must have rows of a multiple of 128 entries, got 64"):
-        _on_cuda("few_linear", X[:, :64].half(), _weight(4)[0], *vectors, *said)
-    for x, w in ((X[:0], _weight(4)[0]), (X[:, :0], _weight(4)[0][:, :0])):  # without entries
-        _on_cuda("few_linear", x, w, *vectors, *said)
-        assert kernels.one()[0] == "few.linear"
-
-
-@pytest.mark.parametrize(("q", "weight", "kind", "bits"), PACKED)
-def test_the_fakes_of_few_rows(
-    q: quest.Quantizer, weight: quest.Quantizer, kind: str, bits: int
-) -> None:
-    w, scale, sums = _weight(bits)
-    arguments = (torch.zeros(2, 3, 128), w, scale, sums, None, q.spec, str(weight.grid))
-    made = fused.few_linear_shown(*arguments, torch.bfloat16)
-    fakes = fused._fake(*arguments, torch.bfloat16, False)
-    assert [(t.shape, t.dtype) for t in made] == [(t.shape, t.dtype) for t in fakes]

@@ -58,20 +58,7 @@ def test_bits_of_a_code() -> None:
         assert paths._bits(torch.empty((3, 128 * bits // 8), dtype=torch.uint8), 128) == bits
     packed = torch.empty((3, 0), dtype=torch.uint8)
     assert paths._bits(packed, 0) == 0
-    assert paths.few_rows(packed, 0) == 0
     assert not paths.reads_packed(1, packed, 0)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int16])
-def test_what_one_kernel_quantizes_and_multiplies(dtype: torch.dtype) -> None:
-    """1 to `few` rows of 16-bit floats, in any shape."""
-    halves = dtype in (torch.bfloat16, torch.float16)
-    for lead, few, expected in (
-        ((3,), 3, halves), ((4,), 3, False), ((), 1, halves), ((), 0, False), ((0,), 3, False),
-        ((2, 3), 6, halves), ((2, 3), 5, False), ((2, 0), 5, False),
-    ):  # fmt: skip
-        x = torch.empty((*lead, 128), dtype=dtype, device="meta")
-        assert paths.fuses(x, few) is expected, (lead, few)
 
 
 def test_a_path_is_forced_inside_its_block_alone() -> None:

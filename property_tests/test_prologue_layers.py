@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +23,7 @@ def _layer(recipe: str = "w4a4", dtype: torch.dtype = torch.bfloat16) -> quest.L
     return quest.Linear(256, 24, True, recipe, dtype=dtype)
 
 
-def _on_integers(layer: quest.Linear, few: int = 0) -> quest.Linear:
+def _on_integers(layer: quest.Linear) -> quest.Linear:
     """Frozen as on Hopper, where its weight lies as integers; this one on a CPU."""
     made, w = layer.recipe, layer.weight.detach()
     kinds = operands.kinds(made.activation, made.weight)
@@ -35,7 +34,7 @@ def _on_integers(layer: quest.Linear, few: int = 0) -> quest.Linear:
     names = ",".join(q.require_grid().name for q in (made.activation, made.weight))
     held = frozen.Frozen(
         None, operand, scale, sums, packed, names=names, kinds=",".join(kinds),
-        spec=made.activation.spec, few=few, weight=layer.weight, state=direct.state(layer.weight),
+        spec=made.activation.spec, weight=layer.weight, state=direct.state(layer.weight),
     )  # fmt: skip
     layer.hold(held)
     return layer.eval()
@@ -80,24 +79,6 @@ def test_an_input_that_does_not_fit_is_refused(taken: list[Tensor]) -> None:
     with torch.no_grad(), pytest.raises(ValueError, match="x must have 256 columns"):
         quest.gated(gate, up, _on_integers(_layer()))
     assert not taken
-
-
-@pytest.mark.parametrize("compiles", [False, True])
-def test_few_rows_keep_their_kernel(
-    compiles: bool, taken: list[Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Compiled; call by call one kernel spares torch's own."""
-    layer = _on_integers(_layer(), few=4)
-    for rows in (0, 1, 4, 5):
-        gate, up = _pair(rows=rows)
-        taken.clear()
-        with torch.no_grad():
-            with monkeypatch.context() as patch:
-                patch.setattr(torch.compiler, "is_compiling", lambda: compiles)
-                y = quest.gated(gate, up, layer)
-            assert len(taken) == (not compiles or rows in (0, 5))
-            if not taken:
-                assert torch.equal(y, layer(F.silu(gate) * up))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +181,7 @@ def test_layers_behind_a_norm_take_it(
     [
         "gradient", "not stacked", "not frozen", "some", "float32", "hook", "hook of the norm",
         "another norm", "subclass", "no weight", "eps", "no eps", "weight's dtype",
-        "weight's shape", "autocast", "residual's dtype", "few", "no layers alike",
+        "weight's shape", "autocast", "residual's dtype", "no layers alike",
     ],
 )  # fmt: skip
 def test_what_a_norm_keeps(case: str, taken: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,12 +213,6 @@ def test_what_a_norm_keeps(case: str, taken: list[Tensor], monkeypatch: pytest.M
         norm.weight = nn.Parameter(norm.weight.float())
     elif case == "weight's shape":
         norm = nn.RMSNorm((1, 256), eps=1e-5, dtype=dtype)
-    elif case == "few":
-        for layer in layers:
-            held = layer.current()
-            layer.hold(dataclasses.replace(held, few=64, whole=None))
-        joint.stack(layers)
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     elif case == "residual's dtype":
         residual = residual.float()  # as that of a model under autocast
     elif case == "no layers alike":
@@ -432,8 +407,7 @@ def test_layers_behind_a_norm_on_hopper(rows: int, recipe: str, bias: bool) -> N
 def test_a_layer_on_hopper(rows: int, recipe: str) -> None:
     """Eagerly, compiled and from a graph: the same bits, those of the operand made alone.
 
-    Where the layer has no operand for it, they are the layer's on x; compiled also where it
-    quantizes few rows itself.
+    Where the layer has no operand for it, they are the layer's on x.
     """
     layer = _layer(recipe).cuda().eval().freeze()
     held = layer.current()
@@ -453,7 +427,7 @@ def test_a_layer_on_hopper(rows: int, recipe: str) -> None:
                 assert torch.equal(y, expected) == (first is gate)
         torch.compiler.reset()
         compiled = torch.compile(lambda w: quest.gated(*halves(w), layer), fullgraph=True)(wide)
-        if recipe == "fp4" or paths.fuses(gate, held.few):
+        if recipe == "fp4":
             _close(compiled, y)
         else:
             assert torch.equal(compiled, y)

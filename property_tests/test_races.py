@@ -56,9 +56,8 @@ LAUNCHES = {
         "rotated product w4a4 heads of 32",
     ),
     "few": (
-        "few fused w4a4 5x4096 True",
-        "few fused w4a4 40x256",
         "few w1a1 40 rows",
+        "frozen w4a4 1 rows",
         "few w4a4 4224 wide",
         "frozen w4a4 12 rows",
         "frozen w1a1 12 rows",

@@ -14,7 +14,7 @@ import quest
 from property_tests.fake_launches import Kept, Kernels, Stream
 from property_tests.lane_marks import every_dtype
 from property_tests.prologues import on_hopper
-from quest import direct, frozen, fused, joint, ops, paths, prologue, rotary, rotated_product
+from quest import direct, frozen, joint, ops, paths, prologue, rotary, rotated_product
 from quest.conformance.strategies import DTYPES
 from quest.kernels import product, recorded
 from quest.models import Llama, LlamaConfig
@@ -283,19 +283,16 @@ def test_angles_that_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.whole
 @pytest.mark.parametrize(
     "case",
-    ["few rows", "one kernel", "hooked", "grad", "not frozen", "values", "autocast", "2:4",
+    ["few rows", "hooked", "grad", "not frozen", "values", "autocast", "2:4",
      "float64 angles", "heads of 48", "not stacked"],
 )  # fmt: skip
 def test_who_does_not_take_it(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The numbers are those of the layers and of a rotation all the same; also when recorded."""
-    tokens = {"few rows": 3, "one kernel": 40, "2:4": paths.SPARSE_ROWS}.get(case, TOKENS)
+    tokens = {"few rows": 3, "2:4": paths.SPARSE_ROWS}.get(case, TOKENS)
     made = Layers(monkeypatch, "w4a4-2:4" if case == "2:4" else "w4a4")
     layers: tuple[Any, ...] = made.all
     cos, sin = angles(tokens, 48 if case == "heads of 48" else HEAD)
-    x = _x((tokens,) if case == "one kernel" else (1, tokens))
-    monkeypatch.setattr(paths, "fuses", lambda *_: case == "one kernel")
-    if case == "one kernel":
-        monkeypatch.setattr(fused, "unchecked", lambda x, *_: x.new_ones(*x.shape[:-1], 3 * OUT))
+    x = _x((1, tokens))
     if case == "hooked":
         layers[0].register_forward_hook(lambda *_: None)
     elif case == "not frozen":
@@ -334,7 +331,6 @@ def test_who_does_not_take_it(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_recorded_call_of_few_rows_is_turned_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """That of the layers alone, whose launches know nothing of angles."""
     made = Layers(monkeypatch)
-    monkeypatch.setattr(paths, "fuses", lambda *_: False)
     x, (cos, sin) = _x((1, 3)), angles(3)
     how = quest.Rotary(cos, sin, 2)
     for _ in range(2):

@@ -1,8 +1,8 @@
-"""Rows at the edges of what the two quantizers of few rows do: `rows.cu`, `few_rows.cuh`.
+"""Rows at the edges of what the quantizer of few rows does: `rows.cu`.
 
-Rows whose sum of squares is no float go another way through either kernel, with a power of two of
-the row or of the block. Entries at every place decide that power, or that a row is not finite, and
-a row that has only one shows its column of the transform without a rounding.
+Rows whose sum of squares is no float go another way through the kernel, with a power of two of the
+row. Entries at every place decide that power, or that a row is not finite, and a row that has only
+one shows its column of the transform without a rounding.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from property_tests import few_rows
 from property_tests.ledger import LEDGER
 from property_tests.places import Place
 from quest import operands
@@ -19,7 +18,6 @@ from quest.quantizer import parse
 
 pytestmark = pytest.mark.whole
 
-HALVES = (torch.bfloat16, torch.float16)
 WIDE = (torch.float32, torch.bfloat16)  # of a range that squares leave
 BITS, INTEGERS = "uniform1/hadamard128/ste/dense", "uniform4/hadamard128/ste/dense"
 # At the exponents 254, which is brought near 1 as 253 is, and 1; normal; below all exponents.
@@ -77,92 +75,11 @@ def _rows(place: Place, x: torch.Tensor, spec: str) -> None:
     LEDGER.judge(place.lane, found, f"{x.dtype}, {spec}", conclusive=False)
 
 
-@pytest.mark.parametrize("recipe", ["w4a4", "w1a1"])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_every_kind_of_row_in_one_kernel(place: Place, dtype: torch.dtype, recipe: str) -> None:
-    """Among them zeros of either sign, and rows that end within a step of K."""
-    for seed, name in enumerate(inputs.DISTRIBUTIONS):
-        few_rows.judged(place, inputs.draw(name, (8, 640), dtype, seed), recipe)
-    for x in torch.split(_edges(dtype), 8):
-        few_rows.judged(place, x, recipe)
-    # Small, but not for 16 bits: a block has no power of its own.
-    x = inputs.draw("gaussian", (8, 640), torch.float32, 0)
-    x *= 2.0 ** -torch.arange(8)[:, None]
-    few_rows.judged(place, (x / 16).to(dtype), recipe)
-
-
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_one_entry_at_every_place_of_a_block(place: Place, dtype: torch.dtype) -> None:
-    """Eight blocks a row; the largest entry is one of either half of a word, of any sign."""
-    for power in POWERS if dtype == torch.bfloat16 else (15, 1, -24):
-        for blocks in torch.split(_alone(2.0**power, dtype), 64):
-            few_rows.judged(place, blocks.reshape(8, 1024), "w4a4")
-
-
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_an_entry_that_is_not_finite_in_one_kernel(place: Place, dtype: torch.dtype) -> None:
-    """It makes its row's scale NaN and its codes those of zeros, those of finite blocks, too."""
-    for i, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
-        x = inputs.draw("gaussian", (8, 1024), dtype, i)
-        x[:7].view(7, 8, 128)[:, 3, i::19] = bad
-        x[2:4] = torch.where(x[2:4].isfinite(), 0.0, x[2:4])
-        few_rows.judged(place, x, "w4a4")
-
-
-# Groups that are not full, by one block and by all but one; that a row ends in, soon and late.
-SHAPES = {
-    "w4a4": ((1, 128), (1, 1152), (3, 2560), (3, 1280), (8, 2048), (7, 128), (5, 1920)),
-    "w1a1": ((1, 128), (3, 1664), (8, 896)),
-}
-
-
-@pytest.mark.parametrize("recipe", ["w4a4", "w1a1"])
-def test_groups_of_blocks(place: Place, recipe: str) -> None:
-    """Eight blocks are transformed together, whichever rows they are of."""
-    for seed, shape in enumerate(SHAPES[recipe]):
-        for name in ("gaussian", "mixed_rows"):
-            few_rows.judged(place, inputs.draw(name, shape, torch.bfloat16, seed), recipe)
-
-
 def test_rows_that_end_where_memory_does(place: Place) -> None:
-    """Nothing is asked for of the blocks that a group lacks: the ninth is alone in its own."""
-    with place.walled(inputs.draw("gaussian", (3, 384), torch.bfloat16, 0)) as rows:
-        few_rows.judged(place, rows, "w4a4")
-
-
-def test_the_largest_block_has_more_before_it_than_lanes(place: Place) -> None:
-    """Lanes look for a row's power in turns; one that is too low makes its sum infinite."""
-    x = inputs.draw("gaussian", (3, 4224), torch.bfloat16, 0)
-    for row, block in enumerate((31, 32, 0)):
-        x[row, 128 * block : 128 * block + 128] *= 2.0**100
-    few_rows.judged(place, x, "w4a4")
-
-
-def test_a_row_that_another_warp_has_summed(place: Place) -> None:
-    """Warp 1 scales row 32, which warp 0 sums in its third turn: warp 1 has two, and waits.
-
-    Shared memory may still hold what the same rows left there: these are others each time.
-    """
-    for seed in range(2):
-        few_rows.judged(place, inputs.draw("gaussian", (33, 384), torch.bfloat16, seed), "w4a4")
-
-
-def test_a_cluster_of_two(place: Place) -> None:
-    """Each block needs the other's sums, and not those that earlier rows left in its memory."""
-    for seed in range(4):
-        few_rows.judged(place, inputs.draw("mixed_rows", (8, 4096), torch.bfloat16, seed), "w4a4")
-
-
-def test_shares_of_a_cluster(place: Place) -> None:
-    """Of K, the last of which is not full: every block of the grid finds the same scale."""
-    for name in ("gaussian", "zeros", "non_finite", "negative_zeros", "subnormal", "huge"):
-        few_rows.judged(place, inputs.draw(name, (8, 4224), torch.bfloat16, 2), "w4a4")
-    few_rows.judged(place, _edges(torch.bfloat16)[12:20].repeat(1, 11), "w4a4")
-
-
-def test_more_groups_than_warps(place: Place) -> None:
-    """Rows are read a second time, from the last group back to the first."""
-    few_rows.judged(place, inputs.draw("mixed_rows", (16, 16384), torch.bfloat16, 3), "w4a4")
+    """Nothing is asked for of the blocks that a warp lacks: the ninth is alone in its own."""
+    for dtype in WIDE:
+        with place.walled(inputs.draw("gaussian", (3, 1152), dtype, 0)) as rows:
+            _rows(place, rows, INTEGERS)
 
 
 @pytest.mark.parametrize("spec", [INTEGERS, BITS])

@@ -2,23 +2,21 @@
 
 What a forward reads of it: on Hopper the operand of the integer product, its packed codes for few
 rows, and its compressed form for many where it is 2:4 sparse; elsewhere the values in the weight's
-dtype. The numbers are those of the layer that quantizes its weight each time, on the same path; but
-where one kernel quantizes few rows and multiplies them (`fused`), a row's scale may differ in its
-last bit.
+dtype. The numbers are those of the layer that quantizes its weight each time, on the same path.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import direct, fused, lowbit, operands, ops, paths
+from . import direct, lowbit, operands, ops, paths
 from .compression import compress
 from .estimators import STE
 from .gated_product import HALVES, gated_product, launch_gated_product
@@ -39,10 +37,9 @@ class Frozen:
     2 or 4 bits counted from 0, or None. kept, metadata: the compressed form of an operand that is
     2:4 sparse, see `quest.compression`, or None. names, kinds: of the grids and operands of
     activation and weight, as `quest.lowbit.product` takes them. spec: of the activation's
-    quantizer, without a mask. few: rows that `fused.few_linear` takes with it, at most. state: of
-    the weight that it was made of; weight: that one, held so that no other gets its address. whole,
-    place: the stack of several that this one's tensors are rows of, and which of them it is; see
-    `stack`. calls, biases: see `direct`.
+    quantizer, without a mask. state: of the weight that it was made of; weight: that one, held so
+    that no other gets its address. whole, place: the stack of several that this one's tensors are
+    rows of, and which of them it is; see `stack`. calls, biases: see `direct`.
     """
 
     values: Tensor | None = None
@@ -55,7 +52,6 @@ class Frozen:
     names: str = ""
     kinds: str = ""
     spec: str = ""
-    few: int = 0
     weight: Tensor | None = None
     state: tuple[object, ...] = ()
     whole: Stack | None = None
@@ -113,7 +109,6 @@ class Frozen:
             x.ndim > 0
             and self.operand is not None
             and self.form(math.prod(x.shape[:-1]), x.shape[-1]) == "operand"
-            and not paths.fuses(x, self.few)
         )
 
     def read(self) -> tuple[Tensor, ...]:
@@ -199,16 +194,13 @@ def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
     elif recipe.weight.sparsity == NM(2, 4):
         kept, metadata = compress(operand)
     names = ",".join(q.require_grid().name for q in (recipe.activation, recipe.weight))
-    few = 0
-    if packed is not None and fused.pairs(recipe.activation, recipe.weight.require_grid()):
-        few = paths.few_rows(packed, weight.shape[1])
     # The last kernel here, after those that wrote what products read: see `multiply` and `direct`.
     scale = scale.clone()
     kinds = ",".join(pair)
     # Nothing asks for a mask, and its bits are a tenth of the quantizer's work.
     spec = replace(recipe.activation, estimator=STE()).spec
     return Frozen(
-        None, operand, scale, sums, packed, kept, metadata, names, kinds, spec, few, weight,
+        None, operand, scale, sums, packed, kept, metadata, names, kinds, spec, weight,
         direct.state(weight),
     )  # fmt: skip
 
@@ -240,22 +232,8 @@ def linear(
     told = direct.how(None, gate, residual is not None, rotary)
     if unwatched and (made := direct.again(frozen, xs, (bias,), told)) is not None:
         return made[0]
-    run: Callable[[], tuple[Tensor] | None] | None = None
     if unwatched:
         run = functools.partial(direct.linear, x, frozen, bias, dtype, gate, residual, rotary)
-    if frozen.packed is not None and paths.fuses(x, frozen.few):
-        assert frozen.scale is not None
-        assert frozen.sums is not None
-        # Settled: `freeze` has queued another kernel after that which wrote the codes.
-        few = functools.partial(
-            fused.unchecked if unwatched else fused.few_linear,
-            x, frozen.packed, frozen.scale, frozen.sums, bias, frozen.spec,
-            frozen.names.partition(",")[2], dtype, True,
-        )  # fmt: skip
-        if not unwatched:
-            return few()
-        run = functools.partial(_alone, few)
-    if run is not None:
         # Rows that lie apart may be copied first.
         whole = x.is_contiguous()
         made = direct.recorded(frozen, xs, (bias,), run, told) if whole else run()
@@ -269,10 +247,6 @@ def linear(
     added = None if residual is None else lowbit.as_rows(residual)
     y = multiply(quantized, frozen, bias, x.shape[-1], dtype, unwatched, gate, added, rotary)
     return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def _alone(run: Callable[[], Tensor]) -> tuple[Tensor]:
-    return (run(),)
 
 
 def multiply(

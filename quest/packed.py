@@ -61,7 +61,7 @@ def packed_product(
     """y (M, N) of `dtype` = values(a) values(w)^T + bias, as `lowbit.product`, for a packed weight.
 
     a (M, bytes): an operand as `lowbit.encode` makes it. w (N, width bits / 8) uint8: codes of 1, 2
-    or 4 bits as `Quantizer.pack` makes them. settled: see `quest.kernels.few.linear`; False is
+    or 4 bits as `Quantizer.pack` makes them. settled: see `quest.kernels.few.product`; False is
     always right. The rest as in `lowbit.product`.
     """
     bits = _check(a, w, a_scale, w_scale, a_sums, w_sums, bias, grid_names, kinds, width, dtype)

@@ -38,11 +38,6 @@ FEW_ROWS = {1: 16, 4: 32}
 # four 7B shapes (kernels/README.md); at 384 rows it is at 0.93 to 1.19, below mostly slower.
 SPARSE_ROWS = 512
 
-# Elements of rows that the kernel of few rows quantizes itself: a row of 4096. With more, every
-# cluster's quantizing outweighs the launch that it saves, which overlaps (the H200's few.txt,
-# 2026-11-29).
-FUSED_ELEMENTS = 2**12
-
 # Elements of an input in inference that are quantized a row a thread block. From there on eight
 # Hadamard blocks a warp are faster (the H200's quantizer.txt, part 11): 512 rows of 2048 take both
 # 2.9 us, 1024 the one 3.9 and the other 3.6; 256 of 5632 the one 3.6 and the other 4.4.
@@ -129,25 +124,6 @@ def has_few_rows(x: Tensor) -> bool:
 def norms_few_rows(x: Tensor) -> bool:
     """Whether x (..., d) is small for the quantizer with a norm; see NORM_ELEMENTS."""
     return x.numel() <= NORM_ELEMENTS
-
-
-def few_rows(packed: Tensor, width: int) -> int:
-    """The most rows that one kernel quantizes and multiplies with these packed codes; or 0."""
-    from .kernels import few
-
-    bits = _bits(packed, width)
-    fit = (
-        rows
-        for rows in range(few.LIMIT, 0, -1)
-        if rows * width <= FUSED_ELEMENTS and few.quantizes(torch.bfloat16, rows, width, bits)
-    )
-    return next(fit, 0)
-
-
-def fuses(x: Tensor, few: int) -> bool:
-    """Whether one kernel quantizes x (..., d) and multiplies it; few: what `few_rows` says."""
-    halves = x.dtype is torch.bfloat16 or x.dtype is torch.float16
-    return halves and 0 < math.prod(x.shape[:-1]) <= few
 
 
 def choose(x: Tensor, recipe: Recipe) -> str:

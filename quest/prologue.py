@@ -306,9 +306,8 @@ def _held(layers: Sequence[nn.Module], x: Tensor, summed: bool = False) -> froze
     """The frozen weight of layers that a prologue can stand before; x: like their input.
 
     summed: by a norm of a sum. Not where something must see a layer's call or another dtype; nor,
-    compiled, where the compiler's one kernel for all that comes before and another behind it take
-    less: before few rows one that quantizes and multiplies, or, of a sum and its norm, one that
-    quantizes.
+    compiled, of a sum and its norm with few rows, where the compiler's one kernel and a quantizer
+    behind it take less.
     """
     if torch.is_grad_enabled():
         return None
@@ -320,9 +319,7 @@ def _held(layers: Sequence[nn.Module], x: Tensor, summed: bool = False) -> froze
     held = whole(plain)
     if held is None or held.operand is None:
         return None
-    if torch.compiler.is_compiling() and (
-        paths.fuses(x, held.few) or (summed and paths.norms_few_rows(x))
-    ):
+    if torch.compiler.is_compiling() and summed and paths.norms_few_rows(x):
         return None
     # Without autocast x has the weight's dtype: `check` has looked.
     casts = torch.is_autocast_enabled(x.device.type)
@@ -334,12 +331,11 @@ def gated(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
 
     Where both have one dtype of 16 bits and `layer` is a `quest.Linear` without hooks that
     multiplies integers, one kernel makes the product, rounded once, and quantizes it; gate and up
-    may be halves of one tensor; not compiled before rows so few that one kernel quantizes and
-    multiplies them (`paths.fuses`). Trained, the backward has the mask of those rows, and its
-    gradients of gate and up are computed in float32 and rounded once each. Elsewhere it is these
-    three operations, one after another, and in 16 bits silu(gate) is rounded by itself. Raises
-    TypeError and ValueError for a gate and an up of other shapes or devices, for what is no module,
-    and what the layer raises.
+    may be halves of one tensor. Trained, the backward has the mask of those rows, and its gradients
+    of gate and up are computed in float32 and rounded once each. Elsewhere it is these three
+    operations, one after another, and in 16 bits silu(gate) is rounded by itself. Raises TypeError
+    and ValueError for a gate and an up of other shapes or devices, for what is no module, and what
+    the layer raises.
     """
     if (found := again((gate, up), (layer,))) is not None:
         return found[0]
@@ -404,11 +400,10 @@ def normed(
     `norm` is a `torch.nn.RMSNorm` with a weight and without hooks, and `layers` are frozen
     `quest.Linear`s, stacked if several, that multiply integers, one kernel adds, normalises, rounds
     once and quantizes; not compiled where there are a residual and few rows
-    (`paths.norms_few_rows`), nor of rows so few that one kernel quantizes and multiplies them.
-    Elsewhere these are operations one after another, as in `quest.together`, and h has the dtype of
-    a sum: under autocast a residual stream is float32. Raises TypeError and ValueError for an x and
-    a residual of other shapes or devices, for a norm that is no module, and what `quest.together`
-    raises.
+    (`paths.norms_few_rows`). Elsewhere these are operations one after another, as in
+    `quest.together`, and h has the dtype of a sum: under autocast a residual stream is float32.
+    Raises TypeError and ValueError for an x and a residual of other shapes or devices, for a norm
+    that is no module, and what `quest.together` raises.
     """
     return behind_norm(x, norm, layers, residual, False, rotary)
 

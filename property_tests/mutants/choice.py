@@ -27,7 +27,7 @@ from .trace import WATCHED
 
 # Of few.cu, and of the header with its PTX.
 _FEW = (
-    "few_cuda_edges", "few", "packed_product", "fused", "frozen", "launch_rules", "few_launches",
+    "few_cuda_edges", "few", "packed_product", "frozen", "launch_rules", "few_launches",
     "cuda_texts", "races", "memcheck", "barriers", "many_rows",
 )  # fmt: skip
 # Of product.cu, and of its header.
@@ -107,10 +107,8 @@ OWN = {
         "blocks_cuda_edges",
         "blocks_drawn",
         "rows_cuda_edges",
-        "far_blocks_cuda_edges",
         "blocks",
         "masked",
-        "fused",
         "few",
         "cuda_texts",
         "races",
@@ -129,20 +127,6 @@ OWN = {
     "kernels/few.py": ("launch_edges", "few_launches", "launch_rules", "few"),
     "kernels/few.cu": _FEW,
     "kernels/few_ptx.cuh": _FEW,
-    "kernels/few_rows.cuh": (
-        "rows_cuda_edges",
-        "far_blocks_cuda_edges",
-        "fused",
-        "few",
-        "packed_product",
-        "frozen",
-        "launch_rules",
-        "few_launches",
-        "cuda_texts",
-        "races",
-        "memcheck",
-        "barriers",
-    ),
     "kernels/bias.cuh": (
         "few_cuda_edges",
         "product",
@@ -169,7 +153,6 @@ OWN = {
         "masked",
         "rows",
         "few",
-        "fused",
         "launch_rules",
         "cuda_texts",
         "races",
@@ -311,14 +294,6 @@ OWN = {
         "frozen",
         "joint",
         "sparse_product",
-    ),
-    "quest/fused.py": (
-        "fused_edges",
-        "launch_edges",
-        "operand_launches",
-        "operand_checks",
-        "fused",
-        "frozen",
     ),
     "quest/gated_product.py": ("gated_product",),
     "quest/grids.py": ("grids_and_transforms_edges", "grids", "api", "constants", "errors"),

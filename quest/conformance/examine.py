@@ -385,12 +385,11 @@ def frozen(
 
 
 def _of_rows(lane: Lane, x: Tensor, made: Recipe, out: dict[str, Tensor]) -> list[Verdict]:
-    """What a frozen layer multiplied with its weight; `fused`: what the kernel of both has made."""
+    """What a frozen layer multiplied with its weight."""
     kinds = operands.kinds(made.activation, made.weight)
     if kinds is None:
         raise ValueError(f"recipe {made} has no integer product")
-    few = paths.has_few_rows(x)
-    by = TENSOR_CORES if "fused" in out else sums_of(lane, x, made.activation, few)
+    by = sums_of(lane, x, made.activation, paths.has_few_rows(x))
     shown = (out["a"], out["a_scale"], out["a_sums"])
     return _quantized(x, made.activation, kinds[0], shown, "frozen", by)
 

@@ -499,11 +499,9 @@ def _frozen(
 ) -> Outputs:
     """The forward of a layer with a frozen weight, and the operands that it multiplied.
 
-    parts: as in `_linear`. a_sums: only of uniform grids. Where one kernel quantized x and
-    multiplied it, a is what that kernel shows, and there is `fused`.
+    parts: as in `_linear`. a_sums: only of uniform grids.
     """
-    from quest import lowbit, operands, paths
-    from quest.frozen import stacked
+    from quest import lowbit, operands
     from quest.joint import stack
 
     layers = [layer.freeze() for layer in _layers(w, bias, recipe, parts)]
@@ -525,27 +523,7 @@ def _frozen(
         made |= {"a": a, "a_scale": a_scale, "b": b, "b_scale": b_scale}
         if recipe.activation.require_grid().step is not None:
             made["a_sums"] = a_sums
-        # Several layers are called together, and their weights lie stacked.
-        parts_held = [layer.current() or held for layer in layers]
-        held = stacked(parts_held) or held
-        if held.packed is not None and paths.fuses(x, held.few):
-            made |= _shown(lane, x, held, bias[0] if bias else None, recipe, made["y"])
     return made
-
-
-def _shown(
-    lane: Lane, x: Tensor, held: Any, bias: Tensor | None, recipe: Any, y: Tensor
-) -> Outputs:
-    """What the kernel that quantizes and multiplies has made of x, its sums included."""
-    from quest import fused
-
-    names = recipe.activation.spec, recipe.weight.require_grid().name
-    again, a, scale, sums = fused.few_linear_shown(
-        x, held.packed, held.scale, held.sums, bias, *names, y.dtype
-    )
-    if _bytes(again) != _bytes(y):
-        raise GuardError(f"{lane} frozen: y is another where the operand is shown")
-    return {"a": a, "a_scale": scale, "a_sums": sums, "fused": torch.ones(1, device=x.device)}
 
 
 _STAGES: dict[str, Callable[..., Outputs]] = {

@@ -206,7 +206,7 @@ def test_a_stack_is_one_weight(name: str, outs: tuple[int, ...]) -> None:
     assert (whole.whole, whole.weight, whole.state, whole.place) == (None, None, (), 0)
     assert (whole.packed is whole.operand) == (parts[0].packed is parts[0].operand)
     for made in (whole, *rows):
-        for key in ("names", "kinds", "spec", "few"):
+        for key in ("names", "kinds", "spec"):
             assert getattr(made, key) == getattr(parts[0], key)
     for key in ROWS:
         all_, first = getattr(whole, key), 0

@@ -77,9 +77,13 @@ def _rows(place: Place, x: torch.Tensor, spec: str) -> None:
 
 def test_rows_that_end_where_memory_does(place: Place) -> None:
     """Nothing is asked for of the blocks that a warp lacks: the ninth is alone in its own."""
+    q, quantize = parse(INTEGERS), place.operators.operand
     for dtype in WIDE:
-        with place.walled(inputs.draw("gaussian", (3, 1152), dtype, 0)) as rows:
-            _rows(place, rows, INTEGERS)
+        x = inputs.draw("gaussian", (3, 1152), dtype, 0)
+        expected = quantize(x.to(place.device), q, "integers")
+        with place.walled(x) as rows:
+            for made, t in zip(quantize(rows, q, "integers"), expected, strict=True):
+                assert torch.equal(made, t)
 
 
 @pytest.mark.parametrize("spec", [INTEGERS, BITS])

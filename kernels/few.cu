@@ -34,16 +34,19 @@
 
 typedef unsigned int u32;
 typedef long long i64;
+typedef unsigned long long u64;
 
 // NT (tiles of 8 rows of A), CLUSTER, WARPS and DEPTH come from few.py.
-constexpr int THREADS = 32 * WARPS;
+constexpr int THREADS = 32 * WARPS, LOG_WARPS = WARPS == 16 ? 4 : -1;
 constexpr int CHUNK = 16, STEP = 4 * CHUNK;           // bytes of a row of W: of a lane, of a fragment
 constexpr int PARTS = BITS == 1 ? 1 : 8 / BITS;       // chunks of A that meet a chunk of W
 constexpr int SWING = 8 / PARTS;                      // see `place`
 constexpr int STEP_CHUNKS = NT * PARTS * 32;          // of A, in a step
-constexpr int CHAINS = NT <= 2 ? 2 : 1;               // accumulators that take turns
+constexpr int CHAINS = NT <= 2 ? 2 : 1;               // accumulators
+constexpr int APART = CHAINS > 1 && BITS > 1 ? BITS : 0;  // see `unpack`
 constexpr int TOGETHER = NT <= 2 ? 8 : 16 / NT;       // chunks of A that a thread has in flight
 constexpr bool TIGHT = NT >= 4;                       // no registers to spare for what the output needs
+constexpr int WIDE = 8192;                            // entries of a row, as in rows.cu
 constexpr u32 MASK = BITS == 4 ? 0x0F0F0F0F : 0x03030303;
 
 #include "few_ptx.cuh"
@@ -55,39 +58,48 @@ __device__ __forceinline__ void store(void *out, i64 at, float value) {
   else ((unsigned short *)out)[at] = narrow(value);
 }
 
-// Codes of a chunk of W as the words of two fragments: of each word 0 and 1 of the first, then of the
-// second.
+// Codes of a chunk of W as the words of two fragments: 0 and 1 of the first, 2 and 3 of the second.
+// With accumulators of its own the second stays where it is, 2^APART times as large.
 __device__ __forceinline__ void unpack(const uint4 &chunk, int part, u32 (&to)[4]) {
   const u32 words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    if (BITS == 1) to[i] = words[i];
-    if (BITS == 2) to[i] = words[part & 3] >> 2 * i & MASK;
-    if (BITS == 4) to[i] = words[(2 * part + i / 2) & 3] >> 4 * (i % 2) & MASK;
+    const u32 word = BITS == 1 ? words[i] : BITS == 2 ? words[part & 3] >> i % 2 * 4 : words[(2 * part + i % 2) & 3];
+    if (BITS == 1) to[i] = word;
+    else to[i] = i < 2 ? word & MASK : APART ? word & MASK << BITS : word >> BITS & MASK;
   }
 }
 
 // 16 elements of A (BITS 1: 128) in the order of `unpack`.
 __device__ __forceinline__ uint4 arranged(const uint4 &v) {
-  if (BITS == 4)  // even and odd elements of eight
-    return make_uint4(__byte_perm(v.x, v.y, 0x6420), __byte_perm(v.x, v.y, 0x7531),
-                      __byte_perm(v.z, v.w, 0x6420), __byte_perm(v.z, v.w, 0x7531));
-  if (BITS == 2) {  // every fourth element: bytes 0 of the words, bytes 1, ...
+  if (BITS == 4)  // even elements, odd ones
+    return make_uint4(__byte_perm(v.x, v.y, 0x6420), __byte_perm(v.z, v.w, 0x6420),
+                      __byte_perm(v.x, v.y, 0x7531), __byte_perm(v.z, v.w, 0x7531));
+  if (BITS == 2) {  // every fourth element: bytes 0 of the words, bytes 2, 1 and 3
     const u32 a = __byte_perm(v.x, v.y, 0x5140), b = __byte_perm(v.z, v.w, 0x5140);
     const u32 c = __byte_perm(v.x, v.y, 0x7362), d = __byte_perm(v.z, v.w, 0x7362);
-    return make_uint4(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632),
-                      __byte_perm(c, d, 0x5410), __byte_perm(c, d, 0x7632));
+    return make_uint4(__byte_perm(a, b, 0x5410), __byte_perm(c, d, 0x5410),
+                      __byte_perm(a, b, 0x7632), __byte_perm(c, d, 0x7632));
   }
   return v;
 }
 
-// The place of chunk q of a row of A, counted from the block's first: by step, tile, part and lane.
-// Lanes are turned by the part, so that eight chunks in a row (BITS 1: four) lie in different banks.
-__device__ __forceinline__ u32 place(u32 row, u32 q) {
-  const u32 chunk = q / PARTS, part = q % PARTS;
-  const u32 lane = 4 * (row % 8) + chunk % 4;
-  return chunk / 4 * STEP_CHUNKS + (row / 8 * PARTS + part) * 32 + (lane ^ part * SWING);
+// The place of a row's chunk 32 group + lane of A, counted from the block's first: by step, tile, part
+// and lane. Lanes are turned by the part, so that eight chunks in a row (BITS 1: four) lie in different
+// banks.
+__device__ __forceinline__ u32 place_of(u32 lane) {
+  const u32 chunk = lane / PARTS, part = lane % PARTS;
+  return chunk / 4 * STEP_CHUNKS + part * 32 + (chunk % 4 ^ part * SWING);
 }
+__device__ __forceinline__ u32 place(u32 row, u32 group, u32 of_lane) {
+  return (of_lane ^ 4 * (row % 8)) + group * (8 / PARTS * STEP_CHUNKS) + (NT > 1 ? row / 8 * (PARTS * 32) : 0);
+}
+constexpr u32 NOWHERE = 0xFFFFFFFF;
+
+// The compiler takes it as it is, and does not make it anew where it is used.
+template <typename T> __device__ __forceinline__ void kept(T *&value) { asm("" : "+l"(value)); }
+__device__ __forceinline__ void kept(u32 &value) { asm("" : "+r"(value)); }
+__device__ __forceinline__ void kept_here(u32 &value) { asm volatile("" : "+r"(value)); }
 
 // Chunks of the two rows of W that a lane has in a fragment.
 struct Unit { uint4 low, high; };
@@ -108,8 +120,8 @@ __device__ __forceinline__ void step(const Unit &unit, const uint4 *rows, int la
 }
 
 // bias: of dtype `bias_type`, as OUT counts them, or null. chunks: of a row of W. tiles: of a cluster;
-// own: those that a block writes out, ceil(tiles / CLUSTER). steps: of a block. k_warps: a power of
-// two. inverse: ceil(2^32 / chunks of A in `steps`).
+// own: those that a block writes out, ceil(tiles / CLUSTER). steps: of a block. shift: a tile's warps
+// are 2^shift. inverse: ceil(2^31 / groups of 32 chunks of A in `steps`).
 extern "C" __global__ void
 #if CLUSTER > 1
 __cluster_dims__(CLUSTER, 1, 1)
@@ -117,10 +129,46 @@ __cluster_dims__(CLUSTER, 1, 1)
 __launch_bounds__(THREADS, 1)
     few(void *out, const char *a, const char *w, const float *a_scale, const float *w_scale, const void *bias,
         const int *a_sum, const int *w_sum, int rows, int columns, int chunks, int length, int tiles,
-        int own, int steps, int k_warps, u32 inverse, float factor, int bias_type) {
+        int own, int steps, int shift, u32 inverse, float factor, int bias_type) {
   extern __shared__ uint4 raw[];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  let_next_start();
+  const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int rank = cluster_rank(), cluster = blockIdx.x / CLUSTER;
+
+  // The warp's list of units, by tile and then step, as chunks of its lanes counted from the cluster's
+  // first. What is asked for lies in the cluster's rows; behind a row's end that may be the next one's,
+  // and what lies nowhere is not asked for: A is 0 there, and rows that are not there are not written.
+  const u32 first_step = rank * steps, k_warps = 1u << shift, k_warp = warp & (k_warps - 1);
+  const u32 slots = WARPS >> shift, slot = warp >> shift, first_tile = cluster * tiles;
+  // Not rounded up by a sum, which may leave 32 bits; there are columns.
+  const int here = min(tiles, (int)((columns - 1u) / 16 + 1 - first_tile));
+  const int mine = min(steps, (int)((chunks + 3u) / 4 - first_step)) - (int)k_warp;
+  const int turns = mine > 0 ? (mine + k_warps - 1) >> shift : 0;  // steps of a tile
+  int left = turns * ((here - slot + slots - 1) >> (LOG_WARPS - shift));  // units
+  const u32 inside = min(16u * here, columns - 16 * first_tile) * chunks;
+  const u32 inside_high = inside - min(inside, 8u * chunks);
+  u32 hop = 4 * k_warps, jump = 16 * slots * chunks - (turns - 1) * hop, stride = k_warps * STEP_CHUNKS * CHUNK;
+  u32 next = (16 * slot + lane / 4) * chunks + 4 * (first_step + k_warp) + lane % 4;
+  const char *low = w + (u64)first_tile * (16u * CHUNK * chunks), *high = low + 8u * CHUNK * chunks;
+  kept(low), kept(high), kept(hop), kept(jump), kept(stride);
+  int asked = 0;
+  auto fetch = [&](Unit &unit) {
+    load_weights(unit.low, low + (u64)CHUNK * next, next < inside);
+    load_weights(unit.high, high + (u64)CHUNK * next, next < inside_high);
+    const bool ends = ++asked == turns;
+    next += ends ? jump : hop;
+    if (ends) asked = 0;
+  };
+  Unit ring[DEPTH];
+  auto ask = [&] {
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++) fetch(ring[i]);
+  };
+  // Where rows.cu may not have read its rows yet, a little later: what is asked for before is in their way.
+  const bool wide_rows = chunks > WIDE * BITS / (8 * CHUNK), has_units = left > 0;
+  if (wide_rows && has_units) ask();
+
+  const int t = threadIdx.x;
   const int span = 16 * own, hop_of_sums = span + 4;  // of a row of sums: warps that add meet no bank twice
   uint4 *const held = raw;
   int *const sums = (int *)(held + steps * STEP_CHUNKS);
@@ -128,66 +176,42 @@ __launch_bounds__(THREADS, 1)
   int *const column_sum = (int *)(column_bias + span);
   float *const row_scale = (float *)(column_sum + span);
   int *const row_sum = (int *)(row_scale + rows);
-  let_next_start();
-
-  // The warp's list of units, by tile and then step. What lies beyond the last row is not written
-  // out, and beyond the last chunk A is 0: registers may hold anything there.
-  const int first_step = rank * steps, row_bytes = chunks * CHUNK, hop = k_warps * STEP;
-  // Not rounded up by a sum, which may leave int32; there are columns.
-  const int here = min(tiles, (columns - 1) / 16 + 1 - cluster * tiles);
-  const int warp_shift = __popc(k_warps - 1);
-  const int slots = WARPS >> warp_shift, slot = warp >> warp_shift, k_warp = warp & (k_warps - 1);
-  const int mine = min(steps, (chunks + 3) / 4 - first_step) - k_warp;
-  const int turns = mine > 0 ? (mine + k_warps - 1) >> warp_shift : 0;  // steps of a tile
-  const int first_byte = (first_step + k_warp) * STEP + lane % 4 * CHUNK;
-  int next_tile = slot, next_turn = 0, byte;  // byte: of the lane's rows
-  const char *from;
-  bool second;  // is the lane's second row inside?
-  auto begin = [&] {
-    const int row = (cluster * tiles + next_tile) * 16 + lane / 4;  // of a tile below `here`, or of no use
-    from = w + ((i64)row * row_bytes + first_byte);
-    byte = turns && next_tile < here && row < columns ? first_byte : row_bytes;
-    second = row + 8 < columns;
-  };
-  auto fetch = [&](Unit &unit) {
-    const bool inside = byte < row_bytes;
-    load_weights(unit.low, from, inside);
-    load_weights(unit.high, from + 8 * row_bytes, inside && second);
-    from += hop;
-    byte += hop;
-    if (++next_turn == turns) {
-      next_turn = 0;
-      next_tile += slots;
-      begin();
-    }
-  };
-  begin();
-  Unit ring[DEPTH];
-  const int t = threadIdx.x;
-#pragma unroll
-  for (int i = 0; i < DEPTH; i++) fetch(ring[i]);
-  wait_for_previous();
-
-  // While they come: A, what the output needs, and zeros.
+  // A warp takes groups of 32 chunks of a row, of this block's steps.
   const u32 a_chunks = chunks * PARTS, a_first = first_step * 4 * PARTS, a_own = steps * 4 * PARTS;
-  const u32 all = rows * a_own;
-  auto bring = [&](u32 first) {
-    uint4 v[TOGETHER];
+  const u32 groups = (a_own + 31) / 32, all = rows * groups;
+  const int there = min(a_own, a_chunks - min(a_chunks, a_first));
+  const char *own_a = a + (u64)CHUNK * (a_first + lane);
+  u32 of_lane = place_of(lane);
+  kept(own_a), kept(of_lane);
+  u32 from[TOGETHER], to[TOGETHER];
+  auto find = [&](u32 first) {
 #pragma unroll
     for (int e = 0; e < TOGETHER; e++) {
-      const u32 i = first + e * THREADS, row = __umulhi(i, inverse), q = i - row * a_own;
-      v[e] = make_uint4(0, 0, 0, 0);
-      if (i < all && a_first + q < a_chunks) load_rows(v[e], a + ((i64)row * a_chunks + a_first + q) * CHUNK);
+      const u32 i = first + e * WARPS;
+      from[e] = to[e] = NOWHERE;
+      if (i >= all) continue;
+      const u32 row = (u64)i * inverse >> 31, group = i - row * groups;
+      if ((int)(32 * group + lane) < there) from[e] = row * a_chunks + 32 * group;
+      if (32 * group + lane < a_own) to[e] = shared_address(held) + CHUNK * place(row, group, of_lane);
     }
-    return [=] {
-#pragma unroll
-      for (int e = 0; e < TOGETHER; e++) {
-        const u32 i = first + e * THREADS, row = __umulhi(i, inverse);
-        if (i < all) held[place(row, i - row * a_own)] = arranged(v[e]);
-      }
-    };
   };
-  auto put = bring(t);
+  uint4 v[TOGETHER];
+  auto bring = [&] {
+#pragma unroll
+    for (int e = 0; e < TOGETHER; e++) load_rows(v[e], own_a + (u64)CHUNK * from[e], from[e] != NOWHERE);
+  };
+  auto put = [&] {
+#pragma unroll
+    for (int e = 0; e < TOGETHER; e++) put_at(to[e], arranged(v[e]), to[e] != NOWHERE);
+  };
+  find(warp);  // some 200 instructions
+#pragma unroll
+  for (int e = 0; e < TOGETHER; e++) kept_here(from[e]), kept_here(to[e]);
+  if (!wide_rows && has_units) ask();
+  wait_for_previous();
+
+  // While the weights come: A, what the output needs, and zeros.
+  bring();
   const int column0 = (cluster * tiles + rank * own) * 16;
   const int wide = min(16 * min(own, here - rank * own), columns - column0);  // written here; may be < 0
   float scale_of_column = 0.0f, bias_of_column = 0.0f;
@@ -215,49 +239,46 @@ __launch_bounds__(THREADS, 1)
   };
   put();
 #pragma unroll 1
-  for (u32 i = t + TOGETHER * THREADS; i < all; i += TOGETHER * THREADS) bring(i)();
+  for (u32 i = warp + TOGETHER * WARPS; i < all; i += TOGETHER * WARPS) find(i), bring(), put();
   if (TIGHT) settle();
   __syncthreads();
   if (CLUSTER > 1) cluster_wait();  // nothing is added before it is 0
 
   int d[CHAINS][NT][4] = {};
-  const u32 base = shared_address(sums);
-  const uint4 *const first = held + k_warp * STEP_CHUNKS, *at = first;
-  int tile = turns ? slot : here, turn = 0, skipped = 0;
-  while (tile < here) {
-    // Some units of the ring; on to the output where they end a tile, which stands here only once.
-    bool ended = false;
+  const u32 base = shared_address(sums) + 4 * (lane / 4);
+  const char *const first = (const char *)(held + k_warp * STEP_CHUNKS), *at = first;
+  int tile = slot, turn = 0;
+#pragma unroll 1
+  for (; left > 0; left -= DEPTH) {
 #pragma unroll
     for (int i = 0; i < DEPTH; i++) {
-      if (i < skipped) continue;
-      step(ring[i], at, lane, d);
+      if (i >= left) break;
+      step(ring[i], (const uint4 *)at, lane, d);
       fetch(ring[i]);
-      at += k_warps * STEP_CHUNKS;
-      if (++turn == turns) {
-        skipped = i + 1;
-        ended = true;
-        break;
-      }
-    }
-    if (!ended) {
-      skipped = 0;
-      continue;
-    }
-    const int owner = CLUSTER > 1 ? tile / own : 0;
-    const u32 to = remote(base, owner) + 4 * (16 * (tile - owner * own) + lane / 4);
+      at += stride;
+      if (++turn < turns) continue;
+      const int owner = CLUSTER > 1 ? tile / own : 0;
+      const u32 to = remote(base, owner) + 64 * (tile - owner * own);
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
+      for (int n = 0; n < NT; n++) {
 #pragma unroll
-      for (int r = 0; r < 4; r++) {
-        const int row = 8 * n + 2 * (lane % 4) + r % 2;
-        const int value = d[0][n][r] + (CHAINS > 1 ? d[CHAINS - 1][n][r] : 0);
-        if (row < rows) add_to(to + 4 * (row * hop_of_sums + 8 * (r / 2)), value);
-        for (int c = 0; c < CHAINS; c++) d[c][n][r] = 0;
+        for (int r = 0; r < 2; r++) {
+          const int row = 8 * n + 2 * (lane % 4) + r;
+          if (row >= rows) continue;
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            const int second = CHAINS > 1 ? d[CHAINS - 1][n][2 * half + r] >> APART : 0;
+            add_to(to + 4 * (row * hop_of_sums + 8 * half), d[0][n][2 * half + r] + second);
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+          for (int c = 0; c < CHAINS; c++) d[c][n][r] = 0;
       }
+      turn = 0;
+      at = first;
+      tile += slots;
     }
-    turn = 0;
-    at = first;
-    tile += slots;
   }
 
   if (!TIGHT) settle();
@@ -268,14 +289,14 @@ __launch_bounds__(THREADS, 1)
     __syncthreads();
   }
   // 32, 64 or 128 threads a row.
-  const int shift = span <= 32 ? 5 : span <= 64 ? 6 : 7;
+  const int bits = span <= 32 ? 5 : span <= 64 ? 6 : 7;
 #pragma unroll 1
-  for (int row = t >> shift; row < rows; row += THREADS >> shift) {
+  for (int row = t >> bits; row < rows; row += THREADS >> bits) {
     const Scale scale = scale_of(factor, row_scale[row]);
     const int sum = row_sum[row];
     auto finish = [&](bool far) {
 #pragma unroll 1
-      for (int i = t & ((1 << shift) - 1); i < wide; i += 1 << shift) {
+      for (int i = t & ((1 << bits) - 1); i < wide; i += 1 << bits) {
         const int acc = sums[row * hop_of_sums + i];
         const int whole = BITS == 1 ? 4 * acc - sum - column_sum[i] - length : 2 * acc - ((1 << BITS) - 1) * sum;
         const float c = column_scale[i], b = column_bias[i];

@@ -187,12 +187,13 @@ def _ready(
     groups = max(1, cuda.clusters(kernel, cluster))
     p = plan(rows, columns, width, bits, cluster, groups)
     kernel, divisor = dataclasses.replace(kernel, shared=p.shared), inverse(p, bits)
-    return kernel, p.cluster * p.clusters, p.tiles, p.own, p.steps, p.warps, divisor
+    shift = p.warps.bit_length() - 1
+    return kernel, p.cluster * p.clusters, p.tiles, p.own, p.steps, shift, divisor
 
 
 def inverse(p: Plan, bits: int) -> int:
-    """What few.cu divides by the length of a block's share of a row with."""
-    return -(-(2**32) // (4 * _parts(bits) * p.steps))
+    """What few.cu divides by the groups of 32 chunks in a block's share of a row with."""
+    return -(-(2**31) // -(-4 * _parts(bits) * p.steps // 32))
 
 
 def product(

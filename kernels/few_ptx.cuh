@@ -10,12 +10,14 @@ __device__ __forceinline__ void load_weights(uint4 &v, const char *from, bool wa
       : "l"(from), "r"((u32)wanted));
 }
 
-// Not .nc: the kernel before may still be writing when this one starts.
-__device__ __forceinline__ void load_rows(uint4 &v, const char *from) {
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from)
-               : "memory");
+// The same; zeros unless `wanted`. Not .nc: the kernel before may still be writing when this one starts.
+__device__ __forceinline__ void load_rows(uint4 &v, const char *from, bool wanted) {
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.u32 p, %5, 0;\n mov.u32 %0, 0;\n mov.u32 %1, 0;\n mov.u32 %2, 0;\n mov.u32 %3, 0;\n"
+      " @p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(from), "r"((u32)wanted)
+      : "memory");
 }
 
 // d (16 rows of W x 8 of A) += a b.
@@ -57,6 +59,14 @@ __device__ __forceinline__ void add_to(u32 address, int value) {
     asm volatile("red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
   else
     asm volatile("red.relaxed.cta.shared::cta.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+// 16 bytes; nothing unless `wanted`.
+__device__ __forceinline__ void put_at(u32 address, const uint4 &v, bool wanted) {
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.u32 p, %5, 0;\n @p st.shared.v4.u32 [%0], {%1, %2, %3, %4};\n}" ::"r"(address), "r"(v.x),
+      "r"(v.y), "r"(v.z), "r"(v.w), "r"((u32)wanted)
+      : "memory");
 }
 
 // The kernel after this one may start where there is room for it.

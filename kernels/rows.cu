@@ -24,6 +24,7 @@ typedef long long i64;
 
 constexpr int ORDER = 128, GROUP = 8;           // blocks of a warp
 constexpr int MAX_WARPS = 16;
+constexpr int WIDE = 64;                        // blocks of a row: 8192 entries, as in few.cu
 constexpr int SIZE = IN == FLOAT32 ? 4 : 2;     // bytes of an element
 constexpr int WORDS = 8 * SIZE;                 // 4-byte words of 32 elements
 constexpr int PARTS = SIZE / 2;                 // chunks of 16 bytes that eight elements are
@@ -155,8 +156,16 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS)
   __shared__ float first[MAX_WARPS], second[MAX_WARPS];
   __shared__ u32 largest[MAX_WARPS];
   __shared__ int counts[MAX_WARPS];
+  // The product may start where there is room. Its weights are in the way of rows that are read then: of wide
+  // ones this block has asked for its own before.
+  auto let_next_start = [] {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");  // the product may start where there is room
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+  };
+  const bool wide = blocks > WIDE;
+  if (!wide) let_next_start();
+#if __CUDA_ARCH__ >= 900
   // Until the kernel before has ended: what it wrote is read, and what it still reads may be written here.
   // The product may have started by then, and asked for its weight: see `settled` in few.py.
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -170,6 +179,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS)
 #pragma unroll 1
   for (;; block += hop) {
     read(w, row, block, blocks);
+    if (wide && block == begin) let_next_start();
     s += squares(w, 1.0f);
     if (block - begin + hop >= blocks) break;  // alike for all: each warp has as many turns
   }

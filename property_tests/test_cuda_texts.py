@@ -247,10 +247,29 @@ def test_chunks_of_few_rows_lie_in_different_banks(tiles: int, bits: int) -> Non
     """As above, for eight chunks in a row of A; of one bit a step has but four."""
     step, asked = 4 * few._parts(bits), {("BITS", bits), ("NT", tiles)}
     text = next(text for v, text in _of("few.cu") if asked <= {*v.macros})
-    at_once = min(8, step)
-    for row in _places("place", text, (8 * tiles, 3 * step)):
-        for first in range(0, 3 * step, at_once):
-            assert len({at % 8 for at in row[first : first + at_once]}) == at_once, first
+    own = [_returned("place_of", text, lane=lane) for lane in range(32)]
+    at_once, chunks, seen = min(8, step), 96, []
+    for row in range(8 * tiles):
+        made = [
+            _returned("place", text, row=row, group=q // 32, of_lane=own[q % 32])
+            for q in range(chunks)
+        ]
+        seen += made
+        for first in range(0, chunks, at_once):
+            assert len({at % 8 for at in made[first : first + at_once]}) == at_once, first
+    assert sorted(seen) == [*range(8 * tiles * chunks)]  # each has its own, and none is left
+    # A group is whole steps, and a step's chunks lie together: where the products look.
+    assert 32 % step == 0
+    assert {at // (8 * tiles * step) for at in own[:step]} == {0}
+
+
+def _returned(name: str, text: Text, **world: int) -> int:
+    """What a function gives for these arguments, which it calls by the same names."""
+    (function,) = text.functions[name]
+    ((line, around),) = (s for s in statements(function.body) if s[0].startswith("return "))
+    (found,) = worlds(around, {**text.names, **world})
+    made: int = value(line.removeprefix("return "), found)
+    return made
 
 
 def _meetings(body: str, text: Text, known: dict[str, list[str]]) -> list[str]:

@@ -110,18 +110,19 @@ def test_what_is_planned() -> None:
 
 @given(data=st.data())
 def test_the_divisor_of_a_share(data: st.DataObject) -> None:
-    """The upper half of i times `inverse` is i over a share's length, for every i of it."""
+    """i times `inverse` over 2^31 is i over the groups of 32 chunks in a row's share."""
     bits = data.draw(st.sampled_from(BITS), label="bits")
     width = few.CHUNK * data.draw(st.integers(1, 512), label="chunks")
     rows = data.draw(st.integers(1, few.LIMIT), label="rows")
     if not few.supports(rows, width, bits):
         return
     p = few.plan(rows, 16, width, bits, few.split(rows, width, bits), 1)
-    inverse, length = few.inverse(p, bits), p.steps * (4 if bits == 1 else 32 // bits)
+    inverse, chunks = few.inverse(p, bits), p.steps * (4 if bits == 1 else 32 // bits)
+    groups = -(-chunks // 32)
     assert inverse < 2**32
     for row in range(rows):
-        for i in (row * length, (row + 1) * length - 1):
-            assert i * inverse >> 32 == row
+        for i in (row * groups, (row + 1) * groups - 1):
+            assert i * inverse >> 31 == row
 
 
 def test_rows_of_an_operand_are_split_where_they_do_not_fit() -> None:

@@ -126,12 +126,12 @@ def _apart(t: Tensor) -> Tensor:
 
 # By hand, of the comments of few.cu. A step is 64 bytes of a row of W, a chunk 16; a chunk of W
 # meets 1, 4 or 2 chunks of A at 1, 2 or 4 bits.
-# rows, columns, width, bits, groups; then cluster, tiles of A, blocks, tiles, own, steps, k_warps,
-# chunks of A in the steps, shared bytes
+# rows, columns, width, bits, clusters at once; then cluster, tiles of A, blocks, tiles, own, steps,
+# shift of k_warps, groups of 32 chunks of A in the steps, shared bytes
 SPLITS: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
-    ((3, 40, 512, 4, 2), (1, 1, 2, 2, 2, 4, 4, 32, 8 * 64 * 2 * 4 + 4 * 210)),
-    ((64, 300, 65536, 1, 3), (4, 8, 12, 7, 2, 32, 2, 128, 64 * 64 * 32 + 4 * 2528)),
-    ((9, 20, 1152, 2, 0), (1, 2, 1, 2, 2, 5, 8, 80, 16 * 64 * 4 * 5 + 4 * 438)),
+    ((3, 40, 512, 4, 2), (1, 1, 2, 2, 2, 4, 2, 1, 8 * 64 * 2 * 4 + 4 * 210)),
+    ((64, 300, 65536, 1, 3), (4, 8, 12, 7, 2, 32, 1, 4, 64 * 64 * 32 + 4 * 2528)),
+    ((9, 20, 1152, 2, 0), (1, 2, 1, 2, 2, 5, 3, 3, 16 * 64 * 4 * 5 + 4 * 438)),
 ]
 
 
@@ -140,7 +140,7 @@ def test_what_is_ready_for_a_shape(
     case: tuple[int, ...], expected: tuple[int, ...], device: Device
 ) -> None:
     count, columns, width, bits, device.groups = case
-    cluster, nt, blocks, tiles, own, steps, warps, length, shared = expected
+    cluster, nt, blocks, tiles, own, steps, shift, parts, shared = expected
     kernel, *split = few._ready(count, columns, width, bits, F16, 3)
     assert isinstance(kernel, Fake)
     assert kernel.function == {
@@ -149,7 +149,7 @@ def test_what_is_ready_for_a_shape(
     }  # fmt: skip
     assert (kernel.device, kernel.threads, kernel.shared) == (3, 512, shared)
     assert (device.most, device.cached) == (227 * 1024, [True])
-    assert split == [blocks, tiles, own, steps, warps, -(-(2**32) // length)]
+    assert split == [blocks, tiles, own, steps, shift, -(-(2**31) // parts)]
 
 
 def test_what_a_binary_is_of(device: Device) -> None:
@@ -211,7 +211,7 @@ def test_a_product_on_addresses(bias_type: torch.dtype | None, device: Device) -
         "out": 101, "a": 102, "w": 103, "a_scale": 104, "w_scale": 105,
         "bias": 0 if bias is None else bias.data_ptr(), "a_sum": 106, "w_sum": 107, "rows": 3,
         "columns": 40, "chunks": 512 // 2 // 16, "length": 500, "tiles": 2, "own": 2, "steps": 4,
-        "k_warps": 4, "inverse": 2**27, "factor": 0.75,
+        "shift": 2, "inverse": 2**31, "factor": 0.75,
         "bias_type": {None: 0, F32: 1, BF16: 2, F16: 3}[bias_type],
     }  # fmt: skip
 

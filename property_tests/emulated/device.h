@@ -118,7 +118,7 @@ inline void load(unsigned &a, unsigned &b, unsigned &c, unsigned &d, const void 
     a = words[0], b = words[1], c = words[2], d = words[3];
   }
 }
-inline void put(unsigned at, uint2 words, bool shared) { emulated_put(at, &words, sizeof words, shared); }
+inline void put(unsigned at, uint4 words) { emulated_put(at, &words, sizeof words, true); }
 
 template <typename T> T parameter(const void *at) {
   std::remove_const_t<T> value;

@@ -19,14 +19,16 @@ PTX = {
     "red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;":
         "emulated::emulated_add(%0, %1, false)",
     "red.relaxed.cta.shared::cta.add.u32 [%0], %1;": "emulated::emulated_add(%0, %1, true)",
-    "st.shared::cluster.v2.u32 [%0], {%1, %2};": "emulated::put(%0, {%1, %2}, false)",
-    "st.shared::cta.v2.u32 [%0], {%1, %2};": "emulated::put(%0, {%1, %2}, true)",
+    "{.reg .pred p; setp.ne.u32 p, %5, 0; @p st.shared.v4.u32 [%0], {%1, %2, %3, %4};}":
+        "if (%5) emulated::put(%0, {%1, %2, %3, %4})",
     "{.reg .pred p; setp.ne.u32 p, %5, 0; "
     "@p ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];}":
         "emulated::load(%0, %1, %2, %3, %5 ? %4 : nullptr)",
     "{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];}":
         "if (%5) emulated::load(%0, %1, %2, %3, %4)",
-    "ld.global.v4.u32 {%0, %1, %2, %3}, [%4];": "emulated::load(%0, %1, %2, %3, %4)",
+    "{.reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; "
+    "mov.u32 %3, 0; @p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];}":
+        "if (%5) emulated::load(%0, %1, %2, %3, %4); else %0 = %1 = %2 = %3 = 0",
     "mbarrier.init.shared.b64 [%0], %1;": "emulated::emulated_barrier_init(%0, %1)",
     "{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}":
         "emulated::emulated_barrier_arrive(%0, true)",

@@ -34,13 +34,15 @@ static_assert(!NORMED || IN != FLOAT32, "a norm takes 16 bits");
 struct Add { template <typename T> __device__ T operator()(T a, T b) const { return a + b; } };
 struct Max { __device__ u32 operator()(u32 a, u32 b) const { return max(a, b); } };
 
-// Over all threads, in the same order for each: slots has a place for each warp.
+// Over all threads, in the same order for each, of what 0 changes nothing of: slots has a place for each warp.
 template <typename T, typename F> __device__ __forceinline__ T over_row(T value, F f, T *slots) {
+  const int lane = threadIdx.x % 32;
   for (int i = 1; i < 32; i *= 2) value = f(value, __shfl_xor_sync(ALL, value, i));
-  if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = value;
+  if (lane == 0) slots[threadIdx.x / 32] = value;
   __syncthreads();
-  value = slots[0];
-  for (int i = 1; i < blockDim.x / 32; i++) value = f(value, slots[i]);
+  const int warp = lane % MAX_WARPS;
+  value = warp < blockDim.x / 32 ? slots[warp] : T(0);
+  for (int i = 1; i < MAX_WARPS; i *= 2) value = f(value, __shfl_xor_sync(ALL, value, i));
   return value;
 }
 
@@ -209,6 +211,13 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS)
 #else
   auto fetch = [&](int block) { read(w, row, block, blocks); };
 #endif
+  float y[32];
+  auto rotate = [&](float factor) {
+#pragma unroll
+    for (int e = 0; e < 32; e++) y[e] = factor > 0.0f ? element(w, e, factor) : 0.0f;
+    transform(y, tiles + 32 * GROUP * warp);
+  };
+  rotate(1.0f);  // of the last group, while the sums come
   s = over_row(s, Add(), first);
   float sigma = sqrtf(s / n), inner = sigma, down = 1.0f;
   if (!(s >= SMALL && s <= GREAT)) {  // alike for all
@@ -235,6 +244,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS)
     sigma = fminf(sqrtf(s / n) * __uint_as_float(field << 23), LARGEST);
     inner = sigma * down;
     if (top >= 0x7F800000) sigma = __int_as_float(0x7FC00000), inner = 0.0f;
+    if (!(inner > 0.0f)) down = 0.0f;  // the row counts as zeros
+    rotate(down);
   }
   const float inverse = inner > 0.0f ? NORM / (inner * step) : 0.0f;
   if (threadIdx.x == 0) scale[blockIdx.x] = sigma;
@@ -242,14 +253,11 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS)
   // From the last group, which is in registers, back to the first.
 #pragma unroll 1
   for (;;) {
-    float y[32];
-#pragma unroll
-    for (int e = 0; e < 32; e++) y[e] = inner > 0.0f ? element(w, e, down) : 0.0f;
-    transform(y, tiles + 32 * GROUP * warp);
     if (block < blocks) sum += emit(y, inverse, out, ((i64)blockIdx.x * blocks + block) * 4 + lane % 4);
     if (block == begin) break;
     block -= hop;
     fetch(block);
+    rotate(down);
   }
   sum = over_row(sum, Add(), counts);
   // Of integers, from codes counted from 0.

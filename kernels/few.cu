@@ -15,7 +15,7 @@
 // A cluster of CLUSTER blocks has `tiles` tiles of 16 rows of W, and each of its blocks `steps` steps
 // of K. A block's warps are `slots` rows of k_warps warps: a slot takes every slots-th tile, its warps
 // every k_warps-th step. A warp's tiles and steps are one list of units, DEPTH of which are in flight:
-// WARPS DEPTH KB a multiprocessor, asked for before anything else is done. Sums of integers don't
+// WARPS DEPTH KB a multiprocessor, asked for before the kernel before has ended. Sums of integers don't
 // depend on their order: warps add theirs to the shared memory of the block that writes the tile out.
 //
 // Written for every element, with acc the int32 sum of integer times code:
@@ -37,13 +37,15 @@ typedef long long i64;
 typedef unsigned long long u64;
 
 // NT (tiles of 8 rows of A), CLUSTER, WARPS and DEPTH come from few.py.
-constexpr int THREADS = 32 * WARPS, LOG_WARPS = WARPS == 16 ? 4 : -1;
+constexpr int THREADS = 32 * WARPS, LOG_WARPS = 4;
+static_assert(WARPS == 1 << LOG_WARPS, "warps that take turns with tiles are a power of two");
 constexpr int CHUNK = 16, STEP = 4 * CHUNK;           // bytes of a row of W: of a lane, of a fragment
 constexpr int PARTS = BITS == 1 ? 1 : 8 / BITS;       // chunks of A that meet a chunk of W
 constexpr int SWING = 8 / PARTS;                      // see `place`
 constexpr int STEP_CHUNKS = NT * PARTS * 32;          // of A, in a step
 constexpr int CHAINS = NT <= 2 ? 2 : 1;               // accumulators
-constexpr int APART = CHAINS > 1 && BITS > 1 ? BITS : 0;  // see `unpack`
+// See `unpack`. Half of a row, 2^15 integers to 128 times codes to 15 times 16, is a sum of 2^30 at most.
+constexpr int APART = CHAINS > 1 && BITS > 1 ? BITS : 0;
 constexpr int TOGETHER = NT <= 2 ? 8 : 16 / NT;       // chunks of A that a thread has in flight
 constexpr bool TIGHT = NT >= 4;                       // no registers to spare for what the output needs
 constexpr int WIDE = 8192;                            // entries of a row, as in rows.cu

@@ -15,7 +15,7 @@ __device__ __forceinline__ void load_rows(uint4 &v, const char *from, bool wante
   asm volatile(
       "{\n .reg .pred p;\n setp.ne.u32 p, %5, 0;\n mov.u32 %0, 0;\n mov.u32 %1, 0;\n mov.u32 %2, 0;\n mov.u32 %3, 0;\n"
       " @p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
       : "l"(from), "r"((u32)wanted)
       : "memory");
 }

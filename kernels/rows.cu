@@ -159,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS)
   __shared__ u32 largest[MAX_WARPS];
   __shared__ int counts[MAX_WARPS];
   // The product may start where there is room. Its weights are in the way of rows that are read then: of wide
-  // ones this block has asked for its own before.
+  // ones this block asks for the first of its own before.
   auto let_next_start = [] {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -293,6 +293,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
         # The last tile's upper half ends where the weights do; several turns of a warp in a tile.
         yield f"few {name} 140 columns", _few(name, 5, 1152, 140)
         yield f"few {name} 4224 wide", _few(name, 5, 4224)
+        yield f"few {name} 8320 wide", _few(name, 5, 8320)  # weights asked for before all else
     yield "few clusters", _few("w4a4", 40, 4096)  # more of A than a block of threads can hold
     for dtype, out in ((torch.bfloat16, None), (torch.float16, torch.float32)):
         for rows in (64, 77):

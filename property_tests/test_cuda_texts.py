@@ -383,6 +383,12 @@ def test_barriers_lie_apart_in_shared_memory(source: str) -> None:
         assert all(a % 8 == 0 <= a <= variant.shared - 8 for a in at), (variant, sorted(at))
 
 
+def test_which_rows_are_wide() -> None:
+    """To the quantizer of few rows and to their product, which the one lets start."""
+    of_rows, of_few = (next(text for _, text in _of(name)) for name in ("rows.cu", "few.cu"))
+    assert of_few.names["WIDE"] == 128 * of_rows.names["WIDE"] == 8192
+
+
 def test_the_quantizer_of_few_rows_waits_before_all_else() -> None:
     """It may overlap with the kernel before it, which still writes x and reads the operand."""
     seen = 0

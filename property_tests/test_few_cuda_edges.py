@@ -135,6 +135,13 @@ def test_more_columns_than_threads(place: Place, bits: int) -> None:
         _exact(place, bits, (3, 1100, 512), scales=(torch.ones(3), w_scale))
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_wide_rows(place: Place, bits: int) -> None:
+    """From 8192 entries on weights are asked for before A's addresses, not behind them."""
+    for width in (8192, 8192 + 128):
+        _exact(place, bits, (3, 40, width))
+
+
 @pytest.mark.parametrize(("bits", "width"), [(1, 640), (4, 384)])
 def test_operands_that_end_where_memory_does(place: Place, bits: int, width: int) -> None:
     """Nothing is read behind the last rows, or where a row's last step has no more chunks."""
@@ -198,6 +205,24 @@ def test_far_rows_round_as_in_the_product(place: Place) -> None:
     y = place.packed_product(a, packed, *rest)
     assert y.isfinite().all()
     assert torch.equal(y, place.operators.product(a, b, *rest))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_largest_sums(place: Place, bits: int) -> None:
+    """Of the widest row, of what int8 has at either end: int32 holds them, 2^BITS as large, too."""
+    width, columns = 2**16, 16
+    ends = torch.tensor([[-128], [127]])
+    a = ends.expand(2, width).to(torch.int8).contiguous()
+    codes = torch.full((columns, width), 2**bits - 1)
+    with outputs.poisoned(0xFF):
+        y = few.product(
+            a.to(place.device), packing.pack(codes, bits).to(place.device), bits, torch.float32,
+            factor=2.0**-10, length=width, a_scale=torch.ones(2, device=place.device),
+            w_scale=torch.ones(columns, device=place.device),
+            a_sum=(ends[:, 0] * width).int().to(place.device), w_sum=None,
+        )  # fmt: skip
+    expected = ends.float() * (2.0**-10 * width * (2**bits - 1))  # of odd integers 2^BITS - 1
+    assert torch.equal(y.cpu(), expected.expand(2, columns))
 
 
 def test_scales_that_are_powers_of_two(place: Place) -> None:

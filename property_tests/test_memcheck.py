@@ -60,6 +60,7 @@ LAUNCHES = {
         "few w1a1 140 columns",
         "few w4a4 140 columns",
         "few w4a4 4224 wide",
+        "few w1a1 8320 wide",
         "frozen w4a4 1 rows",
         "frozen w1a1 12 rows",
         "few clusters",

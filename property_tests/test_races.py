@@ -59,6 +59,7 @@ LAUNCHES = {
         "few w1a1 40 rows",
         "frozen w4a4 1 rows",
         "few w4a4 4224 wide",
+        "few w4a4 8320 wide",
         "frozen w4a4 12 rows",
         "frozen w1a1 12 rows",
         "few clusters",

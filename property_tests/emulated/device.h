@@ -48,7 +48,7 @@ void *emulated_dynamic();
 unsigned emulated_to_shared(const void *at);
 // shared: addresses of the thread's own block; else those of any of its cluster.
 unsigned emulated_map(unsigned at, unsigned rank);
-void emulated_put(unsigned at, const void *from, int bytes, bool shared);
+void emulated_put(unsigned at, const void *from, int bytes);
 void emulated_add(unsigned at, unsigned value, bool shared);
 void emulated_aligned(const void *at, int bytes);  // or it fails
 // d of a warp's mma.sync, see mma.h: becomes that plus a b.
@@ -118,7 +118,7 @@ inline void load(unsigned &a, unsigned &b, unsigned &c, unsigned &d, const void 
     a = words[0], b = words[1], c = words[2], d = words[3];
   }
 }
-inline void put(unsigned at, uint4 words) { emulated_put(at, &words, sizeof words, true); }
+inline void put(unsigned at, uint4 words) { emulated_put(at, &words, sizeof words); }
 
 template <typename T> T parameter(const void *at) {
   std::remove_const_t<T> value;

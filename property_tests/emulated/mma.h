@@ -96,7 +96,7 @@ void emulated_stmatrix(unsigned to, const unsigned (&own)[4], bool turned, int l
     const int from = turned ? column : row, half = turned ? row : column;
     made[column] = (uint16_t)(met.meeting.more[met.turn][4 * from + half / 2].words[matrix] >> half % 2 * 16);
   }
-  emulated_put(to, made, sizeof made, true);
+  emulated_put(to, made, sizeof made);
 }
 
 }  // extern "C"

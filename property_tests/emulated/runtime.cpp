@@ -365,8 +365,8 @@ unsigned emulated_map(unsigned at, unsigned rank) {
   if (rank >= blocks.size()) fail("there is no block %u in a cluster of %zu", rank, blocks.size());
   return ranked(offset_of(at), rank);
 }
-void emulated_put(unsigned at, const void *from, int bytes, bool shared) {
-  char *const to = from_shared(at, bytes, shared);
+void emulated_put(unsigned at, const void *from, int bytes) {
+  char *const to = from_shared(at, bytes);
   accesses(to, bytes, WRITE);
   memcpy(to, from, bytes);
 }

@@ -10,6 +10,7 @@ PTX = {
     "griddepcontrol.launch_dependents;": "",
     "griddepcontrol.wait;": "",
     "mov.u32 %0, %%cluster_ctarank;": "%0 = emulated_rank",
+    # In no kernel by itself: what test_emulated_few.py puts in the place of the next.
     "barrier.cluster.arrive.relaxed.aligned;":
         "emulated::emulated_cluster_arrive(false, __builtin_LINE())",
     "barrier.cluster.arrive.release.aligned;":

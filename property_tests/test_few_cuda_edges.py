@@ -137,7 +137,7 @@ def test_more_columns_than_threads(place: Place, bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_wide_rows(place: Place, bits: int) -> None:
-    """From 8192 entries on weights are asked for before A's addresses, not behind them."""
+    """Of more than 8192 entries weights are asked for before A's addresses, not behind them."""
     for width in (8192, 8192 + 128):
         _exact(place, bits, (3, 40, width))
 

@@ -61,7 +61,8 @@ def compiler() -> str | None:
     found = shutil.which("g++")
     if found is None:
         return None
-    line = [found, "-std=c++17", "-x", "c++", "-", "-fPIC", *WATCHED, "-c", "-o", os.devnull]
+    # To its output, which is thrown away: no file, and no device, is for it to write or to remove.
+    line = [found, "-std=c++17", "-x", "c++", "-", "-fPIC", *WATCHED, "-S", "-o", "-"]
     done = subprocess.run(line, input=NEEDED, capture_output=True, text=True, check=False)
     return None if done.returncode else found
 

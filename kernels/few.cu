@@ -39,7 +39,7 @@ typedef unsigned long long u64;
 // NT (tiles of 8 rows of A), CLUSTER, WARPS and DEPTH come from few.py.
 constexpr int THREADS = 32 * WARPS, LOG_WARPS = 4;
 static_assert(WARPS == 1 << LOG_WARPS, "warps that take turns with tiles are a power of two");
-constexpr int CHUNK = 16, STEP = 4 * CHUNK;           // bytes of a row of W: of a lane, of a fragment
+constexpr int CHUNK = 16;                             // bytes of a row of W that a lane has of a step
 constexpr int PARTS = BITS == 1 ? 1 : 8 / BITS;       // chunks of A that meet a chunk of W
 constexpr int SWING = 8 / PARTS;                      // see `place`
 constexpr int STEP_CHUNKS = NT * PARTS * 32;          // of A, in a step

@@ -209,12 +209,14 @@ def test_far_rows_round_as_in_the_product(place: Place) -> None:
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_the_largest_sums(place: Place, bits: int) -> None:
-    """Of the widest row, of what int8 has at either end: int32 holds them, 2^BITS as large, too."""
+    """Of the widest row, of what int8 has at either end, where one warp has all that a block of
+    threads has of it: int32 holds them, 2^BITS as large, too.
+    """
     width, columns = 2**16, 16
     ends = torch.tensor([[-128], [127]])
     a = ends.expand(2, width).to(torch.int8).contiguous()
     codes = torch.full((columns, width), 2**bits - 1)
-    with outputs.poisoned(0xFF):
+    with outputs.poisoned(0xFF), _split((1,)):
         y = few.product(
             a.to(place.device), packing.pack(codes, bits).to(place.device), bits, torch.float32,
             factor=2.0**-10, length=width, a_scale=torch.ones(2, device=place.device),

@@ -1,8 +1,9 @@
 // y = (x masked) H^T, for Hadamard blocks of 128 and 16 bits: what reaches an input behind its trust mask.
 //
-// A warp takes a group of eight blocks. What the mask drops becomes 0 in the words as they were read; four of
-// seven stages are products on the tensor cores, three are additions (`transform_group` in rotate.cuh). H is
-// symmetric. Signs are 2^-7, so that no sum leaves float32's range: no value of 16 bits loses a bit by that.
+// A thread block is a warp, which takes a group of eight blocks. What the mask drops becomes 0 in the words as
+// they were read; four of seven stages are products on the tensor cores, three are additions (`transform_group`
+// in rotate.cuh). H is symmetric. Signs are 2^-7, so that no sum leaves float32's range: no value of 16 bits
+// loses a bit by that.
 //
 // Macros: IN (x's dtype, of 16 bits), OUT (y's: the same or FLOAT32).
 typedef unsigned int u32;
@@ -13,7 +14,6 @@ typedef long long i64;
 #include "rotate.cuh"
 
 constexpr int CHUNKS = 16;          // of a block, of 16 bytes of x
-constexpr int WARPS = 8;            // of a thread block
 constexpr float NORM = 11.313708498984761f;  // 128^-0.5, times 2^7
 
 // Leaves of two elements in a word what bits say: those that lie highest in bytes 0 and 1 of `bits`, or 2 and 3.
@@ -34,10 +34,10 @@ __device__ __forceinline__ void drop(u32 *w, u32 byte) {
 }
 
 // x, y: blocks, of which there are `total`; mask: 16 bytes a block.
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32)
     masked(const uint4 *x, const uint4 *mask, uint4 *y, i64 total) {
-  const int lane = threadIdx.x % 32, quad = lane % 4, eighth = lane / 4;
-  const i64 first = ((i64)blockIdx.x * WARPS + threadIdx.x / 32) * 8, own = first + eighth;
+  const int lane = threadIdx.x, quad = lane % 4, eighth = lane / 4;
+  const i64 first = (i64)blockIdx.x * 8, own = first + eighth;
   u32 signs[4], w[16] = {};
   make_signs(signs, lane, HALF ? 0x20002000 : 0x3C003C00);
   if (own < total) {

@@ -16,7 +16,7 @@ from . import cuda, outputs
 from .layout import aligned
 
 ORDER = 128
-WARPS, GROUP = 8, 8  # of masked.cu: warps of a thread block, and blocks of a warp
+GROUP = 8  # Hadamard blocks of a thread block, which is a warp
 TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -38,7 +38,7 @@ def macros(dtype: torch.dtype, out: torch.dtype) -> dict[str, int]:
 @functools.cache
 def _kernel(dtype: torch.dtype, out: torch.dtype, device: int) -> cuda.Kernel:
     code = cuda.compile_("masked.cu", cuda.architecture(device), macros(dtype, out))
-    return cuda.load(code, "masked", device, threads=32 * WARPS, shared=0, layout="3Pq")
+    return cuda.load(code, "masked", device, threads=32, shared=0, layout="3Pq")
 
 
 def transpose(
@@ -53,7 +53,7 @@ def transpose(
     if x.numel():
         x, mask = aligned(x), aligned(mask)
         total = x.numel() // ORDER
-        count = -(-total // (WARPS * GROUP))
+        count = -(-total // GROUP)
         _kernel(x.dtype, dtype, x.device.index).launch(
             count, x.data_ptr(), mask.data_ptr(), y.data_ptr(), total
         )

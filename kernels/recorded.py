@@ -1,8 +1,8 @@
 """Launches that were recorded, made again with other addresses in the places of some.
 
-Several become one CUDA graph, whose kernels are told their parameters anew before it is queued:
-that takes the host half of what the launches take. One stays a launch, which may overlap with the
-kernel before it.
+Several become one CUDA graph, whose kernels are told their parameters anew before it is queued, if
+these have changed: that takes the host half of what the launches take. One stays a launch, which
+may overlap with the kernel before it.
 Source: NVIDIA, CUDA Driver API, graph management.
 """
 
@@ -30,24 +30,31 @@ class Again:
     def __init__(self, launches: Sequence[Ready], stream: int, *addresses: int) -> None:
         self.launches = tuple(launches)  # and with them the memory of their parameters
         places = [
-            [place for launch in launches for place in launch.values.places(address)]
-            for address in addresses
+            [(of, *place) for of, one in enumerate(launches) for place in one.values.places(at)]
+            for at in addresses
         ]
         if any(len(found) != 1 for found in places):
             raise ValueError(f"the addresses stand in {[len(found) for found in places]} places")
         self._places = tuple(place for (place,) in places)
         self._graph = Graph(self.launches) if len(launches) > 1 else None
-        calls = (launch.on(stream) for launch in self.launches)
-        self._calls = self._graph.calls(stream) if self._graph else tuple(calls)
+        self._tells, self._queue = (
+            self._graph.calls(stream) if self._graph else ((), self.launches[0].on(stream))
+        )
+        self._stale: set[int] = set()  # launches of which the graph was not told all as it stands
 
     def queue(self, *addresses: int) -> None:
         """Queue all of them; RuntimeError where the driver refuses."""
-        for (words, at), address in zip(self._places, addresses, strict=True):
-            words[at] = address
-        for call in self._calls:
+        stale = self._stale
+        for (of, words, at), address in zip(self._places, addresses, strict=True):
+            if words[at] != address:
+                words[at] = address
+                stale.add(of)
+        calls = [*(self._tells[of] for of in stale), self._queue] if self._tells else [self._queue]
+        for call in calls:
             if status := call():
-                return cuda.insist(status, self.launches[0].kernel, *self._calls)
-        return None
+                cuda.insist(status, self.launches[0].kernel, *calls)
+                break
+        stale.clear()
 
 
 class Graph:
@@ -78,18 +85,16 @@ class Graph:
         ):
             weakref.finalize(self, destroy, what).atexit = False
 
-    def calls(self, stream: int) -> tuple[Callable[[], int], ...]:
-        """What tells every kernel its parameters, and then queues all; each returns the status."""
+    def calls(self, stream: int) -> tuple[tuple[Callable[[], int], ...], Callable[[], int]]:
+        """What tells each kernel its parameters, and what queues all; each returns the status."""
         library, pointer = cuda.library(), ctypes.c_void_p
         ready = pointer(int(self._ready))
         tell = library.cuGraphExecKernelNodeSetParams_v2
-        return (
-            *(
-                functools.partial(tell, ready, pointer(int(node)), pointer(int(told.getPtr())))
-                for node, told in self._nodes
-            ),
-            functools.partial(library.cuGraphLaunch, ready, pointer(stream)),
+        tells = tuple(
+            functools.partial(tell, ready, pointer(int(node)), pointer(int(told.getPtr())))
+            for node, told in self._nodes
         )
+        return tells, functools.partial(library.cuGraphLaunch, ready, pointer(stream))
 
 
 def _edge(overlaps: bool) -> Any:

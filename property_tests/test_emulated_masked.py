@@ -22,7 +22,7 @@ BROKEN = {
     "the last block": ("if (own < total) {", "if (own < total - 1) {"),
     "a block": ("first + 2 * quad + c / 2", "first + 2 * quad + c % 2"),
     "a half of a block": ("8 * (c % 2) + eighth", "8 * (c / 2) + eighth"),
-    "a group": ("+ threadIdx.x / 32) * 8,", "+ threadIdx.x / 32) * 8 % 64,"),
+    "a group": ("(i64)blockIdx.x * 8,", "(i64)blockIdx.x * 8 % 64,"),
     "the normalisation": ("made[8 * c + e] * NORM", "made[8 * c + e] * (NORM * 1.0001f)"),
 }
 

@@ -55,6 +55,19 @@ def test_a_gate_is_judged(emulator: emulated.Emulator, name: str, tiles: str) ->
     LEDGER.judge(places.CPU.lane, found, f"a gate, {name}, {tiles}")
 
 
+@pytest.mark.parametrize("front", [False, True])
+def test_a_residual_is_read_where_it_lies(emulator: emulated.Emulator, front: bool) -> None:
+    """And nowhere else, though a tile has more rows and columns: there it has no neighbour."""
+    a, b = (inputs.integers("random", n, 128, n) for n in (9, 72))
+    beside = inputs.draw("gaussian", (9, 72), torch.bfloat16, 0)
+    scales = [torch.ones(n) for n in (9, 72)]
+    told = {"epilogue": hopper.PLAIN, "row_scale": scales[0], "column_scale": scales[1]}
+    with product.only(NARROW), places.CPU.walled(beside, front) as edged:
+        sums = product.product(a, b, beside.dtype, residual=edged, **told)
+    y = (a.double() @ b.double().T).to(beside.dtype)
+    assert torch.equal(sums, (y.float() + beside.float()).to(beside.dtype))
+
+
 def _multiply(tiles: product.Shape, rows: int, columns: int, width: int) -> None:
     a, b = (inputs.integers("random", n, width, n) for n in (rows, columns))
     scales = [torch.ones(n) for n in (rows, columns)]

@@ -71,7 +71,7 @@ def test_numbers_of_the_sources() -> None:
         assert {t: numbers(file)[name] for t, name in floats.items()} == known
     assert masked.TYPES == blocks.INPUTS
     own = numbers("masked.cu")
-    assert (own["CHUNKS"], own["WARPS"], masked.GROUP) == (masked.ORDER // 8, masked.WARPS, 8)
+    assert (own["CHUNKS"], masked.GROUP) == (masked.ORDER // 8, 8)
     assert masked.ORDER == 128
     forms = numbers("blocks.cu")
     assert tuple(forms[name] for name in ("VALUES", "PACKED", "CODES", "INTEGERS")) == (
@@ -132,8 +132,8 @@ def test_parameters_of_the_transform_behind_a_mask(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cuda, "load", lambda *_, **how: told.update(how))
     masked._kernel.__wrapped__(torch.bfloat16, torch.float32, 0)
     assert "".join(cuda._letters(told.pop("layout"))) == letters
-    assert told == {"threads": 256, "shared": 0}
-    assert "__launch_bounds__(32 * WARPS)" in text
+    assert told == {"threads": 32, "shared": 0}
+    assert "__launch_bounds__(32)" in text
 
 
 @pytest.mark.parametrize(("size", "most"), [(2, 16), (4, 64)])

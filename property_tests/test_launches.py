@@ -26,6 +26,7 @@ class Driver:
         self.seen: list[tuple[Any, ...]] = []
         self.answers: list[int] = []
         self.dropped: list[int] = []
+        self.asked: list[int] = []  # nodes that were to be told anew
 
     def cuLaunchKernelEx(self, *arguments: ctypes.c_void_p) -> int:
         config, function, parameters, extra = (a.value for a in arguments)
@@ -76,9 +77,13 @@ class Driver:
         ready, node, told = (a.value for a in arguments)
         assert ready == 700
         assert told
-        before, self.nodes[node or 0] = self.nodes[node or 0], _told(told)
-        assert before[:2] == self.nodes[node or 0][:2]
-        return self.answers.pop(0) if self.answers else 0
+        assert node
+        self.asked.append(node)
+        assert self.nodes[node][:2] == _told(told)[:2]
+        status = self.answers.pop(0) if self.answers else 0
+        if not status:
+            self.nodes[node] = _told(told)
+        return status
 
     def cuGraphLaunch(self, *arguments: ctypes.c_void_p) -> int:
         ready, stream = (a.value for a in arguments)
@@ -227,6 +232,37 @@ def test_graphs_that_the_driver_refuses(
     again.queue(3, 4)
     assert told == [(0, None)]
     assert [(values[0], values[2]) for *_, values in driver.seen[-2:]] == [(3, 500), (500, 4)]
+    assert len(driver.seen) == (2 if at < 2 else 4)  # what was refused is seen here, too
+
+
+def test_a_kernel_is_told_what_has_changed(driver: Driver) -> None:
+    """And no more: that takes the host as long as it takes to queue half of a graph."""
+    again = _two(driver)
+    for x, y, asked in (
+        (1000, 2000, []), (11, 2000, [600]), (11, 22, [601]), (11, 22, []), (1000, 2000, [600, 601])
+    ):  # fmt: skip
+        again.queue(x, y)
+        assert sorted(driver.asked) == asked
+        assert [(values[0], values[2]) for *_, values in driver.seen] == [(x, 500), (500, y)]
+        driver.asked.clear()
+        driver.seen.clear()
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_what_was_refused_is_told_again(
+    at: int, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> None:
+        raise RuntimeError
+
+    again = _two(driver)
+    monkeypatch.setattr(cuda, "done", refuse)
+    driver.answers = [0] * at + [1]  # CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(RuntimeError):
+        again.queue(1, 2)
+    driver.seen.clear()
+    again.queue(1, 2)
+    assert [(values[0], values[2]) for *_, values in driver.seen] == [(1, 500), (500, 2)]
 
 
 def test_a_graph_ends_with_its_call(driver: Driver) -> None:

@@ -146,27 +146,13 @@ __device__ __forceinline__ int4 sums_of(const int4 &residual, const int4 &y) {
   return make_int4(sum_of(residual.x, y.x), sum_of(residual.y, y.y), sum_of(residual.z, y.z), sum_of(residual.w, y.w));
 }
 
-// What a thread adds to the four vectors of a span that it stores: at a row, and every fourth below. The first span's is
-// asked for before the tile's last products have ended.
-struct Added {
-#if RESIDUAL
-  int4 span[4];
-
-  __device__ __forceinline__ void ask(const Arguments &g, int row0, int column) {
-    const int lane = threadIdx.x % 32, row = row0 + lane / 8;
-    column += lane % 8 * (16 / OUT_SIZE);
-    const char *from = (const char *)g.residual + ((long long)row * g.columns + column) * OUT_SIZE;
+// What a thread adds to the four vectors of a span that it stores: at this row, and every fourth below.
+__device__ __forceinline__ void ask_residual(int4 (&to)[4], const Arguments &g, int row, int column) {
+  const char *from = (const char *)g.residual + ((long long)row * g.columns + column) * OUT_SIZE;
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      if (row + 4 * i < g.rows && column < g.columns) span[i] = *(const int4 *)(from + (long long)4 * i * g.columns * OUT_SIZE);
-  }
-
-  __device__ __forceinline__ int4 to(const int4 &y, int i) const { return sums_of(span[i], y); }
-#else
-  __device__ __forceinline__ void ask(const Arguments &, int, int) {}
-  __device__ __forceinline__ int4 to(const int4 &y, int) const { return y; }
-#endif
-};
+  for (int i = 0; i < 4; i++)
+    if (row + 4 * i < g.rows && column < g.columns) to[i] = *(const int4 *)(from + (long long)4 * i * g.columns * OUT_SIZE);
+}
 
 #include "rotary.cuh"
 
@@ -177,7 +163,7 @@ constexpr bool APART = !GATE && !ROTARY;
 // Writes a warp's 16 rows of a tile, SPAN columns at a time, through its own shared memory, so
 // that rows are written 16 bytes a thread and 128 bytes a row.
 template <bool RARE>
-__device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, const Row (&rows)[2], const Columns &columns, Angles &angles, Added &added, char *stage, int row0, int column0) {
+__device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, const Row (&rows)[2], const Columns &columns, Angles &angles, char *stage, int row0, int column0) {
   const int lane = threadIdx.x % 32;
   // Whole vectors of 16 bytes, where every row begins at one.
   const bool vectors = (APART && !RARE) || g.columns % (16 / OUT_SIZE) == 0;
@@ -188,8 +174,9 @@ __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, 
 #endif
 #pragma unroll
   for (int c = 0; c < TILE_OUT / SPAN; c++) {
-    // Before the values are made, so that it comes meanwhile.
-    if (vectors && c > 0) added.ask(g, row0, column0 + c * SPAN);
+    int4 residual[4];
+    // First, so that it comes while the values are made.
+    if (RESIDUAL && vectors) ask_residual(residual, g, row0 + lane / 8, column0 + c * SPAN + lane % 8 * (16 / OUT_SIZE));
 #pragma unroll
     for (int first = 0; first < SPAN / 8; first += READ) {
       // Read before anything is stored, or each read waits for the stores before it.
@@ -248,7 +235,7 @@ __device__ __forceinline__ void write(int (&d)[TILE_N / 2], const Arguments &g, 
 #pragma unroll
       for (int i = 0; i < 4; i++)
         if (row0 + lane / 8 + 4 * i < g.rows && column < g.columns)
-          *(int4 *)(to + (long long)4 * i * g.columns * OUT_SIZE) = added.to(part[i], i);
+          *(int4 *)(to + (long long)4 * i * g.columns * OUT_SIZE) = RESIDUAL ? sums_of(residual[i], part[i]) : part[i];
     } else {
       for (int i = 0; i < 4 && row0 + lane / 8 + 4 * i < g.rows; i++) {
         const char *near = from + 4 * i * STAGE_ROW;
@@ -395,8 +382,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       }
       if (TEAMS > 1 && lane == 0) barrier_arrive(base + TURN_AT + 8 * (team ^ 1), rank);
       Angles angles;
-      Added added;
-      if (g.columns % (16 / OUT_SIZE) == 0) added.ask(g, row0, column0);
 #if ROTARY
       angles.begin(g, row0 + lane / 4, column0);
 #endif
@@ -412,8 +397,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         meet(group);  // the columns stand
       }
       char *staging = raw + OUT_AT + warp * STAGING;
-      if (__any_sync(0xFFFFFFFF, rare)) write<true>(d, g, own, columns, angles, added, staging, row0, column0);
-      else write<false>(d, g, own, columns, angles, added, staging, row0, column0);
+      if (__any_sync(0xFFFFFFFF, rare)) write<true>(d, g, own, columns, angles, staging, row0, column0);
+      else write<false>(d, g, own, columns, angles, staging, row0, column0);
     }
   }
 }

@@ -176,15 +176,13 @@ def test_vectors_begin_where_they_may(
     lines = list(statements(write.body, write.arrays))
     told = [a for line, a in lines if "*(int4 *)(to " in line]
     assert told
-    asks = [f.body for f in text.functions["ask"] if "*(const int4 *)(from " in f.body]
-    assert len(asks) == residual
-    asked = [a for line, a in lines if line.startswith("added.ask(")]
+    asked = [a for line, a in lines if line.startswith("ask_residual(")]
+    (ask,) = text.functions["ask_residual"]
+    assert "*(const int4 *)(from " in ask.body
     assert len(asked) == 1
     told += asked if residual else []
-    (kernel,) = text.functions["product"]
-    (first,) = (a for line, a in statements(kernel.body) if line.startswith("added.ask("))
-    assert first[-1] == ("if", "g.columns % (16 / OUT_SIZE) == 0")  # of the first span
     names = {**text.names, "RARE": rare}
+    assert residual or not list(worlds(_flat(asked[0]), {**names, "g_columns": 64}))
     rule = _rare(text)
     for columns, around in itertools.product((*range(1, 70), MOST - 15, MOST), told):
         known = list(worlds(_flat(around), {**names, "g_columns": columns}))

@@ -62,6 +62,22 @@ __device__ __forceinline__ void load_to_all(u32 to, const TensorMap *map, int k,
       : "memory");
 }
 
+// How long the L2 cache is to keep what is loaded: as if it were read once, or as anything else.
+__device__ __forceinline__ u64 kept(bool once) {
+  u64 first, normal;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
+  return once ? first : normal;
+}
+
+__device__ __forceinline__ void load_to_all(u32 to, const TensorMap *map, int k, int row, u32 bar, u64 kept) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to), "l"(map), "r"(k), "r"(row),
+      "r"(bar), "h"((unsigned short)((1 << CLUSTER) - 1)), "l"(kept)
+      : "memory");
+}
+
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::
                    : "memory");

@@ -57,14 +57,23 @@ static_assert(!ROTARY || !GATE && !RESIDUAL && OUT_SIZE == 2 && EPILOGUE != RAW 
               "heads of 16 bits, whole in a tile, are turned");
 static_assert(!RESIDUAL || !GATE && EPILOGUE != RAW, "a residual is added to y itself, of its dtype");
 
-// The tile of a turn: pairs of row tiles in groups of GROUP, so that the blocks that run at a time
-// share rows of A and of B.
-__device__ __forceinline__ void place(int turn, int pairs, int across, int &pair, int &column) {
-  int in_group = GROUP * across, first = turn / in_group * GROUP;
-  // At least 1: behind the last turn there is no tile, and yet nothing may be divided by 0.
-  int height = max(1, min(GROUP, pairs - first)), rest = turn % in_group;
-  pair = first + rest % height;
-  column = rest / height;
+// How the tiles of a product are taken: pairs of row tiles in groups of GROUP, so that the blocks that run at a time
+// share rows of A and of B. Divisors are multipliers and shifts: a block does nothing before it knows its first tile.
+struct Divisor { u32 multiplier; int shift; };
+struct Turns {
+  int count, pairs, across;
+  Divisor group, last;  // by GROUP * across, and by the pairs of the last group
+};
+
+__device__ __forceinline__ int quotient(int n, Divisor by) { return (int)((u64)(u32)n * by.multiplier >> by.shift); }
+
+// The tile of a turn; behind the last turn, any.
+__device__ __forceinline__ void place(int turn, const Turns &turns, int &pair, int &column) {
+  const int group = quotient(turn, turns.group), rest = turn - group * GROUP * turns.across;
+  const int left = turns.pairs - group * GROUP;
+  column = rest / GROUP;
+  if (left < GROUP) column = quotient(rest, turns.last);
+  pair = group * GROUP + rest - column * min(left, GROUP);
 }
 
 // The first row of a tile, -1 where it has none. The last tile begins early rather than hang over: rows
@@ -256,7 +265,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
             void *out, const float *row_scale, const float *column_scale, const void *bias,
             const int *row_sum, const int *column_sum, int rows, int columns, int bytes, int length,
-            float factor, int held, int settled
+            float factor, int held, int settled, Turns turns
 #if RESIDUAL
             , const void *residual) {
 #elif ROTARY
@@ -286,33 +295,40 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   // Relaxed, for the fence has released what is to be seen: a release here would be one of all memory.
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
-  // Not rounded up by a sum, which may leave int32; neither is 0.
-  const int pairs = (g.rows - 1) / (CLUSTER * TILE_M) + 1;
-  const int across = (g.columns - 1) / TILE_OUT + 1, steps = (g.bytes + TILE_K - 1) / TILE_K;
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  const int steps = (g.bytes + TILE_K - 1) / TILE_K;
   const int first = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
+  int pair, column;
+  place(first, turns, pair, column);
+  asm volatile("" : "+r"(pair), "+r"(column));  // here, while the other block comes
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
   if (group == CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 128 * CONSUMERS) {
+      // No loop here is unrolled: instructions of a launch come from memory, or the L2 cache at best.
       const u32 a_bytes = held * TILE_K;
+      // B passes the L2 cache once for each group of rows. Where there is but one it leaves the place to what is
+      // read again: this kernel's instructions, and the next kernels', are gone from there by the next layer else.
+      const u64 passes = kept(turns.pairs <= GROUP);
       // A tile of K of B, and room for what A adds to it: a block without rows has none.
       auto begin = [&](u32 at, int k, int column, bool there) {
         const u32 stage = at % STAGES, full = base + FULL_AT + 8 * stage;
         barrier_expect(full, B_BYTES + (there ? a_bytes : 0));
         load_to_all(base + B_AT + stage * B_BYTES + rank * HALF_B, &b_map, k * TILE_K,
-                    column * TILE_OUT + rank * (GATE ? g.columns : TILE_N / CLUSTER), full);
+                    column * TILE_OUT + rank * (GATE ? g.columns : TILE_N / CLUSTER), full, passes);
       };
-      const int early = settled && first < pairs * across ? min(steps, STAGES) : 0;
+      const int early = settled && first < turns.count ? min(steps, STAGES) : 0;
       u32 at = 0;  // tiles of K that were loaded before
-      for (int turn = first; turn < pairs * across; turn += stride) {
-        int pair, column;
-        place(turn, pairs, across, pair, column);
+      for (int turn = first; turn < turns.count; turn += stride) {
+        if (turn != first) place(turn, turns, pair, column);
         const int row = first_row<TILE_M>(CLUSTER * pair + rank, g.rows);
         const bool there = row >= 0;
         if (turn == first) {
+#pragma unroll 1
           for (int k = 0; k < early; k++) begin(k, k, column, there);
           wait_for_previous();  // which may have made A
         }
+#pragma unroll 1
         for (int k = 0; k < steps; k++, at++) {
           const u32 stage = at % STAGES, full = base + FULL_AT + 8 * stage;
           if (turn != first || k >= early) {
@@ -325,6 +341,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       // No block leaves while the other may still give back stages here. (What it loads to here, the
       // consumers have waited for.)
       const u32 held_back = at < STAGES ? at : STAGES;
+#pragma unroll 1
       for (u32 k = at - held_back; k < at; k++) barrier_wait(base + EMPTY_AT + 8 * (k % STAGES), (k / STAGES) & 1);
     }
   } else {
@@ -335,11 +352,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     wait_for_previous();
     u32 at = team * steps, tiles = 0;
     int d[TILE_N / 2];
-    int pair, column;
-    if (BEHIND) place(first, pairs, across, pair, column);
-    for (int turn = first + team * stride; turn < pairs * across; turn += TEAMS * stride) {
+    for (int turn = first + team * stride; turn < turns.count; turn += TEAMS * stride) {
       u32 last = 0;
-      if (!BEHIND) place(turn, pairs, across, pair, column);
+      if (!BEHIND) place(turn, turns, pair, column);
       const int tile_row = first_row<TILE_M>(CLUSTER * pair + rank, g.rows), column0 = column * TILE_OUT;
       const int row0 = tile_row + 64 * member + 16 * (warp % 4);
       Fetched fetched;
@@ -357,7 +372,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         }
         if (TEAMS > 1 && lane == 0) barrier_arrive(base + TURN_AT + 8 * (team ^ 1), rank);
         at += (TEAMS - 1) * steps;
-        if (BEHIND) place(turn + stride, pairs, across, pair, column);
+        if (BEHIND) place(turn + stride, turns, pair, column);
         continue;
       }
       for (int k = 0; k < steps; k++, at++) {
@@ -372,7 +387,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         if (BEHIND && k == 0) {
           // The last one finds no tile.
           if (EPILOGUE != RAW) fetched.ask(g, row0 + lane / 4, column0);
-          place(turn + stride, pairs, across, pair, column);
+          place(turn + stride, turns, pair, column);
           asm volatile("" : "+r"(pair), "+r"(column));  // here, and not where they are read
         }
         // The products of the stage before are done: give it back to both blocks' producers.

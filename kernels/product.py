@@ -13,6 +13,7 @@ ISA, `wgmma.mma_async` and `cp.async.bulk.tensor`.
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from cuda.core import ObjectCode
 
 # The numbers of product.cu.
-TILE_K, CLUSTER, CONSUMERS = 128, 2, 2
+TILE_K, CLUSTER, CONSUMERS, GROUP = 128, 2, 2, 8
 THREADS = 128 * (CONSUMERS + 1)
 HEADS = (32, 64, 128)  # widths of heads that it turns
 
@@ -67,9 +68,14 @@ class Shape:
         columns = CONSUMERS * 3 * 4 * self.columns
         return flight + staged + columns + 16 * self.stages + 8 * CONSUMERS
 
+    def grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """Pairs of tiles of a product, down and across."""
+        return -(-rows // (CLUSTER * self.rows)), -(-columns // self.columns)
+
     def clusters(self, rows: int, columns: int) -> int:
         """Pairs of tiles of a product."""
-        return -(-rows // (CLUSTER * self.rows)) * -(-columns // self.columns)
+        down, across = self.grid(rows, columns)
+        return down * across
 
 
 # Two consumers on a tile (`Shape.team`), or each on one of its own, which it writes while the other
@@ -145,6 +151,22 @@ def shape(
     return min(COSTS[binary], key=taken)
 
 
+def _divisor(by: int) -> tuple[int, int]:
+    """(multiplier, shift): n * multiplier >> shift is n // by, for n below 2**31.
+
+    Source: Granlund and Montgomery, Division by Invariant Integers using Multiplication (1994).
+    """
+    shift = 31 + (by - 1).bit_length()
+    return -(-(1 << shift) // by), shift
+
+
+@functools.lru_cache(maxsize=4096)
+def turns(pairs: int, across: int) -> bytes:
+    """`Turns` of product.cu: how it takes so many pairs of tiles down and tiles across."""
+    group, last = _divisor(GROUP * across), _divisor(pairs % GROUP or GROUP)
+    return struct.pack("3iIiIi", pairs * across, pairs, across, *group, *last)
+
+
 def compile_(
     binary: bool, epilogue: int, out: torch.dtype, bias: int, tiles: Shape, gate: bool = False,
     residual: bool = False, rotary: int = 0, *, cached: bool = True,
@@ -171,7 +193,7 @@ def _kernel(
     more = "2P2i" if rotary else "P" * residual
     return cuda.load(
         compile_(binary, epilogue, out, bias, tiles, gate, residual, rotary), "product", device,
-        threads=THREADS, shared=tiles.shared, layout="128s128s6P4if2i" + more,
+        threads=THREADS, shared=tiles.shared, layout="128s128s6P4if2i28s" + more,
     )  # fmt: skip
 
 
@@ -259,5 +281,5 @@ def launch(
         tensor_map(a, rows, width, held, TILE_K),
         tensor_map(b, features, width, tiles.columns // CLUSTER, TILE_K),
         y, row_scale, column_scale, bias, row_sum, column_sum, rows, columns, width, length,
-        factor, held, settled, *more, overlap=True,
+        factor, held, settled, turns(*tiles.grid(rows, features)), *more, overlap=True,
     )  # fmt: skip

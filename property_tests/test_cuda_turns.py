@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -78,6 +79,13 @@ def _flat(around: Around) -> Around:
     return tuple((kind, re.sub(r"\b([A-Za-z]\w*)\.(\w+)", r"\1_\2", told)) for kind, told in around)
 
 
+def told(tiles: product.Shape, rows: int, features: int) -> Names:
+    """`Turns` of product.cu, as words."""
+    names = ("count", "pairs", "across")
+    values = struct.unpack("3i", product.turns(*tiles.grid(rows, features))[:12])
+    return {f"turns_{name}": Int(n) for name, n in zip(names, values, strict=True)}
+
+
 def taken(tiles: product.Shape, gate: int, given: Names) -> tuple[list[int], Names]:
     """The turns that a thread takes, and what it knows."""
     found = list(turns(tiles, gate, given))
@@ -91,18 +99,16 @@ def test_each_tile_is_taken_once(tiles: product.Shape, gate: int) -> None:
     producer = 128 * groups
     for most, pairs, across in itertools.product((1, 2, 3, 5), (1, 3), (1, 2, 4)):
         clusters = min(most, pairs * across)
+        rows, columns = pairs * cluster * tiles.rows - 1, (across - 1) * tiles.columns + 1 + gate
         given = {
-            "g_rows": pairs * cluster * tiles.rows - 1, "g_bytes": 128,
-            "g_columns": (across - 1) * tiles.columns // (1 + gate) + 1,
-            "gridDim_x": cluster * clusters,
+            "g_rows": rows, "g_bytes": 128, "g_columns": columns // (1 + gate),
+            "gridDim_x": cluster * clusters, **told(tiles, rows, columns),
         }  # fmt: skip
+        assert [*given.values()][-3:] == [pairs * across, pairs, across]
         loaded: list[int] = []
         for block in range(cluster * clusters):
-            mine, world = taken(
-                tiles, gate, {**given, "blockIdx_x": block, "threadIdx_x": producer}
-            )
+            mine, _ = taken(tiles, gate, {**given, "blockIdx_x": block, "threadIdx_x": producer})
             assert mine
-            assert (world["pairs"], world["across"]) == (pairs, across)
             by = [
                 taken(tiles, gate, {**given, "blockIdx_x": block, "threadIdx_x": 128 * group + 5})[
                     0
@@ -124,18 +130,19 @@ def test_a_tile_is_that_of_its_turn(tiles: product.Shape, gate: int) -> None:
     for line, around in statements(kernel.body):
         if not line.startswith("place("):
             continue
-        told = [c for kind, c in around if kind in ("if", "else") and "BEHIND" in c]
-        if all(value(c.partition(" && ")[0], text.names) for c in told):
+        when = [c for kind, c in around if kind in ("if", "else") and "BEHIND" in c]
+        if all(value(c.partition(" && ")[0], text.names) for c in when):
             turn, *rest = split(line[len("place(") : -1])
-            assert rest == ["pairs", "across", "pair", "column"]
-            found[("if", "group == CONSUMERS") in around].append((turn, *told))
+            assert rest == ["turns", "pair", "column"]
+            found[("if", "group == CONSUMERS") in around].append((turn, *when))
+            # The first is found before any group goes its way.
+            assert turn != "turn" or when or around[-1] == ("if", "turn != first")
     assert found[True] == [("turn",)]
     behind = [
-        ("first", "BEHIND"),
         ("turn + stride", "BEHIND"),  # of a block without rows
         ("turn + stride", "BEHIND && k == 0"),
     ]
-    assert found[False] == (behind if tiles.team > 1 else [("turn", "!BEHIND")])
+    assert found[False] == [("first",), *(behind if tiles.team > 1 else [("turn", "!BEHIND")])]
 
 
 @each_kind
@@ -151,12 +158,14 @@ def test_as_many_tiles_as_ints_count(
     given = {
         "g_rows": Int(rows), "g_columns": Int(columns), "g_bytes": Int(16),
         "gridDim_x": last + product.CLUSTER, "blockIdx_x": last, "threadIdx_x": 0,
+        **told(tiles, rows, columns * (1 + gate)),
     }  # fmt: skip
-    found, world = taken(tiles, gate, given)
-    assert found
-    assert world["pairs"] * product.CLUSTER * tiles.rows >= rows
-    assert columns <= world["across"] * tile
-    assert (world["across"] - 1) * tile <= MOST
+    assert taken(tiles, gate, given)[0]
+    pairs, across = int(given["turns_pairs"]), int(given["turns_across"])
+    assert pairs * product.CLUSTER * tiles.rows >= rows
+    assert columns <= across * tile
+    assert (across - 1) * tile <= MOST
+    assert product.GROUP * across <= MOST
 
 
 @pytest.mark.parametrize("rare", [0, 1])

@@ -82,7 +82,7 @@ FIRST, SECOND = 1, 2
 TURNS = (NARROW, 130, 300, 1552)  # each team has several tiles, and stages several tiles of K
 ONE = (WIDE, 70, 301, 400)  # as many tiles as there are blocks
 LAST = " barrier_arrive(base + EMPTY_AT + 8 * last, lane);"
-CLUSTERED = "barrier.cluster.arrive.relaxed.aligned;\\n barrier.cluster.wait.acquire.aligned;"
+CLUSTERED = "barrier.cluster.wait.acquire.aligned;"
 # What is multiplied; what is lost, the how manieth, what stands there instead, and how it shows.
 BROKEN = {
     "a wait for a stage": (
@@ -120,7 +120,7 @@ BROKEN = {
     ),
     "a barrier of the cluster": (
         ONE, f'asm volatile("{CLUSTERED}" ::: "memory");', FIRST, "__syncthreads();",
-        "may not have begun",
+        "may not have begun|arrives",
     ),
     "a wait for the other block": (
         ONE, "k < at; k++) barrier_wait", FIRST, "k + 1 < at; k++) barrier_wait", "ends|ended",
@@ -151,6 +151,45 @@ def test_what_is_broken(name: str, emulator: emulated.Emulator) -> None:
     emulator.runs = 8
     with pytest.raises(AssertionError, match=told):
         _multiply(*given)
+
+
+# What product.cu makes of turns, which `place` is given.
+PLACES = r"""
+typedef unsigned int u32;
+typedef unsigned long long u64;
+constexpr int GROUP = NUMBER;
+PLACE
+extern "C" __global__ void places(Turns turns, const int *turn, int *pair, int *column, int count) {
+  for (int i = threadIdx.x; i < count; i += 32) place(turn[i], turns, pair[i], column[i]);
+}
+"""
+
+
+def test_where_tiles_lie(emulator: emulated.Emulator) -> None:
+    """In groups of eight pairs of row tiles, one group behind the other; up to 2^31 - 1 of them."""
+    text = cuda._text("product.cu")
+    told = text[text.index("struct Divisor") : text.index("// The first row of a tile")]
+    emulator.text["places"] = PLACES.replace("NUMBER", str(product.GROUP)).replace("PLACE", told)
+    kernel = emulator.load(
+        emulator.compile_("places", "", {}), "places", None, threads=32, shared=0, layout="28s3Pi"
+    )
+    most, g = 2**31 - 1, torch.Generator().manual_seed(0)
+    cases = [(p, a) for p in (1, 7, 8, 9, 15, 16, 27) for a in (1, 2, 3, 44)]
+    cases += [(most, 1), (1, most // 8), (most // 8, 8), (8, most // 8), (12345, most // 12345)]
+    for pairs, across in cases:
+        all_ = pairs * across
+        drawn = torch.randint(all_, (300,), generator=g).tolist()
+        turn = torch.tensor([*range(min(all_, 2000)), all_ - 2, all_ - 1, *drawn]).clamp(0).int()
+        found = torch.zeros(2, len(turn), dtype=torch.int32)
+        at = [t.data_ptr() for t in (turn, *found)]
+        kernel.launch(1, product.turns(pairs, across), *at, len(turn))
+        wanted = []
+        for t in turn.tolist():
+            group, rest = divmod(t, 8 * across)
+            column, pair = divmod(rest, min(8, pairs - 8 * group))
+            wanted.append((8 * group + pair, column))
+        assert found.T.tolist() == [list(each) for each in wanted], (pairs, across)
+        assert len({*wanted}) >= min(all_, 2000)
 
 
 # A tile of a matrix, as it lies in shared memory.

@@ -94,6 +94,7 @@ def test_numbers_of_the_sources() -> None:
     assert numbers("sparse.cu")["TILE_K"] == sparse.TILE_K == 128
     assert sparse.BLOCK == 256
     assert (product.TILE_K, product.CLUSTER, product.CONSUMERS) == (128, 2, 2)
+    assert numbers("product.cu")["GROUP"] == product.GROUP
     assert product.THREADS == 384
 
 

@@ -29,7 +29,7 @@ def parameters(source: str, entry: str, macros: dict[str, int]) -> dict[str, str
     text = read(source, tuple(macros.items())).code
     found = re.search(rf"\s{entry}\((const __grid_constant__ [^{{]*)\) {{", text)
     assert found is not None
-    letters = {"TensorMap": "128s", "int": "i", "float": "f"}
+    letters = {"TensorMap": "128s", "Turns": "28s", "int": "i", "float": "f"}
     return {
         each.split()[-1].strip("*"): "P" if "*" in each else letters[each.split()[-2]]
         for each in found[1].split(",")
@@ -257,6 +257,7 @@ def test_the_product(case: Case, driver: Driver) -> None:
     assert found.given == {
         "out": y.data_ptr(), "rows": rows, "columns": columns, "bytes": (width + 15) // 16 * 16,
         "length": 77, "factor": 0.375, "held": held, "settled": False, **pointers, **more,
+        "turns": product.turns(-(-rows // (2 * 64 * team)), -(-columns * (1 + case.gate) // tile)),
     }  # fmt: skip
 
 
@@ -374,7 +375,7 @@ def test_a_product_of_addresses(driver: Driver) -> None:
     assert found.given == {
         "out": y.data_ptr(), "row_scale": 101, "column_scale": 102, "bias": 103, "row_sum": 104,
         "column_sum": 105, "rows": 70, "columns": 9, "bytes": 48, "length": 11, "factor": 0.5,
-        "held": 64, "settled": True,
+        "held": 64, "settled": True, "turns": product.turns(1, 1),
     }  # fmt: skip
     product.launch(
         y.data_ptr(), a.data_ptr(), b.data_ptr(), 70, 9, 48, 3, torch.bfloat16, False,

@@ -44,9 +44,6 @@ PTX = {
         "emulated::emulated_barrier_arrive(emulated::emulated_map(%0, %1), false)",
     "{.reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; "
     "@!done bra again; }": "emulated::emulated_barrier_wait(%0, %1)",
-    "barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned;":
-        "emulated::emulated_cluster_arrive(false, __builtin_LINE()), "
-        "emulated::emulated_cluster_wait(__builtin_LINE())",
     "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;":
         "emulated::emulated_cluster_arrive(true, __builtin_LINE()), "
         "emulated::emulated_cluster_wait(__builtin_LINE())",
@@ -55,6 +52,13 @@ PTX = {
     "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
     ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;":
         "emulated::emulated_load(%0, %1, %2, %3, %4, %5)",
+    "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+    ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;":
+        "emulated::emulated_load(%0, %1, %2, %3, %4, %5)",
+    **{
+        f"createpolicy.fractional.L2::{kept}.b64 %0, 1.0;": "%0 = 0"
+        for kept in ("evict_first", "evict_normal")
+    },
     "bar.sync %0, 128;": "emulated::emulated_bar_sync(%0, 128, __builtin_LINE())",
     "wgmma.fence.sync.aligned;": "emulated::emulated_wgmma_fence()",
     "wgmma.commit_group.sync.aligned;": "emulated::emulated_wgmma_commit()",

@@ -145,7 +145,7 @@ class Kernel:
 
     threads: of a block. shared: bytes of dynamic shared memory. layout: the parameters, in the
     letters of `struct` with alignment as in C: P or Q a pointer, i an int, q a long long, f a
-    float, 128s a tensor map.
+    float, 128s a tensor map, 28s the turns of a product.
     """
 
     function: Any

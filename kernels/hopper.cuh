@@ -62,19 +62,19 @@ __device__ __forceinline__ void load_to_all(u32 to, const TensorMap *map, int k,
       : "memory");
 }
 
-// How long the L2 cache is to keep what is loaded: as if it were read once, or as anything else.
-__device__ __forceinline__ u64 kept(bool once) {
+// What the L2 cache is told of a load: to let it go first, for it is read once, or to treat it as anything else.
+__device__ __forceinline__ u64 cache_policy(bool once) {
   u64 first, normal;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
   asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
   return once ? first : normal;
 }
 
-__device__ __forceinline__ void load_to_all(u32 to, const TensorMap *map, int k, int row, u32 bar, u64 kept) {
+__device__ __forceinline__ void load_to_all(u32 to, const TensorMap *map, int k, int row, u32 bar, u64 policy) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
       ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to), "l"(map), "r"(k), "r"(row),
-      "r"(bar), "h"((unsigned short)((1 << CLUSTER) - 1)), "l"(kept)
+      "r"(bar), "h"((unsigned short)((1 << CLUSTER) - 1)), "l"(policy)
       : "memory");
 }
 

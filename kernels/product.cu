@@ -46,8 +46,8 @@ constexpr u32 A_AT = 0, B_AT = STAGES * A_BYTES, OUT_AT = B_AT + STAGES * B_BYTE
 constexpr u32 COLUMNS_AT = OUT_AT + WARPS * STAGING;  // scales, biases and sums of a consumer's columns
 constexpr u32 FULL_AT = COLUMNS_AT + CONSUMERS * 3 * 4 * TILE_N, EMPTY_AT = FULL_AT + 8 * STAGES;
 constexpr u32 TURN_AT = EMPTY_AT + 8 * STAGES;        // a barrier for each team
-// What a tile's epilogue asks for, and the divisions by which the next tile is found, took 900 cycles of
-// a tile's 21000 between two tiles. They hide behind the tensor cores' work; of two teams, behind the
+// What a tile's epilogue asks for, and finding the next tile, by divisions then, took 900 cycles of a
+// tile's 21000 between two tiles. They hide behind the tensor cores' work; of two teams, behind the
 // other's, whose turn they must not put off.
 constexpr bool BEHIND = TEAMS == 1;
 constexpr int GROUP = 8;                              // pairs of row tiles that share the L2 cache
@@ -64,6 +64,7 @@ struct Turns {
   int count, pairs, across;
   Divisor group, last;  // by GROUP * across, and by the pairs of the last group
 };
+static_assert(sizeof(Turns) == 28, "product.py says so");
 
 __device__ __forceinline__ int quotient(int n, Divisor by) { return (int)((u64)(u32)n * by.multiplier >> by.shift); }
 
@@ -305,17 +306,17 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   if (group == CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 128 * CONSUMERS) {
-      // No loop here is unrolled: instructions of a launch come from memory, or the L2 cache at best.
+      // No loop over K is unrolled here: instructions of a launch come from memory, or the L2 cache at best.
       const u32 a_bytes = held * TILE_K;
       // B passes the L2 cache once for each group of rows. Where there is but one it leaves the place to what is
       // read again: this kernel's instructions, and the next kernels', are gone from there by the next layer else.
-      const u64 passes = kept(turns.pairs <= GROUP);
+      const u64 policy = cache_policy(turns.pairs <= GROUP);
       // A tile of K of B, and room for what A adds to it: a block without rows has none.
       auto begin = [&](u32 at, int k, int column, bool there) {
         const u32 stage = at % STAGES, full = base + FULL_AT + 8 * stage;
         barrier_expect(full, B_BYTES + (there ? a_bytes : 0));
         load_to_all(base + B_AT + stage * B_BYTES + rank * HALF_B, &b_map, k * TILE_K,
-                    column * TILE_OUT + rank * (GATE ? g.columns : TILE_N / CLUSTER), full, passes);
+                    column * TILE_OUT + rank * (GATE ? g.columns : TILE_N / CLUSTER), full, policy);
       };
       const int early = settled && first < turns.count ? min(steps, STAGES) : 0;
       u32 at = 0;  // tiles of K that were loaded before

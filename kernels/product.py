@@ -69,7 +69,7 @@ class Shape:
         return flight + staged + columns + 16 * self.stages + 8 * CONSUMERS
 
     def grid(self, rows: int, columns: int) -> tuple[int, int]:
-        """Pairs of tiles of a product, down and across."""
+        """Of a product: pairs of row tiles down, and tiles across."""
         return -(-rows // (CLUSTER * self.rows)), -(-columns // self.columns)
 
     def clusters(self, rows: int, columns: int) -> int:

@@ -1,8 +1,8 @@
 """Launches that were recorded, made again with other addresses in the places of some.
 
 Several become one CUDA graph, whose kernels are told their parameters anew before it is queued, if
-these have changed: that takes the host half of what the launches take. One stays a launch, which
-may overlap with the kernel before it.
+these have changed: that takes the host at most half of what the launches take. One stays a launch,
+which may overlap with the kernel before it.
 Source: NVIDIA, CUDA Driver API, graph management.
 """
 
@@ -47,8 +47,8 @@ class Again:
         stale = self._stale
         for (of, words, at), address in zip(self._places, addresses, strict=True):
             if words[at] != address:
-                words[at] = address
                 stale.add(of)
+                words[at] = address
         calls = [*(self._tells[of] for of in stale), self._queue] if self._tells else [self._queue]
         for call in calls:
             if status := call():

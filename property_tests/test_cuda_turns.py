@@ -23,7 +23,7 @@ from property_tests.cuda_reader import (
     value,
     worlds,
 )
-from quest.kernels import hopper, product
+from quest.kernels import cuda, hopper, product
 
 pytestmark = pytest.mark.whole
 
@@ -143,6 +143,16 @@ def test_a_tile_is_that_of_its_turn(tiles: product.Shape, gate: int) -> None:
         ("turn + stride", "BEHIND && k == 0"),
     ]
     assert found[False] == [("first",), *(behind if tiles.team > 1 else [("turn", "!BEHIND")])]
+
+
+def test_a_weight_that_passes_once_leaves_the_cache_first() -> None:
+    """It does where all pairs of row tiles are one group; no number depends on it."""
+    told = cuda._text("product.cu")
+    made = re.findall(r'createpolicy\.fractional\.L2::(\w+)\.b64 %0, 1\.0;" : "=l"\((\w+)\)', told)
+    (chosen,) = re.findall(r"return once \? (\w+) : (\w+);", told)
+    kinds = {name: kind for kind, name in made}
+    assert [kinds[name] for name in chosen] == ["evict_first", "evict_normal"]
+    assert told.count("cache_policy(turns.pairs <= GROUP)") == 1
 
 
 @each_kind

@@ -187,8 +187,8 @@ def test_clusters_that_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- parameters -------------------------------------------------------------------------------
 
 LAYOUTS = (
-    "Pi", "iP", "iPfq", "5sP", "3s5siPf", "3s3sqIP", "128siP", "9Pq8iIf2if", "128s128s6P4if2i",
-    "6P2q4i2f2P2i2Pf", "4Pqif",
+    "Pi", "iP", "iPfq", "5sP", "3s5siPf", "3s3sqIP", "128siP", "9Pq8iIf2if", "128s128s6P4if2i28s",
+    "128s128s6P4if2i28sP", "128s128s6P4if2i28s2P2i", "6P2q4i2f2P2i2Pf", "4Pqif",
 )  # fmt: skip
 
 

@@ -29,6 +29,8 @@ NARROW, WIDE, TALL = product.NARROW, product.WIDE, product.TALL
         ("w4a4", NARROW, 66, 5, 1, torch.bfloat16),
         ("w1a1", NARROW, 65, 137, 9, torch.float32),
         ("w1a1", TALL, 130, 260, 6, torch.bfloat16),
+        ("w1a1", NARROW, 1030, 5, 1, torch.bfloat16),  # pairs of row tiles in two groups
+        ("w4a4", WIDE, 2060, 5, 1, torch.bfloat16),
     ],
 )
 def test_it_is_judged(
@@ -78,6 +80,12 @@ def _multiply(tiles: product.Shape, rows: int, columns: int, width: int) -> None
     assert torch.equal(y.double(), a.double() @ b.double().T), "other numbers"
 
 
+def test_blocks_that_begin_in_the_second_group(emulator: emulated.Emulator) -> None:
+    """With multiprocessors for all nine pairs of row tiles, of which eight are one group."""
+    emulator.multiprocessors = 20
+    _multiply(NARROW, 1030, 5, 128)
+
+
 FIRST, SECOND = 1, 2
 TURNS = (NARROW, 130, 300, 1552)  # each team has several tiles, and stages several tiles of K
 ONE = (WIDE, 70, 301, 400)  # as many tiles as there are blocks
@@ -120,7 +128,7 @@ BROKEN = {
     ),
     "a barrier of the cluster": (
         ONE, f'asm volatile("{CLUSTERED}" ::: "memory");', FIRST, "__syncthreads();",
-        "may not have begun|arrives",
+        "may not have begun",
     ),
     "a wait for the other block": (
         ONE, "k < at; k++) barrier_wait", FIRST, "k + 1 < at; k++) barrier_wait", "ends|ended",
@@ -133,6 +141,10 @@ BROKEN = {
     ),
     "half of a tile": (
         ONE, "stage * B_BYTES + rank * HALF_B", FIRST, "stage * B_BYTES", "other numbers",
+    ),
+    "a policy of the cache": (
+        ONE, "const u64 policy = cache_policy(turns.pairs <= GROUP);", FIRST,
+        "const u64 policy = turns.pairs;", "a cache policy that nobody made",
     ),
     "lanes that stay together": (
         (NARROW, 64, 300, 256), "          __syncwarp();", FIRST, "", "waits for ever",

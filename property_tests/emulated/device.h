@@ -68,6 +68,9 @@ void emulated_barrier_fence();
 void emulated_barrier_arrive(unsigned at, bool shared);
 void emulated_barrier_expect(unsigned at, unsigned bytes);
 void emulated_barrier_wait(unsigned at, unsigned parity);
+// What `createpolicy` makes; and that a bulk copy is told nothing else.
+uint64_t emulated_policy(bool first);
+void emulated_cached(uint64_t policy);
 // ranks: a bit for each block of the cluster that it goes to; 0: where it is told to go.
 void emulated_load(unsigned to, const void *map, int x, int y, unsigned at, unsigned ranks);
 // entries: 0, bytes; 1, bits; 2, bytes, of a sparse A, of which metadata tell.

@@ -23,7 +23,7 @@ namespace {
 constexpr int GROUP = 128;                 // threads of a warpgroup
 constexpr int NONSENSE = (int)0x80C0FFEE;  // what accumulators hold
 constexpr int SPAN = 32;                   // bytes of K of a product; of a sparse one's B twice as many
-constexpr uint64_t MAP = 0x7061546F736E6574;
+constexpr uint64_t MAP = 0x7061546F736E6574, POLICY = 0x14F0000070617468;
 
 // What `tensor_maps` packs into 128 bytes: a matrix of bytes. swizzle: bytes of a row that are.
 struct Map { uint64_t kind, address, width, rows, stride, box_width, box_rows, swizzle, rest[8]; };
@@ -205,6 +205,12 @@ extern "C" {
 
 // A tile of the matrix that a tensor map describes, to the same place in each of these blocks; 0: where `to`
 // and `at` say.
+uint64_t emulated_policy(bool first) { return POLICY + first; }
+
+void emulated_cached(uint64_t policy) {
+  if (policy - POLICY > 1) fail("a bulk copy with a cache policy that nobody made");
+}
+
 void emulated_load(unsigned to, const void *map, int x, int y, unsigned at, unsigned ranks) {
   Bulk bulk{{}, x, y, current};
   memcpy(&bulk.map, map, sizeof bulk.map);

@@ -54,10 +54,11 @@ PTX = {
         "emulated::emulated_load(%0, %1, %2, %3, %4, %5)",
     "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
     ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;":
-        "emulated::emulated_load(%0, %1, %2, %3, %4, %5)",
+        "emulated::emulated_cached(%6); emulated::emulated_load(%0, %1, %2, %3, %4, %5)",
     **{
-        f"createpolicy.fractional.L2::{kept}.b64 %0, 1.0;": "%0 = 0"
-        for kept in ("evict_first", "evict_normal")
+        f"createpolicy.fractional.L2::{kept}.b64 %0, 1.0;":
+            f"%0 = emulated::emulated_policy({first})"
+        for kept, first in (("evict_first", "true"), ("evict_normal", "false"))
     },
     "bar.sync %0, 128;": "emulated::emulated_bar_sync(%0, 128, __builtin_LINE())",
     "wgmma.fence.sync.aligned;": "emulated::emulated_wgmma_fence()",

@@ -309,7 +309,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       // No loop over K is unrolled here: instructions of a launch come from memory, or the L2 cache at best.
       const u32 a_bytes = held * TILE_K;
       // B passes the L2 cache once for each group of rows. Where there is but one it leaves the place to what is
-      // read again: this kernel's instructions, and the next kernels', are gone from there by the next layer else.
+      // read again: activations, and it seems instructions of kernels that are due again a layer later.
       const u64 policy = cache_policy(turns.pairs <= GROUP);
       // A tile of K of B, and room for what A adds to it: a block without rows has none.
       auto begin = [&](u32 at, int k, int column, bool there) {

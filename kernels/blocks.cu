@@ -128,22 +128,6 @@ __device__ __forceinline__ u32 top_of(const u32 (&w)[WORDS]) {
   return top;
 }
 
-#if IN != FLOAT32
-// The sums of squares of a group's blocks are the diagonal of the group's product with itself: that of block r in
-// lane 4 r + r / 2. In four chains of four products, which cut less than as many additions would round.
-__device__ __forceinline__ float squares_of_group(const u32 (&w)[WORDS], int eighth) {
-  float even[2][4] = {}, odd[2][4] = {};  // words in a's upper rows, and in its lower ones
-#pragma unroll
-  for (int i = 0; i < WORDS; i += 2) {
-    accumulate(even[i / 2 % 2], w[i], w[i + 1], w[i]);
-    accumulate(odd[i / 2 % 2], w[i], w[i + 1], w[i + 1]);
-  }
-  const bool second = eighth % 2;
-  return ((second ? even[0][1] : even[0][0]) + (second ? even[1][1] : even[1][0])) +
-         ((second ? odd[0][3] : odd[0][2]) + (second ? odd[1][3] : odd[1][2]));
-}
-#endif
-
 // value(g): what each lane of four has of a block of group g; f over those lanes, of block `lane`.
 template <int UNROLL, typename T, typename G, typename F> __device__ __forceinline__ T of_blocks(G value, F f, int lane) {
   T own = T();
@@ -400,7 +384,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
       for (int g = 0; g < GROUPS; g++) {
         u32 w[WORDS];
         words_of(w, g);
-        const float found = __shfl_sync(ALL, squares_of_group(w, eighth), 4 * (lane % GROUP) + lane % GROUP / 2);
+        const float found = __shfl_sync(ALL, squares_of_group(w), 4 * (lane % GROUP) + lane % GROUP / 2);
         if (lane / GROUP == g) sum = found;
       }
       return sum;

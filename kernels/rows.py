@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -26,33 +27,44 @@ from .quantize import Program
 
 GROUP = 8  # blocks of a warp
 WARPS = 16
-SHARED_OF_WARP = GROUP * blocks.ORDER * 4
 # Elements up to which the launch overlaps with the kernel before it. 64 rows of 4096, behind
 # another layer, a product of tensors or a norm, take 0.1 to 0.5 us less so; where all overlapped, a
 # prefill of 512 tokens took 8 or 9 percent longer (the H200's few.txt).
 OVERLAPS = 2**18
 
 
-def _warps(width: int) -> int:
-    return min(WARPS, -(-width // (GROUP * blocks.ORDER)))
+class Shape(NamedTuple):
+    """Of a thread block: its warps, and whether a row has more than they hold at a time."""
+
+    warps: int
+    long: bool
 
 
-def macros(dtype: torch.dtype, levels: int, kind: str, normed: bool = False) -> dict[str, int]:
+@functools.cache
+def shape(width: int) -> Shape:
+    """For rows of so many entries."""
+    warps = -(-width // (GROUP * blocks.ORDER))
+    return Shape(min(WARPS, warps), warps > WARPS)
+
+
+def macros(
+    dtype: torch.dtype, levels: int, kind: str, shape: Shape, normed: bool = False
+) -> dict[str, int]:
     """What rows.cu is compiled with, for an input of `dtype`; normed: with a norm before it."""
     return {
         "IN": blocks.INPUTS[dtype], "LEVELS": levels, "FORM": blocks.OPERANDS[kind][0],
-        "NORMED": int(normed),
+        "NORMED": int(normed), "WARPS": shape.warps, "LONG": int(shape.long),
     }  # fmt: skip
 
 
 @functools.cache
 def _kernel(
-    dtype: torch.dtype, levels: int, kind: str, warps: int, device: int, normed: bool = False
+    dtype: torch.dtype, levels: int, kind: str, shape: Shape, device: int, normed: bool = False
 ) -> cuda.Kernel:
-    made = macros(dtype, levels, kind, normed)
+    made = macros(dtype, levels, kind, shape, normed)
     code = cuda.compile_("rows.cu", cuda.architecture(device), made)
     return cuda.load(
-        code, "rows", device, threads=32 * warps, shared=warps * SHARED_OF_WARP,
+        code, "rows", device, threads=32 * shape.warps, shared=0,
         layout="4Pqif" + ("2Pf" if normed else ""),
     )  # fmt: skip
 
@@ -116,7 +128,7 @@ def launch(
     """
     stride = x.stride(0) if x.ndim == 2 else d
     given = () if norm is None else (norm[0].data_ptr(), shown, norm[1])
-    _kernel(x.dtype, program.levels, kind, _warps(d), x.device.index, norm is not None).launch(
+    _kernel(x.dtype, program.levels, kind, shape(d), x.device.index, norm is not None).launch(
         rows,
         x.data_ptr(), scale, operand, sums, stride * x.element_size(), d // blocks.ORDER,
         program.step, *given,

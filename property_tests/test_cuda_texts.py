@@ -84,12 +84,15 @@ def _variants() -> Iterator[Variant]:
                 macros = blocks.macros(dtype, 4, True, form, bits, prologue, saved=saved, **shape)
                 yield made("blocks.cu", tuple(macros.items()))
     for dtype, kind in itertools.product((SIXTEEN, FLOAT), blocks.OPERANDS):
-        for normed in (False, True)[: 2 - (dtype == FLOAT)]:
-            yield made("rows.cu", tuple(rows.macros(dtype, 2, kind, normed).items()))
+        for normed, width in itertools.product((False, True)[: 2 - (dtype == FLOAT)], WIDTHS):
+            macros = rows.macros(dtype, 2, kind, rows.shape(width), normed)
+            yield made("rows.cu", tuple(macros.items()))
     for dtype, out in itertools.product((SIXTEEN, torch.float16), (None, FLOAT)):
         yield made("masked.cu", tuple(masked.macros(dtype, out or dtype).items()))
 
 
+# Of rows.cu: a warp, several that are no power of two, and as many as there are for a long row.
+WIDTHS = (1024, 5632, 17408)
 VARIANTS = list(_variants())
 SOURCES = sorted(p.name for p in Path(blocks.__file__).parent.glob("*.cu"))
 each_source = pytest.mark.parametrize("source", SOURCES)
@@ -322,7 +325,7 @@ def test_what_codes_become_is_what_operands_say(source: str) -> None:
             if (kind == "codes") != (levels == 256):
                 continue
             if source == "rows.cu":
-                macros = rows.macros(torch.float32, levels, kind)
+                macros = rows.macros(torch.float32, levels, kind, rows.shape(128))
             else:
                 macros = blocks.macros(torch.float32, levels, False, *blocks.OPERANDS[kind])
             names = read(source, tuple(macros.items())).names

@@ -278,9 +278,10 @@ def test_where_launches_overlap(
 
 
 def test_warps_of_few_rows() -> None:
-    """Eight blocks of 128 a warp, sixteen warps at the most."""
-    assert [rows._warps(w) for w in (128, 1024, 1152, 4096, 16384, 65536)] == [1, 1, 2, 4, 16, 16]
-    assert rows.SHARED_OF_WARP == 4096
+    """Eight blocks of 128 a warp, sixteen warps at the most; those of more are long."""
+    widths = (128, 1024, 1152, 4096, 16384, 16512, 65536)
+    assert [rows.shape(w).warps for w in widths] == [1, 1, 2, 4, 16, 16, 16]
+    assert [rows.shape(w).long for w in widths] == 5 * [False] + 2 * [True]
     assert rows.OVERLAPS == 64 * 4096
 
 
@@ -364,7 +365,7 @@ def test_a_binary_is_kept_where_that_is_asked_for(
         return made[-1]
 
     monkeypatch.setattr(utils, "FileStreamProgramCache", cache)
-    macros = rows.macros(torch.bfloat16, 2, "bits")
+    macros = rows.macros(torch.bfloat16, 2, "bits", rows.shape(128))
     code = cuda.compile_("rows.cu", "sm_90a", macros, cached=cached)
     assert len(made) == cached
     assert any(tmp_path.rglob("*")) == cached

@@ -31,12 +31,14 @@ def _kind(spec: str) -> str:
     return (operands.kinds(parse(spec), parse(spec)) or ("",))[0]
 
 
+@pytest.mark.parametrize("width", [640, 5632, 17408])
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_variant_compiles_without_a_gpu(dtype: torch.dtype, spec: str) -> None:
+def test_every_variant_compiles_without_a_gpu(dtype: torch.dtype, spec: str, width: int) -> None:
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     for normed in (False, True):
-        macros = rows.macros(dtype, parse(spec).require_grid().levels, _kind(spec), normed)
+        levels, shape = parse(spec).require_grid().levels, rows.shape(width)
+        macros = rows.macros(dtype, levels, _kind(spec), shape, normed)
         if normed and dtype == torch.float32:
             with pytest.raises(RuntimeError, match="a norm takes 16 bits"):
                 cuda.compile_("rows.cu", "sm_90a", macros, cached=False)
@@ -48,7 +50,7 @@ def test_every_variant_compiles_without_a_gpu(dtype: torch.dtype, spec: str) -> 
 
 def test_warps_of_a_row() -> None:
     """As many as its blocks need, up to what a thread block may have."""
-    assert {d: rows._warps(d) for d in (128, 1024, 1152, 4096, 16384, 65536)} == {
+    assert {d: rows.shape(d).warps for d in (128, 1024, 1152, 4096, 16384, 65536)} == {
         128: 1, 1024: 1, 1152: 2, 4096: 4, 16384: 16, 65536: 16,
     }  # fmt: skip
 

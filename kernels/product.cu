@@ -339,6 +339,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
           if (there) load(base + A_AT + stage * A_BYTES, &a_map, k * TILE_K, row, full);
         }
       }
+      let_next_start();  // the quantizer behind it, whose blocks take the places of blocks that have ended
       // No block leaves while the other may still give back stages here. (What it loads to here, the
       // consumers have waited for.)
       const u32 held_back = at < STAGES ? at : STAGES;

@@ -9,12 +9,14 @@ writing them and reading them again.
 
 Squares are added in another order than in blocks.cu, so a scale, or an entry of a row that a norm
 makes, may differ in its last bit.
-The kernel after it may start early, see `cuda.Kernel.launch`; with few elements so may this one.
+It may start before the kernel before it has ended, see `cuda.Kernel.launch`, and so may the kernel
+after it.
 Source: QuEST (arXiv 2502.05003), Algorithm 1; RMSNorm, arXiv 1910.07467.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -27,10 +29,11 @@ from .quantize import Program
 
 GROUP = 8  # blocks of a warp
 WARPS = 16
-# Elements up to which the launch overlaps with the kernel before it. 64 rows of 4096, behind
-# another layer, a product of tensors or a norm, take 0.1 to 0.5 us less so; where all overlapped, a
-# prefill of 512 tokens took 8 or 9 percent longer (the H200's few.txt).
-OVERLAPS = 2**18
+# Thread blocks of a multiprocessor up to which a launch leaves each no more than its share, by shared
+# memory that it asks for: those that start early would all go where the kernel before ends first.
+# More than so many don't fit anyway, as registers go.
+SHARES = 16
+STATIC = 2048  # bytes of shared memory that a thread block has without asking, at most
 
 
 class Shape(NamedTuple):
@@ -64,9 +67,25 @@ def _kernel(
     made = macros(dtype, levels, kind, shape, normed)
     code = cuda.compile_("rows.cu", cuda.architecture(device), made)
     return cuda.load(
-        code, "rows", device, threads=32 * shape.warps, shared=0,
+        code, "rows", device, threads=32 * shape.warps, shared=cuda.shared(device) - STATIC,
         layout="4Pqif" + ("2Pf" if normed else ""),
     )  # fmt: skip
+
+
+@functools.cache
+def _room(rows: int, device: int) -> int:
+    """Bytes of shared memory that a row's thread block asks for; see SHARES."""
+    share = -(-rows // cuda.processors(device))
+    if not 1 < share <= SHARES:
+        return 0
+    return (cuda.shared(device) + blocks.RESERVED) // share - blocks.RESERVED - STATIC
+
+
+@functools.cache
+def _ready(
+    dtype: torch.dtype, levels: int, kind: str, shape: Shape, device: int, normed: bool, room: int
+) -> cuda.Kernel:
+    return dataclasses.replace(_kernel(dtype, levels, kind, shape, device, normed), shared=room)
 
 
 def quantize(
@@ -124,13 +143,16 @@ def launch(
 
     x: (rows, d), or contiguous in any shape. norm: of `normed`, its weight, which lies at a
     multiple of 16 bytes, and eps; shown: or 0.
-    With few elements it may start before the kernel before it has ended, and waits: see OVERLAPS.
+    It may start before the kernel before it has ended, and waits.
     """
-    stride = x.stride(0) if x.ndim == 2 else d
+    stride, device = x.stride(0) if x.ndim == 2 else d, x.device.index
     given = () if norm is None else (norm[0].data_ptr(), shown, norm[1])
-    _kernel(x.dtype, program.levels, kind, shape(d), x.device.index, norm is not None).launch(
+    kernel = _ready(
+        x.dtype, program.levels, kind, shape(d), device, norm is not None, _room(rows, device)
+    )
+    kernel.launch(
         rows,
         x.data_ptr(), scale, operand, sums, stride * x.element_size(), d // blocks.ORDER,
         program.step, *given,
-        overlap=rows * d <= OVERLAPS and cuda.overlaps(x.device.index),
+        overlap=cuda.overlaps(device),
     )  # fmt: skip

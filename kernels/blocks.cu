@@ -172,24 +172,6 @@ __device__ __forceinline__ void transform(float (&y)[32], const u32 (&w)[WORDS],
 #endif
 }
 
-// Sign bits of eight, the first lowest.
-template <typename F> __device__ __forceinline__ u32 signs_of(F value) {
-  u32 bits = 0;
-#pragma unroll
-  for (int e = 7; e >= 0; e--) bits = __funnelshift_l(__float_as_uint(value(e)), bits, 1);
-  return bits;
-}
-
-// A word of codes from 0, one in each byte, in 4 bits each: bytes 1 and 3. A product puts the codes side by
-// side, each bit in a place of its own: nothing carries.
-__device__ __forceinline__ u32 in_fours(u32 first, u32 second) {
-  return __byte_perm(first * 0x110, second * 0x110, 0x7531);
-}
-// In 2 bits each: the highest byte.
-__device__ __forceinline__ u32 in_twos(u32 first, u32 second) {
-  return __byte_perm(first * 0x01041040, second * 0x01041040, 0x0073) & 0xFFFF;
-}
-
 // Where a warp's lanes gather what is narrow: for each block 16 bytes of mask, and NARROW bits an element.
 struct Gathered { u32 mask[TILE][4]; u32 codes[TILE][4 * GATHER]; };
 
@@ -211,9 +193,7 @@ __device__ __forceinline__ u32 emit(F v, const Scaled &by, float step, bool insi
     u32 words[8 / WORD];
 #pragma unroll
     for (int e = 7; e >= 0; e--) {
-      // Beside 2^22 a float counts halves: code + 1/2, or code, from a few cheap instructions.
-      const float whole = __int_as_float(0x4A800000 + 2 * code_of(v(e), by.inverse));
-      const float value = (whole - (4194304.0f - LOWEST - (EVEN ? 0.5f : 0.0f))) * step * by.sigma;
+      const float value = value_of(v(e), by.inverse, step, by.sigma);
       // Of 16-bit floats the second comes first, and waits for the first in the word.
       u32 &word = words[e / WORD];
       word = WORD == 1 || e % 2 ? __float_as_uint(value) : pair_of(value, __uint_as_float(word));

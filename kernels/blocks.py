@@ -29,6 +29,7 @@ WARP_LIMIT = 12  # warps whose threads hold a row, at most
 # memory holds, and the registers that a thread of so many may have.
 RESIDENT = {2: 16, 4: 12}
 REGISTERS = {2: 128, 4: 168}
+ROUTE = lambda x, d: True
 GATHERED = 48  # bytes a block in which a warp gathers what is narrower than a lane writes
 RESERVED = 1024  # of a thread block, for the system (CUDA C++ Programming Guide)
 # The numbers of blocks.cu.
@@ -232,6 +233,12 @@ def launch(
 
     mask, sums, kept: or 0. saved: the bits of an entry of `kept`.
     """
+    if ROUTE(x, d):
+        from . import rows as _rows
+
+        return _rows.launch_all(
+            x, program, form, bits, rows, d, out, scale, mask, sums, kept, saved
+        )
     device = x.device.index
     # Values gain nothing by several rows a team (kernels/README.md).
     count, told, shape = _grid(rows, d // ORDER, device, x.itemsize, several=form != VALUES)

@@ -40,3 +40,27 @@ __device__ __forceinline__ u32 integers_of(u32 word) {
   if (FORM == CODES) return word + (0x80 + LOWEST) * 0x01010101u ^ 0x80808080u;
   return word * STRIDE + (0x80 - TOP) * 0x01010101u ^ 0x80808080u;
 }
+
+// Sign bits of so many numbers, the first lowest.
+template <int COUNT = 8, typename F> __device__ __forceinline__ u32 signs_of(F value) {
+  u32 bits = 0;
+#pragma unroll
+  for (int e = COUNT - 1; e >= 0; e--) bits = __funnelshift_l(__float_as_uint(value(e)), bits, 1);
+  return bits;
+}
+
+// A word of codes from 0, one in each byte, in 4 bits each: bytes 1 and 3. A product puts the codes side by
+// side, each bit in a place of its own: nothing carries.
+__device__ __forceinline__ u32 in_fours(u32 first, u32 second) {
+  return __byte_perm(first * 0x110, second * 0x110, 0x7531);
+}
+// In 2 bits each: the highest byte.
+__device__ __forceinline__ u32 in_twos(u32 first, u32 second) {
+  return __byte_perm(first * 0x01041040, second * 0x01041040, 0x0073) & 0xFFFF;
+}
+
+// A code's value. Beside 2^22 a float counts halves: code + 1/2, or code, from a few cheap instructions.
+__device__ __forceinline__ float value_of(float y, float inverse, float step, float sigma) {
+  const float whole = __int_as_float(0x4A800000 + 2 * code_of(y, inverse));
+  return (whole - (4194304.0f - LOWEST - (EVEN ? 0.5f : 0.0f))) * step * sigma;
+}

@@ -12,7 +12,8 @@
 // in float32 and rounded once to their dtype.
 //
 // Macros: IN (the input's dtype), LEVELS, FORM, NORMED, WARPS (of a thread block), LONG.
-#define PACKED 1    // codes from 0, of one bit
+#define VALUES 0    // dequantized, in the input's dtype
+#define PACKED 1    // codes from 0, BITS each
 #define CODES 2     // int8: the code
 #define INTEGERS 3  // int8: 2 code + 1, or the code where LEVELS is odd, spread: see codes.cuh
 typedef unsigned int u32;
@@ -30,6 +31,11 @@ constexpr int WORDS = 8 * SIZE;                 // 4-byte words of 32 elements
 constexpr int PARTS = SIZE / 2;                 // chunks of 16 bytes that eight elements are
 constexpr int SHARES = WARPS > 8 ? 16 : WARPS > 4 ? 8 : WARPS > 2 ? 4 : WARPS;  // a power of two
 constexpr u32 ALL = 0xFFFFFFFF;
+constexpr int OUT_BITS = FORM == VALUES ? 8 * SIZE : FORM == PACKED ? BITS : 8;  // of an element
+// Bits an element of what goes from lane to lane, since a chunk is less than 4 bytes; or 0. (And a mask.)
+constexpr int NARROW = FORM == PACKED && BITS < 4 ? BITS : SAVED == 2 ? 2 : 0;
+constexpr bool COUNTS = FORM == CODES || FORM == INTEGERS || OUT_BITS == 1;  // there are sums
+constexpr float ROOT = 11.313708498984761f;  // 128^0.5
 static_assert(!NORMED || IN != FLOAT32, "a norm takes 16 bits");
 
 __device__ __forceinline__ void meet() {
@@ -104,55 +110,145 @@ __device__ __forceinline__ float squares(const u32 (&w)[WORDS]) {
 #endif
 }
 
-// What a thread has of the warp's blocks, transformed, times 128^0.5: four chunks of eight elements in a row, the
-// one at `first` and those `across`, `along` and both further on. Chunks are counted over the blocks.
-struct Chunks { int first, across, along; };
+// What a thread has of the warp's blocks, transformed, times 128^0.5: four chunks of eight elements in a row, chunk
+// c = 2 z + p at first + across z + along p, counted over the blocks. So of four lanes that are `next` apart, the
+// k-th of which is this one, chunk k lies side by side: those from 4 `word` on.
+struct Chunks { int first, across, along, next, k, word; };
 
-// 16 bits: those 8 p + r of blocks 2 q + z.
+// 16 bits: chunks 8 p + r of blocks 2 q + z.
 __device__ __forceinline__ Chunks by_products(float (&y)[32], const u32 (&w)[WORDS], const u32 (&signs)[4]) {
   const int lane = threadIdx.x % 32, q = lane % 4, r = lane / 4;
 #if IN != FLOAT32
   transform_group(y, w, signs);
 #endif
-  return {32 * q + r, 16, 8};
+  return {32 * q + r, 16, 8, 4, r % 4, 8 * q + 2 * (r % 4) + r / 4};
 }
 
-// Of elements as they were read, times `factor` or, where that is 0, of zeros: q + 4 k of block r. No zero of
-// these is negative.
-__device__ __forceinline__ Chunks by_shuffles(float (&y)[32], const u32 (&w)[WORDS], float factor) {
+// A power of two, as floats count them.
+__device__ __forceinline__ float power(int field) { return __uint_as_float((u32)field << 23); }
+
+// How a row is computed again: over its own power of two, `field`; or as zeros.
+struct Again { bool rare, zeros; int field; };
+
+__device__ __forceinline__ u32 top_of(const u32 (&w)[WORDS]) {
+  u32 top = 0;
+#pragma unroll
+  for (int e = 0; e < 32; e++) top = max(top, __float_as_uint(element(w, e, 1.0f)) & 0x7FFFFFFF);
+  return top;
+}
+__device__ __forceinline__ int field_of(u32 top) { return min(max((int)(top >> 23), 1), 253); }
+
+// 32 bits, and rows that are computed again: chunks q + 4 c of block r. No zero of these is negative.
+__device__ __forceinline__ Chunks by_shuffles(float (&y)[32], const u32 (&w)[WORDS], const Again &again) {
   const int lane = threadIdx.x % 32, q = lane % 4, r = lane / 4;
+  float factor = 1.0f, half = 1.0f, rest = 1.0f;
+  if (again.rare) {
+    // By the block's own power, so that nothing of it is lost; then to the row's, in two steps: one alone may be less
+    // than a float can be.
+    u32 top = top_of(w);
+    top = max(top, __shfl_xor_sync(ALL, top, 1)), top = max(top, __shfl_xor_sync(ALL, top, 2));
+    const int own = field_of(top), further = own - again.field;
+    factor = again.zeros ? 0.0f : power(254 - own);
+    half = power(127 + further / 2), rest = power(127 + further - further / 2);
+  }
 #pragma unroll
   for (int e = 0; e < 32; e++) y[e] = factor > 0.0f ? element(w, e, factor) : 0.0f;
   stage<1>(y), stage<2>(y), stage<4>(y), stage<8>(y), stage<16>(y);
 #pragma unroll
-  for (int half = 1; half < 4; half *= 2)
+  for (int i = 1; i < 4; i *= 2)
 #pragma unroll
     for (int e = 0; e < 32; e++) {
-      const float other = __shfl_xor_sync(ALL, y[e], half);
-      y[e] = (q & half ? other - y[e] : y[e] + other) + 0.0f;
+      const float other = __shfl_xor_sync(ALL, y[e], i);
+      y[e] = q & i ? other - y[e] : y[e] + other;
     }
-  return {16 * r + q, 8, 4};
-}
-
-// Eight elements in a row as codes, chunk `at` of what is written; returns the sum of the codes, counted from 0.
-__device__ __forceinline__ int emit(const float *y, float inverse, char *out, i64 at) {
-  if (FORM == PACKED) {
-    u32 bits = 0;
+  if (again.rare)
 #pragma unroll
-    for (int e = 7; e >= 0; e--) bits = __funnelshift_l(__float_as_uint(y[e]), bits, 1);
-    bits = ~bits & 0xFF;
-    ((unsigned char *)out)[at] = bits;
-    return __popc(bits);
-  }
-  const u32 codes[2] = {codes_of(y[0], y[1], y[2], y[3], inverse), codes_of(y[4], y[5], y[6], y[7], inverse)};
-  ((uint2 *)out)[at] = make_uint2(integers_of(codes[0]), integers_of(codes[1]));
-  return __dp4a(codes[1], 0x01010101u, __dp4a(codes[0], 0x01010101u, 0u));
+    for (int e = 0; e < 32; e++) y[e] = y[e] * half * rest;
+  // What is lost is not negative. (Never contracted: that would leave it so.)
+#pragma unroll
+  for (int e = 0; e < 32; e++) y[e] = __fadd_rn(y[e], 0.0f);
+  return {16 * r + q, 8, 4, 1, q, 4 * r + q};
 }
 
-// x: rows of `blocks` blocks, `stride` bytes apart, each at a multiple of 16. scale, sums: (rows,). out: by
-// chunks. The grid has a thread block for each row. weight: a row; shown: rows, or null.
+// Of four lanes the k-th gets byte k of each one's word, in their order.
+__device__ __forceinline__ u32 side_by_side(u32 word, const Chunks &c) {
+  u32 other = __shfl_xor_sync(ALL, word, c.next);
+  word = __byte_perm(word, other, c.k & 1 ? 0x3715 : 0x6240);
+  other = __shfl_xor_sync(ALL, word, 2 * c.next);
+  return __byte_perm(word, other, c.k & 2 ? 0x3276 : 0x5410);
+}
+
+// The same of four pieces of two bytes.
+__device__ __forceinline__ uint2 side_by_side(uint2 words, const Chunks &c) {
+  const uint2 other = make_uint2(__shfl_xor_sync(ALL, words.x, c.next), __shfl_xor_sync(ALL, words.y, c.next));
+  const u32 order = c.k & 1 ? 0x3276 : 0x5410;
+  words = make_uint2(__byte_perm(words.x, other.x, order), __byte_perm(words.y, other.y, order));
+  const u32 far = __shfl_xor_sync(ALL, c.k & 2 ? words.x : words.y, 2 * c.next);
+  return c.k & 2 ? make_uint2(far, words.y) : make_uint2(words.x, far);
+}
+
+// Where a row's numbers go, and by what they are made.
+struct Made { char *out; u32 *mask; char *saved; float inverse, above, sigma, step; };
+
+// What becomes of a lane's chunks in the group of blocks from `group` on, of which the row has `left` chunks. Returns
+// the sum of their codes, counted from 0.
+__device__ __forceinline__ int emit(const float (&y)[32], const Chunks &c, const Made &made, i64 group, int left) {
+  int sum = 0;
+  u32 inside = 0, twos[2] = {};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int chunk = c.first + i / 2 * c.across + i % 2 * c.along;
+    const bool there = chunk < left;
+    const i64 at = 16 * group + chunk;
+    const float *v = y + 8 * i;
+    inside |= there ? 0xFF << 8 * i : 0;
+    if (OUT_BITS == 1) continue;
+    if constexpr (FORM == VALUES) {
+      u32 words[2 * SIZE];
+#pragma unroll
+      for (int e = 0; e < 8; e += 4 / SIZE) {
+        const float a = value_of(v[e], made.inverse, made.step, made.sigma);
+        words[e * SIZE / 4] = SIZE == 4 ? __float_as_uint(a) : pair_of(a, value_of(v[e + 1], made.inverse, made.step, made.sigma));
+      }
+      uint4 *to = (uint4 *)made.out + PARTS * at;
+      if (there)
+        for (int k = 0; k < PARTS; k++) to[k] = make_uint4(words[4 * k], words[4 * k + 1], words[4 * k + 2], words[4 * k + 3]);
+    } else {
+      const u32 codes[2] = {codes_of(v[0], v[1], v[2], v[3], made.inverse), codes_of(v[4], v[5], v[6], v[7], made.inverse)};
+      if (NARROW == 2) twos[i / 2] |= in_twos(codes[0], codes[1]) << 16 * (i % 2);
+      if (there) {
+        if (SAVED == 4) ((u32 *)made.saved)[at] = in_fours(codes[0], codes[1]);
+        if (FORM == PACKED && BITS == 4) ((u32 *)made.out)[at] = in_fours(codes[0], codes[1]);
+        if (FORM == PACKED && BITS == 8) ((uint2 *)made.out)[at] = make_uint2(codes[0], codes[1]);
+        if (FORM != PACKED) ((uint2 *)made.out)[at] = make_uint2(integers_of(codes[0]), integers_of(codes[1]));
+      }
+      if (COUNTS && there) sum = __dp4a(codes[1], 0x01010101u, __dp4a(codes[0], 0x01010101u, (u32)sum));
+    }
+  }
+  const i64 word = 4 * group + c.word;
+  const bool there = 4 * c.word < left;
+  if (EDGE) {
+    const u32 mask = side_by_side(signs_of<32>([&](int e) { return fabsf(y[e]) - made.above; }), c);
+    if (there) made.mask[word] = mask;
+  } else if (made.mask && there) made.mask[word] = ALL;
+  if (OUT_BITS == 1) {
+    const u32 bits = ~signs_of<32>([&](int e) { return y[e]; });
+    const u32 codes = side_by_side(bits, c);
+    if (there) ((u32 *)made.out)[word] = codes;
+    sum = __popc(bits & inside);
+  }
+  if (NARROW == 2) {
+    const uint2 codes = side_by_side(make_uint2(twos[0], twos[1]), c);
+    if (there) ((uint2 *)(FORM == PACKED ? made.out : made.saved))[word] = codes;
+  }
+  return sum;
+}
+
+// x: rows of `blocks` blocks, `stride` bytes apart, each at a multiple of 16. scale: (rows,); sums: (rows,) or null.
+// out, mask or null and, with SAVED, saved by chunks. The grid has a thread block for each row. weight: a row;
+// shown: rows, or null.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-    rows(const char *x, float *scale, char *out, int *sums, i64 stride, int blocks, float step
+    rows(const char *x, float *scale, char *out, u32 *mask, int *sums, char *saved, i64 stride, int blocks, float step, float threshold
 #if NORMED
          , const char *weight, char *shown, float eps
 #endif
@@ -224,28 +320,27 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     if (LONG) read(w, row, block, blocks);
   };
 #endif
-  float y[32], down = 1.0f;
-  bool far = IN == FLOAT32;
-  auto turn = [&]() { return far ? by_shuffles(y, w, down) : by_products(y, w, signs); };
+  float y[32];
+  Again again = {false, false, 0};
+  auto turn = [&]() { return IN == FLOAT32 || again.rare ? by_shuffles(y, w, again) : by_products(y, w, signs); };
   Chunks chunks = turn();  // of the last group, while the sums come
   s = over_row(s, first);
   float sigma = sqrtf(s * mean), inner = sigma;
-  if (!(s >= SMALL && s <= GREAT)) {  // alike for all
+  if (__builtin_expect(!(s >= SMALL && s <= GREAT), 0)) {  // alike for all
     const int last = block;
     u32 top = 0;
 #pragma unroll 1
     for (block = begin;; block += HOP) {
       fetch(block);
-#pragma unroll
-      for (int e = 0; e < 32; e++) top = max(top, __float_as_uint(element(w, e, 1.0f)) & 0x7FFFFFFF);
+      top = max(top, top_of(w));
       if (!LONG || block == last) break;
     }
     top = __reduce_max_sync(ALL, top);
     if (lane == 0) largest[warp] = top;
     meet();
     for (int i = 0; i < WARPS; i++) top = max(top, largest[i]);
-    const u32 field = min(max(top >> 23, 1u), 253u);
-    down = __uint_as_float((254 - field) << 23);
+    again.rare = true, again.field = field_of(top);
+    const float down = power(254 - again.field);
     s = 0.0f;
 #pragma unroll 1
     for (block = begin;; block += HOP) {
@@ -254,30 +349,30 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       if (!LONG || block == last) break;
     }
     s = over_row(s, second);
-    sigma = fminf(sqrtf(s * mean) * __uint_as_float(field << 23), LARGEST);
+    sigma = fminf(sqrtf(s * mean) * power(again.field), LARGEST);
     inner = sigma * down;
     if (top >= 0x7F800000) sigma = __int_as_float(0x7FC00000), inner = 0.0f;
-    if (!(inner > 0.0f)) down = 0.0f;  // the row counts as zeros
-    far = true;
+    again.zeros = !(inner > 0.0f);
     chunks = turn();
   }
   const float inverse = inner > 0.0f ? NORM / (inner * step) : 0.0f;
+  // Zeros lie within the limit, and all within one that float32 lacks; nothing of a row that is not finite does.
+  const float limit = fminf(threshold * inner * ROOT, LARGEST);
+  const float above = sigma == sigma ? __uint_as_float(__float_as_uint(limit) + 1) : -1.0f;
+  const Made made = {out, mask, saved, inverse, above, sigma, step};
   if (threadIdx.x == 0) scale[blockIdx.x] = sigma;
   int sum = 0;
   // From the last group, which is in registers, back to the first.
 #pragma unroll 1
   for (;;) {
-    const int start = 16 * (block - lane / 4);
-#pragma unroll
-    for (int c = 0; c < 4; c++) {
-      const int chunk = start + chunks.first + c / 2 * chunks.across + c % 2 * chunks.along;
-      if (chunk < 16 * blocks) sum += emit(y + 8 * c, inverse, out, (i64)blockIdx.x * blocks * 16 + chunk);
-    }
+    const int start = block - lane / 4;
+    sum += emit(y, chunks, made, (i64)blockIdx.x * blocks + start, 16 * (blocks - start));
     if (!LONG || block == begin) break;
     block -= HOP;
     fetch(block);
     chunks = turn();
   }
+  if (!COUNTS || !sums) return;
   sum = __reduce_add_sync(ALL, sum);
   if (lane == 0) counts[warp] = sum;
   meet();

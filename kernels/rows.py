@@ -19,13 +19,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from . import blocks, cuda, outputs
 from .layout import rows_of
-from .quantize import Program
+from .quantize import STE, Program
 
 GROUP = 8  # blocks of a warp
 WARPS = 16
@@ -51,24 +51,27 @@ def shape(width: int) -> Shape:
 
 
 def macros(
-    dtype: torch.dtype, levels: int, kind: str, shape: Shape, normed: bool = False
-) -> dict[str, int]:
+    dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, shape: Shape,
+    normed: bool = False, saved: int = 0,
+) -> dict[str, int]:  # fmt: skip
     """What rows.cu is compiled with, for an input of `dtype`; normed: with a norm before it."""
     return {
-        "IN": blocks.INPUTS[dtype], "LEVELS": levels, "FORM": blocks.OPERANDS[kind][0],
-        "NORMED": int(normed), "WARPS": shape.warps, "LONG": int(shape.long),
+        "IN": blocks.INPUTS[dtype], "LEVELS": levels, "EDGE": int(edge), "FORM": form,
+        "BITS": bits, "NORMED": int(normed), "SAVED": saved, "WARPS": shape.warps,
+        "LONG": int(shape.long),
     }  # fmt: skip
 
 
 @functools.cache
 def _kernel(
-    dtype: torch.dtype, levels: int, kind: str, shape: Shape, device: int, normed: bool = False
-) -> cuda.Kernel:
-    made = macros(dtype, levels, kind, shape, normed)
+    dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, shape: Shape, device: int,
+    normed: bool = False, saved: int = 0,
+) -> cuda.Kernel:  # fmt: skip
+    made = macros(dtype, levels, edge, form, bits, shape, normed, saved)
     code = cuda.compile_("rows.cu", cuda.architecture(device), made)
     return cuda.load(
         code, "rows", device, threads=32 * shape.warps, shared=cuda.shared(device) - STATIC,
-        layout="4Pqif" + ("2Pf" if normed else ""),
+        layout="6Pqi2f" + ("2Pf" if normed else ""),
     )  # fmt: skip
 
 
@@ -82,10 +85,8 @@ def _room(rows: int, device: int) -> int:
 
 
 @functools.cache
-def _ready(
-    dtype: torch.dtype, levels: int, kind: str, shape: Shape, device: int, normed: bool, room: int
-) -> cuda.Kernel:
-    return dataclasses.replace(_kernel(dtype, levels, kind, shape, device, normed), shared=room)
+def _ready(room: int, *kind: Any) -> cuda.Kernel:
+    return dataclasses.replace(_kernel(*kind), shared=room)
 
 
 def quantize(
@@ -139,6 +140,15 @@ def launch(
     x: torch.Tensor, program: Program, kind: str, rows: int, d: int, operand: int, scale: int,
     sums: int, norm: tuple[torch.Tensor, float] | None = None, shown: int = 0,
 ) -> None:  # fmt: skip
+    form, bits = blocks.OPERANDS[kind]
+    launch_all(x, program, form, bits, rows, d, operand, scale, 0, sums, 0, 0, norm, shown)
+
+
+def launch_all(
+    x: torch.Tensor, program: Program, form: int, bits: int, rows: int, d: int, out: int,
+    scale: int, mask: int, sums: int, kept: int = 0, saved: int = 0,
+    norm: tuple[torch.Tensor, float] | None = None, shown: int = 0,
+) -> None:  # fmt: skip
     """`quantize` of x, rows of d contiguous entries at multiples of 16 bytes, to addresses.
 
     x: (rows, d), or contiguous in any shape. norm: of `normed`, its weight, which lies at a
@@ -147,12 +157,14 @@ def launch(
     """
     stride, device = x.stride(0) if x.ndim == 2 else d, x.device.index
     given = () if norm is None else (norm[0].data_ptr(), shown, norm[1])
+    edge = bool(mask) and program.estimator != STE
     kernel = _ready(
-        x.dtype, program.levels, kind, shape(d), device, norm is not None, _room(rows, device)
-    )
+        _room(rows, device), x.dtype, program.levels, edge, form, bits, shape(d), device,
+        norm is not None, saved,
+    )  # fmt: skip
     kernel.launch(
         rows,
-        x.data_ptr(), scale, operand, sums, stride * x.element_size(), d // blocks.ORDER,
-        program.step, *given,
+        x.data_ptr(), scale, out, mask, sums, kept, stride * x.element_size(), d // blocks.ORDER,
+        program.step, program.threshold, *given,
         overlap=cuda.overlaps(device),
     )  # fmt: skip

@@ -28,10 +28,6 @@
 // ones), FORM, BITS, PROLOGUE, SHOWN (the rows that a prologue made are written, too), and SAVED: of
 // integers, the bits an entry, 2 or 4, in which the codes are written as well; or 0. ROWS: of a team; WARPS:
 // of a team of several rows; of one, 0 where rows share a warp, 1, or 2 for as many as `warps` says.
-#define VALUES 0    // dequantized, in the input's dtype
-#define PACKED 1    // codes from 0, BITS each
-#define CODES 2     // int8: the code
-#define INTEGERS 3  // int8: 2 code + 1, or the code where LEVELS is odd, spread: see codes.cuh
 #define PLAIN 0     // no prologue
 #define GATED 1
 #define NORMED 2
@@ -55,16 +51,8 @@ constexpr bool WIDE = IN == FLOAT32;
 constexpr bool NORMS = PROLOGUE == NORMED || PROLOGUE == ADDED;
 constexpr int MAX_TEAMS = ROWS > 1 ? 4 / WARPS : 4;
 constexpr int SUMS = NORMS ? 2 : 1;  // turns of `first` that a unit takes: sums of squares
-constexpr int OUT_BITS = FORM == VALUES ? IN_BITS : FORM == PACKED ? BITS : 8;  // of an element
-// Bits an element of what is gathered in shared memory, since a lane's piece is less than 4 bytes; or 0.
-constexpr int NARROW = FORM == PACKED && BITS < 4 ? BITS : SAVED == 2 ? 2 : 0;
-constexpr int GATHER = NARROW ? NARROW : 1;
-constexpr bool COUNTS = FORM == CODES || FORM == INTEGERS || OUT_BITS == 1;  // there are sums
-constexpr float ROOT = 11.313708498984761f;  // 128^0.5
+constexpr int GATHER = NARROW ? NARROW : 1;  // bits an element of what is gathered in shared memory
 static_assert(PROLOGUE == PLAIN || IN != FLOAT32, "a prologue takes 16 bits");
-static_assert(SAVED == 0 || FORM == INTEGERS && (SAVED == 2 || SAVED == 4), "integers are saved in 2 or 4 bits");
-
-__device__ __forceinline__ float power(int field) { return __uint_as_float((u32)field << 23); }
 
 // 16 bytes, SPAN bytes beyond an address, if `wanted`; else nothing.
 template <int SPAN> __device__ __forceinline__ void copy_in(u32 to, const void *from, bool wanted) {

@@ -1,9 +1,10 @@
-"""The quantizer for Hadamard blocks of 128, eight at a time by a warp: CUDA C++, from blocks.cu.
+"""The quantizer for Hadamard blocks of 128: CUDA C++, from blocks.cu and rows.cu.
 
 The same function as `quantize`, for the case that layers are made of: blocks of 128, uniform grids,
 no sparsity, masks by a threshold. Four stages of the transform are products on the tensor cores,
 three are additions in a lane, which Triton's layouts can't express. Everything else runs in
-`quantize`.
+`quantize`. Here a warp has 32 blocks, eight at a time; inputs that are not very large, without a
+prologue or behind a norm, are `rows`'s.
 
 `gated` and `normed` make the rows themselves, of a gate and a value or by RMSNorm, which saves
 writing them and reading them again.
@@ -19,26 +20,21 @@ from typing import NamedTuple
 import torch
 
 from . import cuda, outputs
-from .layout import aligned
+from . import rows as by_row
+from .forms import INPUTS, INTEGERS, ORDER, PACKED, RESERVED, VALUES, readable
+from .layout import aligned, rows_of
 from .quantize import DISTANCE, STE, Program
 
-ORDER = 128
 TILE, SMALL = 32, 16  # blocks that a warp holds: see `_tile`
 WARP_LIMIT = 12  # warps whose threads hold a row, at most
 # By an entry's bytes: warps that a multiprocessor takes at once, of float32 as many as its shared
 # memory holds, and the registers that a thread of so many may have.
 RESIDENT = {2: 16, 4: 12}
 REGISTERS = {2: 128, 4: 168}
-ROUTE = lambda x, d: True
 GATHERED = 48  # bytes a block in which a warp gathers what is narrower than a lane writes
-RESERVED = 1024  # of a thread block, for the system (CUDA C++ Programming Guide)
-# The numbers of blocks.cu.
-VALUES, PACKED, CODES, INTEGERS = range(4)
-OPERANDS = {"bits": (PACKED, 1), "codes": (CODES, 0), "integers": (INTEGERS, 0)}  # form, bits
 # Of a team that holds several rows, at most; and how much more of its threads they must fill than a
 # row alone would.
 MOST_ROWS, MOST_WARPS, GAIN = 6, 4, 1.1
-INPUTS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 PLAIN, GATED, NORMED, ADDED = range(4)  # prologues
 
 
@@ -199,7 +195,10 @@ def quantize(
     _check_saved(saved, form, program)
     lead, d, device = x.shape[:-1], x.shape[-1], x.device
     rows = math.prod(lead)
-    x = aligned(x)
+    if rows and by_row.takes(rows, d):
+        x = rows_of(x if x.ndim == 2 else x.reshape(rows, d))
+    else:
+        x = aligned(x)
     width, dtype = {
         VALUES: (d, x.dtype), PACKED: (d * bits // 8, torch.uint8),
     }.get(form, (d, torch.int8))  # fmt: skip
@@ -231,14 +230,12 @@ def launch(
 ) -> None:  # fmt: skip
     """`quantize` of x, rows of d entries, contiguous and aligned, to addresses.
 
-    mask, sums, kept: or 0. saved: the bits of an entry of `kept`.
+    Where they are rows.cu's (`rows.takes`) they may lie apart. mask, sums, kept: or 0. saved: the
+    bits of an entry of `kept`.
     """
-    if ROUTE(x, d):
-        from . import rows as _rows
-
-        return _rows.launch_all(
-            x, program, form, bits, rows, d, out, scale, mask, sums, kept, saved
-        )
+    if by_row.takes(rows, d):
+        by_row.launch(x, program, form, bits, rows, d, out, scale, mask, sums, kept, saved)
+        return
     device = x.device.index
     # Values gain nothing by several rows a team (kernels/README.md).
     count, told, shape = _grid(rows, d // ORDER, device, x.itemsize, several=form != VALUES)
@@ -247,18 +244,6 @@ def launch(
     kernel.launch(
         count, x.data_ptr(), scale, out, mask, sums, kept, *told, program.step, program.threshold
     )
-
-
-def readable(x: torch.Tensor) -> torch.Tensor:
-    """x (rows, d) itself where the kernel can read it, rows apart or not; else a copy.
-
-    A copy asks for 16 bytes at a time, which must lie on a multiple of 16.
-    """
-    chunk = 16 // x.element_size()
-    pitch, rest = divmod(x.stride(0), chunk)
-    # Within a tile rows are counted in 32 bits.
-    fits = x.stride(1) == 1 and not rest and pitch < 2**26 and x.data_ptr() % 16 == 0
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 class Made(NamedTuple):
@@ -351,6 +336,12 @@ def launch_prologue(
     first = readable(first)
     second = None if second is None else readable(second)
     weight = None if weight is None else readable(weight[None])
+    if prologue == NORMED and weight is not None and by_row.takes(rows, d):
+        norm = weight[0], eps
+        by_row.launch(
+            first, program, form, bits, rows, d, out, scale, mask, sums, kept, saved, norm, shown
+        )
+        return
     count, told, shape = _grid(rows, d // ORDER, device, first.itemsize)
     edge = bool(mask) and program.estimator != STE
     kernel = _kernel(

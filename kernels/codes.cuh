@@ -1,4 +1,10 @@
-// Rows of blocks of 128 as codes: what blocks.cu and rows.cu share. Macros: LEVELS, of a uniform grid; FORM.
+// Rows of blocks of 128 as codes: what blocks.cu and rows.cu share. Macros: IN (the input's dtype), LEVELS (of a
+// uniform grid), FORM, BITS, and SAVED: of integers, the bits an entry, 2 or 4, in which the codes are written as
+// well; or 0.
+#define VALUES 0    // dequantized, in the input's dtype
+#define PACKED 1    // codes from 0, BITS each
+#define CODES 2     // int8: the code
+#define INTEGERS 3  // int8: 2 code + 1, or the code where LEVELS is odd, spread: see below
 constexpr int LOWEST = -(LEVELS / 2);
 constexpr bool EVEN = LEVELS % 2 == 0;
 // An integer is STRIDE times the code counted from 0, less TOP: 2 code + 1, or the code where LEVELS is
@@ -13,6 +19,15 @@ constexpr int STRIDE = (EVEN ? 2 : 1) * SPREAD, TOP = LARGEST_INTEGER * SPREAD;
 constexpr float SMALL = 1.3234889800848443e-23f, GREAT = 1.2676506002282294e30f;  // 2^-76, 2^100
 constexpr float NORM = 0.08838834764831845f;                                     // 128^-0.5
 constexpr float LARGEST = 3.4028234663852886e38f;
+constexpr float ROOT = 11.313708498984761f;                                      // 128^0.5
+constexpr int OUT_BITS = FORM == VALUES ? (IN == FLOAT32 ? 32 : 16) : FORM == PACKED ? BITS : 8;  // of an element
+// Bits an element of what a lane's piece is too small to be written by itself; or 0. (A mask's is, too.)
+constexpr int NARROW = FORM == PACKED && BITS < 4 ? BITS : SAVED == 2 ? 2 : 0;
+constexpr bool COUNTS = FORM == CODES || FORM == INTEGERS || OUT_BITS == 1;  // there are sums
+static_assert(SAVED == 0 || FORM == INTEGERS && (SAVED == 2 || SAVED == 4), "integers are saved in 2 or 4 bits");
+
+// A power of two, as floats count them.
+__device__ __forceinline__ float power(int field) { return __uint_as_float((u32)field << 23); }
 
 // Beside 1.5 * 2^23 a float counts whole numbers, in its last bits. The product of y and the reciprocal,
 // counted from the lowest level, is rounded down there, and so to a whole number: the floor, and exact.

@@ -1,21 +1,17 @@
-// The quantizer for few rows of blocks of 128, a row a thread block: transform, RMS, codes.
+// The quantizer for blocks of 128, a row a thread block: transform, RMS, codes, mask, packing in one pass.
 //
-// blocks.cu gives 32 blocks of 128 to a warp, which takes the fewest instructions and, of few rows, the time of
-// one warp. Here a warp has eight blocks at a time, a thread 32 elements, and nothing but sums goes through shared
-// memory. 16 bits are transformed on the tensor cores (`rotate.cuh`); float32, and rows computed again, in
-// registers and by shuffles. Of LONG rows, which have more blocks than the thread block's warps hold, all is read
-// twice, the second time from the cache.
+// blocks.cu gives 32 blocks of 128 to a warp, which takes the fewest instructions; of inputs that are not very large
+// a warp's time is the kernel's. Here a warp has eight blocks at a time, a thread 32 elements, and nothing but sums
+// goes through shared memory. 16 bits are transformed on the tensor cores (`rotate.cuh`); float32, and rows computed
+// again, in registers and by shuffles. Of LONG rows, which have more blocks than the thread block's warps hold, all
+// is read twice, the second time from the cache.
 //
-// Formulas and special rows are those of quantize.py. There is no mask: few rows are inference.
+// Formulas and special rows are those of quantize.py.
 //
 // NORMED: what is quantized are the rows h weight / sqrt(mean(h^2) + eps) of inputs h of 16 bits, computed
 // in float32 and rounded once to their dtype.
 //
-// Macros: IN (the input's dtype), LEVELS, FORM, NORMED, WARPS (of a thread block), LONG.
-#define VALUES 0    // dequantized, in the input's dtype
-#define PACKED 1    // codes from 0, BITS each
-#define CODES 2     // int8: the code
-#define INTEGERS 3  // int8: 2 code + 1, or the code where LEVELS is odd, spread: see codes.cuh
+// Macros: those of codes.cuh; EDGE (mask by threshold; else all ones), NORMED, WARPS (of a thread block), LONG.
 typedef unsigned int u32;
 typedef long long i64;
 
@@ -31,11 +27,6 @@ constexpr int WORDS = 8 * SIZE;                 // 4-byte words of 32 elements
 constexpr int PARTS = SIZE / 2;                 // chunks of 16 bytes that eight elements are
 constexpr int SHARES = WARPS > 8 ? 16 : WARPS > 4 ? 8 : WARPS > 2 ? 4 : WARPS;  // a power of two
 constexpr u32 ALL = 0xFFFFFFFF;
-constexpr int OUT_BITS = FORM == VALUES ? 8 * SIZE : FORM == PACKED ? BITS : 8;  // of an element
-// Bits an element of what goes from lane to lane, since a chunk is less than 4 bytes; or 0. (And a mask.)
-constexpr int NARROW = FORM == PACKED && BITS < 4 ? BITS : SAVED == 2 ? 2 : 0;
-constexpr bool COUNTS = FORM == CODES || FORM == INTEGERS || OUT_BITS == 1;  // there are sums
-constexpr float ROOT = 11.313708498984761f;  // 128^0.5
 static_assert(!NORMED || IN != FLOAT32, "a norm takes 16 bits");
 
 __device__ __forceinline__ void meet() {
@@ -51,10 +42,9 @@ __device__ __forceinline__ float over_row(float value, float (&slots)[WARPS][GRO
   meet();
   const int warp = lane % SHARES;
   float sum = 0.0f;
-  if (WARPS == SHARES || warp < WARPS) {
-    const float *of = slots[warp];
-    sum = ((of[0] + of[1]) + (of[2] + of[3])) + ((of[4] + of[5]) + (of[6] + of[7]));
-  }
+  if (WARPS == SHARES || warp < WARPS)
+    sum = ((slots[warp][0] + slots[warp][1]) + (slots[warp][2] + slots[warp][3])) +
+          ((slots[warp][4] + slots[warp][5]) + (slots[warp][6] + slots[warp][7]));
 #pragma unroll
   for (int i = 1; i < SHARES; i *= 2) sum += __shfl_xor_sync(ALL, sum, i);
   return sum;
@@ -123,9 +113,6 @@ __device__ __forceinline__ Chunks by_products(float (&y)[32], const u32 (&w)[WOR
 #endif
   return {32 * q + r, 16, 8, 4, r % 4, 8 * q + 2 * (r % 4) + r / 4};
 }
-
-// A power of two, as floats count them.
-__device__ __forceinline__ float power(int field) { return __uint_as_float((u32)field << 23); }
 
 // How a row is computed again: over its own power of two, `field`; or as zeros.
 struct Again { bool rare, zeros; int field; };
@@ -267,7 +254,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   if (!wide) let_next_start();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, begin = GROUP * warp + lane / 4;
   constexpr int HOP = GROUP * WARPS;
-  const char *row = x + blockIdx.x * stride;
   const float mean = 1.0f / (128.0f * blocks);
   u32 signs[4];
   make_signs(signs, lane);
@@ -276,6 +262,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   // The product may have started by then, and asked for its weight: see `settled` in few.py.
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+  const char *row = x + blockIdx.x * stride;
   int block = begin;
   u32 w[WORDS];
   float s = 0.0f;

@@ -16,10 +16,10 @@ from torch import Tensor
 
 import quest
 from quest import direct, eager, lowbit, ops, packing
-from quest.kernels import blocks, cuda, few, hopper, outputs, product, recorded, rows
+from quest.kernels import blocks, cuda, few, forms, hopper, outputs, product, recorded
 from quest.rotary import rotate_heads
 
-KINDS = {how: kind for kind, how in blocks.OPERANDS.items()}
+KINDS = {how: kind for kind, how in forms.OPERANDS.items()}
 BIASES = {number: dtype for dtype, number in hopper.OUT.items()}
 
 
@@ -45,7 +45,7 @@ class Kernels:
         patch.setattr(cuda, "unavailable", lambda device: None)
         patch.setattr(cuda, "shared", lambda device: 227 * 1024)
         patch.setattr(hopper, "unavailable", lambda device: None)
-        for module in (rows, blocks, few, product):
+        for module in (blocks, few, product):
             name = module.__name__.rpartition(".")[2]
             patch.setattr(module, "launch", getattr(self, f"_{name}"))
         patch.setattr(blocks, "launch_prologue", self._prologue)
@@ -114,20 +114,6 @@ class Kernels:
             if added:
                 self.at(added, tuple(h.shape), h.dtype).copy_(h)
         self._encode(rows, KINDS[form, bits], (out, scale, sums))
-
-    def _rows(
-        self, x: Tensor, program: Any, kind: str, count: int, d: int, operand: int, scale: int,
-        sums: int, norm: tuple[Tensor, float] | None = None,
-    ) -> None:  # fmt: skip
-        if norm is not None:
-            assert (x.data_ptr() % 16, x.stride(-1), norm[0].data_ptr() % 16) == (0, 1, 0)
-            self.given.append((x, None, *norm))
-            self.seen.append("normed rows")
-            normed = eager.normed(x, None, *norm)[1]
-            self._encode(normed, kind, (operand, scale, sums))
-            return
-        self.seen.append("rows")
-        self._quantize(x, program, kind, count, d, operand, scale, sums)
 
     def _blocks(
         self, x: Tensor, program: Any, form: int, bits: int, count: int, d: int, out: int,

@@ -23,9 +23,10 @@ import pytest
 import torch
 
 import quest
-from quest import compression, lowbit, operands, ops, paths, prologue
+from quest import compression, lowbit, operands, ops, prologue
 from quest.gated_product import gated_product
 from quest.kernels import cuda, hopper, product, sparse
+from quest.kernels import rows as by_row
 from quest.packed import packed_product
 from quest.rotated_product import rotated_product
 from quest.sparse_product import sparse_product
@@ -131,13 +132,19 @@ def _sparse_accumulators() -> Launch:
     return run
 
 
-def _blocks(name: str, width: int, dtype: torch.dtype) -> Launch:
+def _quantized(x: torch.Tensor, name: str, few: bool) -> object:
+    """With masks, saved, as values, packed and without a mask; few: by rows.cu, else blocks.cu."""
+    made, kind = quest.recipe(name).activation, _kind(name)
+    with mock.patch.object(by_row, "takes", return_value=few):
+        encoded = lowbit.encode(x, made.spec, kind), lowbit.operand(x, made.spec, kind)
+        return *encoded, lowbit.launch_encode_saved(x, made, kind), made(x), made.pack(x)
+
+
+def _blocks(name: str, width: int, dtype: torch.dtype, few: bool = False) -> Launch:
     def run() -> object:
         x = _normal(9, width, dtype)
         x[3], x[5, 7] = 0.0, float("nan")
-        made = quest.recipe(name).activation
-        encoded = lowbit.encode(x, made.spec, _kind(name))
-        return encoded, lowbit.launch_encode_saved(x, made, _kind(name)), made(x)
+        return _quantized(x, name, few)
 
     return run
 
@@ -153,12 +160,7 @@ def _in_turns(launch: Launch) -> Launch:
 
 
 def _rows(name: str, width: int, dtype: torch.dtype) -> Launch:
-    def run() -> object:
-        x = _normal(9, width, dtype)
-        x[3], x[5, 7] = 0.0, float("nan")
-        return lowbit.operand(x, quest.recipe(name).activation.spec, _kind(name))
-
-    return run
+    return _blocks(name, width, dtype, few=True)
 
 
 # More than the blocks of one multiprocessor take in a turn, twice: 256 rows of 128, 128 of 256, 40
@@ -172,8 +174,7 @@ def _many(width: int) -> Launch:
     def run() -> object:
         x = _normal(TURNS[width], width)
         x[3], x[5, 7] = 0.0, float("nan")
-        made = quest.recipe("w4a4").activation
-        return lowbit.launch_encode_saved(x, made, _kind("w4a4")), made(x)
+        return _quantized(x, "w4a4", few=False)
 
     return run
 
@@ -195,7 +196,7 @@ def _prologues(name: str, width: int, dtype: torch.dtype) -> Launch:
         gates.append(prologue.launch_encode_gated(x, other, ops.quantizer(spec), kind, True))
         norms = []
         for few in (False, True):  # rows: either kernel makes them where there is no sum
-            with mock.patch.object(paths, "norms_few_rows", return_value=few):
+            with mock.patch.object(by_row, "takes", return_value=few):
                 norms += [
                     normed(x, residual, weight, 1e-5, spec, kind)
                     for normed in (prologue.normed_encode, prologue.normed_encode_shown)
@@ -274,6 +275,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
     for width in (768, 2048):  # codes of 2 bits, which fewer lanes write; of float32, one of a mask
         yield f"blocks w2a2 {width}", _blocks("w2a2", width, torch.bfloat16)
         yield f"blocks w1a1 {width} torch.float32", _blocks("w1a1", width, torch.float32)
+        yield f"rows w2a2 {width}", _rows("w2a2", width, torch.bfloat16)
     # Lanes that exchange nothing while they sum squares, since each has a row.
     yield "prologues w4a4 128", _prologues("w4a4", 128, torch.bfloat16)
     yield "rows w4a4 17408", _rows("w4a4", 17408, torch.bfloat16)  # two turns of a row

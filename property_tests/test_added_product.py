@@ -25,6 +25,7 @@ from quest.conformance import examine, inputs, judges, lanes
 from quest.conformance.lanes import Lane, no_product
 from quest.conformance.strategies import DTYPES, SEEDS
 from quest.kernels import cuda, hopper, layout, outputs, product, recorded
+from quest.kernels import rows as by_row
 from quest.models.llama import Block, LlamaConfig, rope_angles
 
 RECIPES = ("w1a1", "w1.58a1.58", "w2a2", "w4a4", "w8a8", "w4a8", "fp4")
@@ -291,7 +292,7 @@ def test_one_kernel_multiplies_and_adds(
             return quest.added(x, made.layer, beside)  # noqa: B023
 
         for _ in range(2):
-            assert made.seen(run, beside) == ["rows", "added product"]
+            assert made.seen(run, beside) == ["blocks", "added product"]
             assert _same(made.made, expected)
         with monkeypatch.context() as patch:
             patch.setattr(quest.Linear, "check", lambda *_: pytest.fail("checked again"))
@@ -301,7 +302,7 @@ def test_one_kernel_multiplies_and_adds(
         assert addresses == (x.data_ptr(), beside.data_ptr(), made.made.data_ptr())
         assert Kept.all[-1][0].told[1:3] == addresses[:2]
         # The layer's own call is another.
-        assert made.seen(lambda: made.layer(x)) == ["rows", "product"]  # noqa: B023
+        assert made.seen(lambda: made.layer(x)) == ["blocks", "product"]  # noqa: B023
 
 
 def test_other_addresses_of_a_recorded_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +321,7 @@ def test_what_has_two_inputs_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> N
     x, beside = _inputs(out=WIDTH)
     norm = nn.RMSNorm(WIDTH, 1e-5, dtype=HALF)
     kinds: list[tuple[Callable[[], Any], list[str]]] = [
-        (lambda: quest.added(x, made.layer, beside), ["rows", "added product"]),
+        (lambda: quest.added(x, made.layer, beside), ["blocks", "added product"]),
         (lambda: quest.gated(x, beside, made.layer), ["gated", "product"]),
         (lambda: quest.normed(x, norm, (made.layer,), beside), ["added", "product"]),
     ]
@@ -367,7 +368,7 @@ def test_a_residual_that_is_not_recorded(how: str, monkeypatch: pytest.MonkeyPat
     expected = beside + made.made
     for _ in range(4):
         found = made.seen(lambda: quest.added(x, made.layer, beside), beside)
-        assert found == ["rows", "added product"]
+        assert found == ["blocks", "added product"]
         assert _same(made.made, expected)
     assert all(at % 16 == 0 for at in told)
     assert (told[-1] == beside.data_ptr()) == (how == "the input itself")
@@ -726,7 +727,7 @@ def test_a_layer_on_hopper(rows: int, recipe: str, compiled: bool) -> None:
 def test_a_block_on_hopper(tokens: int, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What its products add is what additions behind them make: eager and recorded."""
     # A norm of a sum is of another kernel than one of few rows: squares in another order.
-    monkeypatch.setattr(paths, "norms_few_rows", lambda _: False)
+    monkeypatch.setattr(by_row, "takes", lambda *_: False)
     config = LlamaConfig(16, 1, 512, 4)
     torch.manual_seed(0)
     block = Block(config).to("cuda", HALF)

@@ -22,7 +22,8 @@ from torch import Tensor
 from property_tests.prologues import HALVES, halves
 from quest import eager, operands, ops, packing
 from quest.estimators import STE
-from quest.kernels import blocks, cuda, outputs
+from quest.kernels import blocks, cuda, forms, outputs
+from quest.kernels import rows as by_row
 from quest.kernels.quantize import DISTANCE, Program
 from quest.quantizer import Quantizer, parse
 
@@ -42,11 +43,11 @@ FOUR = "uniform4/hadamard128/clip1.3/dense"
 EIGHT = "uniform8/hadamard128/ste/dense"
 # Quantizers with what can be asked for: form, bits, whether there are sums, bits that are saved.
 ASKED: dict[str, list[tuple[int, int, bool, int]]] = {
-    ONE: [(*blocks.OPERANDS["bits"], True, 0), (blocks.VALUES, 0, False, 0)],
-    TWO: [(*blocks.OPERANDS["integers"], True, 2), (blocks.PACKED, 2, False, 0)],
-    THREE: [(*blocks.OPERANDS["integers"], True, 2), (blocks.CODES, 0, True, 0)],
-    FOUR: [(*blocks.OPERANDS["integers"], True, 4), (*blocks.OPERANDS["integers"], False, 0)],
-    EIGHT: [(*blocks.OPERANDS["codes"], True, 0), (blocks.PACKED, 8, False, 0)],
+    ONE: [(*forms.OPERANDS["bits"], True, 0), (forms.VALUES, 0, False, 0)],
+    TWO: [(*forms.OPERANDS["integers"], True, 2), (forms.PACKED, 2, False, 0)],
+    THREE: [(*forms.OPERANDS["integers"], True, 2), (forms.CODES, 0, True, 0)],
+    FOUR: [(*forms.OPERANDS["integers"], True, 4), (*forms.OPERANDS["integers"], False, 0)],
+    EIGHT: [(*forms.OPERANDS["codes"], True, 0), (forms.PACKED, 8, False, 0)],
 }
 
 
@@ -67,15 +68,15 @@ def _reference(
     _, codes, scale, mask, _ = eager.quantize(x, q, values=False, codes=True, packed=False)
     codes, levels = codes.int(), q.require_grid().levels
     integers = codes if levels % 2 else 2 * codes + 1
-    if form == blocks.INTEGERS:
+    if form == forms.INTEGERS:
         integers = operands.form(q.require_grid(), "integers").spread * integers
     out = {
-        blocks.VALUES: values, blocks.CODES: codes.to(torch.int8),
-        blocks.INTEGERS: integers.to(torch.int8),
+        forms.VALUES: values, forms.CODES: codes.to(torch.int8),
+        forms.INTEGERS: integers.to(torch.int8),
     }  # fmt: skip
     from_zero = codes + levels // 2
     return {
-        "out": packing.pack(from_zero, bits) if form == blocks.PACKED else out[form],
+        "out": packing.pack(from_zero, bits) if form == forms.PACKED else out[form],
         "scale": scale,
         "mask": packing.pack(mask | (not edge), 1),
         "sums": integers.sum(-1, keepdim=True, dtype=torch.int32),
@@ -178,7 +179,7 @@ class Kernel:
         assert 1 <= warps <= WARPS
         assert 1 <= teams <= TEAMS
         size, tile = (
-            4 if self.macros["IN"] == blocks.INPUTS[torch.float32] else 2,
+            4 if self.macros["IN"] == forms.INPUTS[torch.float32] else 2,
             self.macros["TILE"],
         )
         # Of short rows a warp holds half as many blocks as of others.
@@ -194,7 +195,7 @@ class Kernel:
         # Of one row: for a share of a warp, for one, or for several.
         of_team, kind = self.macros["ROWS"], self.macros["WARPS"]
         assert kind == (warps if of_team > 1 else 0 if packs else 1 if warps == 1 else 2)
-        assert of_team == 1 or self.macros["FORM"] != blocks.VALUES
+        assert of_team == 1 or self.macros["FORM"] != forms.VALUES
         assert of_team == 1 or (not packs and warps * teams <= 4)
         unit = tile if packs else of_team * of_row
         assert units == math.ceil(total / unit)
@@ -218,7 +219,7 @@ class Kernel:
         assert macros["LEVELS"] == q.require_grid().levels
         assert told["step"] == q.require_grid().step
         # One kernel for all that differs in nothing.
-        assert bits in (1, 2, 4, 8) if form == blocks.PACKED else bits == 0
+        assert bits in (1, 2, 4, 8) if form == forms.PACKED else bits == 0
         edge = bool(macros["EDGE"])
         if edge:
             assert not isinstance(q.estimator, STE)
@@ -247,6 +248,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     monkeypatch.setattr(outputs, "empty", noted(outputs.empty, made.made))
     for name in ("readable", "aligned"):
         monkeypatch.setattr(blocks, name, noted(getattr(blocks, name), made.known))
+    monkeypatch.setattr(by_row, "takes", lambda *_: False)
     monkeypatch.setattr(cuda, "unavailable", lambda _: None)
     monkeypatch.setattr(cuda, "architecture", lambda device: {None: "sm_90a"}[device])
     monkeypatch.setattr(cuda, "shared", lambda device: {None: made.shared}[device])
@@ -286,7 +288,7 @@ def _check(made: tuple[Tensor, ...], x: Tensor, q: Quantizer, asked: Any, masked
         _same(t, expected[name] if there else nothing.to(expected[name].dtype))
 
 
-@pytest.mark.parametrize("dtype", list(blocks.INPUTS), ids=str)
+@pytest.mark.parametrize("dtype", list(forms.INPUTS), ids=str)
 @pytest.mark.parametrize("spec", ASKED)
 def test_what_comes_back(spec: str, dtype: torch.dtype, device: Device) -> None:
     device.q = q = parse(spec)
@@ -309,13 +311,13 @@ def test_rows_that_are_none(device: Device) -> None:
     """Nothing is launched; the outputs have their shapes."""
     q = parse(FOUR)
     x = torch.empty(2, 0, 256)
-    made = blocks.quantize(x, _program(q, 256), form=blocks.INTEGERS, sums=True, saved=4)
+    made = blocks.quantize(x, _program(q, 256), form=forms.INTEGERS, sums=True, saved=4)
     assert [t.shape[:2] for t in made] == [(2, 0)] * 5
     assert [t.shape[2] for t in made] == [256, 1, 32, 1, 128]
     flat = x[0].bfloat16()
     for each in (
-        blocks.gated(flat, flat, _program(q, 256), form=blocks.INTEGERS, masked=True, saved=4),
-        blocks.normed(flat, flat, flat.sum(0), 0.1, _program(q, 256), form=blocks.CODES),
+        blocks.gated(flat, flat, _program(q, 256), form=forms.INTEGERS, masked=True, saved=4),
+        blocks.normed(flat, flat, flat.sum(0), 0.1, _program(q, 256), form=forms.CODES),
     ):
         assert all(t is None or t.shape[0] == 0 for t in each)
     assert not device.launches
@@ -324,12 +326,12 @@ def test_rows_that_are_none(device: Device) -> None:
 def test_rows_that_lie_elsewhere(device: Device) -> None:
     """The kernel takes rows one after another, from a multiple of 16 bytes."""
     device.q = q = parse(FOUR)
-    for dtype in blocks.INPUTS:
+    for dtype in forms.INPUTS:
         wide = _rows(3, 768).to(dtype)
         for x in (wide[:, 128:384], wide.t()[:256].t(), wide.view(-1)[1:513].view(2, 256)):
             device.known[:] = [x]
-            made = blocks.quantize(x, _program(q, 256), form=blocks.INTEGERS)
-            _check(made, x, q, (blocks.INTEGERS, 0, False, 0), True)
+            made = blocks.quantize(x, _program(q, 256), form=forms.INTEGERS)
+            _check(made, x, q, (forms.INTEGERS, 0, False, 0), True)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +350,7 @@ def test_rows_of_any_width(
     q = device.q
     x = _rows(rows, 128 * of_row).to(dtype)
     device.known[:] = [x]
-    for form, bits, sums in ((blocks.PACKED, 1, True), (blocks.VALUES, 0, False)):
+    for form, bits, sums in ((forms.PACKED, 1, True), (forms.VALUES, 0, False)):
         device.known[:] = [x]
         made = blocks.quantize(x, _program(q, 128 * of_row), form=form, bits=bits, sums=sums)
         _check(made, x, q, (form, bits, sums, 0), True)
@@ -361,9 +363,9 @@ def test_addresses_alone(device: Device) -> None:
     out, kept = torch.empty(4, 256, dtype=torch.int8), torch.empty(4, 128, dtype=torch.uint8)
     scale = torch.empty(4, 1)
     device.known[:], device.made[:] = [x], [out, scale, kept]
-    given = (x, _program(q, 256), blocks.INTEGERS, 0, 4, 256, out.data_ptr(), scale.data_ptr())
+    given = (x, _program(q, 256), forms.INTEGERS, 0, 4, 256, out.data_ptr(), scale.data_ptr())
     blocks.launch(*given, 0, 0)
-    expected = _reference(x, q, blocks.INTEGERS, 0, 4)
+    expected = _reference(x, q, forms.INTEGERS, 0, 4)
     _same(out, expected["out"])
     _same(scale, expected["scale"])
     out.zero_()
@@ -404,7 +406,7 @@ def _check_made(
 
 
 PROLOGUES = [(spec, asked) for spec, each in ASKED.items() for asked in each
-             if asked[2] and asked[0] != blocks.VALUES]  # fmt: skip
+             if asked[2] and asked[0] != forms.VALUES]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -459,10 +461,10 @@ def test_norms_of_any_width(of_row: int, device: Device) -> None:
     for rows in (1, 14):
         for residual in (None, x[-rows:]):
             given = (x[:rows], residual, weight, 0.25)
-            made = blocks.normed(*given, _program(q, 128 * of_row), form=blocks.INTEGERS)
+            made = blocks.normed(*given, _program(q, 128 * of_row), form=forms.INTEGERS)
             h, expected = eager.normed(*given)
             added = None if residual is None else h
-            _check_made(made, expected, added, q, (blocks.INTEGERS, 0, True, 0), False, False)
+            _check_made(made, expected, added, q, (forms.INTEGERS, 0, True, 0), False, False)
 
 
 # --- what is taken ----------------------------------------------------------------------------
@@ -486,7 +488,7 @@ def test_the_widths_that_are_taken(device: Device, monkeypatch: pytest.MonkeyPat
     """From one block to 32 of each of twelve warps."""
     program = _program(parse(FOUR), 256)
     for width, taken in ((0, False), (128, True), (49152, True), (49280, False)):
-        for dtype in blocks.INPUTS:
+        for dtype in forms.INPUTS:
             assert blocks.supports(program, torch.empty(1, width, dtype=dtype)) == taken
     monkeypatch.setattr(cuda, "unavailable", lambda _: "there is none")
     assert not blocks.supports(program, torch.empty(1, 256))
@@ -501,12 +503,12 @@ def test_the_finest_step(device: Device) -> None:
 
 
 @pytest.mark.parametrize(("saved", "levels", "form", "fits"), [
-    (2, 3, blocks.INTEGERS, True), (2, 4, blocks.INTEGERS, True), (2, 5, blocks.INTEGERS, False),
-    (4, 5, blocks.INTEGERS, True), (4, 16, blocks.INTEGERS, True),
-    (4, 17, blocks.INTEGERS, False), (4, 4, blocks.INTEGERS, True),
-    (1, 2, blocks.INTEGERS, False), (3, 4, blocks.INTEGERS, False),
-    (5, 4, blocks.INTEGERS, False), (8, 4, blocks.INTEGERS, False),
-    (2, 4, blocks.CODES, False), (4, 4, blocks.PACKED, False),
+    (2, 3, forms.INTEGERS, True), (2, 4, forms.INTEGERS, True), (2, 5, forms.INTEGERS, False),
+    (4, 5, forms.INTEGERS, True), (4, 16, forms.INTEGERS, True),
+    (4, 17, forms.INTEGERS, False), (4, 4, forms.INTEGERS, True),
+    (1, 2, forms.INTEGERS, False), (3, 4, forms.INTEGERS, False),
+    (5, 4, forms.INTEGERS, False), (8, 4, forms.INTEGERS, False),
+    (2, 4, forms.CODES, False), (4, 4, forms.PACKED, False),
 ])  # fmt: skip
 def test_what_can_be_saved(saved: int, levels: int, form: int, fits: bool) -> None:
     """The same of a row of its own and of a prologue."""
@@ -532,8 +534,8 @@ def test_forms_that_have_sums(device: Device) -> None:
     program = _program(parse(FOUR), 256)
     x = torch.empty(0, 256, dtype=torch.bfloat16)
     for form, bits, there in (
-        (blocks.VALUES, 0, False), (blocks.PACKED, 2, False), (blocks.PACKED, 8, False),
-        (blocks.PACKED, 1, True), (blocks.CODES, 0, True), (blocks.INTEGERS, 4, True),
+        (forms.VALUES, 0, False), (forms.PACKED, 2, False), (forms.PACKED, 8, False),
+        (forms.PACKED, 1, True), (forms.CODES, 0, True), (forms.INTEGERS, 4, True),
     ):  # fmt: skip
         made = blocks.quantize(x, program, form=form, bits=bits)
         assert made[3].shape == (0,)
@@ -558,17 +560,17 @@ def test_rows_too_far_apart(dtype: torch.dtype) -> None:
     x = torch.zeros(256, dtype=dtype)
     for pitch, in_place in ((2**26 - 1, True), (2**26, False), (2**27, False)):
         row = x.as_strided((1, 256), (8 * pitch, 1))
-        assert (blocks.readable(row) is row) == in_place
+        assert (forms.readable(row) is row) == in_place
 
 
 # --- a multiprocessor -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", list(blocks.INPUTS), ids=str)
+@pytest.mark.parametrize("dtype", list(forms.INPUTS), ids=str)
 def test_registers_of_a_thread(dtype: torch.dtype) -> None:
     """As many as so many warps can have of 64 Ki, which warps get in eights for each thread."""
     for prologue in (blocks.PLAIN, blocks.GATED, blocks.NORMED, blocks.ADDED):
-        macros = blocks.macros(dtype, 16, True, blocks.CODES, 0, prologue)
+        macros = blocks.macros(dtype, 16, True, forms.CODES, 0, prologue)
         assert macros["REGISTERS"] == 65536 // (AT_ONCE[dtype.itemsize] * 32) // 8 * 8
 
 
@@ -610,7 +612,7 @@ def test_a_kernel_that_nothing_more_is_asked_of(
     """It has no prologue, and neither shows nor saves anything."""
     seen: list[tuple[dict[str, int], int]] = []
     monkeypatch.setattr(cuda, "load", lambda code, *_, shared, **__: seen.append((code, shared)))
-    given = (torch.bfloat16, 16, True, blocks.INTEGERS, 0)
+    given = (torch.bfloat16, 16, True, forms.INTEGERS, 0)
     blocks._kernel(blocks._shape(32), *given, None)
     blocks._kernel(blocks._shape(32), *given, None, blocks.PLAIN, False, 0)
     assert seen == [(blocks.macros(*given), 4 * 32 * (2 * 128 + GATHERED))] * 2

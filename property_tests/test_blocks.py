@@ -12,7 +12,7 @@ from property_tests.ledger import LEDGER
 from quest import operands, ops, packing
 from quest.conformance import examine, inputs
 from quest.conformance.lanes import Lane
-from quest.kernels import blocks, cuda, outputs, pack
+from quest.kernels import blocks, cuda, forms, outputs, pack
 from quest.quantizer import parse
 
 LANE = Lane("triton-cuda", "cuda", "dispatch")
@@ -35,11 +35,11 @@ def _variants(specs: tuple[str, ...] = SPECS) -> list[tuple[int, bool, int, int]
     made = []
     for spec in specs:
         grid, edge = parse(spec).require_grid(), "/ste/" not in spec
-        made.append((grid.levels, edge, blocks.VALUES, 0))
-        made.append((grid.levels, edge, blocks.CODES, 0))
-        made.append((grid.levels, edge, blocks.PACKED, grid.storage_bits))
+        made.append((grid.levels, edge, forms.VALUES, 0))
+        made.append((grid.levels, edge, forms.CODES, 0))
+        made.append((grid.levels, edge, forms.PACKED, grid.storage_bits))
         if grid.levels < 256:
-            made.append((grid.levels, edge, blocks.INTEGERS, 0))
+            made.append((grid.levels, edge, forms.INTEGERS, 0))
     return made
 
 
@@ -80,7 +80,7 @@ def test_every_shape_compiles_without_a_gpu(
 ) -> None:
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     macros = blocks.macros(
-        dtype, 16, False, blocks.INTEGERS, 0, prologue, rows=rows, warps=warps, tile=tile
+        dtype, 16, False, forms.INTEGERS, 0, prologue, rows=rows, warps=warps, tile=tile
     )
     made = cuda.compile_("blocks.cu", "sm_90a", macros, cached=False)
     assert b"quantize" in made.code
@@ -89,11 +89,11 @@ def test_every_shape_compiles_without_a_gpu(
 # What is narrow is gathered: of 16 blocks a warp's lanes write it in fewer turns, or half of them.
 NARROW = [
     (dtype, *asked)
-    for dtype in blocks.INPUTS
+    for dtype in forms.INPUTS
     for asked in (
-        (2, True, blocks.PACKED, 1, 0), (4, True, blocks.PACKED, 2, 0),
-        (3, True, blocks.INTEGERS, 0, 2), (16, True, blocks.INTEGERS, 0, 4),
-        (16, True, blocks.VALUES, 0, 0), (256, True, blocks.CODES, 0, 0),
+        (2, True, forms.PACKED, 1, 0), (4, True, forms.PACKED, 2, 0),
+        (3, True, forms.INTEGERS, 0, 2), (16, True, forms.INTEGERS, 0, 4),
+        (16, True, forms.VALUES, 0, 0), (256, True, forms.CODES, 0, 0),
     )
 ]  # fmt: skip
 
@@ -114,8 +114,8 @@ PROLOGUES = [
     for prologue in (blocks.GATED, blocks.NORMED, blocks.ADDED)
     for t in (torch.bfloat16, torch.float16)
     for levels, form, bits in (
-        (2, blocks.PACKED, 1), (2, blocks.INTEGERS, 0), (3, blocks.INTEGERS, 0),
-        (8, blocks.INTEGERS, 0), (16, blocks.INTEGERS, 0), (256, blocks.CODES, 0),
+        (2, forms.PACKED, 1), (2, forms.INTEGERS, 0), (3, forms.INTEGERS, 0),
+        (8, forms.INTEGERS, 0), (16, forms.INTEGERS, 0), (256, forms.CODES, 0),
     )
     for shown in (False, True)
 ]  # fmt: skip
@@ -138,8 +138,8 @@ TRAINED = [
     (t, levels, edge, form, bits, saved)
     for t in (torch.bfloat16, torch.float16)
     for levels, form, bits, saved in (
-        (2, blocks.PACKED, 1, 0), (3, blocks.INTEGERS, 0, 2), (4, blocks.INTEGERS, 0, 2),
-        (16, blocks.INTEGERS, 0, 4), (32, blocks.INTEGERS, 0, 0), (256, blocks.CODES, 0, 0),
+        (2, forms.PACKED, 1, 0), (3, forms.INTEGERS, 0, 2), (4, forms.INTEGERS, 0, 2),
+        (16, forms.INTEGERS, 0, 4), (32, forms.INTEGERS, 0, 0), (256, forms.CODES, 0, 0),
     )
     for edge in (False, True)
 ]  # fmt: skip
@@ -159,7 +159,7 @@ def test_every_gate_that_is_trained_compiles_without_a_gpu(
 @pytest.mark.parametrize("prologue", [blocks.GATED, blocks.NORMED, blocks.ADDED])
 def test_a_prologue_of_float32_does_not_compile(prologue: int) -> None:
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
-    macros = blocks.macros(torch.float32, 16, False, blocks.INTEGERS, 0, prologue)
+    macros = blocks.macros(torch.float32, 16, False, forms.INTEGERS, 0, prologue)
     with pytest.raises(RuntimeError, match="a prologue takes 16 bits"):
         cuda.compile_("blocks.cu", "sm_90a", macros, cached=False)
 
@@ -167,7 +167,7 @@ def test_a_prologue_of_float32_does_not_compile(prologue: int) -> None:
 # Of the grids that are packed for the backward, with a mask and without.
 SAVES = [
     (t, levels, edge, saved)
-    for t in blocks.INPUTS
+    for t in forms.INPUTS
     for levels, saved in ((3, 2), (4, 2), (8, 4), (16, 4))
     for edge in (False, True)
 ]
@@ -178,7 +178,7 @@ def test_every_variant_that_saves_compiles_without_a_gpu(
     dtype: torch.dtype, levels: int, edge: bool, saved: int
 ) -> None:
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
-    macros = blocks.macros(dtype, levels, edge, blocks.INTEGERS, 0, saved=saved)
+    macros = blocks.macros(dtype, levels, edge, forms.INTEGERS, 0, saved=saved)
     made = cuda.compile_("blocks.cu", "sm_90a", macros, cached=False)
     assert b"quantize" in made.code
 
@@ -187,8 +187,8 @@ def test_every_variant_that_saves_compiles_without_a_gpu(
 @pytest.mark.parametrize(
     ("form", "saved"),
     [
-        *((blocks.INTEGERS, n) for n in (1, 3, 5, 6, 8)),
-        *((form, n) for form in (blocks.VALUES, blocks.PACKED, blocks.CODES) for n in (2, 4)),
+        *((forms.INTEGERS, n) for n in (1, 3, 5, 6, 8)),
+        *((form, n) for form in (forms.VALUES, forms.PACKED, forms.CODES) for n in (2, 4)),
     ],
 )
 def test_what_is_not_saved_does_not_compile(form: int, saved: int) -> None:
@@ -208,8 +208,8 @@ def test_thread_blocks_fit_a_multiprocessor(
     monkeypatch.setattr(cuda, "processors", lambda _: 10)
     count, _, shape = blocks._grid(10**6, blocks_of_row, 0, size)
     warps = shape.warps * shape.teams
-    each = blocks._bytes(shape, size) + blocks.RESERVED
-    assert each >= warps * shape.tile * (size * 128 + blocks.GATHERED) + blocks.RESERVED
+    each = blocks._bytes(shape, size) + forms.RESERVED
+    assert each >= warps * shape.tile * (size * 128 + blocks.GATHERED) + forms.RESERVED
     assert count % 10 == 0
     assert count // 10 * each <= 228 * 1024
     assert count // 10 * warps * 32 * blocks.REGISTERS[size] <= 65536
@@ -267,7 +267,7 @@ def test_limits_of_a_device_and_of_a_grid(monkeypatch: pytest.MonkeyPatch) -> No
         assert blocks.supports(dataclasses.replace(program, step=step), x) == fits
 
 
-@pytest.mark.parametrize("dtype", list(blocks.INPUTS), ids=str)
+@pytest.mark.parametrize("dtype", list(forms.INPUTS), ids=str)
 def test_the_last_byte_of_a_thread_block(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,13 +294,13 @@ def test_sums_that_it_does_not_make() -> None:
     x = torch.empty(1, 256, dtype=torch.bfloat16)
     program = ops.program(parse(SPECS[3]), x)
     with pytest.raises(ValueError, match="there are no sums of form 1 with 4 bits"):
-        blocks.quantize(x, program, form=blocks.PACKED, bits=4, sums=True)
+        blocks.quantize(x, program, form=forms.PACKED, bits=4, sums=True)
 
 
 @pytest.mark.parametrize(
     ("form", "levels", "saved"),
-    [(blocks.CODES, 16, 4), (blocks.PACKED, 16, 4), (blocks.INTEGERS, 16, 2),
-     (blocks.INTEGERS, 32, 4), (blocks.INTEGERS, 4, 8), (blocks.INTEGERS, 4, 3)],
+    [(forms.CODES, 16, 4), (forms.PACKED, 16, 4), (forms.INTEGERS, 16, 2),
+     (forms.INTEGERS, 32, 4), (forms.INTEGERS, 4, 8), (forms.INTEGERS, 4, 3)],
 )  # fmt: skip
 def test_what_it_does_not_save(form: int, levels: int, saved: int) -> None:
     x = torch.empty(1, 256, dtype=torch.bfloat16)
@@ -320,7 +320,7 @@ def _needs_gpu() -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("dtype", list(blocks.INPUTS), ids=str)
+@pytest.mark.parametrize("dtype", list(forms.INPUTS), ids=str)
 def test_rows(dtype: torch.dtype, spec: str, width: int) -> None:
     _needs_gpu()
     q = parse(spec)
@@ -351,7 +351,7 @@ def test_the_kernel_of_those_without_a_compiler(spec: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("width", [256, 768, 2048, 4096, 5632, 11008])
-@pytest.mark.parametrize("dtype", list(blocks.INPUTS), ids=str)
+@pytest.mark.parametrize("dtype", list(forms.INPUTS), ids=str)
 def test_many_turns_of_a_block(
     dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,10 +364,10 @@ def test_many_turns_of_a_block(
     x[6::17] *= 1e4
     x = x.to(dtype)
     for spec, form, bits, saved in (
-        (SPECS[0], blocks.PACKED, 1, 0),
-        (SPECS[3], blocks.INTEGERS, 0, 0),
-        (SPECS[3], blocks.INTEGERS, 0, 4),
-        (SPECS[5], blocks.INTEGERS, 0, 2),
+        (SPECS[0], forms.PACKED, 1, 0),
+        (SPECS[3], forms.INTEGERS, 0, 0),
+        (SPECS[3], forms.INTEGERS, 0, 4),
+        (SPECS[5], forms.INTEGERS, 0, 2),
     ):
         program = ops.program(parse(spec), x)
         how = {"form": form, "bits": bits, "sums": True, "saved": saved}
@@ -404,11 +404,11 @@ def test_what_is_saved(levels: int, dtype: torch.dtype, width: int) -> None:
     for i, distribution in enumerate(SPECIAL):
         rows = (1, 9, 33)[i % 3] if width < 10000 else 5
         x = inputs.draw(distribution, (rows, width), dtype, i).cuda()
-        plain = blocks.quantize(x, program, form=blocks.INTEGERS, sums=True)
+        plain = blocks.quantize(x, program, form=forms.INTEGERS, sums=True)
         for saved in (2, 4)[levels > 4 :]:
             for byte in (0x00, 0xA5):
                 with outputs.poisoned(byte):
-                    made = blocks.quantize(x, program, form=blocks.INTEGERS, sums=True, saved=saved)
+                    made = blocks.quantize(x, program, form=forms.INTEGERS, sums=True, saved=saved)
                 for t, expected in zip(made[:4], plain[:4], strict=True):
                     assert torch.equal(t.view(torch.uint8), expected.view(torch.uint8))
                 assert torch.equal(made[4], pack.pack(made[0], saved, stride, top))

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from property_tests.ledger import LEDGER
 from property_tests.places import Place
-from quest import lowbit, operands, ops, packing, paths
+from quest import lowbit, operands, ops, packing
 from quest.conformance import examine, inputs, judges
-from quest.kernels import blocks, cuda
+from quest.kernels import blocks, cuda, forms, rows
 from quest.quantizer import parse
 
 pytestmark = pytest.mark.whole
@@ -29,11 +29,10 @@ TRUSTED = "ternary/hadamard128/trust1.0/dense"
 HALF, FULL = torch.bfloat16, torch.float32
 
 
-@pytest.fixture(autouse=True)
-def _of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    # An operand without a mask, of the kernel for many rows, however few they are.
-    monkeypatch.setattr(paths, "has_few_rows", lambda _: False)
-    monkeypatch.setattr(paths, "norms_few_rows", lambda _: False)
+@pytest.fixture(autouse=True, params=["blocks.cu", "rows.cu"])
+def _by_either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    # By each of the kernels, whatever the rule between them says of so many rows.
+    monkeypatch.setattr(rows, "takes", lambda *_: request.param == "rows.cu")
 
 
 def _kind(spec: str) -> str:
@@ -138,7 +137,7 @@ def test_a_limit_beyond_float32(place: Place, dtype: torch.dtype) -> None:
     for scale in ("1e30", "1e37"):
         program = ops.program(parse(f"uniform4/hadamard128/clip{scale}/dense"), x)
         there = x.to(place.device, dtype)
-        for form, bits in ((blocks.INTEGERS, 0), (blocks.VALUES, 0)):
+        for form, bits in ((forms.INTEGERS, 0), (forms.VALUES, 0)):
             mask = blocks.quantize(there, program, form=form, bits=bits)[2].cpu()
             assert mask.unique(dim=1).tolist() == [[255]] * 5 + [[0]]
 
@@ -155,7 +154,7 @@ def test_every_square_counts_once(place: Place, width: int, dtype: torch.dtype) 
     x[i, i * 5 // 128 % (width // 128), (i + 64) % 128] += number * 2
     squares = x.double().square().sum((1, 2))
     x = x.view(rows, width).to(place.device, dtype)
-    scale = blocks.quantize(x, ops.program(parse(FOUR), x), form=blocks.INTEGERS)[1]
+    scale = blocks.quantize(x, ops.program(parse(FOUR), x), form=forms.INTEGERS)[1]
     expected = (squares / width).float().sqrt()[:, None]
     assert torch.equal(scale.cpu(), expected)
 
@@ -186,7 +185,7 @@ def test_masks_at_the_limit(place: Place, width: int, dtype: torch.dtype) -> Non
     for limit in (10 - 2.0**-20, 10.0, 10 + 2.0**-20):
         program = ops.program(parse(CLIPPED), x)
         program = dataclasses.replace(program, threshold=made[float(limit)])
-        mask = blocks.quantize(x.to(place.device), program, form=blocks.INTEGERS)[2]
+        mask = blocks.quantize(x.to(place.device), program, form=forms.INTEGERS)[2]
         assert torch.equal(mask.cpu(), packing.pack(sums <= float(limit), 1))
 
 
@@ -204,7 +203,7 @@ def test_zeros_are_positive(place: Place, dtype: torch.dtype) -> None:
         for spec in (SIGNS, SIGNS.replace("ste", "clip1.0")):
             program = ops.program(parse(spec), x)
             out, _, mask, sums, _ = blocks.quantize(
-                x, program, form=blocks.PACKED, bits=1, sums=True
+                x, program, form=forms.PACKED, bits=1, sums=True
             )
             sign = _transformed(x.cpu()) >= 0
             assert sign[:2].all()
@@ -252,7 +251,7 @@ def test_turns_of_the_widest_rows(place: Place, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cuda, "processors", lambda _: 1)
     x = (2.0 ** torch.arange(3)[:, None].repeat(1, 49152)).to(place.device, HALF)
     program = ops.program(parse(FOUR), x)
-    operand, scale, _, sums, _ = blocks.quantize(x, program, form=blocks.INTEGERS, sums=True)
+    operand, scale, _, sums, _ = blocks.quantize(x, program, form=forms.INTEGERS, sums=True)
     # Of a block's transform the first number is far beyond the grid, and the others are 0.
     expected = torch.full((3, 384, 128), 8, dtype=torch.int8)
     expected[..., 0] = 120
@@ -287,7 +286,7 @@ def test_a_gate(place: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "form", "bits"), [(FOUR, blocks.INTEGERS, 0), (SIGNS, blocks.PACKED, 1)]
+    ("spec", "form", "bits"), [(FOUR, forms.INTEGERS, 0), (SIGNS, forms.PACKED, 1)]
 )
 @pytest.mark.parametrize(
     ("rows", "width"),
@@ -335,7 +334,7 @@ def test_nothing_is_written_beside_the_outputs(
 def test_nothing_is_read_beside_the_inputs(place: Place, rows: int, width: int) -> None:
     """Neither blocks that a warp has room for nor rows of the next turn."""
     x = _normal((rows, width)).to(place.device, HALF)
-    program, form = ops.program(parse(FOUR), x), blocks.INTEGERS
+    program, form = ops.program(parse(FOUR), x), forms.INTEGERS
     plain = blocks.quantize(x, program, form=form)[0]
     gated = blocks.gated(x, x, program, form=form).out
     with place.walled(x) as t:
@@ -388,10 +387,10 @@ def test_a_scale_is_that_of_a_row_by_itself(
     monkeypatch.setattr(blocks, "_shape", blocks._shape.__wrapped__)  # it remembers
     x = _normal((25, width)).to(place.device, dtype)
     program = ops.program(parse(FOUR), x)
-    scale = blocks.quantize(x, program, form=blocks.VALUES)[1]
-    for form, bits in ((blocks.INTEGERS, 0), (blocks.CODES, 0), (blocks.PACKED, 4)):
+    scale = blocks.quantize(x, program, form=forms.VALUES)[1]
+    for form, bits in ((forms.INTEGERS, 0), (forms.CODES, 0), (forms.PACKED, 4)):
         assert torch.equal(blocks.quantize(x, program, form=form, bits=bits)[1], scale)
-    alone = [blocks.quantize(row, program, form=blocks.INTEGERS)[1] for row in x.split(1)]
+    alone = [blocks.quantize(row, program, form=forms.INTEGERS)[1] for row in x.split(1)]
     assert torch.equal(torch.cat(alone), scale)
 
 
@@ -410,7 +409,7 @@ def test_what_is_saved(
     rows = _third_turn(width)
     gate, value = (3 * _normal((rows, 2 * width))).to(place.device, HALF).chunk(2, -1)
     program = ops.program(parse(spec), gate)
-    how = {"form": blocks.INTEGERS, "saved": saved}
+    how = {"form": forms.INTEGERS, "saved": saved}
     gated = blocks.gated(gate, value, program, show=True, masked=True, **how)
     assert gated.rows is not None
     shown = judges.gated(gate.cpu(), value.cpu(), gated.rows.cpu())
@@ -436,9 +435,9 @@ def test_what_is_lost_beside_its_row_is_positive(place: Place, apart: int) -> No
     x[:, 128:] *= 2.0 ** -(apart // 2)
     x = x.to(place.device, HALF)
     program = ops.program(parse(SIGNS), x)
-    bits = blocks.quantize(x, program, form=blocks.PACKED, bits=1, sums=True)
-    integers = blocks.quantize(x, program, form=blocks.INTEGERS, sums=True)
-    values = blocks.quantize(x, program, form=blocks.VALUES)
+    bits = blocks.quantize(x, program, form=forms.PACKED, bits=1, sums=True)
+    integers = blocks.quantize(x, program, form=forms.INTEGERS, sums=True)
+    values = blocks.quantize(x, program, form=forms.VALUES)
     positive = integers[0].cpu() > 0
     assert torch.equal(positive, values[0].cpu() > 0)
     weight = 1 << torch.arange(8)

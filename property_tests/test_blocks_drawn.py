@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from property_tests.ledger import LEDGER
 from property_tests.places import Place
-from quest import operands, paths
+from quest import operands
 from quest.conformance import examine, inputs
-from quest.kernels import cuda
+from quest.kernels import cuda, rows
 from quest.quantizer import parse
 
 GRIDS = ("uniform1", "uniform2", "uniform3", "uniform4", "uniform5", "uniform8", "ternary")
@@ -41,16 +41,17 @@ def _one_multiprocessor(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @drawn
-@given(data=st.data())
-def test_rows(place: Place, data: st.DataObject) -> None:
-    """Values, codes, operands and masks."""
+@given(data=st.data(), few=st.booleans())
+def test_rows(place: Place, data: st.DataObject, few: bool) -> None:
+    """Values, codes, operands and masks, by either kernel."""
     spec, kind = _spec(data, ("ste", "clip0.8", "trust1.0"))
     x, told = _rows(data, data.draw(DTYPES), data.draw(BLOCKS))
     q = parse(spec)
-    LEDGER.judge(
-        place.lane, examine.quantizer(place.lane, x, q, conclusive=False), told, conclusive=False
-    )
-    LEDGER.judge(place.lane, examine.encoded(place.lane, x, q, kind), told, conclusive=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "takes", lambda *_: few)
+        found = examine.quantizer(place.lane, x, q, conclusive=False)
+        LEDGER.judge(place.lane, found, told, conclusive=False)
+        LEDGER.judge(place.lane, examine.encoded(place.lane, x, q, kind), told, conclusive=False)
 
 
 @drawn
@@ -60,7 +61,7 @@ def test_operands(place: Place, data: st.DataObject, few: bool) -> None:
     spec, kind = _spec(data, ("ste",))
     x, told = _rows(data, data.draw(DTYPES), data.draw(BLOCKS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "has_few_rows", lambda _: few)
+        patch.setattr(rows, "takes", lambda *_: few)
         found = examine.operand(place.lane, x, parse(spec), kind)
     LEDGER.judge(place.lane, found, f"{told}, {spec}", conclusive=False)
 
@@ -76,7 +77,7 @@ def test_norms(place: Place, data: st.DataObject, few: bool, sums: bool) -> None
     residual = inputs.draw(data.draw(KINDS, "kind"), tuple(x.shape), dtype, seed) if sums else None
     weight = inputs.draw("gaussian", (x.shape[1],), dtype, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "norms_few_rows", lambda _: few)
+        patch.setattr(rows, "takes", lambda *_: few)
         found = examine.normed(
             place.lane, x, residual, weight, 1e-5, parse(spec), kind, conclusive=False
         )

@@ -32,7 +32,7 @@ from property_tests.cuda_reader import (
 )  # fmt: skip
 from quest import operands
 from quest.grids import Grid
-from quest.kernels import blocks, cuda, few, hopper, masked, product, rows, sparse
+from quest.kernels import blocks, cuda, few, forms, hopper, masked, product, rows, sparse
 
 pytestmark = pytest.mark.whole
 
@@ -50,6 +50,14 @@ class Variant(NamedTuple):
     cluster: int = 1
     consumers: int = 0
     shared: int = 0
+
+
+# Of rows.cu: a warp, several that are no power of two, and as many as there are for a long row.
+WIDTHS = (1024, 5632, 17408)
+FORMS = (  # with bits, and those in which codes are saved
+    (forms.VALUES, 0, 0), (forms.PACKED, 1, 0), (forms.PACKED, 4, 0),
+    (forms.CODES, 0, 0), (forms.INTEGERS, 0, 2), (forms.INTEGERS, 0, 4),
+)  # fmt: skip
 
 
 def _variants() -> Iterator[Variant]:
@@ -73,26 +81,22 @@ def _variants() -> Iterator[Variant]:
                 asked = sparse.compile_(epilogue, out, tile)
                 yield made(*asked, tile.cluster, tile.threads - 128, tile.shared)
     for dtype, prologue in ((FLOAT, blocks.PLAIN), *((SIXTEEN, n) for n in range(4))):
-        for form, bits, saved in (
-            (blocks.VALUES, 0, 0), (blocks.PACKED, 1, 0), (blocks.PACKED, 4, 0),
-            (blocks.CODES, 0, 0), (blocks.INTEGERS, 0, 2), (blocks.INTEGERS, 0, 4),
-        ):  # fmt: skip
+        for form, bits, saved in FORMS:
             for shape in (
                 {}, {"warps": 0, "tile": 16}, {"warps": 2}, {"rows": 2, "warps": 3},
                 {"tile": 16}, {"warps": 2, "tile": 16}, {"rows": 5, "warps": 2, "tile": 16},
             ):  # fmt: skip
                 macros = blocks.macros(dtype, 4, True, form, bits, prologue, saved=saved, **shape)
                 yield made("blocks.cu", tuple(macros.items()))
-    for dtype, kind in itertools.product((SIXTEEN, FLOAT), blocks.OPERANDS):
-        for normed, width in itertools.product((False, True)[: 2 - (dtype == FLOAT)], WIDTHS):
-            macros = rows.macros(dtype, 2, kind, rows.shape(width), normed)
+    for dtype, normed, width in itertools.product((SIXTEEN, FLOAT), (False, True), WIDTHS):
+        for form, bits, saved in FORMS if dtype == SIXTEEN or not normed else ():
+            shape, edge = rows.shape(width), not normed
+            macros = rows.macros(dtype, 4, edge, form, bits, shape, normed, saved)
             yield made("rows.cu", tuple(macros.items()))
     for dtype, out in itertools.product((SIXTEEN, torch.float16), (None, FLOAT)):
         yield made("masked.cu", tuple(masked.macros(dtype, out or dtype).items()))
 
 
-# Of rows.cu: a warp, several that are no power of two, and as many as there are for a long row.
-WIDTHS = (1024, 5632, 17408)
 VARIANTS = list(_variants())
 SOURCES = sorted(p.name for p in Path(blocks.__file__).parent.glob("*.cu"))
 each_source = pytest.mark.parametrize("source", SOURCES)
@@ -187,7 +191,7 @@ def test_chunks_of_float32_lie_in_different_banks() -> None:
     write, four of each of two blocks: wherever `turned` is asked for a place.
     """
     whole = re.sub(r"//.*", "", cuda._text("blocks.cu"))
-    text = next(text for v, text in _of("blocks.cu") if ("IN", blocks.INPUTS[FLOAT]) in v.macros)
+    text = next(text for v, text in _of("blocks.cu") if ("IN", forms.INPUTS[FLOAT]) in v.macros)
     found = _places("turned", text, (8, 32))
     calls = [
         split(whole[use.end() : closing(whole, use.end() - 1)])
@@ -237,7 +241,7 @@ def test_tiles_and_what_is_gathered_have_room() -> None:
         arrays = re.findall(r"u32 \w+\[(.+?)\]\[(.+?)\];", gathered)
         bytes_ = 4 * sum(value(a, names) * value(b, names) for a, b in arrays)
         bytes_ += 16 * names["GROUPS"] * 8 * names["CHUNKS"]
-        dtype = next(t for t, number in blocks.INPUTS.items() if number == macros["IN"])
+        dtype = next(t for t, number in forms.INPUTS.items() if number == macros["IN"])
         left.add(
             blocks.Shape(1, 1, names["TILE"], 1, names["TILE"]).shared(dtype.itemsize) - bytes_
         )
@@ -325,9 +329,10 @@ def test_what_codes_become_is_what_operands_say(source: str) -> None:
             if (kind == "codes") != (levels == 256):
                 continue
             if source == "rows.cu":
-                macros = rows.macros(torch.float32, levels, kind, rows.shape(128))
+                how = forms.OPERANDS[kind]
+                macros = rows.macros(torch.float32, levels, False, *how, rows.shape(128))
             else:
-                macros = blocks.macros(torch.float32, levels, False, *blocks.OPERANDS[kind])
+                macros = blocks.macros(torch.float32, levels, False, *forms.OPERANDS[kind])
             names = read(source, tuple(macros.items())).names
             form = operands.form(grid, kind)
             step = form.spread * (1 if levels % 2 else 2)
@@ -399,7 +404,7 @@ def test_the_quantizer_of_few_rows_waits_before_all_else() -> None:
         (kernel,) = text.functions["rows"]
         lines = [line for line, _ in statements(kernel.body)]
         waits = [i for i, line in enumerate(lines) if "griddepcontrol.wait" in line]
-        given = {"x", "scale", "out", "sums", "weight", "shown"}
+        given = {"x", "scale", "out", "mask", "sums", "saved", "weight", "shown"}
         used = [i for i, line in enumerate(lines) if given & {*re.findall(WORD, line)}]
         assert len(waits) == 1, variant
         assert waits[0] < used[0], (variant, lines[used[0]])

@@ -17,7 +17,7 @@ from torch import Tensor
 import quest
 from property_tests.fake_launches import Kernels, Stream
 from quest import direct, eager, frozen, lowbit, paths
-from quest.kernels import blocks, hopper, outputs
+from quest.kernels import blocks, forms, hopper, outputs
 
 pytestmark = pytest.mark.whole
 
@@ -55,13 +55,9 @@ def _tensors(held: frozen.Frozen) -> list[Tensor]:
 RECIPES = ["w4a4", "w1a1", "w2a4", "w4a2", "w8a8", "w1.58a1.58"]
 
 
-@pytest.mark.parametrize("few_rows", [True, False])
 @pytest.mark.parametrize("name", RECIPES)
-def test_launches_on_addresses(
-    name: str, few_rows: bool, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_launches_on_addresses(name: str, kernels: Kernels) -> None:
     """One kernel quantizes, one multiplies: in the dtype asked for, of any input and bias."""
-    monkeypatch.setattr(paths, "has_few_rows", lambda x: few_rows)
     held, kernels.activation = _held(name), quest.recipe(name).activation
     wide = torch.randn(2, 3, 2 * WIDTH + 1).bfloat16()
     bias = torch.randn(OUT)
@@ -83,7 +79,7 @@ def test_launches_on_addresses(
         torch.testing.assert_close(y, _expected(x, held, given, dtype))
         packed = held.packed is not None and x.shape[0] == 2
         last = "few" if packed else "product"
-        assert kernels.take() == ["rows" if few_rows else "blocks", last]
+        assert kernels.take() == ["blocks", last]
         # Operand, scale and sums fill one allocation.
         ((before, end),) = kernels.asked
         ends = [before]
@@ -101,13 +97,8 @@ def test_launches_on_addresses(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("few_rows", [False, True])
-def test_launches_behind_a_gate_or_a_norm(
-    few_rows: bool, name: str, dtype: torch.dtype, kernels: Kernels,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_launches_behind_a_gate_or_a_norm(name: str, dtype: torch.dtype, kernels: Kernels) -> None:
     """One kernel makes rows and quantizes them, of inputs where they lie; one multiplies."""
-    monkeypatch.setattr(paths, "norms_few_rows", lambda _: few_rows)
     held, kernels.activation = _held(name), quest.recipe(name).activation
     g = torch.Generator().manual_seed(1)
     wide = torch.randn(2, 3, 2 * WIDTH, generator=g).to(dtype)
@@ -137,8 +128,7 @@ def test_launches_behind_a_gate_or_a_norm(
             assert (made[0].dtype, made[0].shape) == (dtype, (*x.shape[:-1], OUT))
             torch.testing.assert_close(made[0], _expected(rows, held, given, dtype))
             packed = held.packed is not None and x.shape != (40, WIDTH)
-            taken = "normed rows" if way == "normed" and few_rows else way
-            assert kernels.take() == [taken, "few" if packed else "product"]
+            assert kernels.take() == [way, "few" if packed else "product"]
             ((first, second, read, eps),) = kernels.given
             assert first.data_ptr() == x.data_ptr()
             assert second is None or second.data_ptr() == other.data_ptr()
@@ -168,7 +158,7 @@ def test_a_prologue_makes_an_operand_alone(monkeypatch: pytest.MonkeyPatch) -> N
         torch.zeros(3, 256),
     )
     first, at = x.to(torch.bfloat16), (16, 32, 48)
-    blocks.launch_prologue(first, first, program, blocks.INTEGERS, 0, blocks.GATED, *at)
+    blocks.launch_prologue(first, first, program, forms.INTEGERS, 0, blocks.GATED, *at)
     here = first.data_ptr()
     assert told == [
         (7, here, 32, 16, 0, 48, 0, 8, 9, 0.5, 2.0, here, 0, 32, 32, 0, 0, 0.0),
@@ -187,9 +177,9 @@ def test_the_kernel_of_a_prologue_alone(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(blocks, "_grid", lambda *_, **__: (7, (8, 9), 1))
     program = SimpleNamespace(step=0.5, threshold=2.0, levels=16, estimator=0)
     x = torch.zeros(3, 256, dtype=torch.bfloat16)
-    blocks.launch_prologue(x, x, program, blocks.INTEGERS, 0, blocks.GATED, 16, 32, 48)
+    blocks.launch_prologue(x, x, program, forms.INTEGERS, 0, blocks.GATED, 16, 32, 48)
     assert asked == [
-        (1, torch.bfloat16, 16, False, blocks.INTEGERS, 0, None, blocks.GATED, False, 0)
+        (1, torch.bfloat16, 16, False, forms.INTEGERS, 0, None, blocks.GATED, False, 0)
     ]
 
 

@@ -18,7 +18,8 @@ from property_tests.emulated.translate import translated
 from property_tests.places import CPU
 from quest import ops, prologue
 from quest.conformance import lanes
-from quest.kernels import blocks, cuda
+from quest.kernels import blocks, cuda, forms
+from quest.kernels import rows as rows_cu
 from quest.quantizer import parse
 
 pytestmark = [
@@ -282,6 +283,7 @@ def test_a_kernel_that_is_broken(name: str | None, monkeypatch: pytest.MonkeyPat
     emulator = emulated.instead(monkeypatch, emulated.Emulator(multiprocessors=1))
     text = BLOCKS if name is None else BROKEN[name](BLOCKS)
     assert (text == BLOCKS) == (name is None)
+    monkeypatch.setattr(rows_cu, "takes", lambda *_: False)
     emulator.text["blocks.cu"] = text
     q, seen = parse("uniform4/hadamard128/trust1.0/dense"), []
     shapes = ((900, 128), (200, 640), (100, 1536), (60, 2048), (60, 5632), (20, 11008))
@@ -289,7 +291,7 @@ def test_a_kernel_that_is_broken(name: str | None, monkeypatch: pytest.MonkeyPat
         blocks._kernel.cache_clear()
         x = torch.randn(rows, width, generator=torch.Generator().manual_seed(0)).to(dtype)
         try:
-            blocks.quantize(x, ops.program(q, x), form=blocks.INTEGERS, sums=True)
+            blocks.quantize(x, ops.program(q, x), form=forms.INTEGERS, sums=True)
         except emulated.Fault as fault:
             seen.append(str(fault))
     blocks._kernel.cache_clear()
@@ -300,6 +302,7 @@ def test_no_row_is_computed_again_without_need(monkeypatch: pytest.MonkeyPatch) 
     """Twice the time, and the same bits: a kernel that says so by scales tells where it happens.
     Of teams of three and five rows lanes find sums of rows that there are not.
     """
+    monkeypatch.setattr(rows_cu, "takes", lambda *_: False)
     emulator = emulated.instead(monkeypatch, emulated.Emulator(multiprocessors=1))
     once, again = "inner = sigma * down;", "inner = sigma * down, sigma = -1.0f;"
     assert BLOCKS.count(once) == 1
@@ -311,8 +314,8 @@ def test_no_row_is_computed_again_without_need(monkeypatch: pytest.MonkeyPatch) 
             blocks._kernel.cache_clear()
             x = torch.randn(rows, width, generator=torch.Generator().manual_seed(0)).to(dtype)
             program = ops.program(q, x)
-            assert (blocks.quantize(x, program, form=blocks.INTEGERS)[1] > 0).all(), width
+            assert (blocks.quantize(x, program, form=forms.INTEGERS)[1] > 0).all(), width
             x[7] *= 2.0**-60
-            found = blocks.quantize(x, program, form=blocks.INTEGERS)[1].flatten()
+            found = blocks.quantize(x, program, form=forms.INTEGERS)[1].flatten()
             assert found[7] < 0
     blocks._kernel.cache_clear()

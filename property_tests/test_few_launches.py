@@ -20,7 +20,7 @@ from torch import Tensor
 
 import quest
 from quest import ops
-from quest.kernels import cuda, few, rows
+from quest.kernels import blocks, cuda, few, rows
 
 pytestmark = pytest.mark.whole
 
@@ -68,6 +68,8 @@ class Device:
         patch.setattr(cuda, "architecture", lambda device: f"sm of {device}")
         self.overlaps = True
         patch.setattr(cuda, "overlaps", lambda device: self.overlaps)
+        patch.setattr(cuda, "shared", lambda device: 227 * 1024)
+        patch.setattr(cuda, "processors", lambda device: 4)
 
     def _compile(
         self, source: str, architecture: str, macros: dict[str, int], *, cached: bool = True
@@ -99,7 +101,7 @@ class Device:
 
 
 def _forget() -> None:
-    for cached in (few._ready, few._loaded, rows._kernel):
+    for cached in (few._ready, few._loaded, rows._kernel, rows._ready, rows._room):
         cached.cache_clear()
 
 
@@ -299,15 +301,22 @@ def test_rows_are_quantized(
         (torch.zeros(1152, dtype=dtype), 1152, ()), (wide[:, 1:1153], 1152, (3,)),
     ]  # fmt: skip
     for x, stride, lead in cases:
-        made = rows.quantize(x, ops.program(q, x), kind)
-        kernel, blocks, overlap, told = of_rows.one()
+        program, bits = ops.program(q, x), int(kind == "bits")
+        made = blocks.quantize(x, program, form=form, bits=bits, sums=True, masked=False)
+        kernel, count, overlap, told = of_rows.one()
         levels, step = q.require_grid().levels, q.require_grid().step
         assert kernel.function == {
-            "IN": {F32: 1, BF16: 2, F16: 3}[dtype], "LEVELS": levels, "FORM": form, "NORMED": 0,
+            "IN": {F32: 1, BF16: 2, F16: 3}[dtype], "LEVELS": levels, "EDGE": 0, "FORM": form,
+            "BITS": bits, "NORMED": 0, "SAVED": 0, "WARPS": 2, "LONG": 0,
         }  # fmt: skip
-        assert (kernel.threads, kernel.shared) == (64, 0)
-        assert (blocks, overlap) == (3 if len(lead) == 1 else 6 if lead else 1, True)
-        operand, scale, sums = made
+        # Of four multiprocessors: two thread blocks for each, or no more than one.
+        room = 228 * 1024 // 2 - 1024 - 2048 if len(lead) == 2 else 0
+        assert (kernel.threads, kernel.shared) == (64, room)
+        assert of_rows.most == 225 * 1024
+        assert (count, overlap) == (3 if len(lead) == 1 else 6 if lead else 1, True)
+        operand, scale, mask, sums, kept = made
+        assert mask.shape == kept.shape == (0,)
+        made = operand, scale, sums
         width, code = (144, torch.uint8) if kind == "bits" else (1152, torch.int8)
         assert [(t.shape, t.dtype) for t in made] == [
             ((*lead, width), code), ((*lead, 1), F32), ((*lead, 1), torch.int32),
@@ -317,7 +326,8 @@ def test_rows_are_quantized(
         assert at % 16 == 0
         assert told == {
             "scale": scale.data_ptr(), "out": operand.data_ptr(), "sums": sums.data_ptr(),
-            "stride": stride * size, "blocks": 9, "step": step,
+            "mask": 0, "saved": 0, "stride": stride * size, "blocks": 9, "step": step,
+            "threshold": program.threshold,
         }  # fmt: skip
 
 
@@ -326,7 +336,7 @@ def test_rows_whose_entries_lie_apart_are_copied(of_rows: Device) -> None:
     of_rows.architecture = "sm of None"
     q = quest.quantizer.parse("uniform4/hadamard128/ste/dense")
     for x, lead in ((torch.zeros(2, 128, 4).transpose(1, 2), 8), (torch.zeros(512)[::4], 1)):
-        rows.quantize(x, ops.program(q, x), "integers")
+        blocks.quantize(x, ops.program(q, x), form=3)
         _, count, _, told = of_rows.one()
         assert told["x"] != x.data_ptr()
         assert (count, told["stride"], told["blocks"]) == (lead, 512, 1)
@@ -340,25 +350,53 @@ def test_rows_on_addresses(of_rows: Device) -> None:
         (torch.zeros(2, 3, 128, dtype=BF16), 6, 256), (torch.zeros(128, dtype=BF16), 1, 256),
         (torch.zeros(3, 136, dtype=BF16)[:, :128], 3, 272), (torch.zeros(3, 128), 3, 512),
     ):  # fmt: skip
-        rows.launch(x, ops.program(q, x), "integers", count, 128, 101, 102, 103)
-        kernel, blocks, _, told = of_rows.one()
-        assert (kernel.threads, kernel.shared, blocks) == (32, 0, count)
-        assert (told["out"], told["scale"], told["sums"]) == (101, 102, 103)
+        blocks.launch(x, ops.program(q, x), 3, 0, count, 128, 101, 102, 103, 104, 105, 4)
+        kernel, made, _, told = of_rows.one()
+        assert (kernel.threads, made) == (32, count)
+        assert (kernel.function["SAVED"], kernel.function["EDGE"]) == (4, 0)
+        assert (told["out"], told["scale"], told["mask"]) == (101, 102, 103)
+        assert (told["sums"], told["saved"]) == (104, 105)
         assert (told["x"], told["stride"], told["blocks"]) == (x.data_ptr(), stride, 1)
 
 
-def test_few_elements_overlap_with_the_kernel_before(of_rows: Device) -> None:
-    """Behind a norm as well; by their number, whatever their shape and dtype."""
+def test_a_mask_is_asked_for(of_rows: Device) -> None:
+    """By the threshold, or all ones of an estimator without one; where there is memory for it."""
+    of_rows.architecture = "sm of None"
+    for estimator, edge in (("ste", 0), ("trust1.0", 1), ("clip0.8", 1)):
+        q, x = quest.quantizer.parse(f"uniform2/hadamard128/{estimator}/dense"), torch.zeros(3, 128)
+        for masked in (False, True):
+            made = blocks.quantize(x, ops.program(q, x), form=1, bits=2, masked=masked)
+            kernel, _, _, told = of_rows.one()
+            function = kernel.function
+            assert (function["EDGE"], function["BITS"]) == (edge * masked, 2)
+            assert told["mask"] == (made[2].data_ptr() if masked else 0)
+            assert told["sums"] == 0
+
+
+def test_whose_rows_they_are() -> None:
+    """By their entries; those of narrow rows count as a warp's."""
+    for count, d in ((4096, 4096), (2978, 5632), (2**14, 1024), (2**14, 128), (341, 49152)):
+        assert rows.takes(count, d)
+        assert not rows.takes(count + 1, d)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_rows_overlap_with_the_kernel_before(normed: bool, of_rows: Device) -> None:
+    """Where kernels can wait; and each multiprocessor has its share of them."""
     of_rows.architecture = "sm of None"
     q, x = quest.quantizer.parse("uniform4/hadamard128/ste/dense"), torch.zeros(1, 128, dtype=BF16)
-    norm = (torch.zeros(128, dtype=BF16), 0.5)
-    for count, d in ((64, 4096), (128, 2048), (2048, 128), (4, 65536)):
-        for more in (0, 1):
-            for given in (None, norm):
-                for capable in (True, False):  # elsewhere the kernel has no wait
-                    of_rows.overlaps, at = capable, (101, 102, 103, given)
-                    rows.launch(x, ops.program(q, x), "integers", count + more, d, *at)
-                    assert of_rows.one()[2] is (more == 0 and capable)
+    norm = (torch.zeros(128, dtype=BF16), 0.5) if normed else None
+    for count, share in ((1, 1), (4, 1), (5, 2), (8, 2), (9, 3), (64, 16), (65, 17)):
+        for capable in (True, False):  # elsewhere the kernel has no wait
+            of_rows.overlaps, at = capable, (101, 102, 0, 103, 0, 0, norm)
+            rows.launch(x, ops.program(q, x), 3, 0, count, 128, *at)
+            kernel, _, overlap, _ = of_rows.one()
+            assert overlap is capable
+            room = 0 if share in (1, 17) else 228 * 1024 // share - 3072
+            assert kernel.shared == room
+            # With what it has without asking, so many fit where 228 KB are; and no more.
+            if room:
+                assert share * (room + 3072) <= 228 * 1024 < (share + 1) * (room + 1024)
 
 
 @pytest.mark.parametrize("show", [False, True])
@@ -377,15 +415,16 @@ def test_norms_are_quantized(
         (wide[:, :1152], weights[:1152]), (wide[:, 8:1160], weights[8:]),
         (wide[:, 1:1153], weights[1:1153]),
     ):  # fmt: skip
-        operand, scale, sums, shown = rows.normed(
-            x, weight, 0.25, ops.program(q, x), kind, show=show
-        )
-        kernel, blocks, overlap, told = of_rows.one()
+        program, bits = ops.program(q, x), int(kind == "bits")
+        made = blocks.normed(x, None, weight, 0.25, program, form=form, bits=bits, show=show)
+        operand, scale, sums, *others, shown = made
+        assert others == [None] * 3
+        kernel, count, overlap, told = of_rows.one()
         assert kernel.function == {
-            "IN": {BF16: 2, F16: 3}[dtype], "LEVELS": 2 if form == 1 else 16, "FORM": form,
-            "NORMED": 1,
+            "IN": {BF16: 2, F16: 3}[dtype], "LEVELS": 2 if form == 1 else 16, "EDGE": 0,
+            "FORM": form, "BITS": bits, "NORMED": 1, "SAVED": 0, "WARPS": 2, "LONG": 0,
         }  # fmt: skip
-        assert (kernel.threads, blocks, overlap) == (64, 3, True)
+        assert (kernel.threads, count, overlap) == (64, 3, True)
         at, by = told.pop("x"), told.pop("weight")
         fits = x.data_ptr() % 16 == 0
         assert ((at == x.data_ptr()), (by == weight.data_ptr())) == (fits, fits)
@@ -395,18 +434,19 @@ def test_norms_are_quantized(
             assert (shown.shape, shown.dtype, shown.is_contiguous()) == (x.shape, dtype, True)
         assert told == {
             "scale": scale.data_ptr(), "out": operand.data_ptr(), "sums": sums.data_ptr(),
-            "stride": (1168 if fits else 1152) * 2, "blocks": 9,
-            "step": q.require_grid().step, "shown": 0 if shown is None else shown.data_ptr(),
-            "eps": 0.25,
+            "mask": 0, "saved": 0, "stride": (1168 if fits else 1152) * 2, "blocks": 9,
+            "step": q.require_grid().step, "threshold": program.threshold,
+            "shown": 0 if shown is None else shown.data_ptr(), "eps": 0.25,
         }  # fmt: skip
 
 
 def test_no_rows(of_rows: Device) -> None:
     q = quest.quantizer.parse("uniform1/hadamard128/ste/dense")
     x = torch.zeros(2, 0, 256)
-    made = rows.quantize(x, ops.program(q, x), "bits")
-    assert [t.shape for t in made] == [(2, 0, 32), (2, 0, 1), (2, 0, 1)]
-    half = x[0].bfloat16()
-    *made, shown = rows.normed(half, half.new_ones(256), 1e-5, ops.program(q, x), "bits", show=True)
-    assert [t.shape for t in (*made, shown)] == [(0, 32), (0, 1), (0, 1), (0, 256)]
+    made = blocks.quantize(x, ops.program(q, x), form=1, bits=1, sums=True)
+    assert [t.shape for t in made] == [(2, 0, 32), (2, 0, 1), (2, 0, 32), (2, 0, 1), (0,)]
+    half, program = x[0].bfloat16(), ops.program(q, x)
+    both = blocks.normed(half, None, half.new_ones(256), 1e-5, program, form=1, bits=1, show=True)
+    found = (*both[:3], both.rows)
+    assert [None if t is None else t.shape for t in found] == [(0, 32), (0, 1), (0, 1), (0, 256)]
     assert not of_rows.seen

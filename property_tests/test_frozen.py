@@ -247,28 +247,6 @@ def test_a_scale_off_by_more_than_a_butterfly_s_sums() -> None:
     assert {v.stage for v in found if v.failure is not None} == {"frozen scale"}
 
 
-@pytest.mark.parametrize("few", [True, False])
-def test_sums_of_few_rows_are_asked_for(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the operand of few rows, or their norm, is another kernel's."""
-    lane, seen = next(lane for lane in all_lanes() if lane.name == "torch-cpu"), []
-    real = examine.sums_of
-    monkeypatch.setattr(
-        examine, "sums_of", lambda *given: seen.append(given[3:]) or real(*given)
-    )  # fmt: skip
-    for name in ("has_few_rows", "norms_few_rows"):
-        monkeypatch.setattr(paths, name, lambda _: few)
-    made = quest.recipe("w4a4")
-    x, weight = torch.randn(5, 256), torch.randn(256)
-    examine.operand(lane, x, made.activation, "integers")
-    examine.normed(lane, x, None, weight, 1e-5, made.activation, "integers")
-    a, scale, _, sums = lowbit.encode(x, made.activation.spec, "integers")
-    examine._of_rows(lane, x, made, {"a": a, "a_scale": scale, "a_sums": sums})
-    assert seen == 3 * [(few,)]
-    examine.normed(lane, x, x, weight, 1e-5, made.activation, "integers")
-    examine.gated(lane, x, x, made.activation, "integers")
-    assert seen[3:] == [(False,), ()]
-
-
 def test_whose_sums_are_those_of_tensor_cores() -> None:
     """Of a quantizer in CUDA C++, for 16 bits, a uniform grid and blocks of 128; nobody else's."""
     taken, gpu = "uniform4/hadamard128/ste/dense", Lane("triton-cuda", "cuda", "dispatch")

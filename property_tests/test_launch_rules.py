@@ -22,6 +22,7 @@ from quest.kernels import (
     cuda,
     decode,
     few,
+    forms,
     hadamard,
     hopper,
     masked,
@@ -67,28 +68,27 @@ def test_numbers_of_the_sources() -> None:
     }  # fmt: skip
     assert {t: shared[name] for t, name in dtypes.items()} == hopper.OUT
     floats = {t: name for t, name in dtypes.items() if t.is_floating_point}
-    for file, known in (("halves.cuh", blocks.INPUTS), ("few.cu", few.OUT)):
+    for file, known in (("halves.cuh", forms.INPUTS), ("few.cu", few.OUT)):
         assert {t: numbers(file)[name] for t, name in floats.items()} == known
-    assert masked.TYPES == blocks.INPUTS
+    assert masked.TYPES == forms.INPUTS
     own = numbers("masked.cu")
     assert (own["CHUNKS"], masked.GROUP) == (masked.ORDER // 8, 8)
     assert masked.ORDER == 128
-    forms = numbers("blocks.cu")
-    assert tuple(forms[name] for name in ("VALUES", "PACKED", "CODES", "INTEGERS")) == (
-        blocks.VALUES,
-        blocks.PACKED,
-        blocks.CODES,
-        blocks.INTEGERS,
+    numbered = numbers("codes.cuh")
+    assert tuple(numbered[name] for name in ("VALUES", "PACKED", "CODES", "INTEGERS")) == (
+        forms.VALUES,
+        forms.PACKED,
+        forms.CODES,
+        forms.INTEGERS,
     )
-    assert tuple(forms[name] for name in ("PLAIN", "GATED", "NORMED", "ADDED")) == (
+    assert tuple(numbers("blocks.cu")[name] for name in ("PLAIN", "GATED", "NORMED", "ADDED")) == (
         blocks.PLAIN,
         blocks.GATED,
         blocks.NORMED,
         blocks.ADDED,
     )
-    for name in ("PACKED", "CODES", "INTEGERS"):
-        assert numbers("rows.cu")[name] == forms[name]
-    assert forms["ORDER"] == blocks.ORDER == 128
+    for file in ("blocks.cu", "rows.cu"):
+        assert numbers(file)["ORDER"] == forms.ORDER == 128
     assert (blocks.TILE, blocks.SMALL) == (32, 16)
     assert numbers("exchange.cuh")["MAX_WARPS"] == blocks.WARP_LIMIT
     assert numbers("sparse.cu")["TILE_K"] == sparse.TILE_K == 128
@@ -115,7 +115,7 @@ def test_parameters_of_the_quantizer(prologue: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cuda, "architecture", lambda _: "")
     monkeypatch.setattr(cuda, "load", lambda *_, **how: told.update(how))
     shape = blocks._shape(44)
-    blocks._kernel.__wrapped__(shape, torch.bfloat16, 16, True, blocks.INTEGERS, 0, 0, prologue)
+    blocks._kernel.__wrapped__(shape, torch.bfloat16, 16, True, forms.INTEGERS, 0, 0, prologue)
     assert "".join(cuda._letters(told["layout"])) == letters
 
 
@@ -282,7 +282,7 @@ def test_warps_of_few_rows() -> None:
     widths = (128, 1024, 1152, 4096, 16384, 16512, 65536)
     assert [rows.shape(w).warps for w in widths] == [1, 1, 2, 4, 16, 16, 16]
     assert [rows.shape(w).long for w in widths] == 5 * [False] + 2 * [True]
-    assert rows.OVERLAPS == 64 * 4096
+    assert rows.MOST == 4096 * 4096
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def test_a_binary_is_kept_where_that_is_asked_for(
         return made[-1]
 
     monkeypatch.setattr(utils, "FileStreamProgramCache", cache)
-    macros = rows.macros(torch.bfloat16, 2, "bits", rows.shape(128))
+    macros = rows.macros(torch.bfloat16, 2, False, forms.PACKED, 1, rows.shape(128))
     code = cuda.compile_("rows.cu", "sm_90a", macros, cached=cached)
     assert len(made) == cached
     assert any(tmp_path.rglob("*")) == cached

@@ -22,7 +22,7 @@ from property_tests.mutants import baseline, child, choice, covered, interpreter
 from property_tests.mutants.choice import quick
 from property_tests.mutants.evidence import Outline
 from property_tests.mutants.mutant import ROOT, Mutant, read
-from quest.kernels import blocks, few, rows
+from quest.kernels import blocks, few, forms, rows
 
 TESTS = "property_tests/test_packing.py"
 FIRST = f"{TESTS}::test_the_first_element_is_in_the_lowest_bits"
@@ -435,7 +435,7 @@ def outcomes(request: pytest.FixtureRequest) -> dict[str, runner.Result]:
         edited("broken", size, size, "\nint x = ;\n"),
         edited("sum", sign, sign + 3, " - "),
     ]
-    macros = blocks.macros(torch.bfloat16, 16, True, blocks.VALUES, 0)
+    macros = blocks.macros(torch.bfloat16, 16, True, forms.VALUES, 0)
     variants = (("blocks.cu", "sm_90a", tuple(macros.items())),)
     found: dict[str, runner.Result] = {}
     begun: list[str] = []
@@ -482,7 +482,7 @@ def test_what_is_compiled_without_a_fault_is_kept_until_a_text_changes(
 ) -> None:
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     cache = tmp_path / "binaries.json"
-    macros = tuple(rows.macros(torch.float32, 16, "codes", rows.shape(128)).items())
+    macros = tuple(rows.macros(torch.float32, 16, False, forms.CODES, 0, rows.shape(128)).items())
     good: child.Variant = ("rows.cu", "sm_90a", macros)
     bad: child.Variant = ("rows.cu", "sm_90a", (("WIDTH", -1),))
     asked: list[int] = []

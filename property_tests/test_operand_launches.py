@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import quest
-from quest import grids, lowbit, operands, packed, paths
-from quest.kernels import blocks, decode, few, hopper, pack, product, quantize, rows
+from quest import grids, lowbit, operands, packed
+from quest.kernels import blocks, decode, few, forms, hopper, pack, product, quantize
 
 pytestmark = pytest.mark.whole
 
@@ -26,13 +26,12 @@ class Kernels:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.seen: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-        self.blocks = self.rows = self.others = True
+        self.blocks = self.others = True
         patch.setattr(blocks, "supports", self._supports)
         patch.setattr(quantize, "supports", lambda program: self.others)
-        patch.setattr(paths, "has_few_rows", lambda x: self.rows)
         patch.setattr(hopper, "unavailable", lambda device: None)
         for module, name, count in (
-            (blocks, "quantize", 5), (quantize, "encode", 4), (rows, "quantize", 3),
+            (blocks, "quantize", 5), (quantize, "encode", 4),
             (pack, "pack", 1), (decode, "decode", 1), (product, "product", 1),
             (few, "product", 1),
         ):  # fmt: skip
@@ -78,8 +77,8 @@ def _numbers(made: tuple[Tensor, ...]) -> list[int]:
 
 
 FORMS = [
-    (ONE, "bits", blocks.PACKED, 1), (FOUR, "integers", blocks.INTEGERS, 0),
-    (EIGHT, "codes", blocks.CODES, 0),
+    (ONE, "bits", forms.PACKED, 1), (FOUR, "integers", forms.INTEGERS, 0),
+    (EIGHT, "codes", forms.CODES, 0),
 ]  # fmt: skip
 
 
@@ -94,17 +93,11 @@ def test_rows_are_encoded_in_blocks_where_that_kernel_has_them(
         name, (x, program), keywords = kernels.one()
         assert (name, program.levels, keywords) == ("blocks.quantize", len(grid.points), asked)
         assert x.shape == X.shape
-    kernels.rows = False
     for operand in (lowbit.launch_operand, _by_operator("operand")):
         assert _numbers(operand(X, q, kind)) == [0, 1, 3]
         name, (x, program), keywords = kernels.one()
         assert (name, keywords) == ("blocks.quantize", {**asked, "masked": False})
         assert (x.shape, program.levels) == (X.shape, len(grid.points))
-    kernels.rows = True
-    assert _numbers(lowbit.launch_operand(X, q, kind)) == [0, 1, 2]
-    name, (x, program, *rest), keywords = kernels.one()
-    assert (name, rest, keywords) == ("rows.quantize", [kind], {})
-    assert (x.shape, program.levels) == (X.shape, len(grid.points))
 
 
 @pytest.mark.parametrize(("q", "kind", "form", "bits"), FORMS)
@@ -134,7 +127,7 @@ def test_what_is_saved_is_packed_in_one_pass_or_after_it(
     assert _numbers(made) == [0, 1, 2, 3, 4]
     name, _, keywords = kernels.one()
     assert name == "blocks.quantize"
-    assert keywords == {"form": blocks.INTEGERS, "bits": 0, "sums": True, "saved": bits}
+    assert keywords == {"form": forms.INTEGERS, "bits": 0, "sums": True, "saved": bits}
     kernels.blocks = False
     operand = torch.zeros(3, 128, dtype=torch.int8)
     with pytest.MonkeyPatch.context() as patch:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quest import eager, ops, packing, transforms
-from quest.kernels import blocks, hadamard
+from quest.kernels import blocks, forms, hadamard
 from quest.kernels import quantize as quantizing
 from quest.quantizer import parse
 
@@ -184,14 +184,14 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def in_blocks(x: Tensor, made: Any, *, form: int, bits: int = 0) -> tuple[Tensor, ...]:
         seen.append("blocks")
-        assert bits == (q.require_grid().storage_bits if form == blocks.PACKED else 0)
+        assert bits == (q.require_grid().storage_bits if form == forms.PACKED else 0)
         values, codes, scale, mask, _ = eager.quantize(
-            x, q, values=form == blocks.VALUES, codes=form != blocks.VALUES,
-            packed=form == blocks.PACKED,
+            x, q, values=form == forms.VALUES, codes=form != forms.VALUES,
+            packed=form == forms.PACKED,
         )  # fmt: skip
-        bits_of_it = mask if form == blocks.PACKED else packing.pack(mask, 1)
+        bits_of_it = mask if form == forms.PACKED else packing.pack(mask, 1)
         none = torch.empty(0, dtype=torch.int32)
-        return values if form == blocks.VALUES else codes, scale, bits_of_it, none, none
+        return values if form == forms.VALUES else codes, scale, bits_of_it, none, none
 
     def quantize(x: Tensor, made: Any, **how: bool) -> tuple[Tensor, ...]:
         seen.append("quantize")

@@ -40,16 +40,10 @@ def test_from_which_rows_on_a_compressed_weight_is_read() -> None:
     ]  # fmt: skip
 
 
-def test_up_to_which_rows_a_thread_block_quantizes_one() -> None:
-    for rows, width in ((768, 2048), (384, 4096), (279, 5632)):
-        assert paths.has_few_rows(torch.empty(rows, width, device="meta"))
-        assert not paths.has_few_rows(torch.empty(rows + 1, width, device="meta"))
-
-
-def test_up_to_which_rows_a_thread_block_norms_one() -> None:
+def test_up_to_which_rows_a_compiler_adds_and_norms() -> None:
     for rows, width in ((1024, 2048), (372, 5632)):
-        assert paths.norms_few_rows(torch.empty(rows, width, device="meta"))
-        assert not paths.norms_few_rows(torch.empty(rows + 1, width, device="meta"))
+        assert paths.compiles_sums(torch.empty(rows, width, device="meta"))
+        assert not paths.compiles_sums(torch.empty(rows + 1, width, device="meta"))
 
 
 def test_bits_of_a_code() -> None:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from property_tests.ledger import LEDGER
 from property_tests.prologues import HALVES, SPECS, apart, halves
-from quest import lowbit, ops, paths, prologue
+from quest import lowbit, ops, prologue
 from quest.conformance import examine, inputs
 from quest.conformance.lanes import Lane
-from quest.kernels import blocks, cuda, outputs
+from quest.kernels import blocks, cuda, forms, outputs
+from quest.kernels import rows as by_row
 from quest.quantizer import parse
 
 
@@ -21,27 +22,27 @@ def test_what_the_kernel_reads_in_place() -> None:
     wide = torch.zeros(5, 520, dtype=torch.bfloat16)
     assert wide.data_ptr() % 16 == 0
     for t in (wide, wide[:, :256], wide[:, 8:264], wide[2:, 256:512], wide[:1].expand(5, -1)):
-        assert blocks.readable(t) is t
+        assert forms.readable(t) is t
     for t in (wide[:, 4:260], wide[:, :512:2], wide.t(), wide.as_strided((5, 256), (257, 1))):
-        made = blocks.readable(t)
+        made = forms.readable(t)
         assert made.is_contiguous()
         assert torch.equal(made, t)
         assert made.data_ptr() % 16 == 0
     gate, value = halves(torch.zeros(2, 3, 512, dtype=torch.bfloat16))
     for t in (gate, value):
         rows = lowbit.as_rows(t)
-        assert blocks.readable(rows).data_ptr() == t.data_ptr()
+        assert forms.readable(rows).data_ptr() == t.data_ptr()
 
 
 def test_forms_that_a_prologue_does_not_make() -> None:
     x = torch.ones(2, 256)
     with pytest.raises(ValueError, match="a prologue makes no form 1 with 4 bits"):
-        blocks.gated(x, x, None, form=blocks.PACKED, bits=4)  # type: ignore[arg-type]
+        blocks.gated(x, x, None, form=forms.PACKED, bits=4)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a prologue makes no form 0 with 0 bits"):
-        blocks.gated(x, x, None, form=blocks.VALUES)  # type: ignore[arg-type]
+        blocks.gated(x, x, None, form=forms.VALUES)  # type: ignore[arg-type]
     program = ops.program(parse(SPECS["w8a8"][0]), x)
     with pytest.raises(ValueError, match="can be saved in as many, got form 2 of 256 levels in 4"):
-        blocks.gated(x, x, program, form=blocks.CODES, saved=4)
+        blocks.gated(x, x, program, form=forms.CODES, saved=4)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -67,11 +68,11 @@ def test_what_a_gate_asks_of_the_kernel(
     monkeypatch.setattr(cuda, "processors", lambda _: 1)
     monkeypatch.setattr(cuda, "shared", lambda _: 227 * 1024)
     made = blocks.gated(
-        gate, value, program, form=blocks.INTEGERS, masked=masked, saved=saved
+        gate, value, program, form=forms.INTEGERS, masked=masked, saved=saved
     )  # fmt: skip
     asked, _, x, scale, out, mask, sums, kept = told[:8]
     shape = blocks._shape(2)
-    variant = (shape, torch.bfloat16, 16, edge and masked, blocks.INTEGERS, 0, None, blocks.GATED)
+    variant = (shape, torch.bfloat16, 16, edge and masked, forms.INTEGERS, 0, None, blocks.GATED)
     assert asked == ((*variant, False, saved), {})
     pointers = (gate, made.scale, made.out, made.mask, made.sums, made.saved)
     assert (x, scale, out, mask, sums, kept) == tuple(map(cuda.pointer, pointers))
@@ -137,7 +138,7 @@ def test_many_turns_of_a_block(name: str, width: int, monkeypatch: pytest.Monkey
     gate, value = halves(wide.bfloat16())
     spec, kind = SPECS[name]
     program = ops.program(parse(spec.replace("ste", "trust1.0")), gate)
-    form, bits = blocks.OPERANDS[kind]
+    form, bits = forms.OPERANDS[kind]
     how = {"form": form, "bits": bits, "masked": True, "saved": 4 * (kind == "integers")}
     alone = [
         blocks.gated(a, b, program, show=True, **how)
@@ -165,8 +166,7 @@ def test_norms_of_a_kernel(
 ) -> None:
     """As `test_rows_of_a_kernel`, with a residual and without; few rows, then, by the other."""
     _needs_kernel()
-    for name_ in ("has_few_rows", "norms_few_rows"):
-        monkeypatch.setattr(paths, name_, lambda _: few_rows)
+    monkeypatch.setattr(by_row, "takes", lambda *_: few_rows)
     lane, (spec, kind) = Lane("triton-cuda", "cuda", "dispatch"), SPECS[name]
     q, probe = parse(spec), torch.empty(1, width, dtype=dtype, device="cuda")
     assert prologue.has_kernel(spec, probe)
@@ -196,7 +196,7 @@ def test_rows_of_several_warps(
 ) -> None:
     """Sums of two kinds that warps exchange, and weights of every part of a row."""
     _needs_kernel()
-    monkeypatch.setattr(paths, "norms_few_rows", lambda _: few_rows)
+    monkeypatch.setattr(by_row, "takes", lambda *_: few_rows)
     lane, (spec, kind) = Lane("triton-cuda", "cuda", "dispatch"), SPECS["w4a4"]
     for width in (4224, 5632, 11008):
         x, residual = (inputs.draw("mixed_rows", (5, width), dtype, i) for i in range(2))
@@ -223,7 +223,7 @@ def test_many_turns_of_a_norm(width: int, adds: bool, monkeypatch: pytest.Monkey
 
     def run(x: Tensor, other: Tensor, show: bool) -> tuple[Tensor | None, ...]:
         residual = other if adds else None
-        return blocks.normed(x, residual, weight, 1e-5, program, form=blocks.INTEGERS, show=show)
+        return blocks.normed(x, residual, weight, 1e-5, program, form=forms.INTEGERS, show=show)
 
     alone = [run(a, b, True) for a, b in zip(x.split(20), other.split(20), strict=True)]
     for processors in (1, 132):

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import quest
 from property_tests.prologues import HALVES, SPECS, halves
-from quest import eager, lowbit, ops, paths, prologue
-from quest.kernels import blocks, cuda
+from quest import eager, lowbit, ops, prologue
+from quest.kernels import blocks, cuda, forms
 from quest.kernels import rows as few
 from quest.quantizer import parse
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.whole
 
 CUDA = torch._C.DispatchKey.CUDA
 QUANTIZERS = {parse(spec).require_grid().levels: parse(spec) for spec, _ in SPECS.values()}
-KINDS = {how: kind for kind, how in blocks.OPERANDS.items()}
+KINDS = {how: kind for kind, how in forms.OPERANDS.items()}
 
 
 def _made(
@@ -69,7 +69,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     ) -> tuple[Tensor | None, ...]:
         note("normed rows", x)
         rows = eager.normed(x, None, weight, eps)[1]
-        form, bits = blocks.OPERANDS[kind]
+        form, bits = forms.OPERANDS[kind]
         made = _made(rows, None, program, form=form, bits=bits, show=show)
         return made.out, made.scale, made.sums, made.rows
 
@@ -150,14 +150,11 @@ def test_a_gate_that_is_trained(
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("adds", [False, True])
-@pytest.mark.parametrize("few_rows", [False, True])
 def test_a_norm(
-    few_rows: bool, adds: bool, name: str, launched: list[Any], monkeypatch: pytest.MonkeyPatch
+    adds: bool, name: str, launched: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a gate; and the sum with a residual, in one piece. Of few rows, without, by another."""
+    """As a gate; and the sum with a residual, in one piece."""
     _there(monkeypatch)
-    monkeypatch.setattr(paths, "norms_few_rows", lambda _: few_rows)
-    one = "normed rows" if few_rows and not adds else "normed"
     spec, kind = SPECS[name]
     for dtype in (torch.float32, *HALVES):
         weight = torch.linspace(-1, 2, 256).to(dtype)
@@ -175,7 +172,7 @@ def test_a_norm(
             *made, rows = prologue.launch_normed_encode(*given, True)
             _same((*made, rows), found)
             assert made[3].is_contiguous()
-            taken = one if dtype in HALVES and x.numel() else "encode"
+            taken = "normed" if dtype in HALVES and x.numel() else "encode"
             assert [name for name, _ in launched] == [taken] * 2
             launched.clear()
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import quest
 from property_tests.prologues import HALVES, halves, on_hopper
 from quest import direct, frozen, joint, lowbit, operands, paths, prologue
+from quest.kernels import rows as by_row
 from quest.models import Llama, LlamaConfig
 from quest.models.llama import Block
 
@@ -291,7 +292,7 @@ def test_a_model_is_the_same_on_a_cpu(recipe: str) -> None:
 @pytest.mark.parametrize("few", [False, True])
 def test_a_model_takes_it(few: bool, taken: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """But the norm of a sum, compiled before few rows."""
-    monkeypatch.setattr(paths, "NORM_ELEMENTS", 24 * 128 - (not few))
+    monkeypatch.setattr(paths, "SUM_ELEMENTS", 24 * 128 - (not few))
     torch.manual_seed(0)
     model = Llama(_config()).bfloat16()
     quest.quantize_(model, "w4a4")
@@ -356,9 +357,7 @@ def _check_norm(
 @on_hopper
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("recipe", ["w4a4", "w1a1"])
-@pytest.mark.parametrize(
-    "rows", [40, 100, paths.OPERAND_ELEMENTS // 256 + 8, paths.NORM_ELEMENTS // 256 + 8]
-)
+@pytest.mark.parametrize("rows", [40, 100, paths.SUM_ELEMENTS // 256 + 8, by_row.MOST // 1024 + 8])
 def test_layers_behind_a_norm_on_hopper(rows: int, recipe: str, bias: bool) -> None:
     """Eagerly, compiled and from a graph: the same bits, those of the operand made alone.
 
@@ -373,7 +372,7 @@ def test_layers_behind_a_norm_on_hopper(rows: int, recipe: str, bias: bool) -> N
     with torch.no_grad():
         h, made = quest.normed(x, norm, layers, residual)
         assert torch.equal(h, residual + x)
-        y, few = torch.cat(made, -1), paths.norms_few_rows(x)
+        y, few = torch.cat(made, -1), paths.compiles_sums(x)
         whole = joint.whole(layers)
         assert whole is not None
         for other in (residual, residual.neg(), None, x, None):  # call after call is recorded

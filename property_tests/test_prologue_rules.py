@@ -240,7 +240,7 @@ def test_a_compiled_norm_of_a_sum_before_few_rows_is_called(
 ) -> None:
     """Compiled, it is part of a kernel that adds; a norm by itself, and a gate, have their own."""
     (layer,), norm, (x, other) = _frozen(monkeypatch), _norm(), _pair()
-    monkeypatch.setattr(paths, "NORM_ELEMENTS", x.numel() - (not few))
+    monkeypatch.setattr(paths, "SUM_ELEMENTS", x.numel() - (not few))
     with torch.no_grad():
         quest.normed(x, norm, [layer], other)
         assert seen.calls == ["normed"]

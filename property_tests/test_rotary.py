@@ -17,6 +17,7 @@ from property_tests.prologues import on_hopper
 from quest import direct, frozen, joint, ops, paths, prologue, rotary, rotated_product
 from quest.conformance.strategies import DTYPES
 from quest.kernels import product, recorded
+from quest.kernels import rows as by_row
 from quest.models import Llama, LlamaConfig
 from quest.models.llama import Block, rope_angles
 
@@ -223,7 +224,7 @@ def test_one_kernel_multiplies_and_turns(
     """What comes out is that of two operations; at the third call it is recorded."""
     made = Layers(monkeypatch, recipe, bias, dtype)
     norm = nn.RMSNorm(WIDTH, 1e-5, dtype=dtype)
-    monkeypatch.setattr(paths, "norms_few_rows", lambda _: False)
+    monkeypatch.setattr(by_row, "takes", lambda *_: False)
     cos, sin = angles(TOKENS)
     for lead in ((2, TOKENS), (1, 3, TOKENS)):
         x = _x(lead, dtype)

@@ -7,10 +7,10 @@ import torch
 
 import quest
 from property_tests.ledger import LEDGER
-from quest import lowbit, operands, ops, paths
+from quest import lowbit, operands, ops
 from quest.conformance import examine, inputs
 from quest.conformance.lanes import Lane
-from quest.kernels import blocks, cuda, outputs, rows
+from quest.kernels import blocks, cuda, forms, outputs, rows
 from quest.quantizer import parse
 
 LANE = Lane("triton-cuda", "cuda", "dispatch")
@@ -37,8 +37,8 @@ def _kind(spec: str) -> str:
 def test_every_variant_compiles_without_a_gpu(dtype: torch.dtype, spec: str, width: int) -> None:
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     for normed in (False, True):
-        levels, shape = parse(spec).require_grid().levels, rows.shape(width)
-        macros = rows.macros(dtype, levels, _kind(spec), shape, normed)
+        levels, how = parse(spec).require_grid().levels, forms.OPERANDS[_kind(spec)]
+        macros = rows.macros(dtype, levels, False, *how, rows.shape(width), normed)
         if normed and dtype == torch.float32:
             with pytest.raises(RuntimeError, match="a norm takes 16 bits"):
                 cuda.compile_("rows.cu", "sm_90a", macros, cached=False)
@@ -73,7 +73,7 @@ def test_rows(dtype: torch.dtype, spec: str, width: int) -> None:
     assert blocks.supports(ops.program(q, probe), probe)
     for i, distribution in enumerate(KINDS):
         count = (1, 9, 33)[i % 3] if width < 10000 else 5
-        assert count * width <= paths.OPERAND_ELEMENTS
+        assert rows.takes(count, width)
         x = inputs.draw(distribution, (count, width), dtype, i)
         told = f"{distribution}, {count} rows of {width}, {spec}"
         LEDGER.judge(LANE, examine.operand(LANE, x, q, _kind(spec)), told)

@@ -300,7 +300,7 @@ def _plan(
     spec: str, names: str, kinds: str, width: int, dtype: torch.dtype, device: torch.device
 ) -> _Plan | None:
     """None where these kernels don't do it."""
-    from .kernels import blocks, hopper
+    from .kernels import blocks, forms, hopper
 
     kind, other = kinds.split(",")
     like = torch.empty((1, width), dtype=dtype, device=device)
@@ -313,7 +313,7 @@ def _plan(
     whole = {terms.rows, terms.columns} <= {0, 1}  # no sum is to be doubled
     if not (whole and blocks.supports(program, like) and hopper.unavailable(device) is None):
         return None
-    form, bits = blocks.OPERANDS[kind]
+    form, bits = forms.OPERANDS[kind]
     return _Plan(
         program, kind, form, bits, width // 8 if kind == "bits" else width, terms,
         hopper.CORRECTED if terms.corrected else hopper.PLAIN, pair[1].spread,
@@ -329,7 +329,7 @@ def linear(
     held has an operand; bias is contiguous and lies where x does. gate, residual, rotary: as in
     `frozen.linear`.
     """
-    from .kernels import blocks, layout, rows
+    from .kernels import blocks, layout
 
     made = _room(x, held, dtype, gate)
     if made is None:
@@ -340,12 +340,7 @@ def linear(
         # A copy has an address that no recorded call knows: such a call is made anew each time.
         residual = None if residual is None else layout.aligned(residual)
         with ops.device_of(x):
-            if paths.has_few_rows(x):
-                rows.launch(x, plan.program, plan.kind, n, width, a, scale, sums)
-            else:
-                blocks.launch(
-                    x, plan.program, plan.form, plan.bits, n, width, a, scale, 0, sums
-                )  # fmt: skip
+            blocks.launch(x, plan.program, plan.form, plan.bits, n, width, a, scale, 0, sums)
             _multiply(made, held, bias, width, gate, residual, rotary)
     return (y,)
 
@@ -375,7 +370,6 @@ def _behind(
     eps: float | None, gate: bool, rotary: product.Turned | None,
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     from .kernels import blocks, cuda
-    from .kernels import rows as few
 
     x, alone = xs[0], len(xs) == 1
     width = x.shape[-1]
@@ -383,7 +377,7 @@ def _behind(
     # Without columns nothing is launched, and a sum with a residual is to be made all the same.
     if made is None or (x.numel() and not made.y.numel()):
         return None
-    y, plan, n, a, scale, sums, _ = made
+    y, plan, _, a, scale, sums, _ = made
     prologue, h = blocks.GATED, None
     if weight is not None:
         prologue = blocks.NORMED if alone else blocks.ADDED
@@ -391,14 +385,10 @@ def _behind(
     if y.numel():
         rows = [t.reshape(-1, width) for t in xs]
         with ops.device_of(x):
-            if weight is not None and alone and paths.norms_few_rows(x):
-                first, norm = blocks.readable(rows[0]), (weight, eps or 0.0)
-                few.launch(first, plan.program, plan.kind, n, width, a, scale, sums, norm)
-            else:
-                blocks.launch_prologue(
-                    rows[0], None if alone else rows[1], plan.program, plan.form, plan.bits,
-                    prologue, a, scale, sums, cuda.pointer(h), weight, eps or 0.0,
-                )  # fmt: skip
+            blocks.launch_prologue(
+                rows[0], None if alone else rows[1], plan.program, plan.form, plan.bits, prologue,
+                a, scale, sums, cuda.pointer(h), weight, eps or 0.0,
+            )  # fmt: skip
             _multiply(made, held, bias, width, gate, rotary=rotary)
     return (y,) if h is None else (y, h)
 

@@ -250,13 +250,13 @@ def plan(q: Quantizer, kind: str, like: tuple[torch.dtype, int, torch.device]) -
 
 def launch_encode(x: Tensor, q: Quantizer, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`eager.encode` by the kernels; sparsity groups that they lack run in plain PyTorch."""
-    from .kernels import blocks
+    from .kernels import blocks, forms
     from .kernels import quantize as kernel
 
     q.check(x)
     program, form = plan(q, kind, (x.dtype, x.shape[-1], x.device))
     if blocks.supports(program, x):
-        chosen, bits = blocks.OPERANDS[kind]
+        chosen, bits = forms.OPERANDS[kind]
         with ops.device_of(x):
             return blocks.quantize(x, program, form=chosen, bits=bits, sums=True)[:4]
     if not kernel.supports(program):
@@ -269,13 +269,13 @@ def launch_encode_saved(
     x: Tensor, q: Quantizer, kind: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`eager.encode_saved` by the kernels: in one pass where `quest.kernels.blocks` supports it."""
-    from .kernels import blocks
+    from .kernels import blocks, forms
 
     q.check(x)
     packed = operands.PACKED.get(operands.saved(q, kind).kind, 0)
     program, _ = plan(q, kind, (x.dtype, x.shape[-1], x.device))
     if packed and blocks.supports(program, x):
-        form, bits = blocks.OPERANDS[kind]
+        form, bits = forms.OPERANDS[kind]
         with ops.device_of(x):
             return blocks.quantize(x, program, form=form, bits=bits, sums=True, saved=packed)
     made = launch_encode(x, q, kind)
@@ -284,17 +284,14 @@ def launch_encode_saved(
 
 def launch_operand(x: Tensor, q: Quantizer, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """`operand` by the kernels."""
-    from . import paths
-    from .kernels import blocks, rows
+    from .kernels import blocks, forms
 
     q.check(x)
     program, _ = plan(q, kind, (x.dtype, x.shape[-1], x.device))
     if not blocks.supports(program, x):
         return _without_mask(launch_encode(x, q, kind))
     with ops.device_of(x):
-        if paths.has_few_rows(x):
-            return rows.quantize(x, program, kind)
-        form, bits = blocks.OPERANDS[kind]
+        form, bits = forms.OPERANDS[kind]
         made = blocks.quantize(x, program, form=form, bits=bits, sums=True, masked=False)
         return _without_mask(made[:4])
 

@@ -198,11 +198,11 @@ def _quantize_blocks(
     x: Tensor, made: Any, *, codes: bool, packed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`launch_quantize` for what `quest.kernels.blocks` supports."""
-    from .kernels import blocks
+    from .kernels import blocks, forms
 
-    form, bits = blocks.VALUES, 0
+    form, bits = forms.VALUES, 0
     if codes:
-        form, bits = (blocks.PACKED, made.bits) if packed else (blocks.CODES, 0)
+        form, bits = (forms.PACKED, made.bits) if packed else (forms.CODES, 0)
     with device_of(x):
         out, scale, mask, none, _ = blocks.quantize(x, made, form=form, bits=bits)
     # One element a flag is for the eye: nothing that has to be fast asks for it.

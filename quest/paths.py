@@ -38,14 +38,9 @@ FEW_ROWS = {1: 16, 4: 32}
 # four 7B shapes (kernels/README.md); at 384 rows it is at 0.93 to 1.19, below mostly slower.
 SPARSE_ROWS = 512
 
-# Elements of an input in inference that are quantized a row a thread block. From there on eight
-# Hadamard blocks a warp are faster (the H200's quantizer.txt, part 11): 512 rows of 2048 take both
-# 2.9 us, 1024 the one 3.9 and the other 3.6; 256 of 5632 the one 3.6 and the other 4.4.
-OPERAND_ELEMENTS = 3 * 2**19
-# The same behind a norm: 1024 rows of 2048 take both 7.2 us, 2048 the one 11.5 and the other 9.9
-# (there, part 9). A compiled sum and its norm before so few are the compiler's: these and a
-# quantizer take less than one kernel for all three (prefill.txt).
-NORM_ELEMENTS = 2**21
+# Elements of an input up to which a compiled sum and its norm before a quantizer are the
+# compiler's: its kernel and a quantizer took less than one for all three (the H200's prefill.txt).
+SUM_ELEMENTS = 2**21
 
 _forced: str | None = None
 
@@ -116,14 +111,9 @@ def reads_compressed(rows: int) -> bool:
     return rows >= SPARSE_ROWS
 
 
-def has_few_rows(x: Tensor) -> bool:
-    """Whether x (..., d) is small for the quantizer; see OPERAND_ELEMENTS."""
-    return x.numel() <= OPERAND_ELEMENTS
-
-
-def norms_few_rows(x: Tensor) -> bool:
-    """Whether x (..., d) is small for the quantizer with a norm; see NORM_ELEMENTS."""
-    return x.numel() <= NORM_ELEMENTS
+def compiles_sums(x: Tensor) -> bool:
+    """Whether a sum and its norm, of x (..., d), are left to the compiler; see SUM_ELEMENTS."""
+    return x.numel() <= SUM_ELEMENTS
 
 
 def choose(x: Tensor, recipe: Recipe) -> str:

@@ -111,10 +111,10 @@ def launch_gated_encode(
 
 def _launch_gated(gate: Tensor, value: Tensor, q: Quantizer, kind: str, **how: Any) -> Made:
     """`quest.kernels.blocks.gated` of inputs (..., d) for which there is a kernel."""
-    from .kernels import blocks
+    from .kernels import blocks, forms
 
     program, _ = lowbit.plan(q, kind, (gate.dtype, gate.shape[-1], gate.device))
-    form, bits = blocks.OPERANDS[kind]
+    form, bits = forms.OPERANDS[kind]
     with ops.device_of(gate):
         return blocks.gated(
             lowbit.as_rows(gate), lowbit.as_rows(value), program, form=form, bits=bits, **how
@@ -198,20 +198,15 @@ def launch_normed_encode(
         h, rows = eager.normed(x, residual, weight, eps)
         operand, scale, _, sums = lowbit.launch_encode(rows, q, kind)
         return operand, scale, sums, _given(h, residual), rows if show else None
-    from .kernels import blocks
-    from .kernels import rows as few
+    from .kernels import blocks, forms
 
     program, _ = lowbit.plan(q, kind, (x.dtype, d, x.device))
-    form, bits = blocks.OPERANDS[kind]
-    added = None
+    form, bits = forms.OPERANDS[kind]
     with ops.device_of(x):
-        if residual is None and paths.norms_few_rows(x):
-            *made, shown = few.normed(lowbit.as_rows(x), weight, eps, program, kind, show=show)
-        else:
-            beside = None if residual is None else lowbit.as_rows(residual)
-            *made, _, _, added, shown = blocks.normed(
-                lowbit.as_rows(x), beside, weight, eps, program, form=form, bits=bits, show=show
-            )
+        beside = None if residual is None else lowbit.as_rows(residual)
+        *made, _, _, added, shown = blocks.normed(
+            lowbit.as_rows(x), beside, weight, eps, program, form=form, bits=bits, show=show
+        )
     operand, scale, sums = (t.view(*x.shape[:-1], t.shape[-1]) for t in made)
     given = x.new_empty(0) if added is None else added.view(x.shape)
     return operand, scale, sums, given, None if shown is None else shown.view(x.shape)
@@ -319,7 +314,7 @@ def _held(layers: Sequence[nn.Module], x: Tensor, summed: bool = False) -> froze
     held = whole(plain)
     if held is None or held.operand is None:
         return None
-    if torch.compiler.is_compiling() and summed and paths.norms_few_rows(x):
+    if torch.compiler.is_compiling() and summed and paths.compiles_sums(x):
         return None
     # Without autocast x has the weight's dtype: `check` has looked.
     casts = torch.is_autocast_enabled(x.device.type)

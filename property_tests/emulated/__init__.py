@@ -5,7 +5,7 @@ Their sources are translated (`translate`) and compiled with what stands in for 
 Takes the place of `kernels.cuda`'s compiler and loader, so that launchers are what they are:
 
     emulated.instead(monkeypatch)
-    blocks.quantize(x, program, form=blocks.INTEGERS)  # x on the CPU
+    blocks.quantize(x, program, form=forms.INTEGERS)  # x on the CPU
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quest import operands, paths
+from quest import operands
 from quest.estimators import STE
 from quest.quantizer import Quantizer
 from quest.recipes import Recipe, recipe
@@ -26,18 +26,17 @@ from .verdict import Verdict
 TENSOR_CORES = Sums(roundings=11)
 
 
-def sums_of(lane: Lane, x: Tensor, q: Quantizer, few: bool = False) -> Sums:
+def sums_of(lane: Lane, x: Tensor, q: Quantizer) -> Sums:
     """How the quantizer of a lane takes the sums of the transform of an input like x (..., d).
 
-    kernels/blocks.cu transforms 16 bits on the tensor cores; few: whether kernels/rows.cu, whose
-    sums are a butterfly's, has so few rows. Where a device, an estimator or a width is Triton's,
-    the bound is wider than need be.
+    kernels/blocks.cu and rows.cu transform 16 bits on the tensor cores. Where a device, an
+    estimator or a width is Triton's, the bound is wider than need be.
     """
     compiled = lane.name == "triton-cuda" or lane.backend == "emulated"
     halves = x.dtype is torch.bfloat16 or x.dtype is torch.float16
     taken = q.grid is not None and q.grid.step is not None and q.sparsity is None
     at_once = q.transform.order(x.shape[-1]) == 128
-    return TENSOR_CORES if compiled and halves and taken and at_once and not few else BUTTERFLY
+    return TENSOR_CORES if compiled and halves and taken and at_once else BUTTERFLY
 
 
 def turned_by(lane: Lane, dtype: torch.dtype, order: int) -> Sums:
@@ -151,7 +150,7 @@ def operand(lane: Lane, x: Tensor, q: Quantizer, kind: str) -> list[Verdict]:
     out = lane.call("operand", x, q=q, kind=kind)
     shown = (out["operand"], out["scale"], out["sums"])
     if q.require_grid().step is not None and q.sparsity is None:
-        by = sums_of(lane, x, q, paths.has_few_rows(x))
+        by = sums_of(lane, x, q)
         return _quantized(x, q, kind, shown, "operand", by)
     same = lane.call("encode", x, q=q, kind=kind)
     return [
@@ -225,7 +224,7 @@ def normed(
     sums = [] if residual is None else [judges.added(x, residual, out["h"])]
     h = x if residual is None else out["h"]
     shown = (out["operand"], out["scale"], out["sums"])
-    by = sums_of(lane, out["x"], q, residual is None and paths.norms_few_rows(h))
+    by = sums_of(lane, out["x"], q)
     inside = _quantized(out["x"], q, kind, shown, "normed", by, conclusive)
     return [*forms, *sums, judges.normed(h, weight, eps, out["x"]), *inside]
 
@@ -389,7 +388,7 @@ def _of_rows(lane: Lane, x: Tensor, made: Recipe, out: dict[str, Tensor]) -> lis
     kinds = operands.kinds(made.activation, made.weight)
     if kinds is None:
         raise ValueError(f"recipe {made} has no integer product")
-    by = sums_of(lane, x, made.activation, paths.has_few_rows(x))
+    by = sums_of(lane, x, made.activation)
     shown = (out["a"], out["a_scale"], out["a_sums"])
     return _quantized(x, made.activation, kinds[0], shown, "frozen", by)
 

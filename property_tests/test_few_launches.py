@@ -376,8 +376,11 @@ def test_a_mask_is_asked_for(of_rows: Device) -> None:
 def test_whose_rows_they_are() -> None:
     """By their entries; those of narrow rows count as a warp's."""
     for count, d in ((4096, 4096), (2978, 5632), (2**14, 1024), (2**14, 128), (341, 49152)):
-        assert rows.takes(count, d)
-        assert not rows.takes(count + 1, d)
+        for dtype, form in ((BF16, 1), (F16, 3), (BF16, 2), (BF16, 0), (F32, 3)):
+            assert rows.takes(count, d, dtype, form)
+            # Of float32, or as values, any number of rows that are neither narrow nor wide.
+            moves = (form == 0 or dtype == F32) and 1024 <= d <= 4096
+            assert rows.takes(count + 1, d, dtype, form) == moves
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -396,7 +399,7 @@ def test_rows_overlap_with_the_kernel_before(normed: bool, of_rows: Device) -> N
             assert kernel.shared == room
             # With what it has without asking, so many fit where 228 KB are; and no more.
             if room:
-                assert share * (room + 3072) <= 228 * 1024 < (share + 1) * (room + 1024)
+                assert share * (room + 3072) <= 228 * 1024 < (share + 1) * (room + 3072)
 
 
 @pytest.mark.parametrize("show", [False, True])

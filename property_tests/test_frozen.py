@@ -267,8 +267,6 @@ def test_whose_sums_are_those_of_tensor_cores() -> None:
     for lane, dtype, spec, expected in cases:
         sums = examine.sums_of(lane, torch.empty(1, 256, dtype=dtype), parse(spec))
         assert sums == (examine.TENSOR_CORES if expected else bounds.BUTTERFLY), (lane, dtype, spec)
-        few = examine.sums_of(lane, torch.empty(1, 256, dtype=dtype), parse(spec), few=True)
-        assert few == bounds.BUTTERFLY
 
 
 def test_a_copy_and_a_state_dict() -> None:

@@ -388,14 +388,14 @@ def test_gate_and_up_are_one_product(
             last.calls.clear()  # a recorded call writes nothing here
             alone = quest.gated(*quest.normed(x, made.norm, made.both)[1], made.down)
             for run, first, like in (
-                (lambda: (x, quest.swiglu(x, *made.both, made.down)), "rows", (x, expected)),  # noqa: B023
+                (lambda: (x, quest.swiglu(x, *made.both, made.down)), "blocks", (x, expected)),  # noqa: B023
                 (lambda: quest.normed_swiglu(x, made.norm, *made.both, made.down, other), "added",  # noqa: B023
                  (h, wanted)),
-                (lambda: quest.normed_swiglu(x, made.norm, *made.both, made.down), "normed rows",  # noqa: B023
+                (lambda: quest.normed_swiglu(x, made.norm, *made.both, made.down), "normed",  # noqa: B023
                  (x, alone)),
             ):  # fmt: skip
                 last.calls.clear()
-                assert made.seen(run) == [first, "gated product", "rows", "product"]
+                assert made.seen(run) == [first, "gated product", "blocks", "product"]
                 for t, other_ in zip(made.made, like, strict=True):
                     torch.testing.assert_close(t, other_)
                 made.seen(run)
@@ -426,7 +426,7 @@ def test_calls_with_and_without_a_gate_are_two(layers: Layers) -> None:
     for _ in range(3):
         layers.seen(both)
     assert [t.shape for t in layers.made] == [(ROWS, HIDDEN)] * 2
-    assert layers.seen(one) == ["rows", "gated product"]
+    assert layers.seen(one) == ["blocks", "gated product"]
     assert [t.shape for t in layers.made] == [(ROWS, HIDDEN)]
     layers.seen(one)
     assert layers.seen(one) == ["again"]

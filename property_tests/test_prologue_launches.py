@@ -19,7 +19,6 @@ import quest
 from property_tests.prologues import HALVES, SPECS, halves
 from quest import eager, lowbit, ops, prologue
 from quest.kernels import blocks, cuda, forms
-from quest.kernels import rows as few
 from quest.quantizer import parse
 
 pytestmark = pytest.mark.whole
@@ -64,18 +63,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         h, rows = eager.normed(x, residual, weight, eps)
         return _made(rows, None if residual is None else h, program, **how)
 
-    def normed_few(
-        x: Tensor, weight: Tensor, eps: float, program: Any, kind: str, *, show: bool
-    ) -> tuple[Tensor | None, ...]:
-        note("normed rows", x)
-        rows = eager.normed(x, None, weight, eps)[1]
-        form, bits = forms.OPERANDS[kind]
-        made = _made(rows, None, program, form=form, bits=bits, show=show)
-        return made.out, made.scale, made.sums, made.rows
-
     monkeypatch.setattr(blocks, "gated", gated)
     monkeypatch.setattr(blocks, "normed", normed)
-    monkeypatch.setattr(few, "normed", normed_few)
 
     def elsewhere(name: str) -> Callable[..., Any]:
         real: Callable[..., Any] = getattr(eager, name)

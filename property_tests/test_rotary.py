@@ -17,7 +17,6 @@ from property_tests.prologues import on_hopper
 from quest import direct, frozen, joint, ops, paths, prologue, rotary, rotated_product
 from quest.conformance.strategies import DTYPES
 from quest.kernels import product, recorded
-from quest.kernels import rows as by_row
 from quest.models import Llama, LlamaConfig
 from quest.models.llama import Block, rope_angles
 
@@ -224,13 +223,12 @@ def test_one_kernel_multiplies_and_turns(
     """What comes out is that of two operations; at the third call it is recorded."""
     made = Layers(monkeypatch, recipe, bias, dtype)
     norm = nn.RMSNorm(WIDTH, 1e-5, dtype=dtype)
-    monkeypatch.setattr(by_row, "takes", lambda *_: False)
     cos, sin = angles(TOKENS)
     for lead in ((2, TOKENS), (1, 3, TOKENS)):
         x = _x(lead, dtype)
         beside = x.flip(0).clone()
         runs: dict[str, Callable[..., Any]] = {
-            "rows": lambda *how: quest.together(x, made.all, *how),  # noqa: B023
+            "blocks": lambda *how: quest.together(x, made.all, *how),  # noqa: B023
             "normed": lambda *how: quest.normed(x, norm, made.all, None, *how)[1],  # noqa: B023
             "added": lambda *how: quest.normed(x, norm, made.all, beside, *how)[1],  # noqa: B023
         }
@@ -277,7 +275,7 @@ def test_angles_that_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(4):
         how = quest.Rotary(apart, sin, 2)
         found = made.seen(lambda: quest.together(x, made.all, how), cos, sin)  # noqa: B023
-        assert found == ["rows", "rotated product"]
+        assert found == ["blocks", "rotated product"]
         assert all_same(made.made, expected)
 
 
@@ -335,7 +333,7 @@ def test_a_recorded_call_of_few_rows_is_turned_behind_it(monkeypatch: pytest.Mon
     x, (cos, sin) = _x((1, 3)), angles(3)
     how = quest.Rotary(cos, sin, 2)
     for _ in range(2):
-        assert made.seen(lambda: quest.together(x, made.all, how), x) == ["rows", "few"]
+        assert made.seen(lambda: quest.together(x, made.all, how), x) == ["blocks", "few"]
     written: list[Tensor] = []
     real = direct.again
 

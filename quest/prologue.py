@@ -395,7 +395,7 @@ def normed(
     `norm` is a `torch.nn.RMSNorm` with a weight and without hooks, and `layers` are frozen
     `quest.Linear`s, stacked if several, that multiply integers, one kernel adds, normalises, rounds
     once and quantizes; not compiled where there are a residual and few rows
-    (`paths.norms_few_rows`). Elsewhere these are operations one after another, as in
+    (`paths.compiles_sums`). Elsewhere these are operations one after another, as in
     `quest.together`, and h has the dtype of a sum: under autocast a residual stream is float32.
     Raises TypeError and ValueError for an x and a residual of other shapes or devices, for a norm
     that is no module, and what `quest.together` raises.

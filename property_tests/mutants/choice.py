@@ -91,6 +91,7 @@ OWN = {
         "barriers",
     ),
     "kernels/codes.cuh": (
+        "rows_cuda_edges",
         "blocks_cuda_edges",
         "blocks_drawn",
         "blocks",
@@ -104,9 +105,11 @@ OWN = {
     ),
     "kernels/rotate.cuh": (
         "masked_cuda_edges",
+        "rows_cuda_edges",
         "blocks_cuda_edges",
         "blocks_drawn",
         "blocks",
+        "rows",
         "masked",
         "cuda_texts",
         "races",
@@ -187,6 +190,7 @@ OWN = {
         "sparse_product",
     ),
     "kernels/layout.py": ("layout", "few", "rows", "masked"),
+    "kernels/forms.py": ("block_launches", "launch_rules", "few_launches", "prologue_kernel"),
     "kernels/masked.cu": (
         "masked_cuda_edges",
         "masked",
@@ -221,6 +225,7 @@ OWN = {
     ),
     "kernels/rows.cu": (
         "rows_cuda_edges",
+        "blocks_cuda_edges",
         "blocks_drawn",
         "rows",
         "frozen",
@@ -231,7 +236,7 @@ OWN = {
         "memcheck",
         "barriers",
     ),
-    "kernels/rows.py": ("few_launches", "launch_rules", "rows"),
+    "kernels/rows.py": ("few_launches", "launch_rules", "rows", "blocks_cuda_edges"),
     "kernels/scales.cuh": (
         "product_cuda_edges",
         "few_cuda_edges",

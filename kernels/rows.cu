@@ -27,6 +27,7 @@ constexpr int WORDS = 8 * SIZE;                 // 4-byte words of 32 elements
 constexpr int PARTS = SIZE / 2;                 // chunks of 16 bytes that eight elements are
 constexpr int SHARES = WARPS > 8 ? 16 : WARPS > 4 ? 8 : WARPS > 2 ? 4 : WARPS;  // a power of two
 constexpr u32 ALL = 0xFFFFFFFF;
+constexpr int RESIDENT = LONG ? 16 : IN == FLOAT32 ? 24 : 32;  // warps of a multiprocessor that have registers
 static_assert(!NORMED || IN != FLOAT32, "a norm takes 16 bits");
 
 __device__ __forceinline__ void meet() {
@@ -234,7 +235,7 @@ __device__ __forceinline__ int emit(const float (&y)[32], const Chunks &c, const
 // x: rows of `blocks` blocks, `stride` bytes apart, each at a multiple of 16. scale: (rows,); sums: (rows,) or null.
 // out, mask or null and, with SAVED, saved by chunks. The grid has a thread block for each row. weight: a row;
 // shown: rows, or null.
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT / WARPS)
     rows(const char *x, float *scale, char *out, u32 *mask, int *sums, char *saved, i64 stride, int blocks, float step, float threshold
 #if NORMED
          , const char *weight, char *shown, float eps
@@ -272,36 +273,33 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #endif
 #pragma unroll 1
   for (;; block += HOP) {
-    const bool last = !LONG || block - begin + HOP >= blocks;  // alike for all: each warp has as many turns
     read(w, row, block, blocks);
 #if NORMED
-    if (last) read(by, weight, block, blocks);
+    if (!LONG) read(by, weight, block, blocks);
 #endif
     if (wide && block == begin) let_next_start();
     s += squares(w);
-    if (last) break;
+    if (!LONG || block - begin + HOP >= blocks) break;  // alike for all: each warp has as many turns
   }
+  const int last = block;
 #if NORMED
   const float root = 1.0f / sqrtf(over_row(s, before) * mean + eps);
   if (shown) shown += (i64)blockIdx.x * blocks * (ORDER * SIZE);
-  // From the last group, which is in registers, back to the first; and where there are more the last again.
   s = 0.0f;
-  const int end = block;
+  // In the order in which rows as they are add their squares.
 #pragma unroll 1
-  for (;;) {
+  for (block = begin;; block += HOP) {
+    if (LONG) read(w, row, block, blocks), read(by, weight, block, blocks);
     norm(w, by, root, shown, block, blocks);
     s += squares(w);
-    if (!LONG || block == begin) break;
-    block -= HOP;
-    read(w, row, block, blocks), read(by, weight, block, blocks);
+    if (block == last) break;
   }
-  // A group; of one alone it is there.
+  // A group; where there is but one it is there.
   auto fetch = [&](int block) {
     if (!LONG) return;
     read(w, row, block, blocks), read(by, weight, block, blocks);
     norm(w, by, root, nullptr, block, blocks);
   };
-  if (end != begin) fetch(block = end);
 #else
   auto fetch = [&](int block) {
     if (LONG) read(w, row, block, blocks);
@@ -314,13 +312,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   s = over_row(s, first);
   float sigma = sqrtf(s * mean), inner = sigma;
   if (__builtin_expect(!(s >= SMALL && s <= GREAT), 0)) {  // alike for all
-    const int last = block;
     u32 top = 0;
 #pragma unroll 1
     for (block = begin;; block += HOP) {
       fetch(block);
       top = max(top, top_of(w));
-      if (!LONG || block == last) break;
+      if (block == last) break;
     }
     top = __reduce_max_sync(ALL, top);
     if (lane == 0) largest[warp] = top;
@@ -333,7 +330,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     for (block = begin;; block += HOP) {
       fetch(block);
       s += squares_of(w, down);
-      if (!LONG || block == last) break;
+      if (block == last) break;
     }
     s = over_row(s, second);
     sigma = fminf(sqrtf(s * mean) * power(again.field), LARGEST);

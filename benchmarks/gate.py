@@ -1,13 +1,14 @@
 """The gate: no time without every judge's consent.
 
 The lane that is timed runs on a few rows of the very width and dtype that is timed, so that it is
-the same compiled kernel, and `quest.conformance.examine` judges what it wrote.
+the same compiled kernel, and `quest.conformance.examine` judges what it wrote. Of the two kernels
+that quantize rows, which is chosen by how many they are, both are judged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,15 @@ def tiles_of(
         yield
 
 
+def _quantizers() -> list[AbstractContextManager[None]]:
+    """The gate's few rows by the kernel for such, and on CUDA by that of many, too."""
+    if not CUDA:
+        return [nullcontext()]
+    from quest.kernels import rows
+
+    return [nullcontext(), rows.only(False)]
+
+
 def normal(
     rows: int, width: int, distribution: str, seed: int = 0, dtype: torch.dtype = DTYPE
 ) -> torch.Tensor:
@@ -90,7 +100,11 @@ def open_for(key: tuple[object, ...], judge: Judge) -> Passed:
         raise RedGateError(_refused[key])
     if key not in _passed:
         try:
-            verdicts = [v.require() for name in DISTRIBUTIONS for v in judge(lane(), name)]
+            verdicts = []
+            for name in DISTRIBUTIONS:
+                for kernels in _quantizers():
+                    with kernels:
+                        verdicts += [v.require() for v in judge(lane(), name)]
         except (Rejected, lanes.GuardError) as error:
             _refused[key] = (
                 f"no time is reported, {lane()} is wrong for {' '.join(map(str, key))}: {error}"

@@ -195,7 +195,7 @@ def quantize(
     _check_saved(saved, form, program)
     lead, d, device = x.shape[:-1], x.shape[-1], x.device
     rows = math.prod(lead)
-    if rows and by_row.takes(rows, d, x.dtype, form):
+    if rows and by_row.takes(rows, d, x.dtype):
         x = rows_of(x if x.ndim == 2 else x.reshape(rows, d))
     else:
         x = aligned(x)
@@ -233,7 +233,7 @@ def launch(
     Where they are rows.cu's (`rows.takes`) they may lie apart. mask, sums, kept: or 0. saved: the
     bits of an entry of `kept`.
     """
-    if by_row.takes(rows, d, x.dtype, form):
+    if by_row.takes(rows, d, x.dtype):
         by_row.launch(x, program, form, bits, rows, d, out, scale, mask, sums, kept, saved)
         return
     device = x.device.index
@@ -336,7 +336,7 @@ def launch_prologue(
     first = readable(first)
     second = None if second is None else readable(second)
     weight = None if weight is None else readable(weight[None])
-    if prologue == NORMED and weight is not None and by_row.takes(rows, d, first.dtype, form):
+    if prologue == NORMED and weight is not None and by_row.takes(rows, d, first.dtype):
         norm = weight[0], eps
         by_row.launch(
             first, program, form, bits, rows, d, out, scale, mask, sums, kept, saved, norm, shown

@@ -118,6 +118,9 @@ def architecture(device: int) -> str:
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
 
+MOST_READY = 1024  # numbers of thread blocks that a kernel is ready to be launched with, a thread
+
+
 @functools.cache
 def overlaps(device: int) -> bool:
     """Whether a launch may overlap with the kernel before it: only there kernels wait for it."""
@@ -173,6 +176,8 @@ class Kernel:
         packed.fill(*values)
         ready = local.ready.get((blocks, overlap))
         if ready is None:
+            if len(local.ready) >= MOST_READY:  # inputs of ever other lengths
+                local.ready.clear()
             ready = local.ready[blocks, overlap] = Ready(self, blocks, overlap, packed)
         ready.queue(torch._C._cuda_getCurrentRawStream(self.device))
         taken: list[Ready] | None = getattr(_recorder, "taken", None)

@@ -221,7 +221,7 @@ def product(
     of products of integers; `length` and w_sum don't count. Entries past a row's end are 0 in a.
     a_scale (M,), w_scale (N,) float32; bias (N,) float32, bfloat16 or float16. Vectors are
     contiguous. settled: between what wrote w and this launch, another launch that did not overlap
-    has been queued on this stream: a quantizer by rows.cu, which does, is none. This one
+    has been queued on this stream; rows.cu always overlaps, and does not count. This one
     then overlaps with kernels before it, and asks for w before they have ended.
     """
     rows, columns = a.shape[0], w.shape[0]

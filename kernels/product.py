@@ -235,7 +235,7 @@ def product(
     int32, which K below 2**17 does. Of signs, p, 4 acc - column_sum and row_sum + length must be
     below 2**22 in size, which K below 2**17 makes them.
     settled: between what wrote b and this launch, another launch that did not overlap has been
-    queued on this stream: a quantizer by rows.cu, which does, is none. b may then be
+    queued on this stream; rows.cu always overlaps, and does not count. b may then be
     asked for before kernels before this one have ended.
     """
     rows, columns = a.shape[0], b.shape[0] // (1 + gate)

@@ -1,5 +1,5 @@
 // The Hadamard transform of 16-bit floats by the tensor cores: four index bits by one product with a 16 x 16
-// matrix of signs, for blocks.cu and masked.cu. Of an element's index, bit 0 lies in a pair, two bits in
+// matrix of signs, for blocks.cu, rows.cu and masked.cu. Of an element's index, bit 0 lies in a pair, two bits in
 // the lane, and one tells the second word of b; of the outcome bit 0 is a row's upper half, and the other
 // three are the row.
 //

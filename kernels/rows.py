@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
 from . import cuda
-from .forms import INPUTS, ORDER, RESERVED, VALUES
+from .forms import INPUTS, ORDER, RESERVED
 from .quantize import STE, Program
 
 GROUP = 8  # blocks of a warp
@@ -30,21 +32,41 @@ WARPS = 16
 # 26.3; without a mask 512 x 2048 2.4 for 3.6, 4096 x 2048 8.5 for 9.6, 4096 x 5632 about the same
 # (the H200's quantizer.txt, parts 12 and 13).
 MOST = 2**24
-# Rows of so many entries at most are this kernel's however many they are where memory is what
-# counts: of float32 or as values, 16384 x 2048 36.9 us for 40.1, of float32 16384 x 4096 91 for 99.
+# Of float32, whose bytes are what counts, any number of rows of up to so many entries: 16384 x 2048
+# with a mask 40.1 us for 42.7, 16384 x 4096 91 for 99.
 NARROW = 4096
 # Thread blocks of a multiprocessor up to which a launch leaves each no more than its share, by
 # shared memory that it asks for: those that start early would all go where the kernel before ends
 # first. More than so many don't fit anyway, as registers go.
 SHARES = 16
-STATIC = 2048  # bytes of shared memory that a thread block has without asking, at most
+GRANULE = 128  # bytes in which shared memory is given out
 
 
-def takes(rows: int, d: int, dtype: torch.dtype, form: int) -> bool:
-    """Whether so many rows of d entries are this kernel's; see MOST and NARROW."""
+_forced: bool | None = None
+
+
+@contextmanager
+def only(taken: bool) -> Iterator[None]:
+    """All rows that both kernels can quantize are this one's inside the block, or none."""
+    global _forced
+    before, _forced = _forced, taken
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def takes(rows: int, d: int, dtype: torch.dtype) -> bool:
+    """Whether so many rows of d entries are this kernel's; see MOST and NARROW.
+
+    Whatever is made of them: codes and values of the same rows are to have the same scale.
+    """
+    if _forced is not None:
+        return _forced
     least = GROUP * ORDER
-    moves = dtype == torch.float32 or form == VALUES
-    return rows * max(d, least) <= MOST or (moves and least <= d <= NARROW)
+    if dtype == torch.float32 and least <= d <= NARROW:
+        return True
+    return rows * max(d, least) <= MOST
 
 
 class Shape(NamedTuple):
@@ -80,18 +102,25 @@ def _kernel(
     made = macros(dtype, levels, edge, form, bits, shape, normed, saved)
     code = cuda.compile_("rows.cu", cuda.architecture(device), made)
     return cuda.load(
-        code, "rows", device, threads=32 * shape.warps, shared=cuda.shared(device) - STATIC,
+        code, "rows", device, threads=32 * shape.warps,
+        shared=cuda.shared(device) - _static(WARPS),
         layout="6Pqi2f" + ("2Pf" if normed else ""),
     )  # fmt: skip
 
 
-@functools.cache
-def _room(rows: int, device: int) -> int:
+def _static(warps: int) -> int:
+    """Bytes of shared memory that a thread block has without asking, or a few more."""
+    # Three sums of eight blocks a warp, and two numbers.
+    return -(-104 * warps // GRANULE) * GRANULE
+
+
+def _room(rows: int, warps: int, device: int) -> int:
     """Bytes of shared memory that a row's thread block asks for; see SHARES."""
     share = -(-rows // cuda.processors(device))
     if not 1 < share <= SHARES:
         return 0
-    return (cuda.shared(device) + RESERVED) // share - RESERVED - STATIC
+    room = (cuda.shared(device) + RESERVED) // share - RESERVED - _static(warps)
+    return room // GRANULE * GRANULE
 
 
 @functools.cache
@@ -114,14 +143,14 @@ def launch(
     """
     stride, device = x.stride(0) if x.ndim == 2 else d, x.device.index
     given = () if norm is None else (norm[0].data_ptr(), shown, norm[1])
-    edge = bool(mask) and program.estimator != STE
+    edge, how, overlap = bool(mask) and program.estimator != STE, shape(d), cuda.overlaps(device)
     kernel = _ready(
-        _room(rows, device), x.dtype, program.levels, edge, form, bits, shape(d),
-        norm is not None, saved, device,
+        _room(rows, how.warps, device) if overlap else 0, x.dtype, program.levels, edge, form,
+        bits, how, norm is not None, saved, device,
     )  # fmt: skip
     kernel.launch(
         rows,
         x.data_ptr(), scale, out, mask, sums, kept, stride * x.element_size(), d // ORDER,
         program.step, program.threshold, *given,
-        overlap=cuda.overlaps(device),
+        overlap=overlap,
     )  # fmt: skip

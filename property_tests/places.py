@@ -141,7 +141,7 @@ def _forget() -> None:
     from quest.kernels import blocks, few, hopper, masked, product, rows, sparse
 
     for cached in (
-        blocks._kernel, rows._kernel, rows._ready, rows._room, few._loaded, few._ready,
+        blocks._kernel, rows._kernel, rows._ready, few._loaded, few._ready,
         product._kernel, sparse._kernel, hopper.tensor_map, masked._kernel,
     ):  # fmt: skip
         cached.cache_clear()

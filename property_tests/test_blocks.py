@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from quest import operands, ops, packing
 from quest.conformance import examine, inputs
 from quest.conformance.lanes import Lane
 from quest.kernels import blocks, cuda, forms, outputs, pack
+from quest.kernels import rows as by_row
 from quest.quantizer import parse
 
 LANE = Lane("triton-cuda", "cuda", "dispatch")
@@ -318,6 +320,14 @@ def _needs_gpu() -> None:
         pytest.skip(reason)
 
 
+@pytest.fixture(params=["blocks.cu", "rows.cu"])
+def by_either(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each of the kernels, whatever the rule between them says of so many rows."""
+    with by_row.only(request.param == "rows.cu"):
+        yield
+
+
+@pytest.mark.usefixtures("by_either")
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("dtype", list(forms.INPUTS), ids=str)
@@ -357,6 +367,7 @@ def test_many_turns_of_a_block(
 ) -> None:
     """One multiprocessor has all rows, special ones among them: the same as by themselves."""
     _needs_gpu()
+    monkeypatch.setattr(by_row, "takes", lambda *_: False)
     x = torch.randn(500, width, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     x[::7] *= 1e-30
     x[3::11] = 0
@@ -383,6 +394,7 @@ def test_many_turns_of_a_block(
 SPECIAL = ("gaussian", "heavy", "mixed_rows", "non_finite", "outlier", "zeros", "huge", "tiny")
 
 
+@pytest.mark.usefixtures("by_either")
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize(
     ("levels", "dtype"),

@@ -222,7 +222,7 @@ def test_the_court_of_frozen_rows_bites(recipe: str) -> None:
 
 
 def test_a_scale_off_by_more_than_a_butterfly_s_sums() -> None:
-    """But by less than those of tensor cores, which a frozen layer's few rows do not have."""
+    """But by less than those of tensor cores, which rows of float32 do not have."""
     made, w = quest.recipe("w4a4"), torch.randn(24, 256)
     x = inputs.draw("gaussian", (5, 256), torch.float32, 0)
     a, _, _, a_sums = lowbit.encode(x, made.activation.spec, "integers")

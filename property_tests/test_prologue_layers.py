@@ -320,8 +320,8 @@ def test_a_model_takes_it(few: bool, taken: list[Tensor], monkeypatch: pytest.Mo
 def _multiplied(operand: list[Tensor], held: frozen.Frozen, bias: Tensor | None) -> Tensor:
     """What a prologue's (operand, scale, sums) gives with a weight.
 
-    Not what the layer makes of the rows shown: it quantizes few rows in another kernel, which adds
-    squares in another order, and a scale may differ in its last bit.
+    Not what the layer makes of the rows shown: rows behind a gate or a sum are quantized by another
+    kernel, which adds squares in another order, and a scale may differ in its last bit.
     """
     a, scale, sums = operand
     return frozen.multiply((a, scale, sums), held, bias, 256, torch.bfloat16, True)

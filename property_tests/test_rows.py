@@ -73,7 +73,7 @@ def test_rows(dtype: torch.dtype, spec: str, width: int) -> None:
     assert blocks.supports(ops.program(q, probe), probe)
     for i, distribution in enumerate(KINDS):
         count = (1, 9, 33)[i % 3] if width < 10000 else 5
-        assert rows.takes(count, width, dtype, forms.CODES)
+        assert rows.takes(count, width, dtype)
         x = inputs.draw(distribution, (count, width), dtype, i)
         told = f"{distribution}, {count} rows of {width}, {spec}"
         LEDGER.judge(LANE, examine.operand(LANE, x, q, _kind(spec)), told)

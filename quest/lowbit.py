@@ -37,11 +37,7 @@ def encode(x: Tensor, spec: str, kind: str) -> tuple[Tensor, Tensor, Tensor, Ten
 
 @torch.library.custom_op("quest::operand", mutates_args=(), device_types="cpu")
 def operand(x: Tensor, spec: str, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(operand, scale, sums) of x (..., d), as `encode` gives them, without a mask.
-
-    On CUDA few rows have a kernel of their own, which adds squares in another order: a scale may
-    differ from that of `encode` in its last bit, and where an element lies on a midpoint its code.
-    """
+    """(operand, scale, sums) of x (..., d), as `encode` gives them, without a mask."""
     return eager_operand(x, ops.quantizer(spec), kind)
 
 

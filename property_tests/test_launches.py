@@ -148,6 +148,18 @@ def test_a_launch(driver: Driver) -> None:
     ]
 
 
+def test_what_is_ready_does_not_grow_with_every_length(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "MOST_READY", 3)
+    one, held = kernel(), []
+    for blocks in (5, 6, 7, 5, 8, 9, 5):
+        one.launch(blocks, blocks, MAP, 0, 0, 0.0)
+        assert driver.seen[-1][2][0] == driver.seen[-1][4][0] == blocks
+        held.append(len(one._local.ready))
+    assert held == [1, 2, 3, 3, 1, 2, 3]
+
+
 def test_each_launch_goes_to_the_stream_that_is_current(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import conftest, table, timed, timing, tokens
+from benchmarks import conftest, gate, table, timed, timing, tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -154,3 +154,29 @@ def test_both_are_timed_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert line == "prefill[8x512-w4a4] by itself 10.0 ms, torch 18.5 ms: 1.85x (1.80, 1.90)"
     assert legend.startswith("by itself: ")
     assert not list(table.alone({name: {}}))
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_the_gate_judges_both_kernels_that_quantize(
+    cuda: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows are few; those that are timed may be another kernel's."""
+    from quest.kernels import rows
+
+    monkeypatch.setattr(gate, "CUDA", cuda)
+    monkeypatch.setattr(gate, "lane", lambda: SimpleNamespace(name="some"))
+    monkeypatch.setattr(gate, "_passed", {})
+    seen: list[tuple[str, bool]] = []
+
+    def judge(_: Any, name: str) -> list[Any]:
+        taken = rows.takes(gate.ROWS, 2048, torch.bfloat16)
+        seen.append((name, taken))
+        verdict = SimpleNamespace(ratio=0.25 if taken else 0.5, elements=3)
+        verdict.require = lambda: verdict
+        return [verdict]
+
+    passed = gate.open_for(("some", 1), judge)
+    kernels = (True, False) if cuda else (True,)
+    assert seen == [(name, taken) for name in gate.DISTRIBUTIONS for taken in kernels]
+    assert (passed.worst_ratio, passed.elements) == (0.5 if cuda else 0.25, 3 * len(seen))
+    assert rows.takes(gate.ROWS, 2048, torch.bfloat16)

@@ -22,24 +22,11 @@ from property_tests.mutants import baseline, child, choice, covered, interpreter
 from property_tests.mutants.choice import quick
 from property_tests.mutants.evidence import Outline
 from property_tests.mutants.mutant import ROOT, Mutant, read
+from property_tests.processes import alive, gone
 from quest.kernels import blocks, few, forms, rows
 
 TESTS = "property_tests/test_packing.py"
 FIRST = f"{TESTS}::test_the_first_element_is_in_the_lowest_bits"
-
-
-def alive(number: int) -> bool:
-    """Whether a process is there, and no corpse."""
-    stat = Path(f"/proc/{number}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
-
-
-def gone(number: int) -> bool:
-    for _ in range(100):
-        if not alive(number):
-            return True
-        time.sleep(0.1)
-    return False
 
 
 ASKS = """

@@ -120,6 +120,7 @@ PROLOGUES = [
         (8, forms.INTEGERS, 0), (16, forms.INTEGERS, 0), (256, forms.CODES, 0),
     )
     for shown in (False, True)
+    if t == torch.bfloat16 or levels == 16  # all grids differ alike in both
 ]  # fmt: skip
 
 
@@ -144,6 +145,7 @@ TRAINED = [
         (16, forms.INTEGERS, 0, 4), (32, forms.INTEGERS, 0, 0), (256, forms.CODES, 0, 0),
     )
     for edge in (False, True)
+    if t == torch.bfloat16 or levels == 16
 ]  # fmt: skip
 
 

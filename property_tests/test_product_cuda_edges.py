@@ -207,12 +207,12 @@ def _ends(n: int, width: int, low: int, high: int) -> Tensor:
     return made.to(torch.int8)
 
 
-@pytest.mark.parametrize("tiles", product.KINDS.values(), ids=product.KINDS)
-@pytest.mark.parametrize("width", [32768, 33040, 65536])
+@pytest.mark.parametrize(
+    ("tiles", "width"),
+    [*(("narrow", width) for width in (32768, 33040, 65536)), ("tall", 33040), ("wide", 33040)],
+)
 @pytest.mark.parametrize("other", ["codes", "integers"])
-def test_codes_at_their_ends_in_long_rows(
-    place: Place, width: int, other: str, tiles: product.Shape
-) -> None:
+def test_codes_at_their_ends_in_long_rows(place: Place, width: int, other: str, tiles: str) -> None:
     """Of code + 1/2 four products fit int32 up to 32768 of them, and beyond are made in double:
     rounded once, either way, beside a row that is far, too.
     """
@@ -227,7 +227,7 @@ def test_codes_at_their_ends_in_long_rows(
     scale = torch.ones(5)
     for far in (1.0, 2.0**-110):
         scale[3] = far
-        with outputs.poisoned(0xFF), product.only(tiles):
+        with outputs.poisoned(0xFF), product.only(product.KINDS[tiles]):
             y = product.product(
                 a.to(place.device), b.to(place.device), torch.float32,
                 epilogue=hopper.CORRECTED, factor=1.0, length=int(sums["length"]),

@@ -206,7 +206,7 @@ def test_opcheck(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.whole
-@each_head
+@pytest.mark.parametrize("head", [32, 128])
 @pytest.mark.parametrize(("binary", "tiles"), COMPILED)
 def test_nothing_is_spilled(
     binary: bool, tiles: str, head: int, monkeypatch: pytest.MonkeyPatch

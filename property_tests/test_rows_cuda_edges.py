@@ -12,8 +12,9 @@ import torch
 
 from property_tests.ledger import LEDGER
 from property_tests.places import Place
-from quest import operands
+from quest import operands, ops, packing
 from quest.conformance import examine, inputs
+from quest.kernels import blocks, forms
 from quest.quantizer import parse
 
 pytestmark = pytest.mark.whole
@@ -126,3 +127,22 @@ def test_rows_whose_codes_are_not_odd(place: Place, dtype: torch.dtype) -> None:
     """A grid with a point at 0, and one of eight bits, beside what 16 bits and 32 have largest."""
     for spec in ("ternary/hadamard128/ste/dense", "uniform8/hadamard128/ste/dense"):
         _rows(place, _edges(dtype), spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "saved"),
+    [("uniform4/hadamard128/trust1.0/dense", 4), ("uniform3/hadamard128/clip0.8/dense", 4),
+     ("uniform2/hadamard128/ste/dense", 2), ("ternary/hadamard128/trust1.0/dense", 2)],
+)  # fmt: skip
+def test_what_is_saved(place: Place, spec: str, saved: int) -> None:
+    """Codes in 2 and 4 bits beside the integers: of warps that are full and not, of three turns."""
+    q = parse(spec)
+    levels = q.require_grid().levels
+    stride, top = (1, levels // 2) if levels % 2 else (2, levels - 1)
+    while 2 * top < 128:  # int8 has room
+        stride, top = 2 * stride, 2 * top
+    for width in (640, 2048, 35456):
+        x = inputs.draw("gaussian", (3, width), torch.bfloat16, 0).to(place.device)
+        made = blocks.quantize(x, ops.program(q, x), form=forms.INTEGERS, saved=saved)
+        index = (made[0].cpu().int() + top) // stride
+        assert torch.equal(made[4].cpu(), packing.pack(index, saved))

@@ -58,6 +58,7 @@ OWN = {
     ),
     "kernels/blocks.cu": (
         "blocks_cuda_edges",
+        "blocks_teams_cuda_edges",
         "blocks_drawn",
         "blocks",
         "prologue_kernel",
@@ -75,6 +76,7 @@ OWN = {
     ),
     "kernels/exchange.cuh": (
         "blocks_cuda_edges",
+        "blocks_teams_cuda_edges",
         "blocks_drawn",
         "blocks",
         "prologue_kernel",
@@ -93,6 +95,7 @@ OWN = {
     "kernels/codes.cuh": (
         "rows_cuda_edges",
         "blocks_cuda_edges",
+        "blocks_teams_cuda_edges",
         "blocks_drawn",
         "blocks",
         "rows",
@@ -139,7 +142,7 @@ OWN = {
         "barriers",
     ),
     "kernels/gate.cuh": (
-        "blocks_cuda_edges",
+        "blocks_teams_cuda_edges",
         "blocks_drawn",
         "prologue_kernel",
         "prologue",

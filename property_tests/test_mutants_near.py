@@ -22,7 +22,7 @@ TESTS = '''"""Text."""
 import math
 import pytest
 from property_tests.aid import aid, other_aid
-from property_tests import whole
+from property_tests import kit, whole
 
 CASES = [1, made()]
 OTHERS = [2]
@@ -49,9 +49,10 @@ def always():
 
 
 @pytest.mark.parametrize("n", CASES)
-def test_f(n, room):
+def test_f(n, room, hall):
     assert helper(n) == aid(5)
     whole.w()
+    kit.k()
 
 
 @pytest.mark.parametrize("n", OTHERS)
@@ -68,8 +69,12 @@ FILES = {
     "property_tests/aid.py": "U = 30\n\n\ndef aid(x):\n    return inner(x)\n\n\n"
     "def inner(x):\n    return 31\n\n\ndef other_aid(x):\n    return 32\n",
     "property_tests/whole.py": "def w():\n    return 40\n",
-    "property_tests/conftest.py": "@fixture\ndef room():\n    return 50\n\n\ndef lobby():\n"
-    "    return 51\n",
+    "property_tests/kit/__init__.py": "def k():\n    return 41\n",
+    "property_tests/rooms.py": "def hall():\n    return 42\n\n\ndef cellar():\n    return 43\n",
+    "property_tests/conftest.py": "from property_tests.rooms import cellar, hall\n\nPROFILE = 44\n"
+    "load(45)\n\n\n@fixture\ndef room():\n    return 50\n\n\ndef lobby():\n    return 51\n\n\n"
+    "def pytest_sessionfinish():\n    return PROFILE + 52\n\n\n"
+    "def pytest_terminal_summary():\n    return 53\n",
     "conftest.py": "",
     "pyproject.toml": "",
 }
@@ -165,17 +170,27 @@ def journal(root: Path, folder: str = "work") -> Journal:
         ("property_tests/aid.py", "return inner(x)", "return 0", BY_TEST | {"import of"}),
         ("property_tests/aid.py", "31", "0", BY_TEST | {"import of"}),
         ("property_tests/whole.py", "40", "0", BY_TEST | {"import of"}),
+        ("property_tests/kit/__init__.py", "41", "0", BY_TEST | {"import of"}),
         ("property_tests/conftest.py", "50", "0", BY_TEST | {"import"}),
+        ("property_tests/rooms.py", "42", "0", BY_TEST | {"import"}),
         # Other tests, and what only they name.
         ("property_tests/test_a.py", "other_aid(6)", "other_aid(0)", set()),
         ("property_tests/test_a.py", "OTHERS = [2]", "OTHERS = [0]", {"import of"}),
         ("property_tests/test_a.py", "import math", "import numpy", {"import of"}),
         ("property_tests/aid.py", "32", "0", {"import of"}),
         ("property_tests/aid.py", "U = 30", "U = 0", set()),
-        # All that both conftest.py do, and what pytest is told.
-        ("property_tests/conftest.py", "51", "0", BY_TEST | {"import"}),
-        ("conftest.py", "", "X = 1\n", BY_TEST | {"import"}),
+        # What both conftest.py do for every test, and what pytest is told.
+        ("property_tests/conftest.py", "44", "0", BY_TEST | {"import"}),
+        ("property_tests/conftest.py", "45", "0", BY_TEST | {"import"}),
+        ("property_tests/conftest.py", "52", "0", BY_TEST | {"import"}),
+        ("conftest.py", "", "load(1)\n", BY_TEST | {"import"}),
+        ("conftest.py", "", "def pytest_configure():\n    return 1\n", BY_TEST | {"import"}),
         ("pyproject.toml", "", "[tool.pytest.ini_options]\naddopts = ['-x']\n", BY_TEST),
+        # What no test asks for, and what only prints.
+        ("property_tests/conftest.py", "51", "0", {"import"}),
+        ("property_tests/conftest.py", "53", "0", {"import"}),
+        ("property_tests/rooms.py", "43", "0", {"import"}),
+        ("conftest.py", "", "X = 1\n", {"import"}),
         # The code between, which it is carried in spite of.
         ("pyproject.toml", "", "[tool]\n", set()),
     ],

@@ -8,8 +8,9 @@ A kill that no longer holds (see `evidence`) is carried while both are as they w
   with it.
 - the test. Its function, and of its file, and of helpers in this folder, what that names, and what
   those name in turn: functions, classes, constants, single imports, fixtures by their arguments;
-  autouse fixtures, `pytestmark` and statements that bind no name in any case, and so both
-  conftest.py, which set the profiles, and pytest's settings. Other tests of the file may change. Of
+  autouse fixtures, `pytestmark` and statements that bind no name in any case; of both conftest.py,
+  which set the profiles, these and hooks, but for what only prints; and pytest's settings. Other
+  tests of the file, and fixtures that it does not ask for, may change. Of
   a kill by the import of a file of tests what stands at its top, and functions and classes that
   this names; where none could be gathered both conftest.py.
 
@@ -35,6 +36,7 @@ from .mutant import Mutant
 
 CARRIED = frozenset({"killed", "crash", "timeout", "refused"})
 CONFTEST = "property_tests/conftest.py"
+PRINTS = frozenset({"pytest_terminal_summary"})  # hooks on which no test rests
 ALL = ""  # the name of all that stands at the top of a file
 _BY_IMPORT = "import of "
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -150,19 +152,23 @@ class Near:
         return digest([asked, self._settings()])
 
     def _settings(self) -> str:
-        """Both conftest.py, which set profiles, and what pytest reads of pyproject.toml."""
+        """What both conftest.py do for every test, and what pytest reads of pyproject.toml."""
         if not self._set:
             text = self.root / "pyproject.toml"
             tool = tomllib.loads(text.read_text()).get("tool", {}) if text.exists() else {}
-            files = ("conftest.py", CONFTEST)
-            self._set = digest(
-                [*(self._closure(file, {ALL}) for file in files), repr(tool.get("pytest"))]
-            )
+            parts = [repr(tool.get("pytest"))]
+            for file in ("conftest.py", CONFTEST):
+                top = self._top(file)
+                hooks = {n for n in top.of if n.startswith("pytest_")} - PRINTS if top else set()
+                parts.append(self._closure(file, {"pytest_plugins", *hooks}))
+            self._set = digest(parts)
         return self._set
 
     def _top(self, file: str) -> _Top | None:
         if file not in self._tops:
             path = self.root / file
+            if not path.is_file():  # it may be a package
+                path = path.with_suffix("") / "__init__.py"
             self._tops[file] = _Top(path.read_text()) if path.is_file() else None
         return self._tops[file]
 
@@ -200,7 +206,7 @@ class Near:
 
     def _fixtures(self) -> set[str]:
         top = self._top(CONFTEST)
-        return top.defined if top else set()
+        return {*top.defined, *top.imported} if top else set()
 
 
 def _bound(node: ast.stmt) -> Iterator[str]:

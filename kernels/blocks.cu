@@ -40,6 +40,7 @@ typedef long long i64;
 #include "codes.cuh"
 #include "exchange.cuh"
 #include "gate.cuh"
+#include "overlap.cuh"
 #include "rotate.cuh"
 
 constexpr int IN_BITS = IN == FLOAT32 ? 32 : 16;
@@ -221,9 +222,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS)
   __shared__ Exchange<float, true> first[MAX_TEAMS], second[MAX_TEAMS];
   __shared__ Exchange<u32> largest[MAX_TEAMS];
   __shared__ Exchange<int> counts[MAX_TEAMS];
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");  // the product may start where there is room
-#endif
+  let_next_start();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4, eighth = lane / 4;
   const int mine = WIDE ? eighth : 2 * quad, piece = WIDE ? quad : eighth;  // see `transform`
   const int team = ROWS == 1 && WARPS <= 1 ? warp : warp / warps, part = warp - team * warps;

@@ -52,6 +52,7 @@ constexpr int WIDE = 8192;                            // entries of a row, as in
 constexpr u32 MASK = BITS == 4 ? 0x0F0F0F0F : 0x03030303;
 
 #include "few_ptx.cuh"
+#include "overlap.cuh"
 #include "scales.cuh"
 #include "bias.cuh"
 

@@ -69,12 +69,6 @@ __device__ __forceinline__ void put_at(u32 address, const uint4 &v, bool wanted)
       : "memory");
 }
 
-// The kernel after this one may start where there is room for it.
-__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-// Until the kernel before this one has ended, and what it wrote can be seen.
-__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 __device__ __forceinline__ unsigned short narrow(float value) {
   unsigned short half;
   if (OUT == BFLOAT16) asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));

@@ -83,10 +83,6 @@ __device__ __forceinline__ void cluster_sync() {
                    : "memory");
 }
 
-// Until the kernel before this one has ended, and what it wrote can be seen; see `cuda.Kernel.launch`.
-__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
 // An operand of `wgmma` in shared memory: rows of 128 bytes, swizzled by 128 bytes; groups of eight rows
 // are 1024 bytes apart.
 __device__ __forceinline__ u64 descriptor(u32 address) {

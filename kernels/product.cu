@@ -34,6 +34,7 @@
 #include "product.cuh"
 #include "bias.cuh"
 #include "gate.cuh"
+#include "overlap.cuh"
 
 // TILE_N, TILE_K (bytes), TEAM, STAGES, CLUSTER and CONSUMERS come from product.py.
 constexpr int WARPS = 4 * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);

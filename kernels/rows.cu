@@ -18,6 +18,7 @@ typedef long long i64;
 #include "halves.cuh"
 #define HALF (IN == FLOAT16)
 #include "codes.cuh"
+#include "overlap.cuh"
 #include "rotate.cuh"
 
 constexpr int ORDER = 128, GROUP = 8;           // blocks of a warp
@@ -244,13 +245,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT / WARPS)
   alignas(16) __shared__ float first[WARPS][GROUP], second[WARPS][GROUP];
   __shared__ u32 largest[WARPS];
   __shared__ int counts[WARPS];
-  // The product may start where there is room. Its weights are in the way of rows that are read then: of wide
-  // ones this block asks for the first of its own before.
-  auto let_next_start = [] {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-  };
+  // The product's weights are in the way of rows that are read when it has started: of wide ones this block asks for
+  // the first of its own before.
   const bool wide = blocks > WIDE;
   if (!wide) let_next_start();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, begin = GROUP * warp + lane / 4;
@@ -258,11 +254,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT / WARPS)
   const float mean = 1.0f / (128.0f * blocks);
   u32 signs[4];
   make_signs(signs, lane);
-#if __CUDA_ARCH__ >= 900
-  // Until the kernel before has ended: what it wrote is read, and what it still reads may be written here.
-  // The product may have started by then, and asked for its weight: see `settled` in few.py.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  // What the kernel before wrote is read, and what it still reads may be written here. The product may have started
+  // by then, and asked for its weight: see `settled` in few.py.
+  wait_for_previous();
   const char *row = x + blockIdx.x * stride;
   int block = begin;
   u32 w[WORDS];

@@ -22,6 +22,7 @@
 #include "hopper.cuh"
 #include "scales.cuh"
 #include "bias.cuh"
+#include "overlap.cuh"
 
 // TILE_N, STAGES, CLUSTER and CONSUMERS come from sparse.py.
 constexpr int TILE_K = 128;  // entries: as many bytes of x, half of them of w

@@ -403,7 +403,7 @@ def test_the_quantizer_of_few_rows_waits_before_all_else() -> None:
     for variant, text in _of("rows.cu"):
         (kernel,) = text.functions["rows"]
         lines = [line for line, _ in statements(kernel.body)]
-        waits = [i for i, line in enumerate(lines) if "griddepcontrol.wait" in line]
+        waits = [i for i, line in enumerate(lines) if "wait_for_previous" in line]
         given = {"x", "scale", "out", "mask", "sums", "saved", "weight", "shown"}
         own = [re.sub(r"(?:thread|block)Idx\.x", "", line) for line in lines]
         used = [i for i, line in enumerate(own) if given & {*re.findall(WORD, line)}]

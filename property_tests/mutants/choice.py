@@ -206,6 +206,7 @@ OWN = {
     ),
     "kernels/masked.py": ("masked", "launch_rules", "masked_cuda_edges"),
     "kernels/outputs.py": ("launch_edges", "outputs", "api", "errors"),
+    "kernels/overlap.cuh": ("few", "rows", "frozen", "product", "cuda_texts"),
     "kernels/pack.py": ("launch_edges", "packed_tiles", "launch_rules", "packed_operand"),
     "kernels/product.py": (
         "product_launches",

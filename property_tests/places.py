@@ -38,6 +38,13 @@ class Place:
         """A copy of t on the device that ends, or begins (`front`), where nothing is mapped."""
         return (walled if self.device == "cuda" else mapped)(t, front)
 
+    def settle(self, t: Tensor) -> None:
+        """Has t be there for kernels that begin before the one before them has ended."""
+        if self.device == "cpu":
+            emulated.settle(t)
+        else:
+            torch.zeros(1, device=self.device)  # a launch between what wrote it and theirs
+
     @property
     def operators(self) -> Any:
         """The functions of the lane by operator name, as `lanes.operators` has them."""

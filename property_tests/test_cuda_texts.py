@@ -397,22 +397,6 @@ def test_which_rows_are_wide() -> None:
     assert of_few.names["WIDE"] == 128 * of_rows.names["WIDE"] == 8192
 
 
-def test_the_quantizer_of_few_rows_waits_before_all_else() -> None:
-    """It may overlap with the kernel before it, which still writes x and reads the operand."""
-    seen = 0
-    for variant, text in _of("rows.cu"):
-        (kernel,) = text.functions["rows"]
-        lines = [line for line, _ in statements(kernel.body)]
-        waits = [i for i, line in enumerate(lines) if "wait_for_previous" in line]
-        given = {"x", "scale", "out", "mask", "sums", "saved", "weight", "shown"}
-        own = [re.sub(r"(?:thread|block)Idx\.x", "", line) for line in lines]
-        used = [i for i, line in enumerate(own) if given & {*re.findall(WORD, line)}]
-        assert len(waits) == 1, variant
-        assert waits[0] < used[0], (variant, lines[used[0]])
-        seen += 1
-    assert seen
-
-
 def _bounds(subscript: str, names: Names) -> tuple[int, int]:
     """The least and the most that it is, by its value, or as a remainder or by a mask."""
     with suppress(KeyError):

@@ -28,7 +28,10 @@ pytestmark = [
 ]
 
 
-def _run(text: str, *arrays: Any, threads: int = 32, shared: int = 0, seed: int = 0) -> None:
+def _run(
+    text: str, *arrays: Any, threads: int = 32, shared: int = 0, seed: int = 0,
+    overlap: bool = False,
+) -> None:  # fmt: skip
     """One block of the kernel `f`, of this body, which is given pointers p0, p1, ..."""
     pointers = ", ".join(f"u32 *p{i}" for i in range(len(arrays)))
     whole = f'typedef unsigned int u32;\nextern "C" __global__ void f({pointers}) {{\n{text}\n}}'
@@ -38,7 +41,7 @@ def _run(text: str, *arrays: Any, threads: int = 32, shared: int = 0, seed: int 
     layout = f"{len(arrays)}P"
     kernel = emulator.load(code, "f", None, threads=threads, shared=shared, layout=layout)
     emulator.seeds = itertools.count(seed)
-    kernel.launch(1, *(a.ctypes.data for a in arrays))
+    kernel.launch(1, *(a.ctypes.data for a in arrays), overlap=overlap)
 
 
 WORDS = st.lists(st.integers(0, 2**32 - 1), min_size=32, max_size=32)
@@ -176,6 +179,42 @@ def test_what_no_gpu_would_forgive(text: str, told: str) -> None:
             _run(text, *out, threads=64, seed=seed)
 
 
+ENDED = 'asm volatile("griddepcontrol.wait;" ::: "memory");\n'
+COPIED = (
+    "const int t = threadIdx.x; __shared__ uint4 s[64];\n"
+    "const u32 to = __cvta_generic_to_shared(s + t);\n" + COPY
+)
+BEFORE = "global memory before the kernel before it has ended"
+NEIGHBOUR = SET + "if (t % 2) {} {} p0[t] = p1[t];"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (SET + "const u32 v = p1[t];" + ENDED + "p0[t] = v;", f"it reads {BEFORE}"),
+        (SET + "p0[t] = t;" + ENDED, f"it writes {BEFORE}"),
+        (COPIED + ENDED, f"it reads {BEFORE}"),
+        # What another thread has waited for is known behind a barrier alone.
+        (NEIGHBOUR.format(ENDED, ""), f"it reads {BEFORE}"),
+        (NEIGHBOUR.format(ENDED, "p0[t] = __any_sync(~0u, t);"), f"it (reads|writes) {BEFORE}"),
+        (SET + "if (t < 32)" + ENDED + "__syncwarp(); p0[t] = p1[t];", f"it reads {BEFORE}"),
+        (SET + "s[t] = t;", "its block ends, and has not waited for the kernel before it"),
+        # What is settled may be read: no more, and no other.
+        (SET + "p2[t] = t;" + ENDED, f"it writes {BEFORE}"),
+        (SET + "const u32 v = p2[t + 1];" + ENDED + "p0[t] = v;", f"it reads {BEFORE}"),
+        (SET + "const u32 v = p2[t - 1];" + ENDED + "p0[t] = v;", f"it reads {BEFORE}"),
+    ],
+)
+def test_what_may_be_under_way_yet(text: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a launch that overlaps with the kernel before it, and of no other."""
+    arrays = [np.zeros(256, np.uint32) for _ in range(3)]
+    monkeypatch.setattr(emulated, "_settled", [torch.from_numpy(arrays[2])[:64]])
+    arrays[2] = arrays[2][:64]
+    with pytest.raises(emulated.Fault, match=told):
+        _run(text, *arrays, threads=64, overlap=True)
+    _run(text, *arrays, threads=64)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_what_is_in_order(seed: int) -> None:
     """By a barrier of the warp, of all, in shared memory; by a copy that was waited for."""
@@ -183,14 +222,16 @@ def test_what_is_in_order(seed: int) -> None:
         out = np.zeros((2, 256), np.uint32)
         _run(PASSED.format(between), *out, threads=64, seed=seed)
         assert out[0, :64].tolist() == [t ^ 1 for t in range(64)]
+        out = np.arange(512, dtype=np.uint32).reshape(2, 256)
+        whole = NEIGHBOUR.format(ENDED, between)
+        _run(whole, *out, threads=64, seed=seed, overlap=True)
+        assert out[0, :64].tolist() == [*range(256, 320)]
     out = np.zeros((2, 256), np.uint32)
     body = SET + INIT + MADE.replace("COUNT", "64") + "s[t] = t;\n" + ARRIVE + WAIT
     _run(body + "p0[t] = s[63 - t];", *out, threads=64, seed=seed)
     assert out[0, :64].tolist() == list(range(63, -1, -1))
     source, out = np.arange(256, dtype=np.uint32), np.zeros(256, np.uint32)
-    body = "const int t = threadIdx.x; __shared__ uint4 s[64];\n"
-    body += "const u32 to = __cvta_generic_to_shared(s + t);\n" + COPY
-    body += 'asm volatile("cp.async.wait_group 0;" ::: "memory");\n'
+    body = COPIED + 'asm volatile("cp.async.wait_group 0;" ::: "memory");\n'
     body += "__syncwarp(); p1[t] = s[t ^ 1].y;"
     _run(body, source, out, threads=64, seed=seed)
     assert out[:64].tolist() == [4 * (t ^ 1) + 1 for t in range(64)]
@@ -199,8 +240,7 @@ def test_what_is_in_order(seed: int) -> None:
 def test_copies_come_late_and_shared_memory_starts_as_nan() -> None:
     """What is read before a copy was waited for is a race; what was there first, NaNs."""
     source = np.arange(256, dtype=np.uint32)
-    body = "const int t = threadIdx.x; __shared__ uint4 s[64];\n"
-    body += "const u32 to = __cvta_generic_to_shared(s + t);\n" + COPY + "p1[t] = s[t].x;"
+    body = COPIED + "p1[t] = s[t].x;"
     with pytest.raises(emulated.Fault, match="a copy write that was not waited for"):
         _run(body, source, source.copy(), threads=64)
     out = np.zeros(256, np.uint32)

@@ -13,16 +13,18 @@ from quest.kernels import cuda, few
 FIRST, SECOND = 1, 2
 
 
-def _product(cluster: int, patch: pytest.MonkeyPatch) -> None:
-    """With biases, by clusters of so many blocks."""
+def _product(cluster: int, patch: pytest.MonkeyPatch, settles: bool = True) -> None:
+    """With biases, by clusters of so many blocks, of a settled weight, if it is (`settles`)."""
     patch.setattr(few, "CLUSTERS", (cluster,))
     g = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (600, 384), generator=g)
     a = 2 * torch.randint(-8, 8, (5, 384), generator=g) + 1
     bias = torch.randint(-100, 100, (600,), generator=g)
-    w = 2 * codes - 15
+    w, packed = 2 * codes - 15, packing.pack(codes, 4)
+    if settles:
+        emulated.settle(packed)
     y = few.product(
-        a.to(torch.int8), packing.pack(codes, 4), 4, torch.float32, factor=1.0, length=384,
+        a.to(torch.int8), packed, 4, torch.float32, factor=1.0, length=384, settled=True,
         a_scale=torch.ones(5), w_scale=torch.ones(600), a_sum=a.sum(1).int(), w_sum=None,
         bias=bias.to(torch.bfloat16),
     )  # fmt: skip
@@ -44,6 +46,13 @@ BROKEN = {
     ),
     "another block's sums": (2, "remote(base, owner)", FIRST, "base", "other numbers"),
     "a bias": (1, "bias_at(bias, column0 + t", FIRST, "bias_at(bias, t", "other numbers"),
+    "a wait for what made A": (
+        1, "  wait_for_previous();\n", FIRST, "", "reads global memory before the kernel before",
+    ),
+    "a wait that is late": (
+        2, "  wait_for_previous();\n", FIRST, "  bring();\n  wait_for_previous();\n",
+        "reads global memory before the kernel before",
+    ),
     "words of a fragment": (1, "high[0], low[1],", FIRST, "low[1], high[0],", "other numbers"),
 }  # fmt: skip
 
@@ -60,6 +69,14 @@ def test_what_is_broken(
     emulator.text["few.cu"] = lost.join(parts[:number]) + instead + lost.join(parts[number:])
     with pytest.raises(AssertionError, match=told):
         _product(cluster, monkeypatch)
+
+
+def test_a_weight_that_is_not_settled(
+    emulator: emulated.Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its caller says of it is not so."""
+    with pytest.raises(emulated.Fault, match="reads global memory before the kernel before"):
+        _product(1, monkeypatch, settles=False)
 
 
 # A warp's fragments as they are, and what comes of them.

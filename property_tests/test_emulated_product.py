@@ -90,6 +90,7 @@ FIRST, SECOND = 1, 2
 TURNS = (NARROW, 130, 300, 1552)  # each team has several tiles, and stages several tiles of K
 ONE = (WIDE, 70, 301, 400)  # as many tiles as there are blocks
 LAST = " barrier_arrive(base + EMPTY_AT + 8 * last, lane);"
+UNDER_WAY = "global memory before the kernel before it has ended"
 CLUSTERED = "barrier.cluster.wait.acquire.aligned;"
 # What is multiplied; what is lost, the how manieth, what stands there instead, and how it shows.
 BROKEN = {
@@ -145,6 +146,15 @@ BROKEN = {
     "a policy of the cache": (
         ONE, "const u64 policy = cache_policy(turns.pairs <= GROUP);", FIRST,
         "const u64 policy = turns.pairs;", "a cache policy that nobody made",
+    ),
+    "a wait for what made A": (
+        ONE, "wait_for_previous();  // which", FIRST, ";  // which", f"reads {UNDER_WAY}",
+    ),
+    "a wait for what made scales": (
+        ONE, "    wait_for_previous();\n", FIRST, "", f"reads {UNDER_WAY}",
+    ),
+    "a weight that is asked for at once": (
+        ONE, "settled && first", FIRST, "first", f"reads {UNDER_WAY}",
     ),
     "lanes that stay together": (
         (NARROW, 64, 300, 256), "          __syncwarp();", FIRST, "", "waits for ever",

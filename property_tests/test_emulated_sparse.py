@@ -90,6 +90,10 @@ BROKEN = {
     "a wait for the last tile": (ONE, WAIT % 0, "", "other numbers|its block ends"),
     "a wait for the last tile's stage": (TURNS, WAIT % 0, WAIT % 1, WRITES),
     "a fence of accumulators": (ONE, FENCE, "", "wgmma.fence"),
+    "a wait for what made x": (
+        ONE, "wait_for_previous();  // which", ";  // which",
+        "reads global memory before the kernel before it has ended",
+    ),
     "a barrier of the cluster": (
         ONE, "cluster_sync();\n  wait_for", "__syncthreads();\n  wait_for", "may not have begun",
     ),

@@ -80,10 +80,11 @@ def _exact(
     bias: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
     edged: bool = False,
+    settled: bool = False,
 ) -> None:
     """Sums, plus a bias, that `out` holds exactly or rounds once; scales are powers of two.
 
-    edged: behind a and w no memory is mapped.
+    edged: behind a and w no memory is mapped. settled: w is there before, as a and vectors are not.
     """
     rows, columns, width = shape
     a, w, *integers = _operands(place, bits, *shape)
@@ -92,10 +93,13 @@ def _exact(
     with ExitStack() as memory, outputs.poisoned(0xFF):  # NaN
         if edged:
             a, w = (memory.enter_context(place.walled(t)) for t in (a, w))
+        if settled:
+            place.settle(w)
         y = few.product(
             a, w, bits, out,
             factor=1.0, length=width, a_scale=vectors[0], w_scale=vectors[1], a_sum=vectors[2],
             w_sum=vectors[3], bias=None if bias is None else _between(place, bias),
+            settled=settled,
         )  # fmt: skip
     # Sums of integers below 2^53 are exact in float64.
     expected = integers[0].double() @ integers[1].double().T
@@ -140,6 +144,16 @@ def test_wide_rows(place: Place, bits: int) -> None:
     """Of more than 8192 entries weights are asked for before A's addresses, not behind them."""
     for width in (8192, 8192 + 128):
         _exact(place, bits, (3, 40, width))
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_a_settled_weight_is_asked_for_at_once(place: Place, bits: int) -> None:
+    """And nothing else is read before what the kernel before has written can be seen."""
+    bias = torch.arange(40.0)
+    for width in (640, 8192 + 128):
+        for cluster in (1, 2):
+            with _split(clusters=(cluster,)):
+                _exact(place, bits, (3, 40, width), bias=bias, settled=True)
 
 
 @pytest.mark.parametrize(("bits", "width"), [(1, 640), (4, 384)])

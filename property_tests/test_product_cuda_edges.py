@@ -286,6 +286,7 @@ def test_a_settled_weight_is_asked_for_at_once(place: Place) -> None:
     """Again and again: before the other block of a cluster has its barriers, nothing may come."""
     a, b = (inputs.integers("random", n, 1040, n) for n in (130, 300))
     pair = (a.to(place.device), b.to(place.device))
+    place.settle(pair[1])
     if place.device == "cuda":
         torch.cuda.synchronize()
     with product.only(product.NARROW):

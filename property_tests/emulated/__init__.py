@@ -19,6 +19,7 @@ import itertools
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quest.kernels import cuda, hopper
 
@@ -149,6 +151,14 @@ def _drop_old(path: Path) -> None:
                 old.unlink()
 
 
+_settled: list[torch.Tensor] = []
+
+
+def settle(t: torch.Tensor) -> None:
+    """What launches that overlap with the kernel before them may read at once, in this test."""
+    _settled.append(t)
+
+
 @dataclass
 class Kernel:
     """As `cuda.Kernel`: a variant that is ready to be launched, at once and to its end.
@@ -170,6 +180,9 @@ class Kernel:
             raise Fault(f"a grid of {blocks} thread blocks")
         packed = cuda._Parameters(self.layout)
         packed.fill(*values)
+        told = [n for t in _settled for n in (t.data_ptr(), t.data_ptr() + t.nbytes)]
+        known = (ctypes.c_uint64 * len(told))(*told)
+        runtime().emulated_overlaps(ctypes.c_bool(overlap), known, len(_settled))
         at = ctypes.c_void_p(packed.pointers)
         self.emulator.launches += 1
         for _ in range(self.emulator.runs):
@@ -220,6 +233,7 @@ def instead(patch: pytest.MonkeyPatch, emulator: Emulator | None = None) -> Emul
     if compiler() is None:
         pytest.skip("no C++ compiler")
     emulator = emulator or Emulator()
+    patch.setattr(sys.modules[__name__], "_settled", [])
     patch.setattr(cuda, "compile_", emulator.compile_)
     patch.setattr(cuda, "load", emulator.load)
     patch.setattr(cuda, "unavailable", lambda _: None)

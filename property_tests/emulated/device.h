@@ -70,6 +70,7 @@ void emulated_cluster_arrive(bool releases, int line);
 void emulated_cluster_wait(int line);
 void emulated_copy(unsigned to, const void *from, int bytes);
 void emulated_commit();
+void emulated_wait_for_previous();
 void emulated_wait_copies(int left);
 void emulated_barrier_init(unsigned at, unsigned count);
 void emulated_barrier_fence();
@@ -131,13 +132,14 @@ inline void load(unsigned &a, unsigned &b, unsigned &c, unsigned &d, const void 
 }
 inline void put(unsigned at, uint4 words) { emulated_put(at, &words, sizeof words); }
 
-template <typename T> T parameter(const void *at) {
+// A launch's own, which are there from the beginning: no access of a thread's.
+template <typename T> __attribute__((no_sanitize("thread"))) T parameter(const void *at) {
   std::remove_const_t<T> value;
   memcpy(&value, at, sizeof value);
   return value;
 }
 template <typename... A, size_t... I>
-void call(void (*kernel)(A...), void **parameters, std::index_sequence<I...>) {
+__attribute__((no_sanitize("thread"))) void call(void (*kernel)(A...), void **parameters, std::index_sequence<I...>) {
   kernel(parameter<A>(parameters[I])...);
 }
 template <typename... A> void call(void (*kernel)(A...), void **parameters) {

@@ -21,7 +21,8 @@ struct Name {
   }
 };
 
-Clock nothing() { return Clock(fibers.size() + ENGINES + 1, 0); }
+Clock nothing() { return Clock(fibers.size() + ENGINES + 2, 0); }
+size_t previous() { return fibers.size() + ENGINES; }  // the kernel before this one, in a clock
 
 uint32_t engine(const char *what) {
   if (engines.size() == ENGINES) fail("more barriers and warpgroups than the emulator has room for");
@@ -70,11 +71,27 @@ void insist(unsigned rank) {
   if (!blocks[rank].alive) fail("an access to shared memory of another block, which has ended");
 }
 
+// Whether a thread's own: what lies on its stack, and what it reads of its place in the grid.
+bool is_own(const char *at) {
+  for (const void *one : {(void *)&threadIdx, (void *)&blockIdx, (void *)&blockDim, (void *)&gridDim, (void *)&emulated_rank})
+    if (at >= one && at < (const char *)one + sizeof(Dimensions)) return true;
+  return at >= stacks.get() && at < stacks.get() + stacks_bytes;
+}
+
+// Ends the run unless the kernel before this one is known to have ended, or is no matter there.
+void insist_on_previous(const void *at, size_t bytes, bool writes) {
+  if (!overlaps || self().clock[previous()] || is_own((const char *)at)) return;
+  for (const Settled &s : settled)
+    if (!writes && (uintptr_t)at >= s.first && (uintptr_t)at + bytes <= s.end) return;
+  fail("it %s global memory before the kernel before it has ended", writes ? "writes" : "reads");
+}
+
 void accesses(const void *at, size_t bytes, Kind kind) {
   if (current < 0) return;
   uint32_t p = place(at);
   if (!p) {
     if (at >= memory.data() && at < memory.data() + memory.size()) fail("an access beyond shared memory");
+    insist_on_previous(at, bytes, kind != READ);
     return;
   }
   insist(rank_of(p));

@@ -9,8 +9,9 @@
 //
 // What no GPU would forgive ends the run with a message: races, threads that wait for what never comes, lanes
 // of a warp that meet at different instructions, accesses beyond shared memory, to that of a block which may
-// not have begun or has ended, or to memory that is not mapped. Shared memory starts as NaNs. Asynchronous
-// copies happen as soon, or as late, as they may.
+// not have begun or has ended, or to memory that is not mapped; and of a launch that overlaps with the kernel
+// before it, accesses to global memory by who does not know that this one has ended. Shared memory starts as
+// NaNs. Asynchronous copies happen as soon, or as late, as they may.
 #undef _FORTIFY_SOURCE  // which takes a jump to another stack for an error
 #include <algorithm>
 #include <cmath>
@@ -43,7 +44,7 @@ constexpr int RANK = 24;               // of an address in a cluster: where its 
 constexpr int ENGINES = 128;           // what accesses shared memory beside threads, at most
 
 // Of each thread of a cluster, up to which moment it is known; of each engine, which makes moments of its own.
-// Then how often all blocks are known to have met.
+// Then whether the kernel before is known to have ended, and how often all blocks are known to have met.
 using Clock = std::vector<uint32_t>;
 
 void join(Clock &own, const Clock &other) {
@@ -114,6 +115,10 @@ void (*body)(void **);
 void **parameters;
 char message[512];
 bool failed;
+// Whether this launch may begin before the kernel before it has ended; and what it may read all the same.
+bool overlaps;
+struct Settled { uintptr_t first, end; };
+std::vector<Settled> settled;
 
 Fiber &self() { return fibers[current]; }
 Block &own() { return blocks[emulated_rank]; }
@@ -225,6 +230,7 @@ void gathered() {
 // The last thread of a block takes its shared memory along.
 void end_block(Block &block) {
   const int first = (int)emulated_rank * (int)blockDim.x, last = first + (int)blockDim.x;
+  if (overlaps && !block.known[previous()]) fail("its block ends, and has not waited for the kernel before it");
   for (const auto &words : block.words)
     for (const auto &word : words)
       for (const Access &a : word)
@@ -351,6 +357,12 @@ const char *emulated_run(void (*kernel)(void **), void **values, int grid, int c
   return told;
 }
 
+// Of the launches to come: see `overlaps`.
+void emulated_overlaps(bool told, const Settled *known, int count) {
+  overlaps = told, settled.assign(known, known + count);
+}
+void emulated_wait_for_previous() { self().clock[previous()] = 1; }
+
 void *emulated_dynamic() { return dynamic + emulated_rank * dynamic_hop; }
 
 unsigned emulated_to_shared(const void *at) {
@@ -407,6 +419,7 @@ void emulated_aligned(const void *at, int bytes) {
 // Asynchronous copies of a thread.
 void emulated_copy(unsigned to, const void *from, int bytes) {
   emulated_aligned(from, bytes);
+  accesses(from, bytes, READ);
   const Copy copy{from_shared(to, bytes), (const char *)from, bytes};
   accesses(copy.to, bytes, COPY);
   if (!late) memcpy(copy.to, copy.from, bytes);

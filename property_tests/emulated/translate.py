@@ -8,7 +8,7 @@ import re
 PTX = {
     "": "",
     "griddepcontrol.launch_dependents;": "",
-    "griddepcontrol.wait;": "",
+    "griddepcontrol.wait;": "emulated::emulated_wait_for_previous()",
     "mov.u32 %0, %%cluster_ctarank;": "%0 = emulated_rank",
     # In no kernel by itself: what test_emulated_few.py puts in the place of the next.
     "barrier.cluster.arrive.relaxed.aligned;":

@@ -206,7 +206,13 @@ OWN = {
     ),
     "kernels/masked.py": ("masked", "launch_rules", "masked_cuda_edges"),
     "kernels/outputs.py": ("launch_edges", "outputs", "api", "errors"),
-    "kernels/overlap.cuh": ("few", "rows", "frozen", "product", "cuda_texts"),
+    "kernels/overlap.cuh": (
+        "rows_cuda_edges",
+        "few_cuda_edges",
+        "product_cuda_edges",
+        "sparse_cuda_edges",
+        "cuda_texts",
+    ),
     "kernels/pack.py": ("launch_edges", "packed_tiles", "launch_rules", "packed_operand"),
     "kernels/product.py": (
         "product_launches",

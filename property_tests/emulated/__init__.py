@@ -101,10 +101,11 @@ def _library(name: str, text: str, options: tuple[str, ...]) -> Path:
     """What the compiler makes of a text, once for all processes of this user."""
     found = compiler()
     assert found is not None
-    line = [found, "-std=c++17", *options, "-w", "-fPIC", f"-I{HERE}"]
-    told = "\n".join(
-        [_compilers_name(), *line, *(at.read_text() for at in sorted(HERE.glob("*.h"))), text]
-    )
+    line = [found, "-std=c++17", *options, "-w", "-fPIC"]
+    # Not of where the headers lie: copies of the project, for a planted fault, have the same.
+    headers = [at.read_text() for at in sorted(HERE.glob("*.h"))]
+    told = "\n".join([_compilers_name(), *line, *headers, text])
+    line.append(f"-I{HERE}")
     made = _folder() / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.so"
     if made.exists():
         os.utime(made)

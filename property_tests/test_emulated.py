@@ -180,6 +180,11 @@ def test_what_no_gpu_would_forgive(text: str, told: str) -> None:
 
 
 ENDED = 'asm volatile("griddepcontrol.wait;" ::: "memory");\n'
+FENCE = 'asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");\n'
+GATHER = (
+    'asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");\n'
+    'asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");\n'
+)
 COPIED = (
     "const int t = threadIdx.x; __shared__ uint4 s[64];\n"
     "const u32 to = __cvta_generic_to_shared(s + t);\n" + COPY
@@ -198,6 +203,8 @@ NEIGHBOUR = SET + "if (t % 2) {} {} p0[t] = p1[t];"
         (NEIGHBOUR.format(ENDED, ""), f"it reads {BEFORE}"),
         (NEIGHBOUR.format(ENDED, "p0[t] = __any_sync(~0u, t);"), f"it (reads|writes) {BEFORE}"),
         (SET + "if (t < 32)" + ENDED + "__syncwarp(); p0[t] = p1[t];", f"it reads {BEFORE}"),
+        # A fence of barriers' initialization says nothing of it, nor does what follows.
+        (SET + "if (t == 0) {\n" + ENDED + FENCE + "}\n" + GATHER + "p0[t] = p1[t];", BEFORE),
         (SET + "s[t] = t;", "its block ends, and has not waited for the kernel before it"),
         # What is settled may be read: no more, and no other.
         (SET + "p2[t] = t;" + ENDED, f"it writes {BEFORE}"),
@@ -251,8 +258,21 @@ def test_copies_come_late_and_shared_memory_starts_as_nan() -> None:
 def test_ptx_that_it_lacks() -> None:
     with pytest.raises(ValueError, match=r"the emulator has no such PTX: frob\.u32 %0,%1;"):
         translated('asm volatile("frob.u32 %0, %1;" : "=r"(a) : "r"(b));')
+    with pytest.raises(ValueError, match="does not see what memcpy reads and writes"):
+        translated("memcpy(to, from, 64);")
     with pytest.raises(RuntimeError, match=r"f\.cu: (?s:.*)error: "):
         _run("this is not C++")
+
+
+def test_what_is_settled(emulator: emulated.Emulator) -> None:
+    with pytest.raises(ValueError, match="must be contiguous"):
+        emulated.settle(torch.zeros(4, 4).T)
+    emulated.settle(torch.zeros(4, 4))
+
+
+def test_that_nothing_is_settled_where_nothing_is_emulated() -> None:
+    with pytest.raises(RuntimeError, match="belongs into a test"):
+        emulated.settle(torch.zeros(4))
 
 
 def test_an_operator_that_launches_no_kernel(

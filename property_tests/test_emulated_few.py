@@ -13,18 +13,20 @@ from quest.kernels import cuda, few
 FIRST, SECOND = 1, 2
 
 
-def _product(cluster: int, patch: pytest.MonkeyPatch, settles: bool = True) -> None:
+def _product(
+    cluster: int, patch: pytest.MonkeyPatch, settles: bool = True, width: int = 384
+) -> None:
     """With biases, by clusters of so many blocks, of a settled weight, if it is (`settles`)."""
     patch.setattr(few, "CLUSTERS", (cluster,))
     g = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 16, (600, 384), generator=g)
-    a = 2 * torch.randint(-8, 8, (5, 384), generator=g) + 1
+    codes = torch.randint(0, 16, (600, width), generator=g)
+    a = 2 * torch.randint(-8, 8, (5, width), generator=g) + 1
     bias = torch.randint(-100, 100, (600,), generator=g)
     w, packed = 2 * codes - 15, packing.pack(codes, 4)
     if settles:
         emulated.settle(packed)
     y = few.product(
-        a.to(torch.int8), packed, 4, torch.float32, factor=1.0, length=384, settled=True,
+        a.to(torch.int8), packed, 4, torch.float32, factor=1.0, length=width, settled=True,
         a_scale=torch.ones(5), w_scale=torch.ones(600), a_sum=a.sum(1).int(), w_sum=None,
         bias=bias.to(torch.bfloat16),
     )  # fmt: skip
@@ -71,12 +73,13 @@ def test_what_is_broken(
         _product(cluster, monkeypatch)
 
 
+@pytest.mark.parametrize("width", [384, 8192 + 128])
 def test_a_weight_that_is_not_settled(
-    emulator: emulated.Emulator, monkeypatch: pytest.MonkeyPatch
+    width: int, emulator: emulated.Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What its caller says of it is not so."""
+    """What its caller says of it is not so, and it is asked for at once."""
     with pytest.raises(emulated.Fault, match="reads global memory before the kernel before"):
-        _product(1, monkeypatch, settles=False)
+        _product(1, monkeypatch, settles=False, width=width)
 
 
 # A warp's fragments as they are, and what comes of them.

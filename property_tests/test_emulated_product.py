@@ -70,13 +70,18 @@ def test_a_residual_is_read_where_it_lies(emulator: emulated.Emulator, front: bo
     assert torch.equal(sums, (y.float() + beside.float()).to(beside.dtype))
 
 
-def _multiply(tiles: product.Shape, rows: int, columns: int, width: int) -> None:
+def _multiply(
+    tiles: product.Shape, rows: int, columns: int, width: int, settled: bool = False
+) -> None:
     a, b = (inputs.integers("random", n, width, n) for n in (rows, columns))
+    if settled:
+        emulated.settle(b)
     scales = [torch.ones(n) for n in (rows, columns)]
     with product.only(tiles):
         y = product.product(
-            a, b, torch.float32, epilogue=hopper.PLAIN, row_scale=scales[0], column_scale=scales[1]
-        )
+            a, b, torch.float32, epilogue=hopper.PLAIN, row_scale=scales[0],
+            column_scale=scales[1], settled=settled,
+        )  # fmt: skip
     assert torch.equal(y.double(), a.double() @ b.double().T), "other numbers"
 
 
@@ -151,7 +156,10 @@ BROKEN = {
         ONE, "wait_for_previous();  // which", FIRST, ";  // which", f"reads {UNDER_WAY}",
     ),
     "a wait for what made scales": (
-        ONE, "    wait_for_previous();\n", FIRST, "", f"reads {UNDER_WAY}",
+        TURNS, "    wait_for_previous();\n", FIRST, "", f"reads {UNDER_WAY}",
+    ),
+    "a wait for scales, where the weight is settled": (
+        (*ONE, True), "    wait_for_previous();\n", FIRST, "", f"reads {UNDER_WAY}",
     ),
     "a weight that is asked for at once": (
         ONE, "settled && first", FIRST, "first", f"reads {UNDER_WAY}",
@@ -173,6 +181,18 @@ def test_what_is_broken(name: str, emulator: emulated.Emulator) -> None:
     emulator.runs = 8
     with pytest.raises(AssertionError, match=told):
         _multiply(*given)
+
+
+@pytest.mark.parametrize("tiles", product.KINDS.values(), ids=product.KINDS)
+def test_a_settled_weight_is_asked_for_at_once(
+    tiles: product.Shape, emulator: emulated.Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So where it is not, that is a fault."""
+    _multiply(tiles, 70, 301, 400, settled=True)
+    monkeypatch.setattr(emulated, "settle", lambda _: None)
+    monkeypatch.setattr(emulated, "_settled", [])
+    with pytest.raises(emulated.Fault, match=f"reads {UNDER_WAY}"):
+        _multiply(tiles, 70, 301, 400, settled=True)
 
 
 # What product.cu makes of turns, which `place` is given.
@@ -230,6 +250,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) tile(const __grid_con
     if (blockIdx.x == 0) load_to_all(base, &map, k, row, bar);
   }
   barrier_wait(bar, 0);
+  asm volatile("griddepcontrol.wait;" ::: "memory");
   for (int i = threadIdx.x; i < BYTES; i += 32) out[BYTES * blockIdx.x + i] = raw[i];
   cluster_sync();
 }
@@ -237,7 +258,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) tile(const __grid_con
 
 
 @pytest.mark.parametrize("bytes_", [64, 128])
-def test_a_tile_is_copied(bytes_: int, emulator: emulated.Emulator) -> None:
+def test_a_tile_is_copied(
+    bytes_: int, emulator: emulated.Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To both blocks; zeros where there is no matrix. Bits 4 to 6 of an address are changed by bits
     7 to 9, or two of them by two.
     """
@@ -251,7 +274,14 @@ def test_a_tile_is_copied(bytes_: int, emulator: emulated.Emulator) -> None:
     for k, row in ((0, 0), (0, 2), (bytes_, 10), (-16, -3)):
         out = torch.zeros(2, box * bytes_, dtype=torch.int8)
         made = hopper.tensor_map(x.data_ptr(), rows, width, box, bytes_)
-        kernel.launch(2, made, k, row, out.data_ptr())
+        # Of what may be under way yet it may read what it does, and no row less.
+        first, last = max(row, 0), min(row + box, rows)
+        monkeypatch.setattr(emulated, "_settled", [x[first:last]])
+        kernel.launch(2, made, k, row, out.data_ptr(), overlap=True)
+        for less in (x[first + 1 : last], x[first : last - 1]):
+            monkeypatch.setattr(emulated, "_settled", [less])
+            with pytest.raises(emulated.Fault, match=f"reads {UNDER_WAY}"):
+                kernel.launch(2, made, k, row, 0, overlap=True)
         around = torch.nn.functional.pad(x, (128, 128, 32, 32))
         tile = around[32 + row : 32 + row + box, 128 + k : 128 + k + bytes_].flatten()
         at = torch.arange(box * bytes_)

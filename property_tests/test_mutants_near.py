@@ -23,6 +23,7 @@ import math
 import pytest
 from property_tests.aid import aid, other_aid
 from property_tests import kit, whole
+from property_tests.kit import tool
 
 CASES = [1, made()]
 OTHERS = [2]
@@ -48,11 +49,17 @@ def always():
     yield 4
 
 
+@pytest.fixture
+def stairs(stairs):
+    return stairs
+
+
 @pytest.mark.parametrize("n", CASES)
-def test_f(n, room, hall):
+def test_f(n, room, hall, stairs, cupboard, porch):
     assert helper(n) == aid(5)
     whole.w()
     kit.k()
+    tool.t()
 
 
 @pytest.mark.parametrize("n", OTHERS)
@@ -69,13 +76,20 @@ FILES = {
     "property_tests/aid.py": "U = 30\n\n\ndef aid(x):\n    return inner(x)\n\n\n"
     "def inner(x):\n    return 31\n\n\ndef other_aid(x):\n    return 32\n",
     "property_tests/whole.py": "def w():\n    return 40\n",
-    "property_tests/kit/__init__.py": "def k():\n    return 41\n",
-    "property_tests/rooms.py": "def hall():\n    return 42\n\n\ndef cellar():\n    return 43\n",
+    "property_tests/kit/__init__.py": "from . import part\nfrom .other import o\n\n\ndef k():\n"
+    "    return part.p() + o() + 41\n",
+    "property_tests/kit/part.py": "def p():\n    return 60\n",
+    "property_tests/kit/other.py": "def o():\n    return 61\n\n\ndef never():\n    return 62\n",
+    "property_tests/kit/tool.py": "def t():\n    return 63\n",
+    "property_tests/rooms.py": "effect(64)\n\n\ndef hall():\n    return 42\n\n\ndef cellar():\n"
+    "    return 43\n\n\n@fixture(autouse=True)\ndef light():\n    return 65\n",
     "property_tests/conftest.py": "from property_tests.rooms import cellar, hall\n\nPROFILE = 44\n"
     "load(45)\n\n\n@fixture\ndef room():\n    return 50\n\n\ndef lobby():\n    return 51\n\n\n"
+    "@fixture\ndef stairs():\n    return 54\n\n\n@fixture(name='cupboard')\ndef _made():\n"
+    "    return 55\n\n\n"
     "def pytest_sessionfinish():\n    return PROFILE + 52\n\n\n"
     "def pytest_terminal_summary():\n    return 53\n",
-    "conftest.py": "",
+    "conftest.py": "@fixture\ndef porch():\n    return 66\n",
     "pyproject.toml": "",
 }
 TEST = "property_tests/test_a.py::test_f[1]"
@@ -171,6 +185,13 @@ def journal(root: Path, folder: str = "work") -> Journal:
         ("property_tests/aid.py", "31", "0", BY_TEST | {"import of"}),
         ("property_tests/whole.py", "40", "0", BY_TEST | {"import of"}),
         ("property_tests/kit/__init__.py", "41", "0", BY_TEST | {"import of"}),
+        ("property_tests/kit/part.py", "60", "0", BY_TEST | {"import of"}),
+        ("property_tests/kit/other.py", "61", "0", BY_TEST | {"import of"}),
+        ("property_tests/kit/tool.py", "63", "0", BY_TEST | {"import of"}),
+        # Fixtures: under another name, by one of the test's file, of the other conftest.py.
+        ("property_tests/conftest.py", "55", "0", BY_TEST | {"import"}),
+        ("property_tests/conftest.py", "54", "0", BY_TEST | {"import"}),
+        ("conftest.py", "66", "0", BY_TEST | {"import"}),
         ("property_tests/conftest.py", "50", "0", BY_TEST | {"import"}),
         ("property_tests/rooms.py", "42", "0", BY_TEST | {"import"}),
         # Other tests, and what only they name.
@@ -181,16 +202,25 @@ def journal(root: Path, folder: str = "work") -> Journal:
         ("property_tests/aid.py", "U = 30", "U = 0", set()),
         # What both conftest.py do for every test, and what pytest is told.
         ("property_tests/conftest.py", "44", "0", BY_TEST | {"import"}),
-        ("property_tests/conftest.py", "45", "0", BY_TEST | {"import"}),
+        ("property_tests/conftest.py", "45", "0", BY_TEST | {"import of", "import"}),
         ("property_tests/conftest.py", "52", "0", BY_TEST | {"import"}),
-        ("conftest.py", "", "load(1)\n", BY_TEST | {"import"}),
-        ("conftest.py", "", "def pytest_configure():\n    return 1\n", BY_TEST | {"import"}),
+        ("property_tests/rooms.py", "64", "0", BY_TEST | {"import"}),
+        ("property_tests/rooms.py", "65", "0", BY_TEST | {"import"}),
+        ("conftest.py", "@fixture", "load(1)\n\n\n@fixture", BY_TEST | {"import of", "import"}),
+        (
+            "conftest.py",
+            "@fixture",
+            "def pytest_configure():\n    return 1\n\n\n@fixture",
+            BY_TEST | {"import"},
+        ),
+        ("conftest.py", "@fixture", "collect_ignore = ['a']\n\n\n@fixture", BY_TEST | {"import"}),
         ("pyproject.toml", "", "[tool.pytest.ini_options]\naddopts = ['-x']\n", BY_TEST),
         # What no test asks for, and what only prints.
         ("property_tests/conftest.py", "51", "0", {"import"}),
         ("property_tests/conftest.py", "53", "0", {"import"}),
         ("property_tests/rooms.py", "43", "0", {"import"}),
-        ("conftest.py", "", "X = 1\n", {"import"}),
+        ("property_tests/kit/other.py", "62", "0", set()),
+        ("conftest.py", "@fixture", "X = 1\n\n\n@fixture", {"import"}),
         # The code between, which it is carried in spite of.
         ("pyproject.toml", "", "[tool]\n", set()),
     ],

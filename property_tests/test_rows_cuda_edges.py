@@ -114,8 +114,10 @@ def test_turns_of_a_row(place: Place) -> None:
     """As many blocks as the warps hold, two turns, three that are not full, and all that there are;
     one row that is large only at its end, one only at its beginning.
     """
-    for width in (16384, 32768, 35456, 49152):
-        x = inputs.draw("gaussian", (5, width), torch.bfloat16, 0)
+    half, full = torch.bfloat16, torch.float32
+    cases = [(16384, half), (32768, half), (35456, half), (49152, half), (17408, full)]
+    for width, dtype in cases:
+        x = inputs.draw("gaussian", (5, width), dtype, 0)
         x[1, -1], x[2, 0] = 2.0**100, -(2.0**127)
         x[3, width // 2] = torch.inf
         x[4] *= 2.0**-130
@@ -135,7 +137,9 @@ def test_rows_whose_codes_are_not_odd(place: Place, dtype: torch.dtype) -> None:
      ("uniform2/hadamard128/ste/dense", 2), ("ternary/hadamard128/trust1.0/dense", 2)],
 )  # fmt: skip
 def test_what_is_saved(place: Place, spec: str, saved: int) -> None:
-    """Codes in 2 and 4 bits beside the integers: of warps that are full and not, of three turns."""
+    """Codes in 2 and 4 bits beside all else, which is what it is without; of warps that are full
+    and not, of three turns. A row's scale is that of every form.
+    """
     q = parse(spec)
     levels = q.require_grid().levels
     stride, top = (1, levels // 2) if levels % 2 else (2, levels - 1)
@@ -143,6 +147,12 @@ def test_what_is_saved(place: Place, spec: str, saved: int) -> None:
         stride, top = 2 * stride, 2 * top
     for width in (640, 2048, 35456):
         x = inputs.draw("gaussian", (3, width), torch.bfloat16, 0).to(place.device)
-        made = blocks.quantize(x, ops.program(q, x), form=forms.INTEGERS, saved=saved)
+        program = ops.program(q, x)
+        made = blocks.quantize(x, program, form=forms.INTEGERS, saved=saved, sums=True)
+        plain = blocks.quantize(x, program, form=forms.INTEGERS, sums=True)
+        for t, expected in zip(made[:4], plain[:4], strict=True):
+            assert torch.equal(t, expected)
+        for form, bits in ((forms.VALUES, 0), (forms.CODES, 0), (forms.PACKED, 4)):
+            assert torch.equal(blocks.quantize(x, program, form=form, bits=bits)[1], made[1])
         index = (made[0].cpu().int() + top) // stride
         assert torch.equal(made[4].cpu(), packing.pack(index, saved))

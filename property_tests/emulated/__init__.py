@@ -152,11 +152,18 @@ def _drop_old(path: Path) -> None:
                 old.unlink()
 
 
-_settled: list[torch.Tensor] = []
+_settled: list[torch.Tensor] | None = None  # None: nothing runs in the emulator
 
 
 def settle(t: torch.Tensor) -> None:
-    """What launches that overlap with the kernel before them may read at once, in this test."""
+    """What launches that overlap with the kernel before them may read at once, in this test.
+
+    ValueError unless t is contiguous; RuntimeError outside of `instead`.
+    """
+    if _settled is None:
+        raise RuntimeError("settle belongs into a test whose kernels the emulator runs")
+    if not t.is_contiguous():
+        raise ValueError("what is settled must be contiguous")
     _settled.append(t)
 
 
@@ -181,9 +188,9 @@ class Kernel:
             raise Fault(f"a grid of {blocks} thread blocks")
         packed = cuda._Parameters(self.layout)
         packed.fill(*values)
-        told = [n for t in _settled for n in (t.data_ptr(), t.data_ptr() + t.nbytes)]
-        known = (ctypes.c_uint64 * len(told))(*told)
-        runtime().emulated_overlaps(ctypes.c_bool(overlap), known, len(_settled))
+        ends = [n for t in _settled or () for n in (t.data_ptr(), t.data_ptr() + t.nbytes)]
+        known = (ctypes.c_uint64 * len(ends))(*ends)
+        runtime().emulated_overlaps(ctypes.c_bool(overlap), known, len(ends) // 2)
         at = ctypes.c_void_p(packed.pointers)
         self.emulator.launches += 1
         for _ in range(self.emulator.runs):

@@ -40,6 +40,7 @@ void emulated_barrier_init(unsigned at, unsigned count) {
 // Those that this thread made can be seen behind its next arrival, of whatever kind.
 void emulated_barrier_fence() {
   self().fenced = self().clock;
+  self().fenced[previous()] = 0;  // of the kernel before it says nothing
   self().clock[current]++;
 }
 void emulated_barrier_arrive(unsigned at, bool shared) {

@@ -224,9 +224,9 @@ void emulated_load(unsigned to, const void *map, int x, int y, unsigned at, unsi
     insist(rank_of(bulk.to));
     const Barrier &b = barrier(bulk.barrier, false, false);
     from_shared(bulk.to, 16, false), from_shared(bulk.to + bytes - 16, 16, false);
-    for (int64_t r = std::max(y, 0); r < std::min<int64_t>((int64_t)y + (int64_t)m.box_rows, (int64_t)m.rows); r++)
-      if (const int64_t n = std::min<int64_t>((int64_t)m.box_width, (int64_t)m.width - x); x >= 0 && n > 0)
-        insist_on_previous((const char *)m.address + r * m.stride + x, n, false);
+    const int64_t left = std::max(x, 0), right = std::min<int64_t>((int64_t)x + m.box_width, m.width);
+    for (int64_t r = std::max(y, 0); r < std::min<int64_t>((int64_t)y + m.box_rows, m.rows) && left < right; r++)
+      insist_on_previous((const char *)m.address + r * m.stride + left, right - left, false);
     auto by_engine = [&](uint32_t word, Kind kind) { access(word, 4, kind, b.engine, b.phase + 1, self().clock); };
     for (uint32_t i = 0; i < 8; i += 4) by_engine(bulk.barrier + i, READ);
     for (uint32_t i = 0; i < bytes; i += 4) by_engine(bulk.to + i, WRITE);  // swizzled among themselves

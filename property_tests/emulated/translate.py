@@ -153,7 +153,12 @@ def cluster(text: str) -> str:
 
 
 def translated(text: str) -> str:
-    """A kernel's source, preprocessed, as C++; ValueError for PTX that is not in `PTX`."""
+    """A kernel's source, preprocessed, as C++; ValueError for PTX that is not in `PTX`.
+
+    And for calls of the C library whose accesses of memory nobody would see.
+    """
+    if unseen := re.search(r"\bmem(?:cpy|move|set)\b", text):
+        raise ValueError(f"the emulator does not see what {unseen[0]} reads and writes")
     text = re.sub(
         r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];",
         r"\1 *const \2 = emulated::dynamic_shared<\1>();",

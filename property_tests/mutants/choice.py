@@ -110,6 +110,7 @@ OWN = {
         "masked_cuda_edges",
         "rows_cuda_edges",
         "blocks_cuda_edges",
+        "blocks_teams_cuda_edges",
         "blocks_drawn",
         "blocks",
         "rows",
@@ -151,6 +152,7 @@ OWN = {
     ),
     "kernels/halves.cuh": (
         "blocks_cuda_edges",
+        "blocks_teams_cuda_edges",
         "blocks_drawn",
         "masked_cuda_edges",
         "blocks",

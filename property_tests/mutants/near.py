@@ -9,8 +9,9 @@ A kill that no longer holds (see `evidence`) is carried while both are as they w
 - the test. Its function, and of its file, and of helpers in this folder, what that names, and what
   those name in turn: functions, classes, constants, single imports, fixtures by their arguments;
   autouse fixtures, `pytestmark` and statements that bind no name in any case; of both conftest.py,
-  which set the profiles, these and hooks, but for what only prints; and pytest's settings. Other
-  tests of the file, and fixtures that it does not ask for, may change. Of
+  which set the profiles, these, what they import for its effect, and hooks, but for what only
+  prints; and pytest's settings. Other tests of the file, and fixtures that it does not ask for, may
+  change, and what is not Python (the emulator's headers). Of
   a kill by the import of a file of tests what stands at its top, and functions and classes that
   this names; where none could be gathered both conftest.py.
 
@@ -36,7 +37,10 @@ from .mutant import Mutant
 
 CARRIED = frozenset({"killed", "crash", "timeout", "refused"})
 CONFTEST = "property_tests/conftest.py"
+CONFTESTS = ("conftest.py", CONFTEST)
 PRINTS = frozenset({"pytest_terminal_summary"})  # hooks on which no test rests
+READ = frozenset({"pytest_plugins", "collect_ignore", "collect_ignore_glob"})  # by pytest itself
+NONE = "."  # the name of nothing: what is there in any case
 ALL = ""  # the name of all that stands at the top of a file
 _BY_IMPORT = "import of "
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -53,10 +57,12 @@ class _Top:
     """The statements at the top of a file of tests, or of a helper.
 
     of: those that bind a name. always: those that bind none, and autouse fixtures. defined: names
-    of functions and classes. imported: of a name the module and what of it.
+    of functions and classes. imported: of a name the module in property_tests/, as a path, and what
+    of it. package: that of the file, for what it imports from there.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, package: str) -> None:
+        self._package = package.split(".")
         self.of: dict[str, list[_Part]] = {}
         self.always: list[_Part] = []
         self.defined: set[str] = set()
@@ -73,6 +79,7 @@ class _Top:
         names = [*_bound(node)]
         if isinstance(node, _Definition):
             self.defined |= {*names}
+            names += _fixture_names(node)
             if any("autouse" in dump(d) for d in node.decorator_list):
                 names = []
         for name in names:
@@ -81,14 +88,16 @@ class _Top:
             self.always.append(part)
 
     def _import(self, node: ast.Import | ast.ImportFrom, alias: ast.alias) -> None:
-        module = getattr(node, "module", "") or ""
-        name = alias.asname or (alias.name.partition(".")[0] if not module else alias.name)
-        part = _Part(f"{getattr(node, 'level', 0)} {module} {dump(alias)}", frozenset())
+        module, level = getattr(node, "module", "") or "", getattr(node, "level", 0)
+        whole = isinstance(node, ast.Import)
+        name = alias.asname or (alias.name.partition(".")[0] if whole else alias.name)
+        part = _Part(f"{level} {module} {dump(alias)}", frozenset())
         self.of.setdefault(name, []).append(part)
-        if module == "property_tests":
-            self.imported[name] = alias.name, ALL
-        elif module.startswith("property_tests."):
-            self.imported[name] = module.partition(".")[2].replace(".", "/"), alias.name
+        parts = [p for p in (alias.name if whole else module).split(".") if p]
+        if level:
+            parts = [*self._package[: len(self._package) - level + 1], *parts]
+        if parts[:1] == ["property_tests"]:
+            self.imported[name] = "/".join(parts), ALL if whole else alias.name
 
 
 class Near:
@@ -137,19 +146,21 @@ class Near:
     def _of_test(self, by: str) -> str:
         """A test and what it names; "" where there is no such test now, or none is named."""
         if by == "import":  # nothing was gathered
-            return digest(self._closure(file, {ALL}) for file in ("conftest.py", CONFTEST))
+            return digest(self._closure({(file, ALL)}) for file in CONFTESTS)
         if by.startswith(_BY_IMPORT):
             file = by.removeprefix(_BY_IMPORT)
             top = self._top(file)
-            return "" if top is None else self._closure(file, {*top.of} - top.defined)
+            if top is None:
+                return ""
+            return self._closure({(file, n) for n in {*top.of} - top.defined})
         file, _, test = by.partition("::")
         name = re.split(r"\W", test, maxsplit=1)[0]
         top = self._top(file)
         if top is None or name not in top.defined:
             return ""
         # What pytest itself looks for in a module.
-        asked = self._closure(file, {name, *(n for n in top.of if n.startswith("pytest"))})
-        return digest([asked, self._settings()])
+        names = {name, *(n for n in top.of if n.startswith("pytest"))}
+        return digest([self._closure({(file, n) for n in names}), self._settings()])
 
     def _settings(self) -> str:
         """What both conftest.py do for every test, and what pytest reads of pyproject.toml."""
@@ -157,27 +168,38 @@ class Near:
             text = self.root / "pyproject.toml"
             tool = tomllib.loads(text.read_text()).get("tool", {}) if text.exists() else {}
             parts = [repr(tool.get("pytest"))]
-            for file in ("conftest.py", CONFTEST):
+            for file in CONFTESTS:
                 top = self._top(file)
                 hooks = {n for n in top.of if n.startswith("pytest_")} - PRINTS if top else set()
-                parts.append(self._closure(file, {"pytest_plugins", *hooks}))
+                starts = {(file, n) for n in {NONE, *READ, *hooks}}
+                # A module that is imported has its effect.
+                starts |= {(path, NONE) for path, _ in self._imports(file, NONE)}
+                parts.append(self._closure(starts))
             self._set = digest(parts)
         return self._set
 
     def _top(self, file: str) -> _Top | None:
         if file not in self._tops:
             path = self.root / file
-            if not path.is_file():  # it may be a package
-                path = path.with_suffix("") / "__init__.py"
-            self._tops[file] = _Top(path.read_text()) if path.is_file() else None
+            package = file.rpartition("/")[0].replace("/", ".")
+            self._tops[file] = _Top(path.read_text(), package) if path.is_file() else None
         return self._tops[file]
 
-    def _closure(self, file: str, names: set[str]) -> str:
-        """What these names of a file stand for, and all that those name."""
+    def _imports(self, file: str, name: str) -> Iterator[tuple[str, str]]:
+        """Of a name, or for NONE of all, that a file imports: a file and a name there."""
+        top = self._top(file)
+        found = top.imported if top else {}
+        for module, what in (v for n, v in found.items() if name in (n, NONE)):
+            # A module, or a package; what is imported may be one in it.
+            for path, of in ((module, what), (f"{module}/{what}", ALL)):
+                yield from ((at, of) for at in (f"{path}.py", f"{path}/__init__.py"))
+
+    def _closure(self, starts: set[tuple[str, str]]) -> str:
+        """What these names of files stand for, and all that those name."""
         parts: set[str] = set()
         files: set[str] = set()
         seen: set[tuple[str, str]] = set()
-        left = [(file, n) for n in names]
+        left = [*starts]
         while left:
             at = left.pop()
             if at in seen:
@@ -197,16 +219,20 @@ class Near:
             for n, part in enumerate(top.of.get(name, ())):
                 parts.add(f"{where} {name} {n} {part.code}")
                 left += [(where, w) for w in part.words]
-            if name in top.imported:
-                module, what = top.imported[name]
-                left.append((f"property_tests/{module}.py", what))
-            elif name not in top.of and name in self._fixtures():
-                left.append((CONFTEST, name))
+            left += self._imports(where, name) if name != NONE else []
+            # It may be a fixture, and one of its file may ask for another of its name.
+            left += [(file, name) for file in CONFTESTS if name not in (ALL, NONE)]
         return digest(sorted(parts))
 
-    def _fixtures(self) -> set[str]:
-        top = self._top(CONFTEST)
-        return {*top.defined, *top.imported} if top else set()
+
+def _fixture_names(node: _Definition) -> list[str]:
+    """The names that decorators give a fixture, in place of its own."""
+    calls = [d for d in node.decorator_list if isinstance(d, ast.Call)]
+    return [
+        k.value.value
+        for call in calls for k in call.keywords
+        if k.arg == "name" and isinstance(k.value, ast.Constant) and isinstance(k.value.value, str)
+    ]  # fmt: skip
 
 
 def _bound(node: ast.stmt) -> Iterator[str]:

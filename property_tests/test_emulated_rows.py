@@ -50,7 +50,7 @@ BROKEN = {
         NORMED, "s = over_row(s, first);", "s = over_row(s, before);", "a race: thread",
     ),
     "a turn": (LONG, "if (!LONG || block == begin) break;", "if (block == last) break;", None),
-    "words of a lane": (NEAR, "8 * q + 2 * (r % 4)", "8 * q + 2 * (r % 2)", None),
+    "chunks of a lane": (NEAR, "{32 * q + r, 16, 8,", "{32 * q + r, 8, 16,", None),
 }  # fmt: skip
 
 

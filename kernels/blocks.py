@@ -234,7 +234,7 @@ def launch(
     bits of an entry of `kept`.
     """
     if by_row.takes(rows, d, x.dtype):
-        by_row.launch(x, program, form, bits, rows, d, out, scale, mask, sums, kept, saved)
+        by_row.launch(x, program, form, bits, rows, d, out, scale, mask, sums, kept, saved, None, 0)
         return
     device = x.device.index
     # Values gain nothing by several rows a team (kernels/README.md).

@@ -85,7 +85,7 @@ def shape(width: int) -> Shape:
 
 def macros(
     dtype: torch.dtype, levels: int, edge: bool, form: int, bits: int, shape: Shape,
-    normed: bool = False, saved: int = 0,
+    normed: bool, saved: int,
 ) -> dict[str, int]:  # fmt: skip
     """What rows.cu is compiled with, for an input of `dtype`; normed: with a norm before it."""
     return {
@@ -130,8 +130,8 @@ def _ready(room: int, *which: Any) -> cuda.Kernel:
 
 def launch(
     x: torch.Tensor, program: Program, form: int, bits: int, rows: int, d: int, out: int,
-    scale: int, mask: int, sums: int, kept: int = 0, saved: int = 0,
-    norm: tuple[torch.Tensor, float] | None = None, shown: int = 0,
+    scale: int, mask: int, sums: int, kept: int, saved: int,
+    norm: tuple[torch.Tensor, float] | None, shown: int,
 ) -> None:  # fmt: skip
     """`blocks.launch` of x, rows (at least one) of d contiguous entries at multiples of 16 bytes.
 

@@ -330,7 +330,7 @@ def test_what_codes_become_is_what_operands_say(source: str) -> None:
                 continue
             if source == "rows.cu":
                 how = forms.OPERANDS[kind]
-                macros = rows.macros(torch.float32, levels, False, *how, rows.shape(128))
+                macros = rows.macros(torch.float32, levels, False, *how, rows.shape(128), False, 0)
             else:
                 macros = blocks.macros(torch.float32, levels, False, *forms.OPERANDS[kind])
             names = read(source, tuple(macros.items())).names

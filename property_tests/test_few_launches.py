@@ -393,7 +393,7 @@ def test_rows_overlap_with_the_kernel_before(normed: bool, of_rows: Device) -> N
     norm = (torch.zeros(128, dtype=BF16), 0.5) if normed else None
     for count, share in ((1, 1), (4, 1), (5, 2), (9, 3), (20, 5), (25, 7), (64, 16), (65, 17)):
         for capable in (True, False):  # elsewhere the kernel has no wait
-            of_rows.overlaps, at = capable, (101, 102, 0, 103, 0, 0, norm)
+            of_rows.overlaps, at = capable, (101, 102, 0, 103, 0, 0, norm, 0)
             rows.launch(x, ops.program(q, x), 3, 0, count, 128, *at)
             kernel, _, overlap, _ = of_rows.one()
             assert overlap is capable

@@ -365,7 +365,7 @@ def test_a_binary_is_kept_where_that_is_asked_for(
         return made[-1]
 
     monkeypatch.setattr(utils, "FileStreamProgramCache", cache)
-    macros = rows.macros(torch.bfloat16, 2, False, forms.PACKED, 1, rows.shape(128))
+    macros = rows.macros(torch.bfloat16, 2, False, forms.PACKED, 1, rows.shape(128), False, 0)
     code = cuda.compile_("rows.cu", "sm_90a", macros, cached=cached)
     assert len(made) == cached
     assert any(tmp_path.rglob("*")) == cached

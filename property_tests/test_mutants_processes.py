@@ -469,7 +469,8 @@ def test_what_is_compiled_without_a_fault_is_kept_until_a_text_changes(
 ) -> None:
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     cache = tmp_path / "binaries.json"
-    macros = tuple(rows.macros(torch.float32, 16, False, forms.CODES, 0, rows.shape(128)).items())
+    made = rows.macros(torch.float32, 16, False, forms.CODES, 0, rows.shape(128), False, 0)
+    macros = tuple(made.items())
     good: child.Variant = ("rows.cu", "sm_90a", macros)
     bad: child.Variant = ("rows.cu", "sm_90a", (("WIDTH", -1),))
     asked: list[int] = []

@@ -38,7 +38,7 @@ def test_every_variant_compiles_without_a_gpu(dtype: torch.dtype, spec: str, wid
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     for normed in (False, True):
         levels, how = parse(spec).require_grid().levels, forms.OPERANDS[_kind(spec)]
-        macros = rows.macros(dtype, levels, False, *how, rows.shape(width), normed)
+        macros = rows.macros(dtype, levels, False, *how, rows.shape(width), normed, 0)
         if normed and dtype == torch.float32:
             with pytest.raises(RuntimeError, match="a norm takes 16 bits"):
                 cuda.compile_("rows.cu", "sm_90a", macros, cached=False)

@@ -236,6 +236,7 @@ OWN = {
         "product",
     ),
     "kernels/rows.cu": (
+        "emulated_rows",
         "rows_cuda_edges",
         "blocks_cuda_edges",
         "blocks_drawn",

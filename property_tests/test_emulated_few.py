@@ -66,9 +66,7 @@ def test_what_is_broken(
     cluster, lost, number, instead, told = BROKEN[name]
     _product(cluster, monkeypatch)
     places._forget()
-    parts = cuda._text("few.cu").split(lost)
-    assert len(parts) > number
-    emulator.text["few.cu"] = lost.join(parts[:number]) + instead + lost.join(parts[number:])
+    emulator.plant("few.cu", lost, instead, number)
     with pytest.raises(AssertionError, match=told):
         _product(cluster, monkeypatch)
 

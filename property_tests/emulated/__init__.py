@@ -219,6 +219,13 @@ class Emulator:
         self.text: dict[str, str] = {}
         self.seeds = itertools.count()
 
+    def plant(self, source: str, lost: str, instead: str, number: int | None = None) -> None:
+        """A fault in the place of a text that a source has once, or of so manieth of several."""
+        parts = cuda._text(source).split(lost)
+        assert len(parts) == 2 if number is None else len(parts) > number, lost
+        at = number or 1
+        self.text[source] = lost.join(parts[:at]) + instead + lost.join(parts[at:])
+
     def compile_(
         self, source: str, architecture: str, macros: dict[str, int], *, cached: bool = True
     ) -> Code:

@@ -27,14 +27,17 @@ from .quantize import STE, Program
 
 GROUP = 8  # blocks of a warp
 WARPS = 16
-# Entries of an input up to which this takes less time than blocks.cu, a row of fewer than a warp's
-# counted as so many: 4096 x 4096 at 4 bits, with a mask, 14.9 us for 15.8, 16384 x 2048 27.3 for
-# 26.3; without a mask 512 x 2048 2.4 for 3.6, 4096 x 2048 8.5 for 9.6, 4096 x 5632 about the same
-# (the H200's quantizer.txt, parts 12 and 13).
-MOST = 2**24
-# Of float32, whose bytes are what counts, any number of rows of up to so many entries: 16384 x 2048
-# with a mask 40.1 us for 42.7, 16384 x 4096 91 for 99.
+RESIDENT = 32  # warps of a multiprocessor that have registers, of 16 bits; as in rows.cu
+# Rows of up to so many entries, which several of a multiprocessor's thread blocks have.
 NARROW = 4096
+# Entries of an input up to which this takes less time than blocks.cu, of wide rows and of others, a
+# row of fewer than a warp's counted as so many: by events, with a mask, 4096 x 4096 at 4 bits 18.5
+# us for 20.7, 16384 x 2048 30.3 for 31.7, and with 1 bit 28.5 for 29.9; 16384 x 4096 54.5 for 54.8.
+# Behind their like, with which it overlaps, 14.3 for 15.7, 27.5 for 26.7, 24.9 for 23.9; without a
+# mask 512 x 2048 2.4 for 3.6, 4096 x 2048 8.5 for 9.6, 4096 x 5632 about the same (the H200's
+# quantizer.txt, parts 12 to 14). Of NARROW rows of float32 any number: 16384 x 2048 with a mask
+# 40.1 for 42.7, 16384 x 4096 91 for 99.
+MOST, MOST_NARROW = 2**24, 2**25
 # Thread blocks of a multiprocessor up to which a launch leaves each no more than its share, by
 # shared memory that it asks for: those that start early would all go where the kernel before ends
 # first. More than so many don't fit anyway, as registers go.
@@ -57,7 +60,7 @@ def only(taken: bool) -> Iterator[None]:
 
 
 def takes(rows: int, d: int, dtype: torch.dtype) -> bool:
-    """Whether so many rows of d entries are this kernel's; see MOST and NARROW.
+    """Whether so many rows of d entries are this kernel's; see MOST.
 
     Whatever is made of them: codes and values of the same rows are to have the same scale.
     """
@@ -66,7 +69,7 @@ def takes(rows: int, d: int, dtype: torch.dtype) -> bool:
     least = GROUP * ORDER
     if dtype == torch.float32 and least <= d <= NARROW:
         return True
-    return rows * max(d, least) <= MOST
+    return rows * max(d, least) <= (MOST_NARROW if d <= NARROW else MOST)
 
 
 class Shape(NamedTuple):
@@ -104,7 +107,7 @@ def _kernel(
     return cuda.load(
         code, "rows", device, threads=32 * shape.warps,
         shared=cuda.shared(device) - _static(WARPS),
-        layout="6Pqi2f" + ("2Pf" if normed else ""),
+        layout="6Pq2i2f" + ("2Pf" if normed else ""),
     )  # fmt: skip
 
 
@@ -121,6 +124,18 @@ def _room(rows: int, warps: int, device: int) -> int:
         return 0
     room = (cuda.shared(device) + RESERVED) // share - RESERVED - _static(warps)
     return room // GRANULE * GRANULE
+
+
+def _ahead(dtype: torch.dtype, how: Shape, device: int) -> int:
+    """How much further on a row lies that a thread block asks for, into the L2 cache; 0: none.
+
+    Half as many as run at a time. While these compute memory would have nothing to do: of 13.9 us
+    for 4096 x 4096 with 1 bit that took 0.6; an eighth or a quarter as many give less, and of
+    float32, whose bytes are what counts, it cost (the H200's quantizer.txt, part 14).
+    """
+    if dtype == torch.float32 or how.long:
+        return 0
+    return cuda.processors(device) * (RESIDENT // how.warps) // 2
 
 
 @functools.cache
@@ -151,6 +166,6 @@ def launch(
     kernel.launch(
         rows,
         x.data_ptr(), scale, out, mask, sums, kept, stride * x.element_size(), d // ORDER,
-        program.step, program.threshold, *given,
+        _ahead(x.dtype, how, device), program.step, program.threshold, *given,
         overlap=overlap,
     )  # fmt: skip

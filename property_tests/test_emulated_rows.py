@@ -6,19 +6,22 @@ import pytest
 import torch
 
 from property_tests import emulated, places
-from quest import operands
+from quest import lowbit, operands
 from quest.conformance import examine, inputs
 from quest.quantizer import parse
 
 FOUR = "uniform4/hadamard128/ste/dense"
-NEAR, WIDE, LONG, FAR, NORMED = "near", "wide", "long", "far", "normed"
+NEAR, WIDE, LONG, FAR, NORMED, MANY = "near", "wide", "long", "far", "normed", "many"
 UNDER_WAY = "global memory before the kernel before it has ended"
 
 
 def _quantize(rows: str) -> None:
-    """Rows of several warps; of more than the product waits for; of several turns; rare ones."""
+    """Rows of several warps; of more than the product waits for; of several turns; rare ones.
+
+    And more than a half of those that run at a time.
+    """
     width = {WIDE: 8192 + 128, LONG: 17408}.get(rows, 2048)
-    x = inputs.draw("gaussian", (3, width), torch.bfloat16, 0)
+    x = inputs.draw("gaussian", (20 if rows == MANY else 3, width), torch.bfloat16, 0)
     if rows == FAR:
         x *= 2.0**100
     q, lane = parse(FOUR), places.CPU.lane
@@ -49,11 +52,18 @@ BROKEN = {
         NORMED, "s = over_row(s, first);", "s = over_row(s, before);", "a race: thread",
     ),
     "a turn": (LONG, "if (!LONG || block == begin) break;", "if (block == last) break;", None),
+    "its own row ahead": (
+        MANY, "ask_ahead(row + ahead * stride,", "ask_ahead(row,", "read by nobody",
+    ),
+    "more than a row ahead": (MANY, "128 * blocks) asm", "128 * blocks + 1) asm", "asks again"),
+    "a row that is not there ahead": (
+        MANY, "ahead && blockIdx.x + ahead < gridDim.x", "ahead", "read by nobody",
+    ),
     "chunks of a lane": (NEAR, "{32 * q + r, 16, 8,", "{32 * q + r, 8, 16,", None),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("rows", [NEAR, WIDE, LONG, FAR, NORMED])
+@pytest.mark.parametrize("rows", [NEAR, WIDE, LONG, FAR, NORMED, MANY])
 def test_what_is_whole(rows: str, emulator: emulated.Emulator) -> None:
     _quantize(rows)
 
@@ -65,3 +75,23 @@ def test_what_is_broken(name: str, emulator: emulated.Emulator) -> None:
     emulator.runs = 4
     with pytest.raises(AssertionError, match=told):
         _quantize(rows)
+
+
+@pytest.mark.parametrize(
+    ("count", "width", "dtype", "lines"),
+    [
+        # Of two multiprocessors 32 warps run at a time, and half as many rows ahead are asked for.
+        (16, 2048, torch.bfloat16, 0), (20, 2048, torch.bfloat16, 4 * 32),
+        (18, 2048, torch.float16, 2 * 32), (33, 128, torch.bfloat16, 1 * 2),
+        (4, 16384, torch.bfloat16, 2 * 256), (4, 16512, torch.bfloat16, 0),
+        (20, 2048, torch.float32, 0),
+    ],
+)  # fmt: skip
+def test_what_is_asked_for_ahead(
+    count: int, width: int, dtype: torch.dtype, lines: int, emulator: emulated.Emulator
+) -> None:
+    """Each line of the rows further on, once, and nothing else; see `rows._ahead`."""
+    q = parse(FOUR)
+    lowbit.launch_operand(inputs.draw("gaussian", (count, width), dtype, 0), q, "integers")
+    assert emulator.launches == 1
+    assert emulator.ahead == lines

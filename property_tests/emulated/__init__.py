@@ -197,6 +197,7 @@ class Kernel:
             seed = next(self.emulator.seeds)
             if told := self.run(at, blocks, self.threads, self.shared, seed):
                 raise Fault(told.decode())
+            self.emulator.ahead = runtime().emulated_ahead()
 
 
 @dataclass(frozen=True)
@@ -211,11 +212,13 @@ class Emulator:
     """Compiles and loads in the place of NVRTC and the driver.
 
     multiprocessors: of the device. runs: of each launch, in other orders. text: of a source, what
-    stands in its place. seeds: of the runs to come. launches: so far.
+    stands in its place. seeds: of the runs to come. launches: so far. ahead: lines of
+    128 bytes that the last one asked for into a cache; each is to be read behind that.
     """
 
     def __init__(self, multiprocessors: int = 2) -> None:
         self.multiprocessors, self.runs, self.launches = multiprocessors, 1, 0
+        self.ahead = 0
         self.text: dict[str, str] = {}
         self.seeds = itertools.count()
 

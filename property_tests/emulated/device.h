@@ -71,6 +71,7 @@ void emulated_cluster_wait(int line);
 void emulated_copy(unsigned to, const void *from, int bytes);
 void emulated_commit();
 void emulated_wait_for_previous();
+void emulated_prefetch(const void *at);
 void emulated_wait_copies(int left);
 void emulated_barrier_init(unsigned at, unsigned count);
 void emulated_barrier_fence();

@@ -92,6 +92,8 @@ void accesses(const void *at, size_t bytes, Kind kind) {
   if (!p) {
     if (at >= memory.data() && at < memory.data() + memory.size()) fail("an access beyond shared memory");
     insist_on_previous(at, bytes, kind != READ);
+    for (uintptr_t line = (uintptr_t)at / LINE; !ahead.empty() && line <= ((uintptr_t)at + bytes - 1) / LINE; line++)
+      ahead.erase(line);
     return;
   }
   insist(rank_of(p));

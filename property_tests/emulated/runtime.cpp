@@ -25,6 +25,7 @@
 #include <random>
 #include <ucontext.h>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 struct Dimensions { unsigned x, y, z; };
@@ -119,6 +120,10 @@ bool failed;
 bool overlaps;
 struct Settled { uintptr_t first, end; };
 std::vector<Settled> settled;
+// Lines of global memory that were asked for into a cache and not read since; and how many were, in this launch.
+constexpr uintptr_t LINE = 128;
+std::unordered_set<uintptr_t> ahead;
+int asked_ahead;
 
 Fiber &self() { return fibers[current]; }
 Block &own() { return blocks[emulated_rank]; }
@@ -332,6 +337,7 @@ const char *emulated_run(void (*kernel)(void **), void **values, int grid, int c
   if (threads > 1024) return "more threads than a thread block may have";
   if (grid % clustered) return "clusters that are not whole";
   body = kernel, parameters = values, failed = false, late = seed & 1;
+  ahead.clear(), asked_ahead = 0;
   random_.seed(seed);
   blocks.assign(clustered, Block{});
   if (const size_t wanted = STACK * threads * clustered; wanted > stacks_bytes)
@@ -354,12 +360,18 @@ const char *emulated_run(void (*kernel)(void **), void **values, int grid, int c
   current = -1;
   sigaction(SIGSEGV, &before[0], nullptr), sigaction(SIGBUS, &before[1], nullptr);
   sigaltstack(&stack_before, nullptr);
-  return told;
+  return !told && !ahead.empty() ? "a line of memory that is asked for ahead is read by nobody behind that" : told;
 }
 
 // Of the launches to come: see `overlaps`.
 void emulated_overlaps(bool told, const Settled *known, int count) {
   overlaps = told, settled.assign(known, known + count);
+}
+int emulated_ahead() { return asked_ahead; }
+void emulated_prefetch(const void *at) {
+  if (place(at)) fail("asks for %p into a cache, which is shared memory", at);
+  if (!ahead.insert((uintptr_t)at / LINE).second) fail("asks again for a line of memory that nobody has read yet");
+  asked_ahead++;
 }
 void emulated_wait_for_previous() { self().clock[previous()] = 1; }
 

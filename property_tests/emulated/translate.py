@@ -9,6 +9,7 @@ PTX = {
     "": "",
     "griddepcontrol.launch_dependents;": "",
     "griddepcontrol.wait;": "emulated::emulated_wait_for_previous()",
+    "prefetch.global.L2 [%0];": "emulated::emulated_prefetch(%0)",
     "mov.u32 %0, %%cluster_ctarank;": "%0 = emulated_rank",
     # In no kernel by itself: what test_emulated_few.py puts in the place of the next.
     "barrier.cluster.arrive.relaxed.aligned;":

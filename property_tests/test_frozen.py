@@ -324,16 +324,15 @@ def test_the_rule_on_a_cpu() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_rule_on_hopper() -> None:
-    x = torch.empty(paths.MIN_ROWS, 128, device="cuda")
+    x = torch.empty(1, 128, device="cuda")
     expected = "values" if unavailable(x.device) else "integers"
     assert paths.choose(x, quest.recipe("w4a4")) == expected
-    assert paths.choose(x[:-1], quest.recipe("w4a4")) == "values"
     assert paths.choose(x, quest.recipe("w4a16")) == "values"
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("recipe", ["w4a4", "w1a1", "w8a8"])
-@pytest.mark.parametrize("rows", [3, paths.MIN_ROWS])
+@pytest.mark.parametrize("rows", [3, 512])
 def test_compiled(rows: int, recipe: str, device: str) -> None:
     """One graph, whatever the path; frozen and not."""
     # In bfloat16: inductor warns where float32 products have no TF32.
@@ -356,7 +355,7 @@ def test_compiled(rows: int, recipe: str, device: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("recipe", ["w4a4", "w1a1", "w8a8", "fp4"])
-@pytest.mark.parametrize("rows", [3, 40, paths.MIN_ROWS])
+@pytest.mark.parametrize("rows", [3, 40, 512])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_under_cuda_graphs(frozen: bool, rows: int, recipe: str) -> None:
     layer = _layer(recipe, "cuda", dtype=torch.bfloat16).eval()

@@ -373,7 +373,7 @@ def test_a_binary_is_kept_where_that_is_asked_for(
 
 
 def test_who_takes_the_integers_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that are enough, on a GPU, narrow enough, of a recipe and a device that have it."""
+    """Rows on a GPU, narrow enough, of a recipe and a device that have it."""
     asked: list[str] = []
 
     def possible(*names: str) -> bool:
@@ -382,10 +382,9 @@ def test_who_takes_the_integers_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(paths, "_possible", possible)
     four, eight = quest.recipe("w4a4"), quest.recipe("w8a8")
-    shapes = {paths.MIN_ROWS: "integers", paths.MIN_ROWS - 1: "values"}
-    for count, expected in shapes.items():
+    for count in (1, 4096):
         x: Any = SimpleNamespace(shape=(count, 256), device=torch.device("cuda", 1))
-        assert paths.choose(x, four) == expected
+        assert paths.choose(x, four) == "integers"
         assert paths.choose(x, eight) == "values"
     assert set(asked) == {"cuda:1"}
     for shape, device, expected in (
@@ -398,9 +397,7 @@ def test_who_takes_the_integers_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_which_rows_read_packed_codes() -> None:
     """None of rows without entries, or of 3 bits."""
-    for width, bytes_ in ((4096, 2048), (128, 64), (128, 16), (4096, 1536), (0, 0)):
-        packed = torch.empty((1, bytes_), dtype=torch.uint8)
-        bits = bytes_ * 8 // width if width else 0
-        most = {0: 0, 1: paths.FEW_ROWS[1], 3: 0}.get(bits, paths.FEW_ROWS[4])
-        assert not paths.reads_packed(most + 1, packed, width)
-        assert paths.reads_packed(max(most, 1), packed, width) == (most > 0)
+    for width, bits in ((4096, 4), (128, 4), (128, 1), (4096, 3), (4096, 0), (0, 4)):
+        most = {0: 0, 1: paths.FEW_ROWS[1], 3: 0}.get(bits, paths.FEW_ROWS[4]) if width else 0
+        assert not paths.reads_packed(most + 1, bits, width)
+        assert paths.reads_packed(max(most, 1), bits, width) == (most > 0)

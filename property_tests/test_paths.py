@@ -9,28 +9,26 @@ import pytest
 import torch
 
 import quest
-from quest import operands, paths
+from quest import frozen, operands, paths
 from quest.kernels import hopper
 
 pytestmark = pytest.mark.whole
 
 
-def test_from_which_rows_on_integers_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths, "has_integers", lambda *_: True)
+def test_integers_are_multiplied_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any number of rows."""
     four = quest.recipe("w4a4")
-    for shape, expected in (
-        ((511, 128), "values"), ((512, 128), "integers"), ((2, 256, 128), "integers"),
-        ((128,), "values"),
-    ):  # fmt: skip
-        x: Any = SimpleNamespace(shape=shape)
-        assert paths.choose(x, four) == expected, shape
+    for there, expected in ((True, "integers"), (False, "values")):
+        monkeypatch.setattr(paths, "has_integers", lambda *_, there=there: there)
+        for shape in ((0, 128), (1, 128), (512, 128), (2, 256, 128), (128,)):
+            x: Any = SimpleNamespace(shape=shape)
+            assert paths.choose(x, four) == expected, shape
 
 
 @pytest.mark.parametrize(("bits", "most"), [(1, 16), (2, 32), (4, 32)])
 def test_up_to_which_rows_packed_codes_are_read(bits: int, most: int) -> None:
     """On the 7B shapes: where their product crosses that of the operand."""
-    packed = torch.empty((1, 4096 * bits // 8), dtype=torch.uint8)
-    taken = [rows for rows in range(100) if paths.reads_packed(rows, packed, 4096)]
+    taken = [rows for rows in range(100) if paths.reads_packed(rows, bits, 4096)]
     assert taken == list(range(1, most + 1))
 
 
@@ -49,10 +47,11 @@ def test_up_to_which_rows_a_compiler_adds_and_norms() -> None:
 def test_bits_of_a_code() -> None:
     """None where rows have no entries."""
     for bits in (1, 2, 4, 8):
-        assert paths._bits(torch.empty((3, 128 * bits // 8), dtype=torch.uint8), 128) == bits
-    packed = torch.empty((3, 0), dtype=torch.uint8)
-    assert paths._bits(packed, 0) == 0
-    assert not paths.reads_packed(1, packed, 0)
+        packed = torch.empty((3, 128 * bits // 8), dtype=torch.uint8)
+        assert frozen._bits(packed, 128) == bits
+    assert frozen._bits(torch.empty((3, 0), dtype=torch.uint8), 0) == 0
+    assert frozen._bits(None, 128) == 0
+    assert not paths.reads_packed(1, 4, 0)
 
 
 def test_a_path_is_forced_inside_its_block_alone() -> None:

@@ -402,7 +402,7 @@ def test_layers_behind_a_norm_on_hopper(rows: int, recipe: str, bias: bool) -> N
 
 @on_hopper
 @pytest.mark.parametrize("recipe", ["w4a4", "w1a1", "w8a8", "w4a4-2:4", "fp4"])
-@pytest.mark.parametrize("rows", [16, 40, 100, paths.MIN_ROWS])
+@pytest.mark.parametrize("rows", [16, 40, 100, 512])
 def test_a_layer_on_hopper(rows: int, recipe: str) -> None:
     """Eagerly, compiled and from a graph: the same bits, those of the operand made alone.
 

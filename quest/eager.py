@@ -216,11 +216,10 @@ def encode_saved(
 
 
 def encode_gated(
-    gate: torch.Tensor, value: torch.Tensor, q: Quantizer, kind: str, saves: bool
-) -> tuple[torch.Tensor, ...]:
-    """`encode`, or `encode_saved` where it `saves`, of the rows that `gated` makes."""
-    rows = gated(gate, value)
-    return encode_saved(rows, q, kind) if saves else encode(rows, q, kind)
+    gate: torch.Tensor, value: torch.Tensor, q: Quantizer, kind: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`encode_saved` of the rows that `gated` makes."""
+    return encode_saved(gated(gate, value), q, kind)
 
 
 def encoded_like(

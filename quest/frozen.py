@@ -21,7 +21,7 @@ from .compression import compress
 from .estimators import STE
 from .gated_product import HALVES, gated_product, launch_gated_product
 from .kernels.product import Turned
-from .packed import launch_packed, odd, packed_product
+from .packed import bits_of, launch_packed, packed_product
 from .recipes import Recipe
 from .rotated_product import fits, launch_rotated_product, rotated_product
 from .sparse_product import launch_sparse_product, sparse_product
@@ -72,7 +72,8 @@ class Frozen:
         """What so many rows are multiplied with: "operand", "packed" or "compressed"."""
         if self.kept is not None and paths.reads_compressed(rows):
             return "compressed"
-        if self.packed is not None and paths.reads_packed(rows, self.packed, width):
+        bits = _bits(self.packed, width)
+        if bits and paths.reads_packed(rows, bits, width):
             return "packed"
         return "operand"
 
@@ -175,6 +176,11 @@ def stacked(parts: Sequence[Frozen]) -> Frozen | None:
     return whole.frozen
 
 
+def _bits(packed: Tensor | None, width: int) -> int:
+    """Bits of a code in packed rows of so many; 0 where there are none."""
+    return 0 if packed is None or not width else packed.shape[1] * 8 // width
+
+
 @torch.no_grad()
 def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
     """Quantize a weight (out, in) for layers that run where it lies."""
@@ -182,18 +188,17 @@ def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
     if pair is None or not paths.has_integers(weight, recipe):
         values = recipe.weight(weight.detach())  # which "bf16" returns as it is
         return Frozen(values, weight=weight, state=direct.state(weight))
+    from .kernels import few
+
     operand, scale, _, sums = lowbit.encode(weight, recipe.weight.spec, pair[1])
     packed = kept = metadata = None
-    if pair[1] == "bits" and _can_be_read(weight, 1):
-        packed = operand
-    elif recipe.weight.sparsity is None:
-        both = (recipe.activation.require_grid(), recipe.weight.require_grid())
-        # Of odd integers on both sides, which is never a pair of bits or codes.
-        if all(map(odd, both)) and _can_be_read(weight, both[1].storage_bits):
-            packed = recipe.weight.pack(weight).codes
+    names = ",".join(q.require_grid().name for q in (recipe.activation, recipe.weight))
+    if recipe.weight.sparsity is None:
+        bits = bits_of(names, ",".join(pair))
+        if few.supports(1, weight.shape[1], bits):
+            packed = operand if bits == 1 else recipe.weight.pack(weight).codes
     elif recipe.weight.sparsity == NM(2, 4):
         kept, metadata = compress(operand)
-    names = ",".join(q.require_grid().name for q in (recipe.activation, recipe.weight))
     # The last kernel here, after those that wrote what products read: see `multiply` and `direct`.
     scale = scale.clone()
     kinds = ",".join(pair)
@@ -203,12 +208,6 @@ def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
         None, operand, scale, sums, packed, kept, metadata, names, kinds, spec, weight,
         direct.state(weight),
     )  # fmt: skip
-
-
-def _can_be_read(weight: Tensor, bits: int) -> bool:
-    from .kernels import few
-
-    return few.supports(1, weight.shape[1], bits)
 
 
 def linear(

@@ -19,36 +19,56 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import eager, lowbit, operands, ops
+from . import eager, lowbit, operands, ops, packed, paths
 
 if TYPE_CHECKING:
     from .quantizer import Quantizer
 
+_Made = tuple[Tensor, Tensor, Tensor]  # operand, or packed codes; scale; sums
+
 
 class Parts(NamedTuple):
-    """Functions of one kind of device."""
+    """Functions of one kind of device.
 
-    encode: Callable[..., tuple[Tensor, ...]]
+    operand, gated_operand, codes: for inference; encode_saved, encode_gated: for a backward.
+    """
+
+    operand: Callable[..., tuple[Tensor, ...]]
+    gated_operand: Callable[..., tuple[Tensor, ...]]
+    codes: Callable[..., tuple[Tensor, ...]]
     encode_saved: Callable[..., tuple[Tensor, ...]]
     encode_gated: Callable[..., tuple[Tensor, ...]]
     decode: Callable[..., Tensor]
     product: Callable[..., Tensor]
+    packed_product: Callable[..., Tensor]
     masked_transpose: Callable[..., Tensor]
 
 
-def _launch_encode_gated(*arguments: Any) -> tuple[Tensor, ...]:
+def _eager_gated_operand(gate: Tensor, value: Tensor, q: Quantizer, kind: str) -> _Made:
+    return lowbit.eager_operand(eager.gated(gate, value), q, kind)
+
+
+def _launch_gated_operand(gate: Tensor, value: Tensor, q: Quantizer, kind: str) -> _Made:
     from . import prologue  # which is made of layers
+
+    return prologue.launch_gated_encode(gate, value, q.spec, kind)[:3]
+
+
+def _launch_encode_gated(*arguments: Any) -> tuple[Tensor, ...]:
+    from . import prologue
 
     return prologue.launch_encode_gated(*arguments)
 
 
 _CPU = Parts(
-    eager.encode, eager.encode_saved, eager.encode_gated, eager.decode, lowbit.eager_product,
+    lowbit.eager_operand, _eager_gated_operand, packed.eager_codes, eager.encode_saved,
+    eager.encode_gated, eager.decode, lowbit.eager_product, packed.eager_packed,
     eager.masked_transpose,
 )  # fmt: skip
 _CUDA = Parts(
-    lowbit.launch_encode, lowbit.launch_encode_saved, _launch_encode_gated, lowbit.launch_decode,
-    lowbit.launch_product, ops.launch_masked_transpose,
+    lowbit.launch_operand, _launch_gated_operand, packed.launch_codes, lowbit.launch_encode_saved,
+    _launch_encode_gated, lowbit.launch_decode, lowbit.launch_product, packed.launch_packed,
+    ops.launch_masked_transpose,
 )  # fmt: skip
 
 
@@ -60,7 +80,8 @@ def parts(x: Tensor) -> Parts:
 class Pair(NamedTuple):
     """What two specs say: quantizers and kinds of activation and weight; names for a product.
 
-    saved: the kinds in which the operands are kept for the backward.
+    saved: the kinds in which the operands are kept for the backward. packed: bits of the weight's
+    codes, where few rows are multiplied with these (`packed.bits_of`); or 0.
     """
 
     activation: Quantizer
@@ -68,6 +89,7 @@ class Pair(NamedTuple):
     kinds: tuple[str, str]
     saved: tuple[str, str]
     names: str
+    packed: int
 
 
 @functools.cache
@@ -82,7 +104,9 @@ def pair(activation: str, weight: str) -> Pair:
             f"activation and weight must use the same transform, got {activation} and {weight}"
         )
     saved = operands.saved(q[0], kinds[0]).kind, operands.saved(q[1], kinds[1]).kind
-    return Pair(*q, kinds, saved, ",".join(t.require_grid().name for t in q))
+    names = ",".join(t.require_grid().name for t in q)
+    bits = packed.bits_of(names, ",".join(kinds)) if q[1].sparsity is None else 0
+    return Pair(*q, kinds, saved, names, bits)
 
 
 def check(
@@ -117,7 +141,7 @@ def saves(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> boo
 
 
 class Operand(NamedTuple):
-    """What is kept of quantized rows: in the form that waits for the backward, if one does."""
+    """What is kept of quantized rows for the backward, in the form in which it waits."""
 
     stored: Tensor
     scale: Tensor
@@ -129,23 +153,36 @@ def products(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], made: Pair,
     dtype: torch.dtype, saves: bool, gate: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Operand]]:  # fmt: skip
-    """y of each weight; and the operands, of x, or of silu(gate) * x, and of each weight."""
-    f = parts(x)
-    d, kinds = x.shape[-1], ",".join(made.kinds)
-    encode = f.encode_saved if saves else f.encode
-    rows, q, kind = lowbit.as_rows(x), made.activation, made.kinds[0]
+    """y of each weight; and, if it `saves`, of x, or of silu(gate) * x, and of each weight what
+    the backward reads.
+
+    Else nothing makes masks, and few rows are multiplied with codes that stay packed.
+    """
+    f, d, kinds = parts(x), x.shape[-1], ",".join(made.kinds)
+    rows, read = lowbit.as_rows(x), []
+
+    def keep(encoded: tuple[Tensor, ...]) -> _Made:
+        operand, scale, mask, sums, stored = encoded
+        read.append(Operand(stored, scale, mask, sums))
+        return operand, scale, sums
+
+    one = (rows, made.activation, made.kinds[0])
     if gate is None:
-        a, a_scale, a_mask, a_sums, *kept = encode(rows, q, kind)
+        a = keep(f.encode_saved(*one)) if saves else f.operand(*one)
     else:
-        found = f.encode_gated(lowbit.as_rows(gate), rows, q, kind, saves)
-        a, a_scale, a_mask, a_sums, *kept = found
-    ys, read = [], [Operand(kept[0] if saves else a, a_scale, a_mask, a_sums)]
+        both = (lowbit.as_rows(gate), *one)
+        a = keep(f.encode_gated(*both)) if saves else f.gated_operand(*both)
+    stays = not saves and made.packed and paths.reads_packed(len(rows), made.packed, d)
+    product, ys = f.packed_product if stays else f.product, []
     for i, w in enumerate(weights):
-        b, b_scale, b_mask, b_sums, *kept = encode(w, made.weight, made.kinds[1])
-        bias = biases[i] if biases else None
-        y = f.product(a, b, a_scale, b_scale, a_sums, b_sums, bias, made.names, kinds, d, dtype)
+        if stays:
+            b = f.codes(w, made.weight, made.packed)
+        else:
+            other = (w, made.weight, made.kinds[1])
+            b = keep(f.encode_saved(*other)) if saves else f.operand(*other)
+        scales, sums, bias = (a[1], b[1]), (a[2], b[2]), biases[i] if biases else None
+        y = product(a[0], b[0], *scales, *sums, bias, made.names, kinds, d, dtype)
         ys.append(y.view(*x.shape[:-1], w.shape[0]))
-        read.append(Operand(kept[0] if saves else b, b_scale, b_mask, b_sums))
     return ys, read
 
 

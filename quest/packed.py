@@ -9,15 +9,19 @@ bfloat16. CPU: unpacked, in plain PyTorch. CUDA: `quest.kernels.few`.
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import grids, lowbit, operands, ops, packing
+from . import eager, grids, lowbit, operands, ops, packing
+
+if TYPE_CHECKING:
+    from .quantizer import Quantizer
 
 
-def _bits(grid_names: str, kinds: str) -> int:
-    """Bits of the weight's codes; ValueError where they have no such product."""
+def bits_of(grid_names: str, kinds: str) -> int:
+    """Bits of a dense weight's codes, of which there is such a product; 0 where there is none."""
     names, kind = grid_names.split(","), kinds.split(",")
     if len(names) == len(kind) == 2:
         if kind == ["bits", "bits"]:
@@ -25,10 +29,7 @@ def _bits(grid_names: str, kinds: str) -> int:
         made = [grids.parse(name) for name in names]
         if kind == ["integers", "integers"] and all(odd(g) for g in made):
             return made[1].storage_bits
-    raise ValueError(
-        "packed weights have 1 bit on both sides, or uniform grids of 2 and 4 bits, got "
-        f"{grid_names!r} as {kinds!r}"
-    )
+    return 0
 
 
 @functools.lru_cache(maxsize=1024)
@@ -36,6 +37,38 @@ def _spread(grid_names: str, kinds: str) -> int:
     """What odd integers of the weight are multiplied by in its operand, and not in its codes."""
     name, kind = (both.rpartition(",")[2] for both in (grid_names, kinds))
     return operands.form(grids.parse(name), kind).spread
+
+
+def eager_codes(w: Tensor, q: Quantizer, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, scale, sums) of a weight (N, width), as `packed_product` takes them; no gradient.
+
+    bits: `bits_of`. In plain PyTorch, on any device.
+    """
+    if bits == 1:
+        return lowbit.eager_operand(w, q, "bits")
+    _, codes, scale, *_ = eager.quantize(w, q, values=False, codes=True, packed=True)
+    return codes, scale, _no_sums(scale)
+
+
+def launch_codes(w: Tensor, q: Quantizer, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`eager_codes` by the kernels, without a mask where there is one that asks for none."""
+    from .kernels import blocks, forms
+
+    if bits == 1:
+        return lowbit.launch_operand(w, q, "bits")
+    q.check(w)
+    program, _ = lowbit.plan(q, "integers", (w.dtype, w.shape[-1], w.device))
+    if not blocks.supports(program, w):
+        _, codes, scale, *_ = ops.launch_quantize(w, q, values=False, codes=True, packed=True)
+        return codes, scale, _no_sums(scale)
+    with ops.device_of(w):
+        codes, scale, *_ = blocks.quantize(w, program, form=forms.PACKED, bits=bits, masked=False)
+    return codes, scale, _no_sums(scale)
+
+
+def _no_sums(scale: Tensor) -> Tensor:
+    """Where sums would be: of integers none count (`operands.terms`), and none are made."""
+    return torch.empty_like(scale, dtype=torch.int32)
 
 
 def odd(grid: grids.Grid) -> bool:
@@ -64,6 +97,16 @@ def packed_product(
     or 4 bits as `Quantizer.pack` makes them. settled: see `quest.kernels.few.product`; False is
     always right. The rest as in `lowbit.product`.
     """
+    return eager_packed(
+        a, w, a_scale, w_scale, a_sums, w_sums, bias, grid_names, kinds, width, dtype
+    )
+
+
+def eager_packed(
+    a: Tensor, w: Tensor, a_scale: Tensor, w_scale: Tensor, a_sums: Tensor, w_sums: Tensor,
+    bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """`packed_product` in plain PyTorch, on any device."""
     bits = _check(a, w, a_scale, w_scale, a_sums, w_sums, bias, grid_names, kinds, width, dtype)
     if bits == 1:
         operand = w
@@ -80,7 +123,12 @@ def _check(
     bias: Tensor | None, grid_names: str, kinds: str, width: int, dtype: torch.dtype,
 ) -> int:  # fmt: skip
     """Bits of the weight's codes; raises where an argument is not what the rest asks for."""
-    bits = _bits(grid_names, kinds)
+    bits = bits_of(grid_names, kinds)
+    if not bits:
+        raise ValueError(
+            "packed weights have 1 bit on both sides, or uniform grids of 2 and 4 bits, got "
+            f"{grid_names!r} as {kinds!r}"
+        )
     if w.ndim != 2 or w.dtype != torch.uint8 or w.shape[1] != -(-width * bits // 8):
         raise ValueError(
             f"w must be uint8 of shape (out, {-(-width * bits // 8)}) for {bits} bits and width "

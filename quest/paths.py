@@ -5,19 +5,18 @@ The rule of `choose`, in order:
 1. Under `only(path)`: that one.
 2. "values" where the recipe has no integer product (16-bit operands, Lloyd-Max tables), where a
    row is too wide for an int32 accumulator, and where the device lacks the kernel.
-3. "values" below MIN_ROWS rows, where both operands' quantization outweighs the product. (A frozen
-   weight is not quantized again, and always goes the integers' path, for few rows with its codes
-   still packed, for many with its 2:4 sparse form compressed: see `frozen`.)
-4. "integers" otherwise: on Hopper the int8 product runs at twice bf16's rate, single bits at ten
-   times.
+3. "integers" otherwise: on Hopper the int8 product runs at twice bf16's rate, single bits at ten
+   times, and of few rows, whose time is that of the weight's bytes, operands are the fewer. Where
+   no gradient is asked for few rows are multiplied with codes that are still packed, and of a
+   frozen weight many with its 2:4 sparse form compressed.
 
-Both paths multiply the same operands. That of the integers is exact up to the dequantization; that
-of the values rounds each to its dtype first, and sums in float32.
+How many rows there are changes the kernels, and what comes out of a row by no more than the last
+bit of its scale. Both paths multiply the same operands. That of the integers is exact up to the
+dequantization; that of the values rounds each to its dtype first, and sums in float32.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,8 +28,6 @@ from .quantizer import parse
 from .recipes import Recipe
 
 PATHS = ("values", "integers")
-# Of the input. Reckoned from the times of the parts (kernels/README.md), not swept as a whole.
-MIN_ROWS = 512
 # By the bits of a weight's codes, 4 also for 2: where the times of the products with packed codes
 # and with the operand cross on the 7B shapes (the records' tuning.txt, 2026-11-25).
 FEW_ROWS = {1: 16, 4: 32}
@@ -86,20 +83,14 @@ def allows(path: str) -> bool:
     return _forced is None or _forced == path
 
 
-def _bits(packed: Tensor, width: int) -> int:
-    """Bits of a code in packed rows of so many; 0 where they have none."""
-    return packed.shape[1] * 8 // width if width else 0
-
-
-def reads_packed(rows: int, packed: Tensor, width: int) -> bool:
+def reads_packed(rows: int, bits: int, width: int) -> bool:
     """Whether so many rows are multiplied with a weight's packed codes, and not with its operand.
 
-    Few rows wait for the weight to arrive, and packed it is the fewest bytes. Single bits are
-    packed either way: there the large product is as fast sooner.
+    bits: of a code. Few rows wait for the weight to arrive, and packed it is the fewest bytes.
+    Single bits are packed either way: there the large product is as fast sooner.
     """
     from .kernels import few
 
-    bits = _bits(packed, width)
     return rows <= FEW_ROWS[1 if bits == 1 else 4] and few.supports(rows, width, bits)
 
 
@@ -120,5 +111,4 @@ def choose(x: Tensor, recipe: Recipe) -> str:
     """ "values" or "integers" for x (..., d); see above."""
     if _forced is not None:
         return _forced
-    enough = math.prod(x.shape[:-1]) >= MIN_ROWS
-    return "integers" if enough and has_integers(x, recipe) else "values"
+    return "integers" if has_integers(x, recipe) else "values"

@@ -122,18 +122,16 @@ def _launch_gated(gate: Tensor, value: Tensor, q: Quantizer, kind: str, **how: A
 
 
 def launch_encode_gated(
-    gate: Tensor, value: Tensor, q: Quantizer, kind: str, saves: bool
-) -> tuple[Tensor, ...]:
+    gate: Tensor, value: Tensor, q: Quantizer, kind: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`eager.encode_gated` of rows (n, d) by the kernels."""
     if not (gate.numel() and has_kernel(q.spec, gate)):
-        rows = eager.gated(gate, value)
-        encode = lowbit.launch_encode_saved if saves else lowbit.launch_encode
-        return encode(rows, q, kind)
-    packed = operands.PACKED.get(operands.saved(q, kind).kind, 0) if saves else 0
+        return lowbit.launch_encode_saved(eager.gated(gate, value), q, kind)
+    packed = operands.PACKED.get(operands.saved(q, kind).kind, 0)
     made = _launch_gated(gate, value, q, kind, masked=True, saved=packed)
     assert made.mask is not None
-    kept = (made.out if made.saved is None else made.saved,) if saves else ()
-    return made.out, made.scale, made.mask, made.sums, *kept
+    kept = made.out if made.saved is None else made.saved
+    return made.out, made.scale, made.mask, made.sums, kept
 
 
 def has_kernel(spec: str, x: Tensor) -> bool:

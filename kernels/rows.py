@@ -28,16 +28,14 @@ from .quantize import STE, Program
 GROUP = 8  # blocks of a warp
 WARPS = 16
 RESIDENT = 32  # warps of a multiprocessor that have registers, of 16 bits; as in rows.cu
-# Rows of up to so many entries, which several of a multiprocessor's thread blocks have.
+# Entries of an input up to which this takes less time than blocks.cu, a row of fewer than a warp's
+# counted as so many: 4096 x 4096 at 4 bits, with a mask, 14.3 us for 15.7, 16384 x 2048 27.5 for
+# 26.7, with 1 bit 24.9 for 23.9; without a mask 512 x 2048 2.4 for 3.6, 4096 x 2048 8.5 for 9.6,
+# 4096 x 5632 about the same (the H200's quantizer.txt, parts 12 to 14).
+MOST = 2**24
+# Of float32, whose bytes are what counts, any number of rows of up to so many entries: 16384 x 2048
+# with a mask 40.1 us for 42.7, 16384 x 4096 91 for 99.
 NARROW = 4096
-# Entries of an input up to which this takes less time than blocks.cu, of wide rows and of others, a
-# row of fewer than a warp's counted as so many: by events, with a mask, 4096 x 4096 at 4 bits 18.5
-# us for 20.7, 16384 x 2048 30.3 for 31.7, and with 1 bit 28.5 for 29.9; 16384 x 4096 54.5 for 54.8.
-# Behind their like, with which it overlaps, 14.3 for 15.7, 27.5 for 26.7, 24.9 for 23.9; without a
-# mask 512 x 2048 2.4 for 3.6, 4096 x 2048 8.5 for 9.6, 4096 x 5632 about the same (the H200's
-# quantizer.txt, parts 12 to 14). Of NARROW rows of float32 any number: 16384 x 2048 with a mask
-# 40.1 for 42.7, 16384 x 4096 91 for 99.
-MOST, MOST_NARROW = 2**24, 2**25
 # Thread blocks of a multiprocessor up to which a launch leaves each no more than its share, by
 # shared memory that it asks for: those that start early would all go where the kernel before ends
 # first. More than so many don't fit anyway, as registers go.
@@ -60,7 +58,7 @@ def only(taken: bool) -> Iterator[None]:
 
 
 def takes(rows: int, d: int, dtype: torch.dtype) -> bool:
-    """Whether so many rows of d entries are this kernel's; see MOST.
+    """Whether so many rows of d entries are this kernel's; see MOST and NARROW.
 
     Whatever is made of them: codes and values of the same rows are to have the same scale.
     """
@@ -69,7 +67,7 @@ def takes(rows: int, d: int, dtype: torch.dtype) -> bool:
     least = GROUP * ORDER
     if dtype == torch.float32 and least <= d <= NARROW:
         return True
-    return rows * max(d, least) <= (MOST_NARROW if d <= NARROW else MOST)
+    return rows * max(d, least) <= MOST
 
 
 class Shape(NamedTuple):

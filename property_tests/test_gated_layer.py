@@ -184,9 +184,10 @@ def test_opcheck(name: str, device: str) -> None:
 def gates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, bool]]:
     """(gate, saves) of each call, on a machine whose kernel is its CPU implementation."""
     seen: list[tuple[Tensor, bool]] = []
-    real = lowbit_linear._CPU.encode_gated
+    saving, other = lowbit_linear._CPU.encode_gated, lowbit_linear._CPU.gated_operand
     counted = lowbit_linear._CPU._replace(
-        encode_gated=lambda *a: seen.append((a[0], a[-1])) or real(*a)
+        encode_gated=lambda *a: seen.append((a[0], True)) or saving(*a),
+        gated_operand=lambda *a: seen.append((a[0], False)) or other(*a),
     )
     monkeypatch.setattr(lowbit_linear, "_CPU", counted)
     monkeypatch.setattr(prologue, "has_kernel", lambda _, x: x.dtype in HALVES)
@@ -395,7 +396,7 @@ def test_a_kernel_with_a_mask(
     ):  # fmt: skip
         gate = inputs.draw(left, (9, width), dtype, i).cuda()
         gate, up = halves(torch.cat((gate, inputs.draw(right, (9, width), dtype, 9).cuda()), -1))
-        made = prologue.launch_encode_gated(gate, up, q, kind, True)
+        made = prologue.launch_encode_gated(gate, up, q, kind)
         rows = prologue.gated_encode_shown(gate, up, q.spec, kind)[3]
         expected = lowbit_linear._CUDA.encode_saved(rows, q, kind)
         for t, other in zip(made, expected, strict=True):

@@ -68,11 +68,11 @@ def test_what_comes_out(
 
     monkeypatch.setattr(blocks, "quantize", quantize)
     few: list[int] = []
-    product = lowbit_linear._CUDA.packed_product
+    product = lowbit_linear._CUDA.packed
     monkeypatch.setattr(
         lowbit_linear, "_CUDA",
         lowbit_linear._CUDA._replace(
-            packed_product=lambda *given: few.append(given[1].shape[1]) or product(*given)
+            packed=lambda *given: few.append(given[1].shape[1]) or product(*given)
         ),
     )  # fmt: skip
     made = lowbit_linear.low_bit_linear(*rest, False)

@@ -119,21 +119,19 @@ def test_a_gate(
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("saves", [False, True])
 def test_a_gate_that_is_trained(
-    saves: bool, name: str, launched: list[Any], monkeypatch: pytest.MonkeyPatch
+    name: str, launched: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a mask, and where it saves with the operand as it waits for the backward."""
+    """With a mask, and with the operand as it waits for the backward."""
     _there(monkeypatch)
     q, kind = parse(SPECS[name][0]), SPECS[name][1]
     for dtype in (torch.float32, *HALVES):
         for rows in (3, 0):
             gate, value = _pair(dtype, rows)
             one = ("gated", gate.data_ptr())
-            other = ("encode_saved" if saves else "encode", 0)
-            made = prologue.launch_encode_gated(gate, value, q, kind, saves)
-            _same(made, eager.encode_gated(gate, value, q, kind, saves))
-            assert launched == [one if rows and dtype in HALVES else other]
+            made = prologue.launch_encode_gated(gate, value, q, kind)
+            _same(made, eager.encode_gated(gate, value, q, kind))
+            assert launched == [one if rows and dtype in HALVES else ("encode_saved", 0)]
             launched.clear()
 
 

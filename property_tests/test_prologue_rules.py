@@ -56,9 +56,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         shown = getattr(prologue, f"{name}_encode_shown")
         monkeypatch.setattr(prologue, f"launch_{name}_encode", note(f"launch {name}", shown))
     parts = lowbit_linear._CPU
-    monkeypatch.setattr(
-        lowbit_linear, "_CPU", parts._replace(encode_gated=note("live", parts.encode_gated))
-    )
+    live = {name: note("live", getattr(parts, name)) for name in ("encode_gated", "gated_operand")}
+    monkeypatch.setattr(lowbit_linear, "_CPU", parts._replace(**live))
     real: Callable[..., Tensor] = frozen.multiply
 
     def multiply(*given: Any, **how: Any) -> Tensor:

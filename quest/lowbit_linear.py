@@ -31,6 +31,7 @@ class Parts(NamedTuple):
     """Functions of one kind of device.
 
     operand, gated_operand, codes: for inference; encode_saved, encode_gated: for a backward.
+    packed: the product of what is left as codes.
     """
 
     operand: Callable[..., tuple[Tensor, ...]]
@@ -40,7 +41,7 @@ class Parts(NamedTuple):
     encode_gated: Callable[..., tuple[Tensor, ...]]
     decode: Callable[..., Tensor]
     product: Callable[..., Tensor]
-    packed_product: Callable[..., Tensor]
+    packed: Callable[..., Tensor]
     masked_transpose: Callable[..., Tensor]
 
 
@@ -173,7 +174,7 @@ def products(
         both = (lowbit.as_rows(gate), *one)
         a = keep(f.encode_gated(*both)) if saves else f.gated_operand(*both)
     stays = not saves and made.packed and paths.reads_packed(len(rows), made.packed, d)
-    product, ys = f.packed_product if stays else f.product, []
+    product, ys = f.packed if stays else f.product, []
     for i, w in enumerate(weights):
         if stays:
             b = f.codes(w, made.weight, made.packed)

@@ -18,10 +18,10 @@ UNDER_WAY = "global memory before the kernel before it has ended"
 def _quantize(rows: str) -> None:
     """Rows of several warps; of more than the product waits for; of several turns; rare ones.
 
-    And more than a half of those that run at a time.
+    And more than run at a time.
     """
     width = {WIDE: 8192 + 128, LONG: 17408}.get(rows, 2048)
-    x = inputs.draw("gaussian", (20 if rows == MANY else 3, width), torch.bfloat16, 0)
+    x = inputs.draw("gaussian", (36 if rows == MANY else 3, width), torch.bfloat16, 0)
     if rows == FAR:
         x *= 2.0**100
     q, lane = parse(FOUR), places.CPU.lane
@@ -80,11 +80,12 @@ def test_what_is_broken(name: str, emulator: emulated.Emulator) -> None:
 @pytest.mark.parametrize(
     ("count", "width", "dtype", "lines"),
     [
-        # Of two multiprocessors 32 warps run at a time, and half as many rows ahead are asked for.
-        (16, 2048, torch.bfloat16, 0), (20, 2048, torch.bfloat16, 4 * 32),
-        (18, 2048, torch.float16, 2 * 32), (33, 128, torch.bfloat16, 1 * 2),
-        (4, 16384, torch.bfloat16, 2 * 256), (4, 16512, torch.bfloat16, 0),
-        (20, 2048, torch.float32, 0),
+        # Each of two multiprocessors has 32 warps at a time; of more rows than these are, those are
+        # asked for that lie half as many further on.
+        (32, 2048, torch.bfloat16, 0), (36, 2048, torch.bfloat16, 20 * 32),
+        (33, 2048, torch.float16, 17 * 32), (66, 128, torch.bfloat16, 34 * 2),
+        (5, 16384, torch.bfloat16, 3 * 256), (5, 16512, torch.bfloat16, 0),
+        (36, 2048, torch.float32, 0),
     ],
 )  # fmt: skip
 def test_what_is_asked_for_ahead(

@@ -139,6 +139,7 @@ COPY = (
     'asm volatile("cp.async.commit_group;");\n'
 )
 SET = "const int t = threadIdx.x; __shared__ u32 s[64];\n"
+AHEAD = 'asm volatile("prefetch.global.L2 [%0];" ::"l"({}));\n'
 # What a thread writes and its neighbour reads, with this between.
 PASSED = SET + "s[t] = t; {} p0[t] = s[t ^ 1];"
 
@@ -170,6 +171,15 @@ PASSED = SET + "s[t] = t; {} p0[t] = s[t ^ 1];"
         (SET + "p0[t] = ((uint4 *)(p1 + 1))->x;", "no multiple of its size"),
         (SET + "p0[t] = ((uint2 *)(s + 1))->x;", "no multiple of its size"),
         (SET + "p0[t] = *(u32 *)(16 + 4 * t);", "which is not mapped"),
+        # Registers: what lies beside them on a CPU's stack is no matter on a GPU.
+        (SET + "u32 a[4]; for (u32 i = 0; i < 5; i++) a[i] = t; p0[t] = a[t % 4];", "index 4, wh"),
+        (SET + "u32 a[4] = {}; p0[t] = a[(int)t - 1 & 7];", "line .*: index [4-7], which the arr"),
+        (SET + "u32 a[2][4] = {}; p0[t] = a[1][t % 5];", "index 4, which the array does not have"),
+        # Lines asked for ahead, in vain.
+        (SET + "if (t == 0)" + AHEAD.format("p0") + "p1[t] = t;", "read by nobody behind that"),
+        (SET + "p1[t] = p0[t];" + AHEAD.format("p0 + 32 * t"), "read by nobody behind that"),
+        (SET + AHEAD.format("p0") + "__syncthreads(); p1[t] = p0[t];", "asks again for a line"),
+        (SET + AHEAD.format("s + t"), "which is shared memory"),
     ],
 )
 def test_what_no_gpu_would_forgive(text: str, told: str) -> None:
@@ -177,6 +187,15 @@ def test_what_no_gpu_would_forgive(text: str, told: str) -> None:
         out = np.zeros((2, 256), np.uint32)
         with pytest.raises(emulated.Fault, match=told):
             _run(text, *out, threads=64, seed=seed)
+
+
+def test_what_is_asked_for_ahead() -> None:
+    """By one thread, and read by others behind that; a line that has been read is forgotten."""
+    out = np.arange(512, dtype=np.uint32).reshape(2, 256)
+    ahead = SET + "if (t == 0)" + AHEAD.format("p0") + "__syncthreads(); p1[t] = p0[t];"
+    _run(ahead + "__syncthreads(); if (t == 0)" + AHEAD.format("p0") + "p1[t] += p0[t];",
+         *out, threads=32)  # fmt: skip
+    assert out[1, :32].tolist() == [2 * t for t in range(32)]
 
 
 ENDED = 'asm volatile("griddepcontrol.wait;" ::: "memory");\n'

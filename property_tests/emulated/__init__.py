@@ -38,7 +38,8 @@ HERE = Path(__file__).parent
 # Nothing is contracted or reordered: what a source leaves to NVRTC may differ in the last bit.
 # Calls tell of each access, for `runtime.cpp`.
 WATCHED = (
-    "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fsanitize=thread", "-fsanitize=alignment",
+    "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fsanitize=thread",
+    "-fsanitize=alignment,bounds",
 )  # fmt: skip
 PREPROCESSED = ("-E", "-D__CUDA_ARCH__=900", "-x", "c++", "-")
 KEPT = 3 * 86400  # seconds

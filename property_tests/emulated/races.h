@@ -92,8 +92,8 @@ void accesses(const void *at, size_t bytes, Kind kind) {
   if (!p) {
     if (at >= memory.data() && at < memory.data() + memory.size()) fail("an access beyond shared memory");
     insist_on_previous(at, bytes, kind != READ);
-    for (uintptr_t line = (uintptr_t)at / LINE; !ahead.empty() && line <= ((uintptr_t)at + bytes - 1) / LINE; line++)
-      ahead.erase(line);
+    if (kind == READ && !ahead.empty())
+      for (uintptr_t line = (uintptr_t)at / LINE; line <= ((uintptr_t)at + bytes - 1) / LINE; line++) ahead.erase(line);
     return;
   }
   insist(rank_of(p));
@@ -105,6 +105,9 @@ void accesses(const void *at, size_t bytes, Kind kind) {
 }
 
 }  // namespace
+
+// Where the compiler's own checks find something: the first words of what it tells.
+struct Source { const char *file; uint32_t line, column; };
 
 extern "C" {
 
@@ -122,5 +125,9 @@ void __tsan_func_exit(void) {}
 void __tsan_init(void) {}
 // And where an address is no multiple of what is read or written there.
 void __ubsan_handle_type_mismatch_v1(void *, void *at) { fail("an access to %p, which is no multiple of its size", at); }
+// Or an index is none of an array's: of registers, where nothing lies that a GPU would miss.
+void __ubsan_handle_out_of_bounds(const Source *at, void *index) {
+  fail("line %u: index %lld, which the array does not have", at->line, (long long)(intptr_t)index);
+}
 
 }  // extern "C"

@@ -10,8 +10,8 @@
 // What no GPU would forgive ends the run with a message: races, threads that wait for what never comes, lanes
 // of a warp that meet at different instructions, accesses beyond shared memory, to that of a block which may
 // not have begun or has ended, or to memory that is not mapped; and of a launch that overlaps with the kernel
-// before it, accesses to global memory by who does not know that this one has ended; and lines that are asked for
-// into a cache in vain. Shared memory starts as NaNs. Asynchronous copies happen as soon, or as late, as they may.
+// before it, accesses to global memory by who does not know that this one has ended; indices that arrays do not have;
+// and lines that are asked for into a cache in vain. Shared memory starts as NaNs. Asynchronous copies happen as soon, or as late, as they may.
 #undef _FORTIFY_SOURCE  // which takes a jump to another stack for an error
 #include <algorithm>
 #include <cmath>

@@ -46,7 +46,7 @@ def judge_of_layer(
     dtype: torch.dtype = cases.DTYPE,
     together: int = 1,
 ) -> gate.Judge:
-    """For `gate.open_for`: the layer that trains, by the kernels that so many tokens take.
+    """For `gate.open_for`: the layer, with a gradient and without, by the kernels that are timed.
 
     together: how many layers of so many outputs share their input.
     """
@@ -54,9 +54,10 @@ def judge_of_layer(
     features = GATE_FEATURES * together
 
     def judge(lane: Lane, name: str) -> list[Verdict]:
-        x = gate.normal(gate.ROWS, inside, name, dtype=dtype)
+        rows = min(tokens, 4 * gate.ROWS)  # with more, weights are not read packed
+        x = gate.normal(rows, inside, name, dtype=dtype)
         w = gate.normal(features, inside, "gaussian", seed=1, dtype=dtype)
-        grad = gate.normal(gate.ROWS, features, "gaussian", seed=2, dtype=dtype)
+        grad = gate.normal(rows, features, "gaussian", seed=2, dtype=dtype)
         with gate.tiles_of(made, tokens, outside, inside):
             return examine.layer(lane, x, w, grad, None, made, path, parts)
 
@@ -89,7 +90,7 @@ def path_of(tokens: int, inside: int, made: Recipe) -> str:
 
 @pytest.mark.parametrize(("tokens", "inside", "outside", "recipe"), cases.layers() + cases.live())
 def test_forward(timed: Timed, tokens: int, inside: int, outside: int, recipe: str) -> None:
-    """y = Q(x H) Q(w H)^T, no gradient kept; the weight is quantized each time, as in training."""
+    """y = Q(x H) Q(w H)^T, no gradient kept; the weight is quantized each time."""
     made = quest.recipe(recipe)
     path = path_of(tokens, inside, made)
     ours, dense = layers(inside, outside, made)

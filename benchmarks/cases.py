@@ -73,7 +73,7 @@ def layers() -> list[Any]:
 
 
 def live() -> list[Any]:
-    """The same, of few tokens: there the weight takes as long to quantize as the product."""
+    """The same, of few tokens: there the weight takes longer to quantize than to multiply."""
     made = [
         (tokens, *LAYER[1:], recipe)
         for tokens in ((1, 64, 512, 2048) if CUDA else (8,))

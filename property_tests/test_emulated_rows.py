@@ -26,7 +26,9 @@ def _quantize(rows: str) -> None:
         x *= 2.0**100
     q, lane = parse(FOUR), places.CPU.lane
     kind = (operands.kinds(q, q) or ("",))[0]
-    if rows == NORMED:
+    if rows == MANY:  # which are asked for ahead where masks are made
+        found = examine.encoded(lane, x, q, kind)
+    elif rows == NORMED:
         weight = inputs.draw("gaussian", (width,), torch.bfloat16, 1)
         found = examine.normed(lane, x, None, weight, 1e-5, q, kind)
     else:
@@ -58,6 +60,10 @@ BROKEN = {
     "more than a row ahead": (MANY, "128 * blocks) asm", "128 * blocks + 1) asm", "asks again"),
     "a row that is not there ahead": (
         MANY, "ahead && blockIdx.x + ahead < gridDim.x", "ahead", "read by nobody",
+    ),
+    "lines of what is written": (
+        MANY, "ask_ahead(row + ahead * stride, blocks)",
+        "ask_ahead(out + blockIdx.x * (128 * blocks), blocks / 2)", "read by nobody",
     ),
     "chunks of a lane": (NEAR, "{32 * q + r, 16, 8,", "{32 * q + r, 8, 16,", None),
 }  # fmt: skip
@@ -93,6 +99,8 @@ def test_what_is_asked_for_ahead(
 ) -> None:
     """Each line of the rows further on, once, and nothing else; see `rows._ahead`."""
     q = parse(FOUR)
-    lowbit.launch_operand(inputs.draw("gaussian", (count, width), dtype, 0), q, "integers")
-    assert emulator.launches == 1
-    assert emulator.ahead == lines
+    x = inputs.draw("gaussian", (count, width), dtype, 0)
+    lowbit.launch_encode(x, q, "integers")
+    assert (emulator.launches, emulator.ahead) == (1, lines)
+    lowbit.launch_operand(x, q, "integers")  # without a mask
+    assert (emulator.launches, emulator.ahead) == (2, 0)

@@ -415,8 +415,9 @@ def test_rows_that_are_asked_for_ahead(of_rows: Device) -> None:
         (41, 3072, F16, 20), (9, 16384, BF16, 4), (9, 16512, BF16, 0),
     ):  # fmt: skip
         x = torch.zeros(count, width, dtype=dtype)
-        blocks.quantize(x, ops.program(q, x), form=3)
-        assert of_rows.one()[3]["ahead"] == ahead
+        for masked in (True, False):
+            blocks.quantize(x, ops.program(q, x), form=3, masked=masked)
+            assert of_rows.one()[3]["ahead"] == ahead * masked
 
 
 @pytest.mark.parametrize("show", [False, True])

@@ -1,12 +1,14 @@
 """Layers whose weight is quantized at each call, where no gradient is asked for.
 
-Nothing makes masks then, and few rows are multiplied with codes that stay packed. What comes out is
-what comes out where a backward reads the operands, bit for bit, which others judge.
+Kernels make no masks then, and few rows are multiplied with codes of 2 or 4 bits that stay packed.
+What comes out is what comes out where a backward reads the operands, bit for bit, which others
+judge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,16 +20,16 @@ from property_tests import places
 from property_tests.calls import counted
 from property_tests.places import Place
 from property_tests.prologues import on_hopper
-from quest import lowbit_linear, packed, paths
+from quest import eager, lowbit_linear, ops, packed, paths
 from quest.conformance import inputs
-from quest.kernels import blocks, forms, hopper
+from quest.kernels import blocks, forms, hopper, rows
 from quest.mlp import low_bit_swiglu
 from quest.quantizer import parse
 
 BF16 = torch.bfloat16
 RECIPES = ("w1a1", "w2a2", "w4a4", "w3a3", "w8a8")
 # The bits of the codes with which few rows are multiplied, and of how many rows.
-STAYS = {"w1a1": (1, 16), "w2a2": (2, 32), "w4a4": (4, 32), "w3a3": (0, 0), "w8a8": (0, 0)}
+STAYS = {"w1a1": (0, 0), "w2a2": (2, 32), "w4a4": (4, 32), "w3a3": (0, 0), "w8a8": (0, 0)}
 
 
 def _specs(name: str) -> tuple[str, str]:
@@ -91,11 +93,21 @@ def test_what_comes_out(
 
 
 @pytest.mark.parametrize("name", ["w1a1", "w4a4"])
-def test_behind_a_gate(name: str, launched: Place) -> None:
+def test_behind_a_gate(name: str, launched: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kernel makes the rows and quantizes them, with a mask where it is read."""
     gate, up, w = _drawn(launched, (5, 256), (5, 256), (24, 256))
     rest = ([w], [], *_specs(name), BF16)
+    masked: list[bool] = []
+    real = blocks.gated
+
+    def gated(*given: Any, **how: Any) -> Any:
+        masked.append(how.get("masked", False))
+        return real(*given, **how)
+
+    monkeypatch.setattr(blocks, "gated", gated)
     expected = lowbit_linear.low_bit_linear(up, *rest, True, gate)[0]
     made = lowbit_linear.low_bit_linear(up, *rest, False, gate)
+    assert masked == [True, False]
     assert len(made) == 1
     assert torch.equal(made[0], expected)
 
@@ -108,19 +120,58 @@ def test_a_whole_mlp(launched: Place) -> None:
     assert torch.equal(made[0], low_bit_swiglu(*rest, True)[0])
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
-@pytest.mark.parametrize("width", [128, 384])
-def test_codes(bits: int, width: int, launched: Place) -> None:
-    """Those of the quantizer, with its scale; of single bits with their sums."""
-    (w,) = _drawn(launched, (9, width))
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [
+        (BF16, 128), (BF16, 384), (BF16, 2048), (BF16, 8320), (torch.float32, 1152),
+        (torch.float16, 17408),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("by_row", [True, False])
+def test_codes(by_row: bool, dtype: torch.dtype, width: int, bits: int, launched: Place) -> None:
+    """Those of the quantizer with a mask, and its scale, by either kernel."""
+    w = inputs.draw("heavy", (3, width), dtype, width).to(launched.device)
     q = parse(f"uniform{bits}/hadamard128/trust1.0/dense")
-    codes, scale, sums = packed.launch_codes(w, q, bits)
-    expected = packed.eager_codes(w.cpu(), q, bits)
-    assert (codes.shape, codes.dtype) == ((9, width * bits // 8), torch.uint8)
-    assert torch.equal(codes.cpu(), expected[0])
-    torch.testing.assert_close(scale.cpu(), expected[1], rtol=1e-6, atol=0)
-    assert (sums.shape, sums.dtype) == ((9, 1), torch.int32)
-    assert bits > 1 or torch.equal(sums.cpu(), expected[2])
+    with rows.only(by_row):
+        codes, scale, sums = packed.launch_codes(w, q, bits)
+        _, *expected = ops.launch_quantize(w, q, values=False, codes=True, packed=True)
+    assert (codes.shape, codes.dtype) == ((3, width * bits // 8), torch.uint8)
+    assert torch.equal(codes, expected[0])
+    assert torch.equal(scale, expected[1])
+    assert (sums.shape, sums.dtype) == ((3, 1), torch.int32)
+
+
+def test_codes_that_no_kernel_for_blocks_of_128_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whatever quantizes such rows; and what is no weight of floats."""
+    w, q = torch.randn(5, 192), parse("uniform4/hadamard64/trust1.0/dense")
+    monkeypatch.setattr(ops, "launch_quantize", eager.quantize)
+    made = packed.launch_codes(w, q, 4)
+    for t, other in zip(made[:2], packed.eager_codes(w, q, 4)[:2], strict=True):
+        assert torch.equal(t, other)
+    with pytest.raises(TypeError, match=r"torch\.int64"):
+        packed.launch_codes(w.long(), q, 4)
+
+
+def test_codes_are_made_where_the_weight_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, q = torch.randn(5, 256), parse("uniform4/hadamard128/trust1.0/dense")
+    inside: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def device_of(t: Tensor) -> Iterator[None]:
+        inside.append(t)
+        yield
+        inside.pop()
+
+    def quantize(t: Tensor, _: Any, **how: Any) -> tuple[Tensor, ...]:
+        assert inside == [t]
+        assert how == {"form": forms.PACKED, "bits": 4, "masked": False}
+        return eager.quantize(t, q, values=False, codes=True, packed=True)[1:]
+
+    monkeypatch.setattr(ops, "device_of", device_of)
+    monkeypatch.setattr(blocks, "supports", lambda *_: True)
+    monkeypatch.setattr(blocks, "quantize", quantize)
+    assert torch.equal(packed.launch_codes(w, q, 4)[0], packed.eager_codes(w, q, 4)[0])
 
 
 @pytest.mark.parametrize("name", ["w1a1", "w2a2", "w4a4", "w3a3", "w8a8", "w4a4-2:4", "fp4"])
@@ -132,7 +183,7 @@ def test_on_a_cpu(name: str, count: int) -> None:
     rest = (x, [w], [], made.activation.spec, made.weight.spec, torch.float32)
     ys = [lowbit_linear.low_bit_linear(*rest, saves)[0] for saves in (True, False)]
     assert torch.equal(*ys)
-    packs = name in ("w1a1", "w2a2", "w4a4")
+    packs = name in ("w2a2", "w4a4")
     assert bool(lowbit_linear.pair(*rest[3:5]).packed) is packs
 
 

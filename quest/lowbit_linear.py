@@ -82,7 +82,8 @@ class Pair(NamedTuple):
     """What two specs say: quantizers and kinds of activation and weight; names for a product.
 
     saved: the kinds in which the operands are kept for the backward. packed: bits of the weight's
-    codes, where few rows are multiplied with these (`packed.bits_of`); or 0.
+    codes, where few rows are multiplied with these and not with its operand; or 0. (Of single bits
+    both are the same bytes.)
     """
 
     activation: Quantizer
@@ -107,7 +108,7 @@ def pair(activation: str, weight: str) -> Pair:
     saved = operands.saved(q[0], kinds[0]).kind, operands.saved(q[1], kinds[1]).kind
     names = ",".join(t.require_grid().name for t in q)
     bits = packed.bits_of(names, ",".join(kinds)) if q[1].sparsity is None else 0
-    return Pair(*q, kinds, saved, names, bits)
+    return Pair(*q, kinds, saved, names, bits if bits > 1 else 0)
 
 
 def check(
@@ -157,7 +158,8 @@ def products(
     """y of each weight; and, if it `saves`, of x, or of silu(gate) * x, and of each weight what
     the backward reads.
 
-    Else nothing makes masks, and few rows are multiplied with codes that stay packed.
+    Else no mask is made where a kernel can do without, and few rows are multiplied with codes of 2
+    or 4 bits that stay packed.
     """
     f, d, kinds = parts(x), x.shape[-1], ",".join(made.kinds)
     rows, read = lowbit.as_rows(x), []

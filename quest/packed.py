@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .quantizer import Quantizer
 
 
+@functools.lru_cache(maxsize=1024)
 def bits_of(grid_names: str, kinds: str) -> int:
     """Bits of a dense weight's codes, of which there is such a product; 0 where there is none."""
     names, kind = grid_names.split(","), kinds.split(",")
@@ -42,10 +43,8 @@ def _spread(grid_names: str, kinds: str) -> int:
 def eager_codes(w: Tensor, q: Quantizer, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, scale, sums) of a weight (N, width), as `packed_product` takes them; no gradient.
 
-    bits: `bits_of`. In plain PyTorch, on any device.
+    bits: of a code, 2 or 4. In plain PyTorch, on any device.
     """
-    if bits == 1:
-        return lowbit.eager_operand(w, q, "bits")
     _, codes, scale, *_ = eager.quantize(w, q, values=False, codes=True, packed=True)
     return codes, scale, _no_sums(scale)
 
@@ -54,8 +53,6 @@ def launch_codes(w: Tensor, q: Quantizer, bits: int) -> tuple[Tensor, Tensor, Te
     """`eager_codes` by the kernels, without a mask where there is one that asks for none."""
     from .kernels import blocks, forms
 
-    if bits == 1:
-        return lowbit.launch_operand(w, q, "bits")
     q.check(w)
     program, _ = lowbit.plan(q, "integers", (w.dtype, w.shape[-1], w.device))
     if not blocks.supports(program, w):

@@ -6,12 +6,14 @@ The rule of `choose`, in order:
 2. "values" where the recipe has no integer product (16-bit operands, Lloyd-Max tables), where a
    row is too wide for an int32 accumulator, and where the device lacks the kernel.
 3. "integers" otherwise: on Hopper the int8 product runs at twice bf16's rate, single bits at ten
-   times, and of few rows, whose time is that of the weight's bytes, operands are the fewer. Where
-   no gradient is asked for few rows are multiplied with codes that are still packed, and of a
-   frozen weight many with its 2:4 sparse form compressed.
+   times; and of few rows, whose time is that of the weight's bytes, operands have fewer. Where no
+   gradient is asked for few rows are multiplied with codes of 2 or 4 bits that are still packed (of
+   a frozen weight, with 1 bit as well), and of a frozen weight many with its 2:4 sparse form
+   compressed.
 
-How many rows there are changes the kernels, and what comes out of a row by no more than the last
-bit of its scale. Both paths multiply the same operands. That of the integers is exact up to the
+How many rows there are changes the kernels, and what comes out of a row where its scale then
+differs in the last bit, as of large inputs (`quest.kernels.rows.takes`): with that a code at a near
+tie, too. Both paths multiply the same operands. That of the integers is exact up to the
 dequantization; that of the values rounds each to its dtype first, and sums in float32.
 """
 
@@ -29,7 +31,10 @@ from .recipes import Recipe
 
 PATHS = ("values", "integers")
 # By the bits of a weight's codes, 4 also for 2: where the times of the products with packed codes
-# and with the operand cross on the 7B shapes (the records' tuning.txt, 2026-11-25).
+# and with the operand cross on the 7B shapes, of frozen weights (the records' tuning.txt,
+# 2026-11-25). A weight that is quantized for the call crosses sooner at 4096 x 4096, where 32 rows
+# take 7 percent longer with 4 bits than 64 with its operand, and later at larger ones (the H200's
+# live.txt, part 2).
 FEW_ROWS = {1: 16, 4: 32}
 # From where on the product with a compressed 2:4 sparse weight was faster than the dense one at all
 # four 7B shapes (kernels/README.md); at 384 rows it is at 0.93 to 1.19, below mostly slower.

@@ -102,8 +102,7 @@ def launch_gated_encode(
     q = ops.quantizer(spec)
     if not (gate.numel() and has_kernel(spec, gate)):
         x = eager.gated(gate, value)
-        operand, scale, _, sums = lowbit.launch_encode(x, q, kind)
-        return operand, scale, sums, x if show else None
+        return *lowbit.launch_operand(x, q, kind), x if show else None
     made = _launch_gated(gate, value, q, kind, show=show)
     operand, scale, sums = (t.view(*gate.shape[:-1], t.shape[-1]) for t in made[:3])
     return operand, scale, sums, None if made.rows is None else made.rows.view(gate.shape)
@@ -194,8 +193,8 @@ def launch_normed_encode(
     q, d = ops.quantizer(spec), x.shape[-1]
     if not (x.numel() and has_kernel(spec, x)):
         h, rows = eager.normed(x, residual, weight, eps)
-        operand, scale, _, sums = lowbit.launch_encode(rows, q, kind)
-        return operand, scale, sums, _given(h, residual), rows if show else None
+        encoded = lowbit.launch_operand(rows, q, kind)
+        return *encoded, _given(h, residual), rows if show else None
     from .kernels import blocks, forms
 
     program, _ = lowbit.plan(q, kind, (x.dtype, d, x.device))

@@ -322,7 +322,7 @@ def layer(
     path: str = "values",
     parts: tuple[int, ...] = (),
 ) -> list[Verdict]:
-    """T1 (T6 on the path of the integers) and T7 of the linear layer.
+    """T1 (T6 on the path of the integers, without a gradient as well) and T7 of the linear layer.
 
     x (n, in), w (out, in), grad (n, out). path: see `quest.paths`. parts: the rows of w of each of
     several layers that are called together, where it is not one.
@@ -468,11 +468,17 @@ def _integers(
     out: dict[str, Tensor],
     codes: list[dict[str, Tensor] | None],
 ) -> list[Verdict]:
-    """T6 of y given its operands, T0 of these given the codes, T6 of what the backward reads."""
+    """T6 of y, with a gradient and without, given its operands, T0 of these given the codes, T6 of
+    what the backward reads.
+    """
     kinds = operands.kinds(pairs[0][1], pairs[1][1])
     if kinds is None:
         raise ValueError(f"{pairs[0][1]} x {pairs[1][1]} has no integer product")
-    found = [dataclasses.replace(v, stage="layer y") for v in _products(pairs, bias, out)]
+    found = [
+        dataclasses.replace(v, stage=stage)
+        for stage, y in (("layer y", out["y"]), ("layer y, inference", out["inferred"]))
+        for v in _products(pairs, bias, out | {"y": y})
+    ]
     hats = ("x_hat", "w_hat")
     for (t, q), kind, made, name, hat in zip(pairs, kinds, codes, "ab", hats, strict=True):
         assert made is not None  # integers are quantized

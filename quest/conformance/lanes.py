@@ -438,6 +438,10 @@ def _linear_module(
         y = _outputs(x, layers)
     torch.autograd.backward(y, grad)
     made: Outputs = {}
+    if path == "integers":
+        # By other kernels: nothing is kept.
+        with torch.no_grad(), paths.only(path):
+            made["inferred"] = _outputs(x.detach(), layers)
     # The rows of each layer by themselves: where a near tie goes may depend on where they lie.
     rows = [layer.weight for layer in layers]
     with torch.no_grad():

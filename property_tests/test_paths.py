@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import quest
-from quest import operands, paths
+from quest import frozen, operands, paths
 from quest.kernels import hopper
 
 pytestmark = pytest.mark.whole
@@ -42,6 +42,16 @@ def test_up_to_which_rows_a_compiler_adds_and_norms() -> None:
     for rows, width in ((1024, 2048), (372, 5632)):
         assert paths.compiles_sums(torch.empty(rows, width, device="meta"))
         assert not paths.compiles_sums(torch.empty(rows + 1, width, device="meta"))
+
+
+def test_bits_of_a_code() -> None:
+    """None where rows have no entries, or there are no rows."""
+    for bits in (1, 2, 4, 8):
+        packed = torch.empty((3, 128 * bits // 8), dtype=torch.uint8)
+        assert frozen._bits(packed, 128) == bits
+    assert frozen._bits(torch.empty((3, 0), dtype=torch.uint8), 0) == 0
+    assert frozen._bits(None, 128) == 0
+    assert not paths.reads_packed(1, 4, 0)
 
 
 def test_a_path_is_forced_inside_its_block_alone() -> None:

@@ -72,8 +72,7 @@ class Frozen:
         """What so many rows are multiplied with: "operand", "packed" or "compressed"."""
         if self.kept is not None and paths.reads_compressed(rows):
             return "compressed"
-        bits = 0 if self.packed is None else bits_of(self.names, self.kinds)
-        if paths.reads_packed(rows, bits, width):
+        if paths.reads_packed(rows, _bits(self.packed, width), width):
             return "packed"
         return "operand"
 
@@ -174,6 +173,13 @@ def stacked(parts: Sequence[Frozen]) -> Frozen | None:
     if any(part.whole is not whole or part.place != i for i, part in enumerate(parts)):
         return None
     return whole.frozen
+
+
+def _bits(packed: Tensor | None, width: int) -> int:
+    """Bits of a code in packed rows of so many, 0 where there are none: by a shape, which is traced
+    and takes the host no time.
+    """
+    return 0 if packed is None or not width else packed.shape[1] * 8 // width
 
 
 @torch.no_grad()

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from .quantizer import Quantizer
 
 
-@functools.lru_cache(maxsize=1024)
 def bits_of(grid_names: str, kinds: str) -> int:
     """Bits of a dense weight's codes, of which there is such a product; 0 where there is none."""
     names, kind = grid_names.split(","), kinds.split(",")

@@ -175,7 +175,7 @@ def products(
     else:
         both = (lowbit.as_rows(gate), *one)
         a = keep(f.encode_gated(*both)) if saves else f.gated_operand(*both)
-    stays = not saves and made.packed and paths.reads_packed(len(rows), made.packed, d)
+    stays = not saves and paths.reads_packed(len(rows), made.packed, d)
     product, ys = f.packed if stays else f.product, []
     for i, w in enumerate(weights):
         if stays:

@@ -54,7 +54,8 @@ def judge_of_layer(
     features = GATE_FEATURES * together
 
     def judge(lane: Lane, name: str) -> list[Verdict]:
-        rows = min(tokens, 4 * gate.ROWS)  # with more, weights are not read packed
+        # As few as are timed, or more than are multiplied with packed codes (`paths.FEW_ROWS`).
+        rows = min(tokens, 4 * gate.ROWS)
         x = gate.normal(rows, inside, name, dtype=dtype)
         w = gate.normal(features, inside, "gaussian", seed=1, dtype=dtype)
         grad = gate.normal(rows, features, "gaussian", seed=2, dtype=dtype)

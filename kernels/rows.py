@@ -130,7 +130,7 @@ def _ahead(rows: int, dtype: torch.dtype, how: Shape, masked: bool, device: int)
     Half as many as run at a time. While these compute memory would have nothing to do: of 13.9 us
     for 4096 x 4096 with 1 bit that took 0.6; an eighth or a quarter as many give less, and of
     float32, whose bytes are what counts, it cost (the H200's quantizer.txt, part 14). Without a
-    mask, or behind a norm, it was not measured.
+    mask, which is so behind every norm, a half was not measured.
     """
     at_once = cuda.processors(device) * (RESIDENT // how.warps)
     if not masked or dtype == torch.float32 or how.long or rows <= at_once:

@@ -21,7 +21,8 @@ from property_tests.calls import counted
 from property_tests.places import Place
 from property_tests.prologues import on_hopper
 from quest import eager, lowbit_linear, ops, packed, paths
-from quest.conformance import inputs
+from quest.conformance import examine, inputs
+from quest.conformance.lanes import Lane
 from quest.kernels import blocks, forms, hopper, rows
 from quest.mlp import low_bit_swiglu
 from quest.quantizer import parse
@@ -197,6 +198,22 @@ def test_where_codes_stay_packed(monkeypatch: pytest.MonkeyPatch) -> None:
             with torch.set_grad_enabled(grad):
                 layer(torch.randn(count, 256))
             assert len(seen) == expected
+
+
+@pytest.mark.parametrize(("count", "part"), [(3, "codes"), (33, "operand")])
+def test_the_court_hears_of_it(count: int, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what inference alone gets wrong, and of nothing else."""
+    real = getattr(lowbit_linear._CPU, part)
+
+    def wrong(*given: Any) -> tuple[Tensor, ...]:
+        operand, scale, sums = real(*given)
+        return operand, scale * (1 + 2**-12), sums
+
+    monkeypatch.setattr(lowbit_linear, "_CPU", lowbit_linear._CPU._replace(**{part: wrong}))
+    x, w = inputs.draw("gaussian", (count, 256), torch.float32, 0), torch.randn(24, 256)
+    made, lane = quest.recipe("w4a4"), Lane("torch-cpu", "cpu", "dispatch")
+    found = examine.layer(lane, x, w, torch.randn(count, 24), None, made, "integers")
+    assert {v.stage for v in found if v.failure} == {"layer y, inference"}
 
 
 @on_hopper

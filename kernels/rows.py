@@ -124,16 +124,16 @@ def _room(rows: int, warps: int, device: int) -> int:
     return room // GRANULE * GRANULE
 
 
-def _ahead(rows: int, dtype: torch.dtype, how: Shape, masked: bool, device: int) -> int:
+def _ahead(rows: int, dtype: torch.dtype, how: Shape, device: int) -> int:
     """How much further on a row lies that a thread block asks for, into the L2 cache; 0: none.
 
     Half as many as run at a time. While these compute memory would have nothing to do: of 13.9 us
-    for 4096 x 4096 with 1 bit that took 0.6; an eighth or a quarter as many give less, and of
-    float32, whose bytes are what counts, it cost (the H200's quantizer.txt, part 14). Without a
-    mask, which is so behind every norm, a half was not measured.
+    for 4096 x 4096 with 1 bit that took 0.6, of 12.5 without a mask 0.7, behind norms nothing; an
+    eighth or a quarter as many give less, and of float32, whose bytes are what counts, it cost (the
+    H200's quantizer.txt, parts 14 and 15).
     """
     at_once = cuda.processors(device) * (RESIDENT // how.warps)
-    if not masked or dtype == torch.float32 or how.long or rows <= at_once:
+    if dtype == torch.float32 or how.long or rows <= at_once:
         return 0
     return at_once // 2
 
@@ -166,6 +166,6 @@ def launch(
     kernel.launch(
         rows,
         x.data_ptr(), scale, out, mask, sums, kept, stride * x.element_size(), d // ORDER,
-        _ahead(rows, x.dtype, how, bool(mask), device), program.step, program.threshold, *given,
+        _ahead(rows, x.dtype, how, device), program.step, program.threshold, *given,
         overlap=overlap,
     )  # fmt: skip

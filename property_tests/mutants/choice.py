@@ -45,6 +45,11 @@ _PRODUCT = (
     "barriers",
     "many_rows",
 )
+# Of the judges, by topic: those that call lanes, or `examine`, first.
+_JUDGES = (
+    "judges_guard", "judges_hearing", "judges_gate", "judges_norm", "judges",
+    "judges_transforms", "judges_rules", "judges_values", "judges_backward", "judges_layer",
+)  # fmt: skip
 # The tests that are about a file.
 OWN = {
     "kernels/recorded.py": ("driver_calls", "launches", "direct"),
@@ -391,23 +396,23 @@ OWN = {
     "quest/transforms.py": ("grids_and_transforms_edges", "api", "hadamard", "errors"),
     "property_tests/ledger.py": ("report", "verdict"),
     "quest/conformance/examine.py": (
-        "judges",
+        *_JUDGES,
         "added_product",
         "rotated_product",
         "frozen",
         "backward",
     ),
-    "quest/conformance/judges.py": ("judges_edges", "judges"),
-    "quest/conformance/lanes.py": ("judges", "frozen"),
+    "quest/conformance/judges.py": ("judges_edges", *_JUDGES),
+    "quest/conformance/lanes.py": (*_JUDGES, "frozen"),
     "quest/conformance/verdict.py": ("verdict",),
     "quest/conformance/verify.py": ("verify",),
-    "reference/bounds.py": ("bounds", "judges_edges", "judges"),
+    "reference/bounds.py": ("bounds", "judges_edges", *_JUDGES),
     "reference/compression.py": ("compress",),
 }
 # The court must be held by the tests of the court: those that run production code can't tell a
 # bound that is too wide.
 HELPERS = (
-    "judges", "judges_edges", "bounds", "verdict", "inputs", "reference_estimators",
+    *_JUDGES, "judges_edges", "bounds", "verdict", "inputs", "reference_estimators",
     "reference_grids", "reference_hadamard", "reference_linear", "reference_packing",
     "reference_quantize", "reference_sparsity",
 )  # fmt: skip

@@ -128,9 +128,9 @@ def _ahead(rows: int, dtype: torch.dtype, how: Shape, device: int) -> int:
     """How much further on a row lies that a thread block asks for, into the L2 cache; 0: none.
 
     Half as many as run at a time. While these compute memory would have nothing to do: of 13.9 us
-    for 4096 x 4096 with 1 bit that took 0.6, of 12.5 without a mask 0.7, behind norms nothing; an
-    eighth or a quarter as many give less, and of float32, whose bytes are what counts, it cost (the
-    H200's quantizer.txt, parts 14 and 15).
+    for 4096 x 4096 with 1 bit that took 0.6, of 12.5 without a mask 0.7; of 4096 x 2048, with a
+    norm or without, nothing. An eighth or a quarter as many mostly give less, and of float32, whose
+    bytes are what counts, it cost (the H200's quantizer.txt, parts 14 and 15).
     """
     at_once = cuda.processors(device) * (RESIDENT // how.warps)
     if dtype == torch.float32 or how.long or rows <= at_once:

@@ -1,8 +1,7 @@
 """An honest quantizer that is not ours, for the judges to pass, and to break.
 
 Nothing here calls production arithmetic: it is a NumPy pipeline of its own, and a fault is the
-same pipeline with one part replaced. A fault names the judges that must reject it, and may add
-some that are allowed to; every other judge has to hold, so a fault is laid at the right door.
+same pipeline with one part replaced.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The judges of a quantizer hold and bite: unusual correct ways pass, planted faults are rejected.
+"""The judges of a quantizer hold and bite: each fault of a table is rejected, by the judges it names.
 
-All of them stand here, beside the parts that they plant: one table says what each stage rejects.
-Other judges have files of their own, by topic.
+A fault names the judges that must reject it, and may add some that are allowed to; every other
+judge has to hold, so a fault is laid at the right door. Parts that other files plant, too, are in
+`faults`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Outputs that do not follow their input: the judges notice each, at every stage."""
+"""Outputs of kernels and layers that do not follow their input: the judges notice each."""
 
 from __future__ import annotations
 

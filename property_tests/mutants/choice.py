@@ -254,7 +254,13 @@ OWN = {
         "memcheck",
         "barriers",
     ),
-    "kernels/rows.py": ("few_launches", "launch_rules", "rows", "blocks_cuda_edges"),
+    "kernels/rows.py": (
+        "few_launches",
+        "launch_rules",
+        "emulated_rows",
+        "rows",
+        "blocks_cuda_edges",
+    ),
     "kernels/scales.cuh": (
         "product_cuda_edges",
         "few_cuda_edges",

@@ -1,4 +1,4 @@
-"""The judges of a quantizer hold and bite: each fault of a table is rejected, by the judges it names.
+"""The judges of a quantizer hold and bite: each fault of a table is rejected, and by which judges.
 
 A fault names the judges that must reject it, and may add some that are allowed to; every other
 judge has to hold, so a fault is laid at the right door. Parts that other files plant, too, are in

@@ -17,6 +17,7 @@ import quest
 from quest import eager, lowbit, operands, prologue
 from quest.conformance import examine, judges
 from quest.conformance.lanes import Lane
+from quest.conformance.oracle import lift
 from quest.conformance.verdict import Verdict
 from quest.kernels import rows as by_row
 
@@ -93,7 +94,7 @@ def test_gated_saved(timed: Timed, rows: int, width: int, recipe: str) -> None:
         with by_row.only(False):  # whose scales may differ in their last bit
             expected = encode(shown, q, kind)
         same = [
-            judges.exact("saved", *(judges.lift(t.view(torch.uint8)) for t in pair))
+            judges.exact("saved", *(lift(t.view(torch.uint8)) for t in pair))
             for pair in zip(found, expected, strict=True)
         ]
         return [*_judge(recipe, kind, width)(lane, name), *same]

@@ -22,7 +22,7 @@ from quest import (
     rotated_product,
     sparse_product,
 )
-from quest.conformance import lanes
+from quest.conformance import backends
 from quest.conformance.lanes import Lane
 from quest.kernels import cuda
 
@@ -47,8 +47,8 @@ class Place:
 
     @property
     def operators(self) -> Any:
-        """The functions of the lane by operator name, as `lanes.operators` has them."""
-        return lanes.operators(self.lane.backend)
+        """The functions of the lane by operator name, as `backends.operators` has them."""
+        return backends.operators(self.lane.backend)
 
     @property
     def packed_product(self) -> Callable[..., Tensor]:
@@ -89,11 +89,11 @@ def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulated.Emulator]:
 
 def instead(patch: pytest.MonkeyPatch) -> emulated.Emulator:
     """As `emulated.instead`, and the lane of `CPU` has its operators."""
-    emulator, others = emulated.instead(patch), lanes.operators
+    emulator, others = emulated.instead(patch), backends.operators
     emulator.runs = 2  # copies that come soon, and late
     made = _operators(emulator)
     patch.setattr(
-        lanes, "operators", lambda backend: made if backend == "emulated" else others(backend)
+        backends, "operators", lambda backend: made if backend == "emulated" else others(backend)
     )
     # It asks for a GPU, and remembers what it was told.
     patch.setattr(prologue, "has_kernel", _has_prologue)
@@ -111,7 +111,7 @@ def _operators(emulator: emulated.Emulator) -> Any:
         "encode", "operand", "quantize", "fake_quantize", "gated_encode", "gated_encode_shown",
         "normed_encode", "normed_encode_shown", "masked_transpose",
     )  # fmt: skip
-    launched = {name: vars(lanes.operators("launch"))[name] for name in names} | {
+    launched = {name: vars(backends.operators("launch"))[name] for name in names} | {
         "accumulate": lowbit.launch_accumulate,
         "product": lowbit.launch_product,
         "gated_product": gated_product.launch_gated_product,
@@ -119,7 +119,7 @@ def _operators(emulator: emulated.Emulator) -> Any:
         "sparse_product": sparse_product.launch_sparse_product,
     }
     eager, watched = (
-        vars(lanes.operators("eager")),
+        vars(backends.operators("eager")),
         {name: _launching(name, f, emulator) for name, f in launched.items()},
     )
     # A sparse operand is made by none of the kernels in CUDA C++.

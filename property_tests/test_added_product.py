@@ -21,7 +21,7 @@ from property_tests.products import COMPILED, kinds_of, operands_of
 from property_tests.prologues import on_hopper
 from property_tests.walled import walled
 from quest import direct, frozen, joint, lowbit, ops, paths, prologue, residual
-from quest.conformance import examine, inputs, judges, lanes
+from quest.conformance import backends, examine, inputs, judges
 from quest.conformance.lanes import Lane, no_product
 from quest.conformance.strategies import DTYPES, SEEDS
 from quest.kernels import cuda, hopper, layout, outputs, product, recorded
@@ -108,7 +108,7 @@ def test_what_is_seen(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyP
         found = examine.product(lane, x, w, None, made, dtype, residual=beside)
         return [v.stage for v in found if v.failure is not None]
 
-    monkeypatch.setattr(lanes, "operators", lanes.operators.__wrapped__)
+    monkeypatch.setattr(backends, "operators", backends.operators.__wrapped__)
     assert failures(lambda r, y, _: r + y) == []
     for wrong in (
         lambda r, y, _: y, lambda r, y, _: r, lambda r, y, _: r - y, lambda r, y, _: y - r,

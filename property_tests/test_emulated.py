@@ -17,7 +17,7 @@ from property_tests import emulated
 from property_tests.emulated.translate import translated
 from property_tests.places import CPU
 from quest import ops, prologue
-from quest.conformance import lanes
+from quest.conformance import backends
 from quest.kernels import blocks, cuda, forms
 from quest.kernels import rows as rows_cu
 from quest.quantizer import parse
@@ -307,7 +307,7 @@ def test_an_operator_that_launches_no_kernel(
     with pytest.raises(emulated.Fault, match=r"gated_encode of \(2, 256\) launches no kernel"):
         made.gated_encode(x, x, spec, "integers")
     with pytest.raises(ValueError, match="there is no backend 'emulate'"):
-        lanes.operators("emulate")
+        backends.operators("emulate")
 
 
 BLOCKS = cuda._text("blocks.cu")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quest.conformance import inputs
-from quest.conformance.lanes import _bytes
+from quest.conformance.stages import storage_bytes
 from quest.conformance.strategies import cases
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -30,7 +30,7 @@ def test_draw_is_reproducible(
     assert x.dtype == dtype
     assert x.device.type == "cpu"
     assert x.is_contiguous()
-    assert _bytes(x) == _bytes(again)
+    assert storage_bytes(x) == storage_bytes(again)
     if name != "non_finite":
         assert x.isfinite().all(), "clamped to the dtype's range"
 
@@ -38,7 +38,7 @@ def test_draw_is_reproducible(
 @pytest.mark.parametrize("name", sorted(set(inputs.DISTRIBUTIONS) - {"zeros"}))
 def test_seeds_differ(name: str) -> None:
     # float32 holds all of them apart from zero.
-    assert len({_bytes(inputs.draw(name, SHAPE, torch.float32, s)) for s in range(10)}) == 10
+    assert len({storage_bytes(inputs.draw(name, SHAPE, torch.float32, s)) for s in range(10)}) == 10
 
 
 def drawn(name: str, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -206,8 +206,10 @@ def test_equal_rows_are_the_first(seed: int, name: str) -> None:
     y = inputs.equal_rows(x)
     assert y.shape == x.shape
     assert y.is_contiguous()
-    assert all(_bytes(row.clone()) == _bytes(x[0, 0].clone()) for row in y.reshape(6, 4))
-    assert _bytes(inputs.lay_out(y, "expanded").contiguous()) == _bytes(y)
+    assert all(
+        storage_bytes(row.clone()) == storage_bytes(x[0, 0].clone()) for row in y.reshape(6, 4)
+    )
+    assert storage_bytes(inputs.lay_out(y, "expanded").contiguous()) == storage_bytes(y)
 
 
 def test_rows_that_differ_are_not_expanded() -> None:
@@ -225,4 +227,4 @@ def test_a_case_s_code_makes_its_tensor(data: st.DataObject) -> None:
     x, again = case.make(), made["again"]
     assert (again.shape, again.stride(), again.dtype) == (x.shape, x.stride(), x.dtype)
     assert again.storage_offset() == x.storage_offset()
-    assert _bytes(again) == _bytes(x)
+    assert storage_bytes(again) == storage_bytes(x)

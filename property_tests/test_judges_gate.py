@@ -17,7 +17,7 @@ import quest
 from property_tests.honest import F32, SEEDS, Array, failing, rounded, tensor
 from property_tests.scripted import Scripted
 from quest import operands
-from quest.conformance import examine, inputs, judges, lanes, oracle
+from quest.conformance import backends, examine, inputs, judges, lanes, oracle
 from quest.conformance.verdict import Rejected
 
 
@@ -265,7 +265,7 @@ def test_gated_operand_that_is_wrong(name: str) -> None:
 def test_what_is_not_shown_must_be_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     gate, value = gates(torch.bfloat16, 0)
     static = {"q": quest.recipe("w4a4").activation, "kind": "integers"}
-    f = lanes.operators("dispatch")
+    f = backends.operators("dispatch")
     for i in range(3):
 
         def other(*given: Any, i: int = i) -> list[Tensor]:
@@ -275,6 +275,6 @@ def test_what_is_not_shown_must_be_the_same(monkeypatch: pytest.MonkeyPatch) -> 
 
         changed = SimpleNamespace(**(vars(f) | {"gated_encode": other}))
         with monkeypatch.context() as patch:
-            patch.setattr(lanes, "operators", lambda _, changed=changed: changed)
+            patch.setattr(backends, "operators", lambda _, changed=changed: changed)
             with pytest.raises(lanes.GuardError, match="is another where the rows"):
                 lanes.all_lanes()[0].call("gated", gate, value, **static)

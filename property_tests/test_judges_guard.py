@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quest.conformance import inputs, lanes
+from quest.conformance import inputs, interpreter, lanes, stages
 from quest.kernels import outputs
 
 FAKE = lanes.Lane("fake", "cpu", "eager")
@@ -23,7 +23,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Puts a function in place of a lane's stage and calls it, guarded."""
 
     def call(function: Callable[[Tensor], Tensor], x: Tensor, lane: lanes.Lane = FAKE) -> Any:
-        monkeypatch.setitem(lanes._STAGES, "hadamard", lambda _, t: {"y": function(t)})
+        monkeypatch.setitem(stages.STAGES, "hadamard", lambda _, t: {"y": function(t)})
         return lane.call("hadamard", x)
 
     return call
@@ -130,9 +130,9 @@ def test_poison_fills_every_byte() -> None:
 def test_transfer_and_pipe_keep_strides_offset_and_gaps(layout: str) -> None:
     x = inputs.lay_out(LAID, layout)
     pipe = io.BytesIO()
-    lanes.send(pipe, x)
+    interpreter.send(pipe, x)
     pipe.seek(0)
-    for y in (lanes.transfer(x, "cpu"), lanes.receive(pipe)):
+    for y in (lanes.transfer(x, "cpu"), interpreter.receive(pipe)):
         assert (y.stride(), y.storage_offset()) == (x.stride(), x.storage_offset())
-        assert lanes._bytes(y) == lanes._bytes(x)
+        assert stages.storage_bytes(y) == stages.storage_bytes(x)
         assert y.data_ptr() != x.data_ptr()

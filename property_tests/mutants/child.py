@@ -220,7 +220,7 @@ class Watch:
             self.say(stray=str(place))
         if torch.cuda._is_in_bad_fork():
             self.say(started=True)
-        if self.job.interpreter is not None and "quest.conformance.lanes" in sys.modules:
+        if self.job.interpreter is not None and "quest.conformance.interpreter" in sys.modules:
             interpreter.use(
                 self.job.interpreter, self.job.worker, lambda why: self.say(no_interpreter=why)
             )
@@ -271,10 +271,10 @@ class Watch:
             from property_tests.mutants import trace
 
             # Processes that tests have started end, and write, when their pipes close.
-            from quest.conformance import lanes
+            from quest.conformance.interpreter import running
 
-            if lanes._interpreter.cache_info().currsize:
-                lanes._interpreter().close()
+            if running.cache_info().currsize:
+                running().close()
             trace.start.write()  # type: ignore[attr-defined]
             self.say(names=list(self.names))
 

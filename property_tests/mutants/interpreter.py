@@ -64,9 +64,9 @@ def use(address: Path, told: Path, refused: Callable[[str], None]) -> None:
 
     refused: hears why there is no worker, which is no fault of the mutant.
     """
-    from quest.conformance import lanes
+    from quest.conformance import interpreter
 
-    class Forked(lanes._Interpreter):
+    class Forked(interpreter.Interpreter):
         def __init__(self) -> None:
             (theirs_in, ours_in), (ours_out, theirs_out) = os.pipe(), os.pipe()
             try:
@@ -88,7 +88,7 @@ def use(address: Path, told: Path, refused: Callable[[str], None]) -> None:
             made: Any = SimpleNamespace(stdin=stdin, stdout=stdout, wait=lambda timeout: None)
             self.process = made
 
-    lanes._Interpreter = Forked  # type: ignore[misc]
+    interpreter.Interpreter = Forked  # type: ignore[misc]
 
 
 def end(told: Path) -> None:

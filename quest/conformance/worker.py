@@ -10,7 +10,8 @@ import os
 import sys
 
 from . import addresses
-from .lanes import receive, run, send
+from .interpreter import receive, send
+from .lanes import run
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quest.conformance.lanes import Outputs, guarded
+from quest.conformance.lanes import guarded
+from quest.conformance.stages import Outputs
 from quest.recipes import Recipe
 
 from . import formats

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from quest import grids
 from quest.conformance import judges, oracle, propagated
-from quest.conformance.lanes import Outputs
 from quest.conformance.oracle import lift
+from quest.conformance.stages import Outputs
 from quest.conformance.verdict import Verdict
 from quest.estimators import STE
 from quest.quantizer import Quantizer

@@ -327,6 +327,11 @@ def test_rows_that_are_views() -> None:
         assert not direct._in_rows(other)
 
 
+def test_a_layer_of_nothing_but_its_input_is_the_one_that_is_looked_for() -> None:
+    """A call is recorded by `how`, and a layer looks for it by `PLAIN`."""
+    assert direct.how(None, False, False, None) == direct.PLAIN
+
+
 def test_memory_between_kernels_is_held_with_the_call(stream: Stream) -> None:
     """Which the next input's launches use again; what is not recorded has its own."""
     used: list[Tensor] = []

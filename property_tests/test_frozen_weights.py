@@ -430,3 +430,16 @@ def test_the_ways_of_many_rows(ways: Ways) -> None:
         ways.direct, ways.linear = True, False
         assert torch.equal(frozen.linear(x, held, None, recipe), expected)
         assert ways.take() == ["again", "recorded", "direct", "launch operand", f"launch {way}"]
+
+
+def test_a_copy_has_no_calls_of_another() -> None:
+    """They read the weight that they were recorded of. And what tells of a weight is free of them."""
+    held = frozen.Frozen(names="grids")
+    held.calls[1,] = None
+    held.biases[1] = (), torch.zeros(1)
+    copy = dataclasses.replace(held, place=1)
+    assert not copy.calls
+    assert not copy.biases
+    assert "names='grids'" in repr(held)
+    assert "calls" not in repr(held)
+    assert "biases" not in repr(held)

@@ -169,6 +169,15 @@ def test_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         rotated_product.rotated_product(*made, cos, sin, 32)
 
 
+@pytest.mark.parametrize("positions", [0, 3])
+def test_no_rows(positions: int) -> None:
+    """Any tables are whole sequences of none, those of no positions, too."""
+    made = operands_of("w4a4", torch.randn(0, 128), torch.randn(100, 128), None, torch.bfloat16)
+    cos, sin = (t[:positions] for t in angles(3, 32))
+    y = rotated_product.rotated_product(*made, cos, sin, 32)
+    assert (y.shape, y.dtype) == ((0, 100), torch.bfloat16)
+
+
 def test_what_the_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[dict[str, Any]] = []
 

@@ -139,6 +139,7 @@ def test_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     fakes = [torch.empty_like(t, device="meta") if isinstance(t, Tensor) else t for t in made]
     wrong: list[tuple[tuple[Any, ...], str]] = [
         ((cos[None], sin, 32), r"cos must be \(T, d_head / 2\) for heads of 32, 64, 128 columns"),
+        ((cos[..., None], sin[..., None], 32), r"got shape \(3, 16, 1\)"),
         ((cos[:, :8], sin[:, :8], 16), r"got shape \(3, 8\)"),
         ((cos.repeat(1, 8), sin.repeat(1, 8), 0), r"got shape \(3, 128\)"),
         ((cos.double(), sin, 32), r"cos must be torch.float32 of shape \(3, 16\)"),

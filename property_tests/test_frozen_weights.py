@@ -433,7 +433,7 @@ def test_the_ways_of_many_rows(ways: Ways) -> None:
 
 
 def test_a_copy_has_no_calls_of_another() -> None:
-    """They read the weight that they were recorded of. And what tells of a weight is free of them."""
+    """They read the weight that they were recorded of. What is told of a weight is free of them."""
     held = frozen.Frozen(names="grids")
     held.calls[1,] = None
     held.biases[1] = (), torch.zeros(1)

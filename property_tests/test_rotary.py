@@ -184,7 +184,7 @@ def test_what_does_not_fit() -> None:
         (x, made(cos, sin.to(torch.complex64), 2), TypeError, "sin must be of floats"),
         (x, made(cos, sin.to("meta"), 2), ValueError, "sin must lie where x lies, cpu; got meta"),
         (x, made(cos[0], sin[0], 2), ValueError, r"cos must have shape \(T, d_head / 2\)"),
-        (x, made(cos[..., None], sin[..., None], 2), ValueError, r"cos must have shape \(T, d_head"),
+        (x, made(cos[..., None], sin[..., None], 2), ValueError, r"cos must have shape \(T, d_he"),
         (x, made(cos[:1], sin[:1], 2), ValueError, r"for the 30 rows of .* got \(1, 32\)"),
         (x, made(cos[:, :0], sin[:, :0], 2), ValueError, r"got \(30, 0\)"),
         (x, made(cos, sin[:, :1], 2), ValueError, "sin must be like cos, torch.float32 of shape"),

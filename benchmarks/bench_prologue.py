@@ -90,7 +90,7 @@ def test_gated_saved(timed: Timed, rows: int, width: int, recipe: str) -> None:
         """What is written beside the operand: that of the rows that are judged."""
         wide = gate.normal(gate.ROWS, 2 * width, name)
         shown = prologue.gated_encode_shown(*_halves(wide.to(cases.DEVICE)), q.spec, kind)[3]
-        found = run(*_halves(wide.to(cases.DEVICE)), q, kind, True)
+        found = run(*_halves(wide.to(cases.DEVICE)), q, kind)
         with by_row.only(False):  # whose scales may differ in their last bit
             expected = encode(shown, q, kind)
         same = [
@@ -101,5 +101,5 @@ def test_gated_saved(timed: Timed, rows: int, width: int, recipe: str) -> None:
 
     _time(
         timed, "gated_saved", rows, q.spec, width, judge,
-        lambda left, right: run(left, right, q, kind, True), lambda x: encode(x, q, kind),
+        lambda left, right: run(left, right, q, kind), lambda x: encode(x, q, kind),
     )  # fmt: skip

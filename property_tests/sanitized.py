@@ -193,7 +193,7 @@ def _prologues(name: str, width: int, dtype: torch.dtype) -> Launch:
             gated(x, other, spec, kind)
             for gated in (prologue.gated_encode, prologue.gated_encode_shown)
         ]
-        gates.append(prologue.launch_encode_gated(x, other, ops.quantizer(spec), kind, True))
+        gates.append(prologue.launch_encode_gated(x, other, ops.quantizer(spec), kind))
         norms = []
         for few in (False, True):  # rows: either kernel makes them where there is no sum
             with mock.patch.object(by_row, "takes", return_value=few):

@@ -40,21 +40,31 @@ class Again:
         self._tells, self._queue = (
             self._graph.calls(stream) if self._graph else ((), self.launches[0].on(stream))
         )
+        self._last = addresses
+        self._alone = [self._queue]
         self._stale: set[int] = set()  # launches of which the graph was not told all as it stands
 
     def queue(self, *addresses: int) -> None:
         """Queue all of them; RuntimeError where the driver refuses."""
+        # Memory that is let go and asked for again is mostly the same.
+        if addresses != self._last:
+            self._take(addresses)
         stale = self._stale
-        for (of, words, at), address in zip(self._places, addresses, strict=True):
-            if words[at] != address:
-                stale.add(of)
-                words[at] = address
-        calls = [*(self._tells[of] for of in stale), self._queue] if self._tells else [self._queue]
+        calls = [*(self._tells[of] for of in stale), self._queue] if stale else self._alone
         for call in calls:
             if status := call():
                 cuda.insist(status, self.launches[0].kernel, *calls)
                 break
-        stale.clear()
+        if stale:
+            stale.clear()
+
+    def _take(self, addresses: tuple[int, ...]) -> None:
+        for (of, words, at), address in zip(self._places, addresses, strict=True):
+            if words[at] != address:
+                words[at] = address
+                if self._tells:
+                    self._stale.add(of)
+        self._last = addresses
 
 
 class Graph:

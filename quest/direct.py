@@ -36,7 +36,6 @@ MOST_CALLS = 64  # kinds of calls that are kept for a weight
 MOST_STREAMS = 64  # whose memory for joined biases is kept
 # Elements of an input whose calls are recorded: with more the device takes longer than the host.
 MOST_ELEMENTS = 2**23
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 Call = tuple[Any, tuple[Tensor, ...], Tensor | None]
@@ -102,7 +101,7 @@ class Joined(dict[int, tuple[tuple[object, ...], Tensor]]):
 
         None where something watches, or they can't lie there.
         """
-        if not keeps(x) or any(type(b) not in _PLAIN or b.device != x.device for b in biases):
+        if not keeps(x) or any(type(b) not in ops.PLAIN or b.device != x.device for b in biases):
             return None
         like = tuple((b.dtype, b.shape) for b in biases)
         stream = torch._C._cuda_getCurrentRawStream(x.get_device())
@@ -136,7 +135,7 @@ def keeps(x: Tensor) -> bool:
 def fits(t: Tensor | None, x: Tensor, columns: int) -> bool:
     """Whether kernels can read a bias of so many columns, or a norm's weight, where it lies."""
     return t is None or (
-        type(t) in _PLAIN
+        type(t) in ops.PLAIN
         and t.dtype in ops.DTYPES
         and t.shape == (columns,)
         and t.is_contiguous()
@@ -152,11 +151,11 @@ def _kind(
     xs: inputs, at least one. reads: a bias, or a norm's weight, which is read where it lies at each
     call; one that is no tensor of its own is not recorded.
     """
-    shapes: list[object] = []
+    kind: list[object] = []
     for x in xs:
-        if not isinstance(x, Tensor) or not ops.direct(x) or x.data_ptr() % 16:
+        if not ops.direct(x) or x.data_ptr() % 16:
             return None
-        shapes.append((x.shape, x.stride(), x.dtype, x.get_device()))
+        kind += x.shape, x.stride(), x.dtype, x.get_device()
     index = xs[0].get_device()
     if (
         index != torch._C._cuda_getDevice()
@@ -166,16 +165,15 @@ def _kind(
         or not paths.allows("integers")
     ):
         return None
-    lies: list[object] = []
     for t in reads:
         if t is not None:  # as a transform of torch.func, which `ops.direct` sees, has no address
             if not fits(t, xs[0], t.numel()):
                 return None
-            lies.append((t.data_ptr(), t.dtype, t.shape))
+            kind += t.data_ptr(), t.dtype, t.shape
     # Outside of autocast a weight of another dtype is an error, which must not be passed over.
     cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else None
-    stream = torch._C._cuda_getCurrentRawStream(index)
-    return (*shapes, stream, get_ident(), cast, *lies, told)
+    kind += torch._C._cuda_getCurrentRawStream(index), get_ident(), cast, told
+    return tuple(kind)
 
 
 def again(
@@ -194,9 +192,9 @@ def again(
     if before is not None:
         before()
     launches, likes, _ = found
-    made = tuple(map(torch.empty_like, likes))
-    launches.queue(*(t.data_ptr() for t in (*xs, *made)))
-    return made
+    made = [torch.empty_like(like) for like in likes]
+    launches.queue(*[t.data_ptr() for t in (*xs, *made)])
+    return tuple(made)
 
 
 def recorded(

@@ -24,6 +24,7 @@ from .sparsity import Pairwise
 if TYPE_CHECKING:
     from .quantizer import Quantizer
 
+PLAIN = Tensor, torch.nn.Parameter
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_ENTRIES = 2**30  # of a row: kernels count its entries, and a tile beyond them, in 32 bits
 
@@ -142,8 +143,8 @@ def direct(x: Tensor) -> bool:
     subclass, no dispatch mode.
     """
     return (
-        x.is_cuda
-        and type(x) in (Tensor, torch.nn.Parameter)
+        type(x) in PLAIN
+        and x.is_cuda
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None

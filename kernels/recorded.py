@@ -1,8 +1,9 @@
 """Launches that were recorded, made again with other addresses in the places of some.
 
 Several become one CUDA graph, whose kernels are told their parameters anew before it is queued, if
-these have changed: that takes the host at most half of what the launches take. One stays a launch,
-which may overlap with the kernel before it.
+these have changed: that takes the host at most half of what the launches take. There are two such
+graphs, for two sets of addresses in turn. One launch stays a launch, which may overlap with the
+kernel before it.
 Source: NVIDIA, CUDA Driver API, graph management.
 """
 
@@ -12,12 +13,27 @@ import ctypes
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import cuda
 
 if TYPE_CHECKING:
     from .cuda import Ready
+
+
+MOST_GRAPHS = 2  # of an `Again`; each can take up to 0.1 MB of the device's memory
+
+
+class _Way(NamedTuple):
+    """One way to queue the launches, with the addresses that it was told last.
+
+    tells: what tells each kernel of a graph its parameters; none of a launch, which reads them as
+    it is queued. queues: the one call of the driver that queues all.
+    """
+
+    graph: Graph | None
+    tells: tuple[Callable[[], int], ...]
+    queues: list[Callable[[], int]]
 
 
 class Again:
@@ -35,36 +51,52 @@ class Again:
         ]
         if any(len(found) != 1 for found in places):
             raise ValueError(f"the addresses stand in {[len(found) for found in places]} places")
-        self._places = tuple(place for (place,) in places)
-        self._graph = Graph(self.launches) if len(launches) > 1 else None
-        self._tells, self._queue = (
-            self._graph.calls(stream) if self._graph else ((), self.launches[0].on(stream))
-        )
-        self._last = addresses
-        self._alone = [self._queue]
-        self._stale: set[int] = set()  # launches of which the graph was not told all as it stands
+        self._places, self._stream = tuple(place for (place,) in places), stream
+        # By the addresses that each was told last, the oldest first. Memory that is let go and
+        # asked for again has few addresses: a loop that holds one outcome until the next has two.
+        self._ways = {addresses: self._way()}
+        self._refused: _Way | None = None  # it may not know what it was told
 
     def queue(self, *addresses: int) -> None:
         """Queue all of them; RuntimeError where the driver refuses."""
-        # Memory that is let go and asked for again is mostly the same.
-        if addresses != self._last:
-            self._take(addresses)
-        stale = self._stale
-        calls = [*(self._tells[of] for of in stale), self._queue] if stale else self._alone
+        way = self._ways.get(addresses)
+        calls = self._tell(addresses) if way is None else way.queues
         for call in calls:
             if status := call():
                 cuda.insist(status, self.launches[0].kernel, *calls)
                 break
-        if stale:
-            stale.clear()
+        if way is None:
+            assert self._refused is not None
+            self._ways[addresses], self._refused = self._refused, None
 
-    def _take(self, addresses: tuple[int, ...]) -> None:
-        for (of, words, at), address in zip(self._places, addresses, strict=True):
-            if words[at] != address:
-                words[at] = address
-                if self._tells:
-                    self._stale.add(of)
-        self._last = addresses
+    def _tell(self, addresses: tuple[int, ...]) -> list[Callable[[], int]]:
+        """The calls that queue them with these addresses, by a way that is `_refused` until then.
+
+        A kernel of which nothing has changed is not told anew: that takes the host as long as it
+        takes to queue half of a graph.
+        """
+        for (_, words, at), address in zip(self._places, addresses, strict=True):
+            words[at] = address
+        stale = set(range(len(self.launches)))
+        if self._refused is None:
+            if self.launches[1:] and len(self._ways) < MOST_GRAPHS:
+                self._refused = self._way()  # which is told by being made
+                return self._refused.queues
+            oldest = next(iter(self._ways))
+            self._refused = self._ways.pop(oldest)
+            told = zip(self._places, oldest, addresses, strict=True)
+            stale = {of for (of, *_), before, now in told if before != now}
+        return [
+            *(self._refused.tells[of] for of in stale if self._refused.tells),
+            *self._refused.queues,
+        ]
+
+    def _way(self) -> _Way:
+        if not self.launches[1:]:
+            return _Way(None, (), [self.launches[0].on(self._stream)])
+        graph = Graph(self.launches)
+        tells, queue = graph.calls(self._stream)
+        return _Way(graph, tells, [queue])
 
 
 class Graph:

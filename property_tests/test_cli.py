@@ -190,7 +190,12 @@ def test_an_interrupted_run(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("quest.train.run", interrupt)
-    assert "interrupted: --resume goes on" in refuses(capsys, *LINE, status=130)
+    assert "interrupted: no checkpoint was written" in refuses(capsys, *LINE, status=130)
+    Path("out").mkdir()
+    Path("out/checkpoint-w1a1.pt").touch()
+    assert "interrupted: --resume goes on from the last checkpoint" in refuses(
+        capsys, *LINE, status=130
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -61,6 +63,75 @@ def test_registries_are_not_shared_with_the_layer_it_was_made_of() -> None:
     assert seen == ["before"]
     layer(X)
     assert seen == ["before", "before", "own"]
+
+
+def test_hooks_on_loading_are_the_new_layer_s() -> None:
+    """They get the layer that is loaded, also where the one it was made of is gone."""
+    dense, seen = nn.Linear(16, 4), list[object]()
+    dense.register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
+    layer = quest.Linear.from_linear(dense, "w4a4")
+    state = dense.state_dict()
+    dense.load_state_dict(state)
+    assert seen == [dense]
+    del dense
+    seen.clear()
+    gc.collect()
+    layer.load_state_dict(state)
+    assert seen == [layer]
+
+
+def test_a_copy_of_a_compiled_layer_is_not_compiled() -> None:
+    """What was compiled calls the layer that it was compiled of."""
+    dense = nn.Linear(16, 4)
+    dense.compile(backend="eager")
+    layer = quest.Linear.from_linear(dense, "w1a1")
+    assert torch.equal(layer(X), layer.forward(X))
+    assert not torch.equal(layer(X), dense(X))
+
+
+def test_what_no_layer_is_made_of() -> None:
+    other: Any = nn.Conv1d(16, 4, 1)
+    with pytest.raises(TypeError, match=r"linear must be a torch\.nn\.Linear, got Conv1d"):
+        quest.Linear.from_linear(other, "w4a4")
+    dense = nn.Linear(16, 4)
+    dense.forward = lambda x: x  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="its forward was replaced"):
+        quest.Linear.from_linear(dense, "w4a4")
+
+
+# torch's own forward mode asks for it.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_forward_mode_is_refused() -> None:
+    """torch's custom operators drop tangents, and a derivative of 0 would be silent."""
+    layer, norm = quest.Linear(16, 16, bias=True), nn.RMSNorm(16, eps=1e-5)
+    x, v = torch.randn(2, 16), torch.randn(2, 16)
+    frozen = quest.Linear(16, 16).eval().freeze()
+    quantizer = quest.recipe("w4a4").activation
+    functions: list[Callable[[Tensor], object]] = [
+        layer, frozen, quantizer, quest.Hadamard(16).apply, quest.Hadamard(16).transpose,
+        quest.recipe("w4a16").activation,
+        lambda t: quest.together(t, (layer, layer))[1],
+        lambda t: quest.gated(t, x, layer), lambda t: quest.gated(x, t, layer),
+        lambda t: quest.added(t, layer, x), lambda t: quest.normed(t, norm, (layer,))[1][0],
+        lambda t: torch.func.functional_call(layer, {"bias": t[0]}, (x,)),
+        lambda t: torch.func.functional_call(layer, {"weight": t.repeat(8, 1)}, (x,)),
+    ]  # fmt: skip
+    for function in functions:
+        with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+            torch.func.jvp(function, (x,), (v,))
+        with (
+            pytest.raises(NotImplementedError, match="no forward-mode derivatives"),
+            torch.autograd.forward_ad.dual_level(),
+        ):
+            function(torch.autograd.forward_ad.make_dual(x, v))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+        torch.func.jacfwd(layer)(x)
+    # What asks for none may be computed meanwhile.
+    y, dy = torch.func.jvp(lambda t: layer(x) + t, (x,), (v,))
+    assert torch.equal(y, layer(x) + x)
+    assert torch.equal(dy, v)
+    with torch.autograd.forward_ad.dual_level():
+        assert quantizer.quantize(torch.autograd.forward_ad.make_dual(x, v)).codes.shape == x.shape
 
 
 def test_what_is_frozen_is_used_without_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,6 +216,95 @@ def test_shared_modules_stay_one() -> None:
     assert model["b"].weight is shared.weight
 
 
+def test_modules_stay_the_modules_that_they_are() -> None:
+    """And what is registered or held elsewhere stays with them."""
+    model, seen = nn.Sequential(nn.Linear(16, 16), nn.ReLU()), list[object]()
+    layer, state, x = model[0], copy.deepcopy(model.state_dict()), torch.randn(4, 16)
+    layer.register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
+    handle = layer.register_forward_hook(lambda module, *_: seen.append(module))
+    quest.quantize_(model, "w4a4")
+    assert model[0] is layer
+    assert type(layer) is quest.Linear
+    model.load_state_dict(state)
+    model(x)
+    assert seen == [layer, layer]
+    handle.remove()
+    model(x)
+    assert len(seen) == 2
+
+
+def test_a_layer_that_was_compiled_by_itself() -> None:
+    """Is compiled anew: for what it is now, and for another recipe."""
+    model, x = nn.Sequential(nn.Linear(16, 16)), torch.randn(4, 16)
+    model[0].compile(backend="eager")
+    before = model(x)
+    for recipe in ("w1a1", "w4a4"):
+        quest.quantize_(model, recipe)
+        y = model(x)
+        assert torch.equal(y, model[0].forward(x))
+        assert not torch.equal(y, before)
+        before = y
+    quest.freeze_(model)
+    with torch.no_grad():
+        assert torch.equal(model(x), before)
+
+
+def test_a_forward_of_its_own_goes_past_no_quantized_layer() -> None:
+    """As libraries put it there that move weights; nothing is changed then."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    real = model[1].forward
+    model[1].forward = lambda x: real(x)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"^1: its forward was replaced"):
+        quest.quantize_(model, "w4a4")
+    assert not replaced(model)
+    quest.quantize_(model, "w4a4", lambda module, name: name == "0")
+    assert replaced(model) == {"0"}
+
+
+@pytest.mark.parametrize("filter_fn", [[], "0", 0])
+def test_a_filter_is_a_function(filter_fn: Any) -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    with pytest.raises(TypeError, match="filter_fn must be a function or None, got"):
+        quest.quantize_(model, "w4a4", filter_fn)
+    assert not replaced(model)
+
+
+@pytest.mark.parametrize(
+    ("groups", "error", "told"),
+    [
+        (("q", "k"), TypeError, r"Attention\.shared_inputs must hold groups of names, .* got 'q'"),
+        ((3,), TypeError, "must hold groups of names"),
+        ((("q", "v"),), ValueError, "names 'v', and there is no such module"),
+        ((("q", "recipe"),), ValueError, "names 'recipe', and there is no such module"),
+    ],
+)
+def test_groups_that_name_no_layers(groups: Any, error: type[Exception], told: str) -> None:
+    class Attention(nn.Module):
+        shared_inputs = groups
+        recipe = "w4a4"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = quest.Linear(16, 16), quest.Linear(16, 16)
+
+    with pytest.raises(error, match=told):
+        quest.freeze_(Attention())
+
+
+def test_layers_of_other_widths_are_not_stacked() -> None:
+    class Other(nn.Module):
+        shared_inputs = (("q", "k"),)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = quest.Linear(16, 16), quest.Linear(32, 16)
+
+    model = quest.freeze_(Other())
+    assert isinstance(model.q, quest.Linear)
+    assert isinstance(model.k, quest.Linear)
+    assert model.q.current().whole is model.k.current().whole is None
+
+
 def test_subclasses_and_other_modules_are_left_alone() -> None:
     class Mine(nn.Linear):
         pass

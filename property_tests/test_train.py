@@ -25,6 +25,7 @@ from quest.train import (
     checkpoint,
     files,
     loop,
+    metrics,
     plot,
     progress,
     run,
@@ -316,19 +317,68 @@ def test_a_crash_while_writing_keeps_the_last_checkpoint(
     quietly(replace(request_, resume=True))
 
 
-def test_a_diverged_run_stops(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loop.token_loss
-    calls = iter(range(100))
+@pytest.mark.parametrize("training", [True, False], ids=["training", "held out"])
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_diverged_run_stops(
+    factor: float, training: bool, request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is of the steps before, and the run goes on from there."""
+    sound = [14 if training else 2]
+    name = "token_loss" if training else "validate"
+    real = getattr(loop, name)
 
-    def broken(model: nn.Module, windows: torch.Tensor, device: torch.device) -> torch.Tensor:
-        return real(model, windows, device) * (math.nan if next(calls) > 12 else 1)
+    def broken(model: nn.Module, *given: object) -> Any:
+        value = real(model, *given)
+        if training and not model.training:
+            return value
+        sound[0] -= 1
+        return value if sound[0] >= 0 else value * factor
 
-    monkeypatch.setattr(loop, "token_loss", broken)
-    with pytest.raises(loop.DivergedError, match=r"w1a1: the loss is nan at step \d+"):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, name, broken)
+        _stops(factor, training, request_)
+    (outcome,) = quietly(replace(request_, resume=True))
+    assert math.isfinite(outcome.val_loss)
+    assert len(rows(request_.out)) == 20
+
+
+def _stops(factor: float, training: bool, request_: Request) -> None:
+    told = f"w1a1: the loss{'' if training else ' on held-out text'} is {factor} at step 15"
+    with pytest.raises(loop.DivergedError, match=told):
         quietly(request_)
-    written = rows(request_.out)
-    assert written
-    assert all(math.isfinite(row["loss"]) for row in written)
+    assert len(rows(request_.out)) == 14
+    assert all(math.isfinite(row["loss"]) for row in rows(request_.out))
+
+
+def test_a_gradient_that_is_not_finite_stops_a_run(
+    request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loss is of before the update, which made the weights no numbers."""
+    real = nn.utils.clip_grad_norm_
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *given: real(*given) * math.inf)
+    with pytest.raises(loop.DivergedError, match="w1a1: the gradient's norm is inf at step 1"):
+        quietly(request_)
+    assert not rows(request_.out)
+
+
+def test_metrics_are_json() -> None:
+    row = Row("w1a1", 1, math.nan, None, None, 0.1, 64, 1.0, 1.0)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        metrics._line(row)
+
+
+def test_a_run_does_not_read_what_it_writes(
+    request_: Request, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In a folder of texts with the run's own below it: the text is the same when it goes on."""
+    run_ = replace(request_, data=[str(tmp_path)], out=tmp_path / "runs" / "one")
+    interrupt(run_, monkeypatch, Stop(12))
+    assert (tmp_path / "runs" / "one" / "metrics.jsonl").exists()
+    (outcome,) = quietly(replace(run_, resume=True))
+    assert outcome.steps == 20
+    before = json.loads((run_.out / "run.json").read_text())["data"]["sha256"]
+    quietly(replace(run_, overwrite=True))
+    assert json.loads((run_.out / "run.json").read_text())["data"]["sha256"] == before
 
 
 def test_recipes_with_a_colon_get_a_file_of_their_own() -> None:

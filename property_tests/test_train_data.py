@@ -188,6 +188,40 @@ def test_bad_files(tmp_path: Path, contents: bytes | None, message: str) -> None
     assert str(path) in str(raised.value)
 
 
+def test_files_that_are_left_out(tmp_path: Path) -> None:
+    """Of a folder and of a glob, but not where they are named."""
+    (tmp_path / "a.txt").write_text("aaa\n")
+    (tmp_path / "b.txt").write_text("bbb\n")
+    but = (tmp_path / "x" / ".." / "a.txt",)
+    for source in (tmp_path, tmp_path / "*.txt"):
+        made = load_text([str(source)], 1, but)
+        assert made.train + made.held_out == b"bbb\n"
+        assert not made.skipped
+    made = load_text([str(tmp_path / "a.txt")], 1, but)
+    assert made.train + made.held_out == b"aaa\n"
+
+
+def _words(path: Path, vocabulary: dict[str, int], unknown: str | None) -> Path:
+    built = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown or "[UNK]"))
+    built.pre_tokenizer = pre_tokenizers.Whitespace()
+    built.save(str(path))
+    return path
+
+
+def test_ids_with_holes(tmp_path: Path) -> None:
+    encoder = FileEncoder(_words(tmp_path / "t.json", {"[UNK]": 0, "the": 1, "of": 7}, "[UNK]"))
+    assert encoder.vocab_size == 8
+    assert encoder.encode(b"of the rest").tolist() == [7, 1, 0]
+
+
+def test_text_without_a_token(tmp_path: Path) -> None:
+    path = _words(tmp_path / "t.json", {"the": 0, "of": 1}, None)
+    encoder = FileEncoder(path)
+    assert encoder.encode(b"of the of").tolist() == [1, 0, 1]
+    with pytest.raises(UserError, match=r"tokenizer .*t\.json can't read the text: .*\[UNK\]"):
+        encoder.encode(b"of the rest")
+
+
 def test_folders_and_globs_without_text(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"\0")
     with pytest.raises(UserError, match="holds no file of UTF-8 text"):

@@ -227,9 +227,11 @@ def train(
             1,
         ) from error
     except KeyboardInterrupt as error:
-        raise FailedError(
-            "interrupted: --resume goes on from the last checkpoint", INTERRUPTED
-        ) from error
+        from quest.train.folder import RunFolder
+
+        kept = any(RunFolder(out).checkpoint(name).exists() for name in recipes)
+        told = "--resume goes on from the last checkpoint" if kept else "no checkpoint was written"
+        raise FailedError(f"interrupted: {told}", INTERRUPTED) from error
     return 0
 
 

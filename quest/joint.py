@@ -208,7 +208,8 @@ def stack(layers: Sequence[nn.Module]) -> bool:
 
 
 def _alike(a: Linear, b: Linear) -> bool:
-    return a.recipe == b.recipe and a.weight.dtype == b.weight.dtype
+    like = a.recipe, a.in_features, a.weight.dtype
+    return like == (b.recipe, b.in_features, b.weight.dtype)
 
 
 def hooked(layer: nn.Module) -> bool:

@@ -9,7 +9,7 @@ it from the operators. Source: method, section 5; QuEST (arXiv 2502.05003), Algo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -45,20 +45,30 @@ class Linear(nn.Linear):
 
     def set_recipe(self, name: str | Recipe) -> None:
         """Change the recipe; the weight stays."""
-        made = recipe(name)
-        made.weight.check(self.weight)
-        made.activation.transform.order(self.in_features)
-        self.recipe = made
+        self.recipe = _fitting(self, recipe(name))
         self._frozen = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, name: str | Recipe) -> Self:
-        """A layer with the parameters and hooks of `linear`."""
+        """A layer with the parameters and hooks of `linear`; not compiled, if that was by itself.
+
+        Raises TypeError where it is no `torch.nn.Linear`, ValueError where its own `forward` was
+        replaced, which would go past the quantized one.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        _require_forward(linear)
         made = cls.__new__(cls)
         # Everything that it holds, its hooks too; the registries themselves are not shared.
         made.__dict__.update(
             {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(linear).items()}
         )
+        made._compiled_call_impl = None  # the other layer's, as where a module is copied
+        hooks: dict[int, Any] = made._load_state_dict_pre_hooks
+        for key, hook in hooks.items():
+            # They would be called with the other layer, and not where that is gone.
+            if getattr(hook, "with_module", False):
+                hooks[key] = type(hook)(hook.hook, made)
         made.set_recipe(name)
         return made
 
@@ -185,6 +195,7 @@ class Linear(nn.Linear):
                 f"x must have the weight's dtype {self.weight.dtype} outside autocast, "
                 f"got {x.dtype}"
             )
+        ops.check_tangents(x, *(p for p in (self.weight, self.bias) if p is not None))
 
     def extra_repr(self) -> str:
         """in_features, out_features, bias and the recipe."""
@@ -194,6 +205,22 @@ class Linear(nn.Linear):
 def _autocast(x: Tensor) -> bool:
     """Whether autocast is on where x lies; "meta" has none to ask for."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def _fitting(linear: nn.Linear, made: Recipe) -> Recipe:
+    """The recipe; TypeError or ValueError where it does not fit the layer."""
+    made.weight.check(linear.weight)
+    made.activation.transform.order(linear.in_features)
+    return made
+
+
+def _require_forward(linear: nn.Module) -> None:
+    """Raise ValueError where what is called is not the class's `forward`, but one of its own."""
+    if "forward" in vars(linear):
+        raise ValueError(
+            "its forward was replaced, as by libraries that move weights: what stands there would "
+            "go past the quantized layer. Quantize first"
+        )
 
 
 def _is_body(model: nn.Module) -> Callable[[nn.Module, str], bool]:
@@ -210,45 +237,51 @@ def quantize_(
     name: str | Recipe,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
 ) -> nn.Module:
-    """Replace the `nn.Linear` modules of `model` in place; parameters keep their values and names.
+    """Make the `nn.Linear` modules of `model` quantized ones, in place; returns `model`.
 
+    They stay the modules that they are, of another class: parameters keep their values and names,
+    hooks stay, and so does what was compiled, which is compiled anew when it is called.
     filter_fn(module, qualified name) says which; by default all but the output head (what
     `model.get_output_embeddings()` returns, and modules called lm_head, output, head, embed_out,
     classifier or score), which the method leaves in the model's dtype. Subclasses of `nn.Linear`
-    other than `quest.Linear` are left alone. Returns `model`. Raises ValueError where no module
-    matches or a width does not fit the recipe; the model is then unchanged.
+    other than `quest.Linear` are left alone. Raises ValueError where no module matches, a width
+    does not fit the recipe or the `forward` of a module was itself replaced; the model is then
+    unchanged.
     """
     made = recipe(name)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    wanted = filter_fn or _is_body(model)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be a function or None, got {type(filter_fn).__name__}")
+    wanted = _is_body(model) if filter_fn is None else filter_fn
     if isinstance(model, nn.Linear):
         raise TypeError(
             "model is itself a torch.nn.Linear: use quest.Linear.from_linear(model, ...)"
         )
-    # A module that stands in several places is replaced by one module in all of them.
-    swaps: dict[nn.Module, Linear] = {}
-    places: list[tuple[nn.Module, str, nn.Module]] = []
+    chosen: dict[nn.Linear, None] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if type(module) in (nn.Linear, Linear) and wanted(module, path):
-            parent, _, leaf = path.rpartition(".")
-            if module not in swaps:
-                try:
-                    swaps[module] = Linear.from_linear(module, made)
-                except (TypeError, ValueError) as error:
-                    raise type(error)(f"{path}: {error}") from None
-            places.append((model.get_submodule(parent), leaf, module))
-    if not places:
+            try:
+                _require_forward(module)
+                _fitting(module, made)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{path}: {error}") from None
+            chosen[module] = None
+    if not chosen:
         raise ValueError("model has no torch.nn.Linear that filter_fn selects")
-    for encoder in model.modules():
-        if isinstance(encoder, nn.TransformerEncoder):
-            encoder.use_nested_tensor = False  # made for the fused path, see below
-    for parent_module, leaf, module in places:
-        setattr(parent_module, leaf, swaps[module])
-        if isinstance(parent_module, nn.TransformerEncoderLayer):
+    for layer in chosen:
+        layer.__class__ = Linear
+        assert isinstance(layer, Linear)
+        layer.set_recipe(made)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # made for the fused path, see below
+        if isinstance(module, nn.TransformerEncoderLayer) and not chosen.keys().isdisjoint(
+            module.children()
+        ):
             # In evaluation its fused path reads the weights and never calls the layers; without a
             # known activation torch takes the plain path.
-            parent_module.activation_relu_or_gelu = 0
+            module.activation_relu_or_gelu = 0
     return model
 
 
@@ -269,7 +302,21 @@ def freeze_(model: nn.Module) -> nn.Module:
     model.eval()
     for layer in layers:
         layer.freeze()
-    for module in model.modules():
+    for path, module in model.named_modules():
         for names in getattr(module, "shared_inputs", ()):
-            joint.stack([getattr(module, name) for name in names])
+            joint.stack(_shared(path, module, names))
     return model
+
+
+def _shared(path: str, module: nn.Module, names: object) -> list[nn.Module]:
+    """The layers of a group in `shared_inputs`; TypeError or ValueError where it names none."""
+    where = f"{path or type(module).__name__}.shared_inputs"
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f'{where} must hold groups of names, as (("q", "k", "v"),), got {names!r}')
+    there = dict(module.named_children())
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise ValueError(
+            f"{where} names {', '.join(map(repr, missing))}, and there is no such module"
+        )
+    return [there[name] for name in names]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import eager, packing, transforms
 from .estimators import STE
@@ -42,6 +43,21 @@ def check_input(x: Tensor, name: str = "x") -> None:
         raise ValueError(f"{name} must have at least one axis, got a scalar")
     if x.shape[-1] > MOST_ENTRIES:
         raise ValueError(f"{name} must have rows of at most 2^30 entries, got {x.shape[-1]}")
+
+
+def check_tangents(*tensors: Tensor) -> None:
+    """Raise NotImplementedError where forward-mode differentiation asks for a derivative by these.
+
+    torch's custom operators pass no tangent on, and a derivative of 0 would be taken for the truth.
+    """
+    # Outside of forward mode, and of what a compiler traces, nothing else is asked.
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    unpack: Any = forward_ad.unpack_dual
+    if any(unpack(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "quest has no forward-mode derivatives (torch.func.jvp, jacfwd): use the backward"
+        )
 
 
 def _check_order(x: Tensor, order: int, mask: Tensor | None = None) -> None:

@@ -340,6 +340,7 @@ def gated(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
         y: Tensor = layer(nn.functional.silu(gate) * up) if live is None else live
         return y
     assert isinstance(layer, Linear)
+    ops.check_tangents(gate, up)
     bias, unwatched = layer.bias, ops.direct(gate) and ops.direct(up)
     if unwatched and direct.fits(bias, gate, layer.out_features):
         made = direct.behind((gate, up), held, bias)
@@ -429,6 +430,7 @@ def behind_norm(
     turned = turns(x, plain, held, rotary)
     later = rotary if turned is None else None
     xs = (x,) if residual is None else (x, residual)
+    ops.check_tangents(*xs, weight)
     unwatched = all(map(ops.direct, direct.inputs((*xs, weight), turned)))
     fits = unwatched and direct.fits(bias, x, columns) and direct.fits(weight, x, x.shape[-1])
     # A weight that lies off a multiple of 16 bytes is copied, to where no later call may look.

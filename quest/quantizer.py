@@ -111,6 +111,7 @@ class Quantizer:
         self.check(x)
         if self.grid is None:
             return self.transform.apply(x)
+        ops.check_tangents(x)
         values: torch.Tensor = ops.fake_quantize(x, self.spec)[0]
         return values
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import frozen
+from . import frozen, ops
 from .joint import again, alike
 from .prologue import check_layer
 
@@ -52,6 +52,7 @@ def _one(x: Tensor, layer: nn.Module, residual: Tensor) -> Tensor | None:
         return None
     (one,) = plain
     one.check(x)
+    ops.check_tangents(residual)
     held = one.current()
     if held is None or one.out_dtype(x) != x.dtype or not held.adds(x, residual):
         return None

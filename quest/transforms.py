@@ -111,6 +111,7 @@ class Hadamard:
         from . import ops
 
         ops.check_input(x)
+        ops.check_tangents(x)
         y: torch.Tensor = ops.hadamard(x, self.order(x.shape[-1]), transpose)
         return y
 

@@ -80,7 +80,7 @@ def run(request: Request, console: Console) -> list[loop.Outcome]:
     folder = RunFolder(request.out)
     folder.check(recipes, resume=request.resume, overwrite=request.overwrite)
     encoder = FileEncoder(request.tokenizer) if request.tokenizer else ByteEncoder()
-    text = load_text(request.data, config.seq + 1)
+    text = load_text(request.data, config.seq + 1, (folder.manifest, folder.metrics))
     data = encode(text, encoder, config.seq)
     finished = _finished(request, recipes, folder, data) if request.resume else {}
     _check_models(request, recipes, data)

@@ -50,7 +50,8 @@ class FileEncoder:
 
     Text is cut at line ends into pieces of about a million characters, since the library keeps some
     hundred bytes a token.
-    Raises `UserError` for a file that is missing or not a tokenizer.
+    Raises `UserError` for a file that is missing or not a tokenizer, and for a text that has
+    something without a token.
     """
 
     unit = "token"
@@ -69,7 +70,9 @@ class FileEncoder:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.name = hashlib.sha256(contents).hexdigest()
-        self.vocab_size = self._tokenizer.get_vocab_size()
+        # Ids may have holes.
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        self._path = path
 
     def encode(self, text: bytes) -> NDArray[np.int32]:
         whole = text.decode("utf-8")
@@ -80,10 +83,14 @@ class FileEncoder:
             end = len(whole) if line_end < 0 else line_end + 1
             pieces.append(whole[start:end])
             start = end
-        ids = [
-            np.array(self._tokenizer.encode(piece, add_special_tokens=False).ids, np.int32)
-            for piece in pieces
-        ]
+        try:
+            ids = [
+                np.array(self._tokenizer.encode(piece, add_special_tokens=False).ids, np.int32)
+                for piece in pieces
+            ]
+        # As above: of a piece of text that it has no token for, for one.
+        except Exception as error:
+            raise UserError(f"tokenizer {self._path} can't read the text: {error}") from error
         return np.concatenate([np.empty(0, np.int32), *ids])
 
 

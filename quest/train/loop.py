@@ -25,7 +25,7 @@ from quest.train.step import CapturedStep, CudaGraphs, Step
 
 
 class DivergedError(RuntimeError):
-    """The loss is no number any more."""
+    """A loss or a gradient is no number any more."""
 
 
 class Watcher(Protocol):
@@ -113,11 +113,16 @@ def stepper(model: nn.Module, optimizer: torch.optim.Optimizer, job: Job) -> Ste
     return plain
 
 
+def _require(recipe: str, step: int, value: float, what: str) -> None:
+    if not math.isfinite(value):
+        raise DivergedError(f"recipe {recipe}: the {what} is {value} at step {step}")
+
+
 def train(job: Job, recipe: str, watcher: Watcher, *, resume: bool) -> Outcome:
     """Train ``recipe`` to the end, from its checkpoint where ``resume`` and there is one.
 
-    Raises `DivergedError` for a loss that is not finite; the last checkpoint is then of a step
-    before it.
+    Raises `DivergedError` for a loss, on held-out text or not, or a gradient that is not finite;
+    the last checkpoint is then of a step before it.
     """
     config, data = job.config, job.data
     identity = checkpoint.identity(recipe, job.architecture, config, data)
@@ -144,12 +149,13 @@ def train(job: Job, recipe: str, watcher: Watcher, *, resume: bool) -> Outcome:
             rate = learning_rate(step - 1, config.steps, config.lr)
             batch = data.batch(config.seed, step - 1, config.batch, config.seq)
             loss, norm = update(batch, config.micro_batch, rate)
-            if not math.isfinite(loss):
-                raise DivergedError(f"recipe {recipe}: the loss is {loss} at step {step}")
+            _require(recipe, step, loss, "loss")
+            _require(recipe, step, norm, "gradient's norm")
             last_step = step == config.steps
             measured = last_step or step % config.eval_every == 0
             if measured:
                 val_loss = validate(model, job)
+                _require(recipe, step, val_loss, "loss on held-out text")
             seconds = time.perf_counter() - began
             row = Row(
                 recipe=recipe,

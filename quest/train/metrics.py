@@ -60,7 +60,7 @@ class Metrics:
 
 
 def _line(row: Row) -> str:
-    return json.dumps(asdict(row)) + "\n"
+    return json.dumps(asdict(row), allow_nan=False) + "\n"
 
 
 def _read(path: Path) -> Iterable[Row]:

@@ -46,11 +46,12 @@ class Text:
         return digest.hexdigest()
 
 
-def load_text(sources: Sequence[str], shortest: int) -> Text:
+def load_text(sources: Sequence[str], shortest: int, but: Sequence[Path] = ()) -> Text:
     """Read ``sources`` (files, folders, globs; none means the standard library) and part them.
 
     ``shortest`` is the least number of bytes to hold out. A file that is named must be text; in a
-    folder (read recursively, without hidden files) or a glob, whatever is not is skipped.
+    folder (read recursively, without hidden files) or a glob, whatever is not is skipped, and so
+    are the files ``but``: what a run writes there is not what it reads.
 
     Raises `UserError` for a source that is missing, unreadable, empty or binary, that is: holds a
     NUL byte or is not UTF-8.
@@ -58,6 +59,7 @@ def load_text(sources: Sequence[str], shortest: int) -> Text:
     documents: list[bytes] = []
     skipped: list[Path] = []
     seen: set[Path] = set()
+    apart = {path.resolve() for path in but}
     for source in sources or [standard_library()]:
         if not source:  # a variable of a shell that is not set, and not the current folder
             raise UserError("the name of a text is empty: need a file, folder or glob")
@@ -66,6 +68,8 @@ def load_text(sources: Sequence[str], shortest: int) -> Text:
         for path in [Path(source)] if named else _listing(source):
             if path.resolve() in seen:
                 found += 1
+                continue
+            if not named and path.resolve() in apart:
                 continue
             contents = _read(path)
             problem = _problem(contents)

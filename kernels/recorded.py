@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .cuda import Ready
 
 
+Copies = Sequence[tuple[int, int, int]]
 MOST_GRAPHS = 2  # of an `Again`; each can take up to 0.1 MB of the device's memory
 
 
@@ -40,11 +41,15 @@ class Again:
     """Recorded launches, at least one, with other addresses.
 
     stream: on which they are queued. addresses: those that were given, each to one parameter of one
-    of the launches. ValueError for one that was not, or to several. Of the thread that made it.
+    of the launches. ValueError for one that was not, or to several. copies: (to, from, bytes) of
+    the device's memory, before the first launch. Of the thread that made it.
     """
 
-    def __init__(self, launches: Sequence[Ready], stream: int, *addresses: int) -> None:
+    def __init__(
+        self, launches: Sequence[Ready], stream: int, *addresses: int, copies: Copies = ()
+    ) -> None:
         self.launches = tuple(launches)  # and with them the memory of their parameters
+        self.copies = copies
         places = [
             [(of, *place) for of, one in enumerate(launches) for place in one.values.places(at)]
             for at in addresses
@@ -79,7 +84,7 @@ class Again:
             words[at] = address
         stale = set(range(len(self.launches)))
         if self._refused is None:
-            if self.launches[1:] and len(self._ways) < MOST_GRAPHS:
+            if self._captured and len(self._ways) < MOST_GRAPHS:
                 self._refused = self._way()  # which is told by being made
                 return self._refused.queues
             oldest = next(iter(self._ways))
@@ -91,34 +96,48 @@ class Again:
             *self._refused.queues,
         ]
 
+    @property
+    def _captured(self) -> bool:
+        """Whether they are a graph."""
+        return len(self.launches) > 1 or bool(self.copies)
+
     def _way(self) -> _Way:
-        if not self.launches[1:]:
+        if not self._captured:
             return _Way(None, (), [self.launches[0].on(self._stream)])
-        graph = Graph(self.launches)
+        graph = Graph(self.launches, self.copies)
         tells, queue = graph.calls(self._stream)
         return _Way(graph, tells, [queue])
 
 
 class Graph:
-    """A CUDA graph of launches, one after another as they would be queued on a stream."""
+    """A CUDA graph of launches, one after another as they would be queued on a stream.
 
-    def __init__(self, launches: Sequence[Ready]) -> None:
+    copies: (to, from, bytes), beside each other, before the first of them.
+    """
+
+    def __init__(self, launches: Sequence[Ready], copies: Copies = ()) -> None:
         from cuda.bindings import driver
 
         done = cuda.done
         graph = done(driver.cuGraphCreate(0))
+        context = launches[0].kernel.context
+        before = [
+            done(driver.cuGraphAddMemcpyNode(graph, None, 0, _copy(*each), context))
+            for each in copies
+        ]
         self._nodes: list[tuple[Any, Any]] = []
         for launch in launches:
             told = launch.node()
-            before = [node for node, _ in self._nodes[-1:]]
             node = done(driver.cuGraphAddKernelNode(graph, None, 0, told))
-            edges = [_edge(launch.overlap)] * len(before)
+            # A copy does not tell the first kernel when it may begin.
+            edges = [_edge(launch.overlap and bool(self._nodes))] * len(before)
             done(
                 driver.cuGraphAddDependencies(
                     graph, before, [node] * len(before), edges, len(before)
                 )
             )
             self._nodes.append((node, told))
+            before = [node]
         self._ready = done(driver.cuGraphInstantiate(graph, 0))
         # The nodes, by which parameters are told, belong to the graph.
         for destroy, what in (
@@ -137,6 +156,17 @@ class Graph:
             for node, told in self._nodes
         )
         return tells, functools.partial(library.cuGraphLaunch, ready, pointer(stream))
+
+
+def _copy(to: int, from_: int, size: int) -> Any:
+    """The driver's description of a copy of so many bytes within the device."""
+    from cuda.bindings import driver
+
+    made = driver.CUDA_MEMCPY3D()
+    made.srcMemoryType = made.dstMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
+    made.srcDevice, made.dstDevice = from_, to
+    made.WidthInBytes, made.Height, made.Depth = size, 1, 1
+    return made
 
 
 def _edge(overlaps: bool) -> Any:

@@ -213,11 +213,15 @@ class Kept:
 
     all: ClassVar[list[tuple[Kept, tuple[int, ...]]]] = []
 
-    def __init__(self, taken: list[Any], stream: int, *addresses: int) -> None:
-        self.told = (stream, *addresses)
+    def __init__(
+        self, taken: list[Any], stream: int, *addresses: int, copies: recorded.Copies = ()
+    ) -> None:
+        self.told, self.copies = (stream, *addresses), copies
         self.queued: list[tuple[int, ...]] = []
 
     def queue(self, *addresses: int) -> None:
+        for copy in self.copies:
+            ctypes.memmove(*copy)
         self.queued.append(addresses)
         self.all.append((self, addresses))
 

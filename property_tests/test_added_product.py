@@ -356,10 +356,12 @@ def test_a_residual_that_is_not_recorded(how: str, monkeypatch: pytest.MonkeyPat
     class Again(Kept):
         """As recorded launches are: each address is one parameter of one launch."""
 
-        def __init__(self, taken: list[Any], stream: int, *addresses: int) -> None:
+        def __init__(
+            self, taken: list[Any], stream: int, *addresses: int, copies: recorded.Copies
+        ) -> None:
             if addresses[1] != told[-1] or addresses[0] == addresses[1]:
                 raise ValueError("the addresses stand in other places")
-            super().__init__(taken, stream, *addresses)
+            super().__init__(taken, stream, *addresses, copies=copies)
 
     monkeypatch.setattr(product, "launch", launched)
     monkeypatch.setattr(layout, "aligned", copied)

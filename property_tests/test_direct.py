@@ -313,7 +313,8 @@ class _Driver:
 class _Launches:
     """In the place of a graph: the launches themselves."""
 
-    def __init__(self, launches: Sequence[cuda.Ready]) -> None:
+    def __init__(self, launches: Sequence[cuda.Ready], copies: recorded.Copies) -> None:
+        assert not copies
         self._launches = launches
 
     def calls(self, stream: int) -> tuple[list[Callable[[], int]], Callable[[], int]]:
@@ -430,7 +431,7 @@ def test_which_biases_a_kernel_can_read() -> None:
 
 
 def test_joined_biases_lie_where_they_lay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However they were written, on a stream; else each call has its own."""
+    """However they were written, on a stream; other biases, and else each call, have their own."""
     stream = Stream(monkeypatch)
     layers, one, x = [quest.Linear(16, n, True) for n in (3, 4)], frozen.Frozen(), torch.zeros(2)
 
@@ -450,13 +451,17 @@ def test_joined_biases_lie_where_they_lay(monkeypatch: pytest.MonkeyPatch) -> No
         check(first)
         layers[0].bias.numpy()[:] = 5  # which PyTorch does not count
         check(first)
-        layers[0].bias = torch.nn.Parameter(torch.randn(3))
-        check(first)
-        layers[0].bias = torch.nn.Parameter(torch.randn(3, 2)[:, 0])
-        check(first)
+        before = layers[0].bias
+        for other in (torch.randn(3), torch.randn(3, 2)[:, 0]):
+            layers[0].bias = torch.nn.Parameter(other)
+            second = check(check())
+            # The kernels of a call that was recorded of those before may still read them there.
+            assert second.data_ptr() != first.data_ptr()
+        layers[0].bias = before
+        first = check()
         with torch.inference_mode():
             layers[1].bias = torch.nn.Parameter(torch.randn(4))
-            check(first)
+            first = check(check())
             check(first)
         check(first)
         stream.number = 8  # where nothing waits until that of stream 7 is written
@@ -512,6 +517,24 @@ def test_memory_for_joined_biases_has_an_end(monkeypatch: pytest.MonkeyPatch) ->
     assert "Joined" not in repr(frozen.Frozen())
     held = frozen.Frozen()
     assert dataclasses.replace(held).biases is not held.biases
+
+
+def test_what_is_copied_of_joined_biases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as it lies, one behind the other; nothing where they are converted or lie apart."""
+    Stream(monkeypatch)
+    joined, x = direct.Joined(), torch.zeros(1)
+    biases = [torch.ones(2), torch.ones(0), torch.ones(3)]
+    room = joined.room(biases, x)
+    assert room is not None
+    at = room.data_ptr()
+    assert joined.copies(room) == [
+        (at, biases[0].data_ptr(), 8), (at + 8, biases[2].data_ptr(), 12)
+    ]  # fmt: skip
+    assert joined.copies(None) == joined.copies(biases[0]) == []
+    for other in (biases[2].half(), torch.ones(3, 2)[:, 0]):
+        room = joined.room([biases[0], other], x)
+        assert room is not None
+        assert joined.copies(room) == []
 
 
 def test_a_bias_in_a_transform_has_no_address() -> None:

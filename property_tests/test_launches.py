@@ -30,6 +30,8 @@ class Driver:
         self.graphs: list[list[int]] = []
         self.nodes: dict[int, tuple[Any, ...]] = {}
         self.overlaps: dict[int, bool] = {}
+        self.copies: dict[int, tuple[int, int, int]] = {}
+        self.waits: list[int] = []  # copies for which the first kernel of a graph waits
 
     def cuLaunchKernelEx(self, *arguments: ctypes.c_void_p) -> int:
         config, function, parameters, extra = (a.value for a in arguments)
@@ -57,12 +59,31 @@ class Driver:
         self.graphs[graph - 500].append(node)
         return 0, node
 
+    def copy(
+        self, graph: int, before: None, count: int, told: Any, context: object
+    ) -> tuple[int, int]:
+        assert (before, count, context) == (None, 0, "a context")
+        # CUDA_MEMCPY3D of cuda.h: of each side four numbers, a kind and addresses; the size.
+        *_, kind, _, at = struct.unpack("4QI4xQQ", ctypes.string_at(int(told.getPtr()), 56))
+        *_, other, _, to = struct.unpack("4QI4xQQ", ctypes.string_at(int(told.getPtr()) + 88, 56))
+        *_, size, height, depth = struct.unpack("3Q", ctypes.string_at(told.getPtr() + 176, 24))
+        assert kind == other == 2  # CU_MEMORYTYPE_DEVICE
+        assert height == depth == 1
+        self.copies[900 + len(self.copies)] = (to, at, size)
+        return 0, 900 + len(self.copies) - 1
+
     def depend(
         self, graph: int, before: list[int], after: list[int], edges: list[Any], count: int
     ) -> tuple[int]:
         assert len(before) == len(after) == len(edges) == count
         for one, other, edge in zip(before, after, edges, strict=True):
-            assert self.graphs[graph - 500][-2:] == [one, other]
+            nodes = self.graphs[graph - 500]
+            if one in self.copies:
+                assert nodes == [other]
+                assert edge.type == 0
+                self.waits.append(one)
+                continue
+            assert nodes[-2:] == [one, other]
             assert (edge.type, edge.from_port, edge.to_port) in ((0, 0, 0), (1, 1, 0))
             self.overlaps[other] = bool(edge.type)
         return (0,)
@@ -120,6 +141,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     for name, function in (
         ("cuGraphCreate", made.begin), ("cuGraphAddKernelNode", made.add),
         ("cuGraphAddDependencies", made.depend), ("cuGraphInstantiate", made.finish),
+        ("cuGraphAddMemcpyNode", made.copy),
         ("cuGraphExecDestroy", made.drop), ("cuGraphDestroy", made.drop),
     ):  # fmt: skip
         monkeypatch.setattr(real, name, function)
@@ -130,7 +152,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 def kernel(number: int = 99) -> cuda.Kernel:
-    return cuda.Kernel(number, None, 3, threads=128, shared=4096, layout=LAYOUT)
+    return cuda.Kernel(number, "a context", 3, threads=128, shared=4096, layout=LAYOUT)
 
 
 MAP = bytes(range(16))
@@ -192,7 +214,7 @@ def test_a_thread_without_a_context(driver: Driver, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cuda, "done", told.append)
     driver.answers = [201]  # CUDA_ERROR_INVALID_CONTEXT
     kernel().launch(1, 0, MAP, 0, 0, 0.0)
-    assert told == [(0, None)]
+    assert told == [(0, "a context")]
     assert len(driver.seen) == 2
     assert driver.seen[0] == driver.seen[1]
 
@@ -245,7 +267,7 @@ def test_graphs_that_the_driver_refuses(
     told.clear()
     driver.answers = [0] * at + [201]  # CUDA_ERROR_INVALID_CONTEXT
     again.queue(3, 4)
-    assert told == [(0, None)]
+    assert told == [(0, "a context")]
     assert [(values[0], values[2]) for *_, values in driver.seen[-2:]] == [(3, 500), (500, 4)]
     assert len(driver.seen) == (2 if at < 2 else 4)  # what was refused is seen here, too
 
@@ -268,6 +290,27 @@ def test_a_kernel_is_told_what_has_changed(driver: Driver) -> None:
         assert len(driver.graphs) == graphs
         driver.asked.clear()
         driver.seen.clear()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_copies_before_the_first_kernel(count: int, driver: Driver) -> None:
+    """Which waits for all of them, in each graph; a launch alone is a graph then, too."""
+    with cuda.recording() as taken:
+        kernel(1).launch(2, 1000, MAP, 500, 1, 1.0, overlap=True)
+        if count > 1:
+            kernel(2).launch(4, 500, MAP, 2000, 2, 2.0, overlap=True)
+    driver.seen.clear()
+    copies = [(1 << 40, 7, 30), ((1 << 40) + 30, 2**63 + 1, 2)]
+    again = recorded.Again(taken, 7, 1000, copies=copies)
+    assert again.copies == copies
+    for x in (1000, 5, 6):
+        again.queue(x)
+        assert driver.seen[0][4][0] == x
+        assert [names for *_, names, _ in driver.seen] == [[], [OVERLAPS]][:count]
+        driver.seen.clear()
+    assert list(driver.copies.values()) == 2 * copies
+    assert driver.waits == list(driver.copies)
+    assert len(driver.graphs) == 2
 
 
 def test_a_launch_alone_reads_its_addresses_each_time(driver: Driver) -> None:

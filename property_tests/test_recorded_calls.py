@@ -310,7 +310,7 @@ def test_what_is_another_call(calls: Calls) -> None:
     assert same()
     if first.bias is not None:
         first.bias = None  # as if it were zeros
-        assert uses(calls.together)
+        assert not uses(calls.together)
         assert calls.joined() == [0.0] * OUTS[0] + torch.cat([b.bias for b in before[1:]]).tolist()
     first.set_recipe("w2a4")
     assert not uses(calls.together)
@@ -348,21 +348,58 @@ def test_biases_as_they_are(calls: Calls) -> None:
         pytest.skip("none has a bias")
     runs = (calls.together, calls.added)
     calls.record(*runs)
+    one = calls.layers[0]._frozen
+    assert one is not None
+    assert one.whole is not None
+    whole = one.whole.frozen
     for layer in calls.layers:
         for write in (
             layer.bias.neg_,
             layer.bias.data.neg_,
             lambda b=layer.bias: b.view(torch.int16).numpy().fill(7),  # which nothing counts
-            lambda m=layer: setattr(m, "bias", nn.Parameter(m.bias + 1)),
         ):
             write()
             assert all(calls.queued(run) for run in runs)
             assert calls.joined() == torch.cat([each.bias for each in calls.layers]).tolist()
+    # By the graph that reads them; nothing else is queued for that.
+    launches = [found[0] for found in whole.calls.values() if found]
+    assert len(launches) == len(runs)
+    for found in launches:
+        assert [(size, at) for _, at, size in found.copies] == [
+            (2 * out, layer.bias.data_ptr()) for out, layer in zip(OUTS, calls.layers, strict=True)
+        ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "cat", lambda *_, **__: pytest.fail("joined by a launch"))
+        assert all(calls.queued(run) for run in runs)
+    # Others are not where those lay, whose memory is not given to another.
+    (held,) = {id(found[2][1]): found[2][1] for found in whole.calls.values() if found}.values()
+    layer.bias = nn.Parameter(layer.bias + 1)
+    for run in runs:
+        _recorded_no_more(calls, run)
+    assert calls.joined() == torch.cat([each.bias for each in calls.layers]).tolist()
+    ((_, memory),) = whole.biases.values()
+    assert memory.data_ptr() != held.data_ptr()
+    assert [[calls.queued(run) for _ in range(2)] for run in runs] == [[False, True]] * 2
     # Where no call was recorded they are not.
     before = calls.joined()
     calls.layers[0].bias.fill_(77)
     assert joint.again((calls.x[:1],), calls.layers) is None
     assert calls.joined() == before
+
+
+def test_biases_that_are_more_than_copied(calls: Calls) -> None:
+    """Of another dtype, or apart: joined by a launch of torch's before each call."""
+    if calls.alone.bias is None:
+        pytest.skip("none has a bias")
+    layer = calls.layers[1]
+    for other in (layer.bias.float(), torch.randn(OUTS[1], 2).to(HALF)[:, 0]):
+        layer.bias = nn.Parameter(other)
+        calls.reads()
+        calls.record(calls.together)
+        for each in calls.layers:
+            each.bias.data.neg_()
+            assert calls.queued(calls.together)
+            assert calls.joined() == torch.cat([one.bias for one in calls.layers]).tolist()
 
 
 def test_no_room_for_biases_without_a_recorded_call(calls: Calls) -> None:
@@ -405,7 +442,7 @@ def test_what_can_t_be_recorded_is_tried_once(
     """As where one tensor is given twice, so that its address stands in two places."""
     tries: list[int] = []
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, copies: object) -> None:
         tries.append(1)
         raise ValueError
 

@@ -267,7 +267,7 @@ def test_angles_that_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     apart = torch.empty(TOKENS, HEAD)[:, : HEAD // 2].copy_(cos)
 
     class Never(Kept):
-        def __init__(self, taken: list[Any], stream: int, *addresses: int) -> None:
+        def __init__(self, *_: object, copies: object) -> None:
             raise ValueError("the addresses stand in other places")
 
     monkeypatch.setattr(recorded, "Again", Never)

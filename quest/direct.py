@@ -38,7 +38,7 @@ MOST_STREAMS = 64  # whose memory for joined biases is kept
 MOST_ELEMENTS = 2**23
 
 
-Call = tuple[Any, tuple[Tensor, ...], Tensor | None]
+Call = tuple[Any, tuple[Tensor, ...], tuple[Tensor | None, ...]]
 
 
 class Told(NamedTuple):
@@ -69,28 +69,33 @@ def inputs(xs: tuple[Tensor, ...], rotary: product.Turned | None) -> tuple[Tenso
 
 
 class Calls(dict[tuple[object, ...], Call | None]):
-    """(launches, what comes out, memory between kernels) by kind of call; of no use to a copy.
+    """(launches, what comes out, memory) by kind of call; of no use to a copy.
 
-    Of what comes out each has the dtype, the device and the shape, and memory for one element.
+    Of what comes out each has the dtype, the device and the shape, and memory for one element. The
+    memory is that between kernels, and that of joined biases.
 
     None for a kind that was seen once: to record takes as long as a call, and shapes may not recur.
     NEVER for one that can't be recorded.
 
-    The memory is held here, too: a thread may end, and another get its number.
+    It is held here, too: a thread may end, and another get its number; and no other biases are
+    joined at an address that a call knows.
     """
 
     def __reduce__(self) -> tuple[type[Calls], tuple[()]]:
         return Calls, ()
 
 
-NEVER: Call = None, (), None
+NEVER: Call = None, (), ()
 
 
-class Joined(dict[int, tuple[tuple[object, ...], Tensor]]):
+Like = tuple[tuple[torch.dtype, torch.Size, int, bool], ...]
+
+
+class Joined(dict[int, tuple[Like, Tensor]]):
     """Memory for the biases of layers whose weights lie stacked, by stream; of no use to a copy.
 
-    (of which kinds of biases, the memory). Recorded launches read them there, joined anew before
-    each. Of a stream, because no other waits until they are written.
+    (of which biases, the memory). Recorded launches read them there, joined anew before each. Of a
+    stream, because no other waits until they are written.
     """
 
     def __reduce__(self) -> tuple[type[Joined], tuple[()]]:
@@ -103,7 +108,7 @@ class Joined(dict[int, tuple[tuple[object, ...], Tensor]]):
         """
         if not keeps(x) or any(type(b) not in ops.PLAIN or b.device != x.device for b in biases):
             return None
-        like = tuple((b.dtype, b.shape) for b in biases)
+        like = tuple((b.dtype, b.shape, b.data_ptr(), b.is_contiguous()) for b in biases)
         stream = torch._C._cuda_getCurrentRawStream(x.get_device())
         found = self.get(stream)
         if found is None or found[0] != like:
@@ -115,6 +120,20 @@ class Joined(dict[int, tuple[tuple[object, ...], Tensor]]):
                 found = like, torch.empty(count, dtype=dtype, device=x.device)
             self[stream] = found
         return found[1]
+
+    def copies(self, room: Tensor | None) -> list[tuple[int, int, int]]:
+        """(to, from, bytes) of each bias in that memory; none where they are more than copied.
+
+        As for another memory than what `room` has given for a stream.
+        """
+        made: list[tuple[int, int, int]] = []
+        for like, memory in self.values() if room is not None else ():
+            if memory is room and all(t == memory.dtype and whole for t, _, _, whole in like):
+                to = memory.data_ptr()
+                for _, shape, address, _ in like:
+                    made.append((to, address, shape.numel() * memory.element_size()))
+                    to += made[-1][2]
+        return [each for each in made if each[2]]
 
 
 def state(t: Tensor) -> tuple[object, ...]:
@@ -183,15 +202,15 @@ def again(
     """What comes out, by launches that were recorded for such inputs; None without them.
 
     Where no gradient is asked for, and xs and what is read fit; see `_kind`. before: called where
-    there are launches, to queue what they wait for.
+    there are launches without copies of their own, to queue what they wait for.
     """
     kind = _kind(xs, reads, told) if held.calls else None
     found = None if kind is None else held.calls.get(kind)
     if found is None or found is NEVER:
         return None
-    if before is not None:
-        before()
     launches, likes, _ = found
+    if before is not None and not launches.copies:
+        before()
     made = [torch.empty_like(like) for like in likes]
     launches.queue(*[t.data_ptr() for t in (*xs, *made)])
     return tuple(made)
@@ -226,14 +245,16 @@ def recorded(
         _memory.shared = False
     if made is None:
         return None
+    room = reads[0] if reads else None
+    copies = held.biases.copies(room)
     try:
-        launches = Again(taken, stream, *(t.data_ptr() for t in (*xs, *made)))
+        launches = Again(taken, stream, *(t.data_ptr() for t in (*xs, *made)), copies=copies)
     except ValueError:  # something was copied or converted on the way, or is given twice
         _keep(held.calls, kind, NEVER)
         return made
     # One element, and the shape of all: torch makes a tensor like another sooner than from a shape.
     likes = tuple(t.new_empty(()).expand(t.shape) for t in made)
-    _keep(held.calls, kind, (launches, likes, _memory.used))
+    _keep(held.calls, kind, (launches, likes, (_memory.used, room if copies else None)))
     return made
 
 

@@ -208,8 +208,7 @@ def stack(layers: Sequence[nn.Module]) -> bool:
 
 
 def _alike(a: Linear, b: Linear) -> bool:
-    like = a.recipe, a.in_features, a.weight.dtype
-    return like == (b.recipe, b.in_features, b.weight.dtype)
+    return (a.recipe, a.in_features, a.weight.dtype) == (b.recipe, b.in_features, b.weight.dtype)
 
 
 def hooked(layer: nn.Module) -> bool:

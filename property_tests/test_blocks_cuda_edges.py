@@ -109,6 +109,13 @@ def test_rows_that_are_computed_again(place: Place, dtype: torch.dtype) -> None:
         for width in (256, 640, 1920, 3584, 8320):
             _judge(place, inputs.draw(kind, (9, width), dtype, i), FOUR, kind)
     _judge(place, _odd(dtype), FOUR, "equal numbers")
+    # Rounding must not bring their scale to infinity, whatever the width: no bound rules that out.
+    for width in (*range(128, 1281, 128), 3584):
+        x = torch.full((2, width), torch.finfo(dtype).max, dtype=dtype)
+        _judge(place, x, FOUR, "the largest number")
+        assert bool(
+            place.operators.operand(x.to(place.device), parse(FOUR), "integers")[1].isfinite().all()
+        )
 
 
 def test_sums_of_an_odd_grid(place: Place) -> None:

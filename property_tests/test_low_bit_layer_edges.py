@@ -138,6 +138,19 @@ def test_a_weight_whose_output_nobody_used_has_no_gradient(calls: list[tuple[Any
         assert torch.equal(one.grad, other.grad)
 
 
+def test_gradients_of_biases_of_unlike_dtypes() -> None:
+    """Each is a sum in the layer's dtype, rounded to its own bias's."""
+    weights = [_random(5, 128), _random(5, 128)]
+    for dtypes in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        biases = [_random(5).to(dtype).requires_grad_() for dtype in dtypes]
+        ys = _layer(_random(6, 128), weights, biases)
+        grads = [_random(6, 5), _random(6, 5) / 3]
+        torch.autograd.backward(ys[:2], grads)
+        for bias, grad in zip(biases, grads, strict=True):
+            assert bias.grad is not None
+            assert torch.equal(bias.grad, grad.sum(0).to(bias.dtype))
+
+
 def test_biases_alone_ask_for_no_product(calls: list[tuple[Any, ...]]) -> None:
     x, w = _random(3, 128), _random(5, 128)
     b = [_random(5).requires_grad_(), _random(5), _random(5).bfloat16().requires_grad_()]

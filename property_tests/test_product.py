@@ -137,6 +137,8 @@ def _bytes(
     elif kind == "one_hot":
         x = torch.zeros(rows, width, dtype=torch.int64)
         x[torch.arange(rows), torch.randint(width, (rows,), generator=g)] = 255
+    elif kind == "coherent":  # unlike terms: floats add equal ones exactly
+        x = torch.randint(64, 128, (rows, width), generator=g)
     else:
         x = torch.full((rows, width), {"low": 128, "high": 127, "ones": 255}[kind])
     return x.to(torch.uint8).view(dtype)
@@ -156,7 +158,7 @@ def test_scales_at_the_ends_of_the_range(lane: Lane, name: str, dtype: torch.dty
 
 
 @every_lane
-@pytest.mark.parametrize("kind", ["random", "one_hot", "low", "high", "ones"])
+@pytest.mark.parametrize("kind", ["random", "one_hot", "low", "high", "ones", "coherent"])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (3, 7, 16), (129, 257, 130), (31, 300, 4096), (2, 3, 8192)], ids=str
@@ -176,11 +178,15 @@ def test_accumulate(lane: Lane, kind: str, dtype: torch.dtype, shape: tuple[int,
 
 @every_lane
 def test_the_widest_accumulators(lane: Lane) -> None:
-    """Coherent operands of the width that is the limit: (-128)^2 a product, or every bit."""
+    """Coherent operands of the width that is the limit: (-128)^2 a product, or every bit; and of
+    unlike terms.
+    """
     _require_product(lane)
-    for dtype, width in ((torch.int8, operands.MAX_WIDTH), (torch.uint8, operands.MAX_WIDTH // 8)):
-        g = torch.Generator()
-        a = _bytes("low" if dtype == torch.int8 else "ones", 2, width, dtype, g)
+    for dtype, kind in (
+        (torch.int8, "low"), (torch.uint8, "ones"), (torch.int8, "coherent")
+    ):  # fmt: skip
+        width = operands.MAX_WIDTH // (1 if dtype == torch.int8 else 8)
+        a = _bytes(kind, 2, width, dtype, torch.Generator())
         acc = lane.call("accumulate", a, a)["accumulators"]
         LEDGER.judge(lane, [judges.accumulated(a, a, acc)], f"{width}, {dtype}")
 

@@ -110,6 +110,18 @@ def test_every_kind_of_row(place: Place, dtype: torch.dtype, spec: str) -> None:
     _rows(place, torch.cat([*x, _edges(dtype)]), spec)
 
 
+@pytest.mark.parametrize("dtype", [*WIDE, torch.float16], ids=str)
+def test_rows_of_the_largest_number(place: Place, dtype: torch.dtype) -> None:
+    """Of either sign: rounding must not bring their scale to infinity, whatever the width."""
+    for width in (*range(128, 1281, 128), 3584):
+        x = torch.full((2, width), torch.finfo(dtype).max, dtype=dtype)
+        x[1, ::2] *= -1
+        _rows(place, x, INTEGERS)
+        # Which the bound of a scale does not rule out.
+        scale = place.operators.operand(x.to(place.device), parse(INTEGERS), "integers")[1]
+        assert bool(scale.isfinite().all())
+
+
 def test_turns_of_a_row(place: Place) -> None:
     """As many blocks as the warps hold, two turns, three that are not full, and all that there are;
     one row that is large only at its end, one only at its beginning.

@@ -17,7 +17,7 @@ from quest.recipes import Recipe, recipe
 from quest.reference.bounds import BUTTERFLY, Sums
 from quest.sparsity import NM
 
-from . import judges
+from . import inputs, judges
 from .lanes import Lane
 from .verdict import Verdict
 
@@ -305,6 +305,14 @@ def product(
         ),
         *sums,
     ]
+
+
+def accumulators(lane: Lane) -> list[Verdict]:
+    """T0 of sums that float32 can't count, of unlike terms: equal ones it adds exactly."""
+    a, b = (inputs.integers("coherent", n, 4096, n) for n in (3, 5))
+    acc = lane.call("accumulate", a, b)["accumulators"]
+    formed = judges.form("accumulators", acc, (3, 5), torch.int32)
+    return [formed] if formed.failure else [formed, judges.accumulated(a, b, acc)]
 
 
 def accumulation(lane: Lane) -> float:

@@ -118,14 +118,20 @@ def draw(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Te
     return torch.where(x.isfinite(), x.clamp(-largest, largest), x).to(dtype)
 
 
-INTEGERS = ("one_hot", "random", "lowest", "highest")
+INTEGERS = ("one_hot", "random", "lowest", "highest", "coherent")
 
 
 def integers(kind: str, rows: int, width: int, seed: int) -> Tensor:
-    """(rows, width) int8 for products; "lowest" and "highest" are coherent: sums grow fastest."""
+    """(rows, width) int8 for products; "lowest" and "highest" have the sums that grow fastest.
+
+    "coherent" ones grow nearly as fast, and are of unlike terms: what sums of equal terms hide,
+    since floats add those exactly in any order, they show.
+    """
     g = torch.Generator().manual_seed(seed)
     if kind == "random":
         return torch.randint(-127, 128, (rows, width), generator=g).to(torch.int8)
+    if kind == "coherent":
+        return torch.randint(64, 128, (rows, width), generator=g).to(torch.int8)
     if kind == "one_hot":
         at = torch.randint(width, (rows, 1), generator=g)
         return torch.zeros(rows, width, dtype=torch.int8).scatter(-1, at, 1)

@@ -162,7 +162,7 @@ def _normed(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
 
 
 def _products(lane: Lane, name: str, dtype: torch.dtype) -> list[list[Verdict]]:
-    found = []
+    found = [examine.accumulators(lane)]
     for i, kind in enumerate(("gaussian", "heavy", "equal")):
         x = inputs.draw(kind, (133, 384), dtype, i)
         w = inputs.draw("gaussian", (56, 384), dtype, i + 1) / 16

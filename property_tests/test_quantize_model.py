@@ -305,6 +305,26 @@ def test_layers_of_other_widths_are_not_stacked() -> None:
     assert model.q.current().whole is model.k.current().whole is None
 
 
+def test_a_shared_module_is_asked_for_by_each_of_its_names() -> None:
+    shared = nn.Linear(16, 16)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+    quest.quantize_(model, "w4a4", lambda module, name: name == "b.0")
+    assert type(model["a"]) is quest.Linear
+
+
+def test_a_transformer_layer_of_which_nothing_is_quantized_keeps_its_fused_path() -> None:
+    """And no other module gets what keeps torch from it."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.ModuleDict({"encoder": layer, "out": nn.Sequential(nn.Linear(32, 32))})
+    before = layer.activation_relu_or_gelu
+    assert before
+    quest.quantize_(model, "w4a4", lambda module, name: name == "out.0")
+    assert layer.activation_relu_or_gelu == before
+    quest.quantize_(model, "w4a4")
+    assert layer.activation_relu_or_gelu == 0
+    assert not hasattr(model["out"], "activation_relu_or_gelu")
+
+
 def test_subclasses_and_other_modules_are_left_alone() -> None:
     class Mine(nn.Linear):
         pass

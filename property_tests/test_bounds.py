@@ -290,6 +290,25 @@ def test_scale_of_a_rotated_row(order: int, seed: int) -> None:
             assert (np.abs(got - sigma) <= bound).all()
 
 
+@pytest.mark.parametrize("order", [12, 40, 128, 256])
+def test_terms_that_are_normalised_first_may_each_be_lost(order: int) -> None:
+    """Among the subnormals each is off by half of the smallest: more than a sum that is, once."""
+    rng = np.random.default_rng(order)
+    h = hadamard.apply(np.eye(order), order).astype(F32)
+    for power in (-126, -130, -135, -140, -145):
+        x = (rng.standard_normal((16, order)) * 2.0**power).astype(F32)
+        x64 = x.astype(np.float64)
+        exact, sums = hadamard.apply(x64, order), bounds.Sums(order, last=False)
+        made = np.zeros((16, order), F32)
+        for j in range(order):  # one term after another, each rounded by itself
+            made += x[:, j : j + 1] * h[j]
+        bound = bounds.output(exact, bounds.rotation(x64, order, sums=sums), "float32")
+        assert (np.abs(made - exact) <= bound).all()
+    zero = np.zeros((1, order))
+    np.testing.assert_array_equal(bounds.rotation(zero, order, sums=sums), order * 2.0**-150)
+    np.testing.assert_array_equal(bounds.rotation(zero, order), 2.0**-150)
+
+
 def test_scale_counts_its_roundings() -> None:
     """Term by term: no wider than what its docstring derives."""
     x, u = np.sqrt(np.arange(1.0, 17.0))[None], 2.0**-24

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -136,3 +138,25 @@ def test_adjoint(lane: Lane, order: int, seed: int) -> None:
     grad = inputs.draw("gaussian", (9, 5), torch.float32, seed + 2)
     told = f"order {order}, seed {seed}"
     LEDGER.judge(lane, examine.adjoint(lane, x, w, grad, order), told)
+
+
+@every_lane
+@pytest.mark.parametrize("order", [1, 4, 16, 64, 256])
+def test_an_exact_layer(lane: Lane, order: int) -> None:
+    """y = x w^T and its gradients bit for bit, where all that is rotated are integers.
+
+    The normalisation of these orders is a power of two, and no sum leaves float32: here what T7's
+    bound, which grows with the order, would let pass is seen.
+    """
+    g = torch.Generator().manual_seed(order)
+    rows, outs, width = 9, 5, 2 * order
+    x, w, grad = (
+        torch.randint(-2, 3, shape, generator=g).float()
+        for shape in ((rows, width), (outs, width), (rows, outs))
+    )
+    free = quest.Quantizer(None, quest.Hadamard(order), quest.STE())
+    made = dataclasses.replace(quest.recipe("bf16"), name="exact", weight=free, activation=free)
+    out = lane.call("linear", x, w, grad, recipe=made)
+    expected = {"y": x @ w.T, "dx": grad @ w, "dw": grad.T @ x}
+    for name, exact in expected.items():
+        assert torch.equal(out[name].cpu(), exact), name

@@ -132,6 +132,27 @@ def test_operands_of_rows_that_take_several_turns(
 
 
 @every_lane
+@pytest.mark.parametrize("width", [64, 640, 4096, 11008, 16512])
+def test_scales_of_rows_of_one_magnitude(lane: Lane, width: int) -> None:
+    """Known to a few roundings at any width, where the bound of a scale grows with it.
+
+    So a mean of d - 1, one entry that does not count, or a mean that is subtracted is seen.
+    """
+    g = torch.Generator().manual_seed(width)
+    signs = torch.ones(4, width)
+    signs[1, ::2] = -1.0
+    signs[2] = 2.0 * torch.randint(2, (width,), generator=g) - 1.0
+    signs[3] = -1.0
+    powers = 2.0 ** torch.tensor([0, -3, 7, 20])[:, None]
+    for dtype in (torch.float32, torch.bfloat16):
+        x = (signs * powers).to(dtype)
+        for spec, kind in (("uniform4/hadamard/ste/dense", "integers"),
+                           ("uniform1/hadamard/ste/dense", "bits")):  # fmt: skip
+            scale = lane.call("encode", x, q=parse(spec), kind=kind)["scale"]
+            assert ((scale.double() / powers.double() - 1).abs() <= 4 * 2.0**-24).all()
+
+
+@every_lane
 @pytest.mark.parametrize("width", [64, WIDE])
 def test_a_row_that_is_not_finite_is_a_row_of_zeros_without_scale(lane: Lane, width: int) -> None:
     """Wherever it is not: in any turn, and where nothing is NaN."""

@@ -165,8 +165,9 @@ def _rotation_in_range(
 
 def rotation(x: Float64, order: int, transpose: bool = False, sums: Sums = BUTTERFLY) -> Float64:
     """Bound of x H, or x H^T, computed in float32 and not yet stored (T1)."""
-    # The product with the normalisation may land among the subnormals.
-    return _rotation_in_range(x, order, transpose, sums) + (ETA32 / 2 if order > 1 else 0.0)
+    # The product with the normalisation may land among the subnormals: of a sum, or of each term.
+    lost = ETA32 / 2 * (1 if sums.last else order)
+    return _rotation_in_range(x, order, transpose, sums) + (lost if order > 1 else 0.0)
 
 
 def scale(x: Float64, order: int, sigma: Float64, sums: Sums = BUTTERFLY) -> Float64:

@@ -111,6 +111,7 @@ def backward(
     x_hat, x_mask = _values_and_mask(x, activation)
     w_hat, w_mask = _values_and_mask(w, weight)
     with np.errstate(invalid="ignore", over="ignore"):
-        dx = hadamard.apply_transpose((g @ w_hat) * x_mask, activation.block)
-        dw = hadamard.apply_transpose((g.T @ x_hat) * w_mask, weight.block)
+        # What is masked is 0, also where it is not finite: a mask selects.
+        dx = hadamard.apply_transpose(np.where(x_mask, g @ w_hat, 0.0), activation.block)
+        dw = hadamard.apply_transpose(np.where(w_mask, g.T @ x_hat, 0.0), weight.block)
     return dx, dw, g.sum(axis=0)

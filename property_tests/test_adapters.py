@@ -272,7 +272,7 @@ EXACT = {
     "scipy": ((24, 0, 0), ""),
     "released": ((3, 43, 6), "published"),
     "torchao": ((0, 15, 0), "torchao_fake_quantizer"),
-    "paper": ((46, 0, 0), ""),
+    "paper": ((49, 0, 0), ""),
     "fast": ((30, 0, 0), ""),
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ from quest.conformance.adapters.published import Paper
 from quest.conformance.lanes import GuardError
 from quest.conformance.public import (
     adapter,
+    axes,
     capabilities,
     expected,
     formats,
@@ -25,7 +28,7 @@ from quest.conformance.public import (
     results,
 )
 from quest.conformance.public.court import Court
-from quest.conformance.strategies import FORMATS
+from quest.conformance.strategies import FORMATS, Case
 from quest.conformance.verdict import Rejected
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,6 +58,7 @@ def test_wrong_names(spec: str, told: str) -> None:
         ({"blocks": [24, 36]}, "Hadamard order must be 2"),
         ({"grids": ["uniform9"]}, "bits must be an integer from 1 to 8"),
         ({"ties": "upp"}, "must be one of 'up', 'down', 'even', 'away', 'zero'; got 'upp'"),
+        ({"bits": [3]}, "may hold 1, 2, 4, 8; got '3'"),
         ({"max_width": 0}, "must be a positive integer, got 0"),
         ({"arrays": "numpy", "dtypes": [torch.bfloat16]}, "NumPy has no bfloat16"),
     ],
@@ -89,6 +93,13 @@ def implementation(made: Any) -> adapter.Implementation:
     )
 
 
+SPARSE = [
+    quest.quantizer.parse(f"{grid}/hadamard16/{estimator}/{pattern}")
+    for grid, estimator in (("uniform4", "trust1.0"), ("e2m1", "trust0.5"), ("uniform1", "clip1.3"))
+    for pattern in ("2:4", "pairs4:8")
+]
+
+
 def failures(property_: str, made: Any, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """What a property finds wrong, on a few inputs of a fixed seed."""
     impl, judge = implementation(made), getattr(properties, property_)
@@ -117,6 +128,8 @@ def failures(property_: str, made: Any, seed: int = 0, dtype: torch.dtype = torc
     else:
         calls = [(x, q), (x, quest.quantizer.parse("e2m1/hadamard16/trust0.5/dense"))]
         calls += [(x, quest.quantizer.parse("uniform1/hadamard16/clip1.3/dense"))]
+        if property_ != "codes":
+            calls += [(x, q) for q in SPARSE]
     return [v for arguments in calls for v in judge(impl, *arguments) if v.failure is not None]
 
 
@@ -227,6 +240,113 @@ def test_thresholds_are_exact(estimator: str) -> None:
         assert any(v.failure for v in found) == wrong
 
 
+class StrictClip(Paper):
+    """Leaves out what lies on the threshold, in the precision that is asked for."""
+
+    def __init__(self, precision: Any) -> None:
+        self.precision = precision
+
+    def mask(self, x: torch.Tensor, format: formats.Format) -> torch.Tensor:
+        t, _, sigma = self._places(x, format)
+        threshold = self.precision(format.parameter) * self.precision(format.points[-1])
+        return torch.where(sigma > 0, t.abs() < float(threshold), sigma == 0)
+
+
+# What is no float32 is on its threshold where its product is rounded to one.
+@pytest.mark.parametrize(
+    ("clip", "precision"), [(1.3, np.float32), (1.5, np.float32), (1.5, np.float64)]
+)
+@pytest.mark.parametrize("grid", ["uniform1", "ternary"])
+def test_thresholds_of_a_clip_are_exact(grid: str, clip: float, precision: Any) -> None:
+    x = inputs.draw("gaussian", (9, 384), torch.float32, 0)
+    q = quest.quantizer.parse(f"{grid}/hadamard16/clip{clip}/dense")
+    apart = properties.mask(implementation(StrictClip(precision)), x, q)
+    assert all(v.failure is None for v in apart), "only thresholds tell them apart"
+    held, outer = exact_rows.on_threshold(clip, 16)
+    exact = torch.from_numpy(exact_rows.rows(1, 32, 16, 0, held)).float()
+    q = quest.quantizer.parse(f"{grid}:{outer!r}/identity/clip{clip}/dense")
+    for impl, wrong in ((Paper(), False), (StrictClip(precision), True)):
+        found = properties.exact_mask(implementation(impl), exact, q)
+        assert any(v.failure for v in found) == wrong
+
+
+def test_the_threshold_of_a_clip_is_met_and_never_left() -> None:
+    for clip in (1.3, 0.6, 1.0, 1.5, 2.0, 4.2, 0.01, 100.0, *np.linspace(0.3, 3.0, 99).tolist()):
+        n, outer = exact_rows.on_threshold(clip, 16)
+        narrow = np.float32(clip)
+        assert float(np.float32(outer)) == outer
+        # By the exact product of either constant, and by a reciprocal in float32.
+        for constant in (clip, float(narrow)):
+            assert Fraction(n, 16) <= Fraction(constant) * Fraction(outer)
+            assert n / 16 <= float(np.float32(constant * outer)) <= n / 16 * (1 + 2**-22)
+        assert np.float32(n / 16) * (np.float32(1) / np.float32(outer)) <= narrow
+        rows = exact_rows.rows(3, 32, 16, 0, n)
+        assert ((rows**2).mean(-1) == 256).all()
+        assert (rows == n).any(-1).all()
+        assert (rows == -n).any(-1).all()
+
+
+def dense(format: formats.Format) -> formats.Format:
+    return dataclasses.replace(format, sparsity=None)
+
+
+# What an adapter does wrong with sparsity alone: (property, function, what it gives).
+SPARSE_FAULTS: dict[str, tuple[str, str, Any]] = {
+    "all values": ("values", "fake_quantize", lambda x, f: Paper().fake_quantize(x, dense(f))),
+    "the point of the code": ("values", "fake_quantize", lambda x, f: _decoded(x, f)),
+    "nearly 0": ("values", "fake_quantize", lambda x, f: Paper().fake_quantize(x, f) + 2.0**-140),
+    "nothing passes": ("mask", "mask", lambda x, f: Paper().mask(x, f) & False),
+    "before pruning": ("mask", "mask", lambda x, f: Paper().mask(x, dense(f))),
+    "kept ones alone": ("mask", "mask", lambda x, f: Paper().mask(x, f) & Paper().select(x, f)),
+}
+
+
+def _decoded(x: torch.Tensor, format: formats.Format) -> torch.Tensor:
+    codes, sigma = Paper().quantize(x, format)
+    return (Paper()._points(codes, format) * sigma.double()).to(x.dtype)
+
+
+@pytest.mark.parametrize("name", SPARSE_FAULTS)
+def test_faults_of_sparse_operands_are_found(name: str) -> None:
+    property_, function, fault = SPARSE_FAULTS[name]
+    judge = getattr(properties, property_)
+    x = inputs.draw("gaussian", (9, 384), torch.float32, 0)
+
+    def wrong(self: Any, x: torch.Tensor, format: formats.Format) -> torch.Tensor:
+        right: torch.Tensor = getattr(Paper(), function)(x, format)
+        return right if format.sparsity is None else fault(x, format)
+
+    # Values are judged beside the codes, and where none are shown.
+    for quantize in (Paper.quantize, *([None] if property_ == "values" else [])):
+        made = type("Planted", (Paper,), {function: wrong, "quantize": quantize})
+        alone = quest.quantizer.parse("uniform4/hadamard16/trust1.0/dense")
+        assert [v.failure for v in judge(implementation(made()), x, alone)] == [None]
+        for q in SPARSE[:2]:
+            assert any(v.failure for v in judge(implementation(made()), x, q)), q
+
+
+def test_the_smallest_example_names_its_layout() -> None:
+    made = Court(implementation(planted("scale", lambda s: s + 1)))
+    for layout, named in (("strided", " strided"), ("contiguous", "")):
+        case = Case("gaussian", (3, 2), torch.float32, layout, 0)
+        shown = f"(3, 2){named} float32 [["
+        with pytest.raises(Rejected, match=re.escape(f"x = {shown}")):
+            made.judge(properties.scale, {"x": case}, (case.make(), 2), "2")
+        failure = made.record.failure
+        assert failure is not None
+        assert failure["tensors"]["x"].startswith(shown)
+        assert case.code() in failure["snippet"].splitlines()
+
+
+def test_bits_are_numbers() -> None:
+    assert capabilities.check({"bits": [1, "8"]}, "Adapter").bits == (1, 8)
+
+
+def test_every_declared_clip_is_asked() -> None:
+    declared = capabilities.check({"estimators": ["ste", "clip1.5", "clip1.3"]}, "Adapter")
+    assert axes.values("clip", ("clip1.3",), declared) == ("clip1.3", "clip1.5")
+
+
 class Rude(Paper):
     """Breaks what holds for every function."""
 
@@ -260,12 +380,18 @@ class Rude(Paper):
         ("unwritten", "y differs between two runs"),
         ("unwritten, NumPy", "y differs between two runs"),
         ("random", "y differs between two runs"),
-        ("list", "hadamard must be a torch tensor or a NumPy array"),
+        ("list", "hadamard must return a torch tensor or a NumPy array, got <class 'list'>"),
     ],
 )
 def test_guards(how: str, told: str) -> None:
     with pytest.raises((GuardError, TypeError), match=told):
         failures("transform", Rude(how))
+
+
+def test_one_of_several_outputs_is_named() -> None:
+    made = planted("quantize", lambda r: (r[0], None))
+    with pytest.raises(TypeError, match="quantize must return scale as a torch tensor or a NumPy"):
+        failures("codes", made)
 
 
 def test_what_python_allocates_is_poisoned() -> None:
@@ -309,6 +435,21 @@ class ValuesAlone:
 
     def fake_quantize(self, x: torch.Tensor, format: formats.Format) -> torch.Tensor:
         return Paper().fake_quantize(x, format)
+
+    def select(self, x: torch.Tensor, format: formats.Format) -> torch.Tensor:
+        return Paper().select(x, format)
+
+
+def test_values_of_sparse_operands_without_codes() -> None:
+    made = ValuesAlone("butterfly")
+    for seed, kind in enumerate(("gaussian", "zeros", "mixed_rows", "non_finite")):
+        x = inputs.draw(kind, (9, 384), torch.float32, seed)
+        for q in SPARSE:
+            found = properties.values(implementation(made), x, q, conclusive=False)
+            assert [v.failure for v in found] == [None]
+    made.select = lambda x, format: x  # type: ignore[method-assign]
+    found = properties.values(implementation(made), x, SPARSE[0])
+    assert [v.stage for v in found if v.failure] == ["keep"]
 
 
 def test_values_are_held_to_the_declared_sums() -> None:

@@ -123,6 +123,7 @@ def test_what_is_told(judged: tuple[Path, Any, str]) -> None:
     assert "not a function that is judged: scail" in told
     assert "stale: test_hadamard.py::test_transform[2-float32] is listed in xfails" in told
     assert "bias" in document["undeclared"]
+    assert document["capabilities"]["bits"] == [4]
     page = (where / "out.html").read_text()
     assert page.count("<svg") == 2, "a picture for each transform, none for what is exact"
     assert "Smallest failing example" in page
@@ -295,6 +296,79 @@ def test_nothing_is_covered_beside_a_user_s_own_test(tmp_path: Path) -> None:
     assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout + done.stderr
     assert "max_width'] 4 is too narrow for block 2" in done.stdout
     assert "test_own" not in done.stdout.partition("judged:")[2]
+
+
+# Each fault is where one property looks: with sparsity, on rows of zeros and of NaN, on the
+# threshold, in products that are wider than float32's integers.
+FAULTY = """
+import torch
+from quest.conformance.adapters.published import Paper
+
+
+class Adapter(Paper):
+    capabilities = {"dtypes": ["float32"], "blocks": [16], "grids": ["uniform1"], "ties": "up",
+                    "estimators": ["trust1.0", "clip1.3", "ste"], "sparsities": ["2:4"],
+                    "inputs": ["non_finite"], "any_outer": True, "accumulator": "int32"}
+    hadamard = hadamard_transpose = linear = linear_backward = None
+
+    def fake_quantize(self, x, format):
+        codes, sigma = self.quantize(x, format)
+        return (self._points(codes, format) * sigma.double()).to(x.dtype)
+
+    def mask(self, x, format):
+        right, (t, _, sigma) = super().mask(x, format), self._places(x, format)
+        if format.sparsity:
+            return right if format.estimator != "ste" else right & False
+        if format.estimator == "trust":
+            return right & (sigma != 0)
+        if format.estimator == "clip":
+            threshold = torch.tensor(format.points[-1]) * format.parameter
+            return (right & (t.abs().float() != threshold)) | sigma.isnan()
+        return right
+
+    def product(self, a, b):
+        return (a.float() @ b.float().T).int()
+"""
+FAULTS = {
+    "test_sparsity.py::test_values[2:4-float32]": "values",
+    "test_sparsity.py::test_mask[2:4-float32]": "mask",
+    "test_quantize.py::test_mask[trust1.0-float32]": "mask",
+    "test_quantize.py::test_inputs_of_mask[non_finite-float32]": "mask",
+    "test_quantize.py::test_every_clip[clip1.3-uniform1-float32]": "exact mask",
+    "test_product.py::test_wide_product[]": "accumulators",
+}
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Outcomes of a run on FAULTY."""
+    where = tmp_path_factory.mktemp("faulty")
+    (where / "mine.py").write_text(FAULTY)
+    done = court(where, "--impl=mine:Adapter", "--report-json=out.json",
+                 tests=("test_quantize", "test_sparsity", "test_product"))  # fmt: skip
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
+    return outcomes(json.loads((where / "out.json").read_text()))
+
+
+def test_each_fault_is_found_where_it_is(faulty: dict[str, Any]) -> None:
+    failed = {n: c["failure"]["stage"] for n, c in faulty.items() if c["outcome"] == "failed"}
+    assert failed == FAULTS
+    passed = {n for n, c in faulty.items() if c["outcome"] == "passed"}
+    assert {f"test_quantize.py::test_mask[{e}-float32]" for e in ("clip1.3", "ste")} <= passed
+
+
+def test_what_is_judged_of_sparse_operands_where_it_is_declared(faulty: dict[str, Any]) -> None:
+    for name in ("values", "mask"):
+        other = faulty[f"test_sparsity.py::test_{name}[pairs4:8-float32]"]
+        assert other["outcome"] == "not covered"
+        assert other["reason"] == "capabilities['sparsities'] lacks pairs4:8"
+
+
+def test_wide_products_are_coherent_however_few_are_drawn(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FAULTY)
+    done = court(tmp_path, "--impl=mine:Adapter", "--max-examples=1", tests=("test_product",))
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
+    assert "FAILED test_product.py::test_wide_product\n" in done.stdout
 
 
 def test_stale_entries_are_told_by_workers_too(tmp_path: Path) -> None:

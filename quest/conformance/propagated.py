@@ -23,13 +23,14 @@ from .verdict import Verdict, inconclusive
 
 
 def valued(
-    x: Tensor, q: Quantizer, values: Tensor, *, conclusive: bool = True,
-    sums: Sums = BUTTERFLY,
+    x: Tensor, q: Quantizer, values: Tensor, keep: Tensor | None = None, *,
+    conclusive: bool = True, sums: Sums = BUTTERFLY,
 ) -> Verdict:  # fmt: skip
-    """T2, T3 and T6 at once: values (..., d) of x, for a quantizer without sparsity.
+    """T2, T3 and T6 at once: values (..., d) of x.
 
-    conclusive: fail where too many elements have more than one admissible code. sums: how the
-    transform is summed.
+    keep: the selection that was made; a pruned entry is exactly 0, or NaN in a row that is not
+    finite. conclusive: fail where too many elements have more than one admissible code. sums: how
+    the transform is summed.
     """
     arguments = oracle.arguments(q, x.shape[-1])
     grid, order = arguments["grid"], arguments["block"]
@@ -47,6 +48,7 @@ def valued(
     lowest, highest = quantize.encode(z - delta, grid), quantize.encode(z + delta, grid)
     nominal = quantize.encode(z, grid)
     actual = oracle.rows(lift(values))
+    kept = np.ones(actual.shape, bool) if keep is None else oracle.rows(lift(keep))
     nearest = nominal
     distance = np.full(z.shape, np.inf)
     with np.errstate(invalid="ignore"):
@@ -57,14 +59,14 @@ def valued(
             nearest = np.where(gap < distance, code, nearest)
             distance = np.fmin(gap, distance)
         point = quantize.decode(nearest, grid)
-        expected = np.where(regular, point * safe, np.where(np.isnan(sigma), np.nan, 0.0))
+        expected = np.where(regular & kept, point * safe, np.where(np.isnan(sigma), np.nan, 0.0))
         error = bounds.gamma(bounds.VALUE_ROUNDINGS, bounds.U32) * np.abs(expected)
         error = error + np.abs(point) * scale_error * (1 + bounds.U32) + bounds.ETA32
         bound = bounds.output(expected, error, oracle.dtype_name(values.dtype))
-    bound = np.where(regular, bound, 0.0)
+    bound = np.where(regular & kept, bound, 0.0)
     verdict = judges.close("values", values, expected.reshape(tuple(values.shape)),
                            bound.reshape(tuple(values.shape)))  # fmt: skip
-    ambiguous = int((regular & (highest > lowest)).sum())
+    ambiguous = int((regular & kept & (highest > lowest)).sum())
     failure = verdict.failure
     if failure is None and conclusive and inconclusive(ambiguous, z.size):
         failure = f"inconclusive: {ambiguous} of {z.size} codes are ambiguous"

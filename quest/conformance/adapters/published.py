@@ -93,21 +93,24 @@ class Paper:
     def fake_quantize(self, x: Tensor, format: Format) -> Tensor:
         """The values in the rotated domain, x's dtype."""
         codes, sigma = self.quantize(x, format)
-        return (self._points(codes, format) * sigma.double()).to(x.dtype)
+        points = torch.where(self.select(x, format), self._points(codes, format), 0.0)
+        return (points * sigma.double()).to(x.dtype)
 
     def mask(self, x: Tensor, format: Format) -> Tensor:
         """Where the gradient passes, bool (..., d)."""
-        codes, sigma = self.quantize(x, format)
-        t = self._places(x, format)[0]
+        codes, _ = self.quantize(x, format)
+        t, keep, sigma = self._places(x, format)
         if format.estimator == "ste":
             return torch.ones_like(t, dtype=torch.bool)
         if format.estimator == "clip":
             near = t.abs() <= format.parameter * format.points[-1]
         elif format.parameter >= 1:
-            # Inside the grid no entry is farther from its point than half a step.
-            near = t.abs() <= format.points[-1] + format.parameter * format.half_gap
+            # Inside the grid no entry is farther from its point than half a step; pruned ones are
+            # compared with 0.
+            outer = keep.double() * format.points[-1]
+            near = t.abs() <= outer + format.parameter * format.half_gap
         else:
-            distance = (self._points(codes, format) - t).abs()
+            distance = (torch.where(keep, self._points(codes, format), 0.0) - t).abs()
             near = distance <= format.parameter * format.half_gap
         return torch.where(sigma > 0, near, sigma == 0)
 

@@ -82,13 +82,15 @@ class Implementation:
             self.raised[RuntimeError] = None
             raise RuntimeError(f"{function} ended with {_told(error)}") from error
         if len(names) == 1:
-            return {names[0]: _ours(made, f"{function}")}
+            return {names[0]: _ours(made, f"{function} must return")}
         if isinstance(made, Mapping):
             made = [made.get(n) for n in names]
         if not isinstance(made, tuple | list) or len(made) != len(names):
             got = f"{len(made)} values" if isinstance(made, tuple | list) else type(made).__name__
             raise TypeError(f"{function} must return ({', '.join(names)}), got {got}")
-        return {n: _ours(m, f"{function}: {n}") for n, m in zip(names, made, strict=True)}
+        return {
+            n: _ours(m, f"{function} must return {n} as") for n, m in zip(names, made, strict=True)
+        }
 
     def _theirs(self, value: Any) -> Any:
         if isinstance(value, Tensor) and self.capabilities.arrays == "numpy":
@@ -100,7 +102,7 @@ def _ours(value: Any, told: str) -> Tensor:
     if isinstance(value, np.ndarray):
         return torch.from_numpy(np.ascontiguousarray(value))
     if not isinstance(value, Tensor):
-        raise TypeError(f"{told} must be a torch tensor or a NumPy array, got {type(value)}")
+        raise TypeError(f"{told} a torch tensor or a NumPy array, got {type(value)}")
     return value
 
 

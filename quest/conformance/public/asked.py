@@ -38,7 +38,7 @@ class Asked:
     ) -> T:  # fmt: skip
         """One of the declared values; skips the test as not covered where none can be asked.
 
-        kind: "grid" or "block". lacks: why a value can't be asked, None where it can.
+        kind: "grid", "block" or "estimator". lacks: why a value can't be asked, None where it can.
         """
         reasons = {value: lacks(value) for value in declared}
         self._reasons |= {r: None for r in reasons.values() if r is not None}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from quest import estimators
+
 from .adapter import Implementation
 from .capabilities import FUNCTIONS, Capabilities
 
@@ -16,18 +18,21 @@ DECLARES = {
     "tied": "grids",
     "trust": "estimators",
     "estimator": "estimators",
+    "clip": "estimators",
     "pattern": "sparsities",
     "bits": "bits",
     "family": "inputs",
 }
 
 # Of these an adapter may declare values that not everyone is asked about.
-OPEN = ("block", "grid", "estimator", "pattern")
+OPEN = ("block", "grid", "estimator", "clip", "pattern")
 
 
 def values(axis: str, asked: tuple[Any, ...], capabilities: Capabilities) -> tuple[Any, ...]:
     """What everyone is asked about, and then what is declared beyond it."""
     declared = getattr(capabilities, DECLARES[axis]) if axis in DECLARES else ()
+    if axis == "clip":
+        declared = tuple(v for v in declared if isinstance(estimators.parse(v), estimators.Clip))
     beyond = tuple(v for v in declared if v not in asked) if axis in OPEN else ()
     return (*asked, *beyond)
 

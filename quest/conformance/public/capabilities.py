@@ -18,7 +18,7 @@ BLOCKS = (1, 2, 16, 128, 256, 1024, 12, 20, 28, 40)
 GRIDS = (*(f"uniform{b}" for b in range(1, 9)), "ternary", "e2m1", "lloyd_max2", "lloyd_max4")
 ESTIMATORS = ("trust1.0", "trust0.5", "clip1.3", "ste")
 SPARSITIES = ("2:4", "pairs4:8")
-BITS = ("1", "2", "4", "8")
+BITS = (1, 2, 4, 8)
 # Kinds of inputs beyond finite matrices of moderate size.
 INPUTS = {
     "extremes": "tiny, subnormal and huge magnitudes",
@@ -78,7 +78,7 @@ class Capabilities:
     grids: tuple[str, ...] = ()
     estimators: tuple[str, ...] = ()
     sparsities: tuple[str, ...] = ()
-    bits: tuple[str, ...] = ()
+    bits: tuple[int, ...] = ()
     inputs: tuple[str, ...] = ()
     width_multiple: int = 1
     max_width: int | None = None
@@ -160,7 +160,7 @@ def _lists(key: str, value: Any) -> tuple[Any, ...]:
     if key == "inputs":
         return _known(key, values, INPUTS)
     if key == "bits":
-        return _known(key, tuple(map(str, values)), BITS)
+        return tuple(map(int, _known(key, tuple(map(str, values)), tuple(map(str, BITS)))))
     parse = {
         "blocks": transforms.split,
         "grids": grids.parse,

@@ -8,13 +8,14 @@ it from a worker to its controller.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from quest.conformance.strategies import Case
 from quest.conformance.verdict import Rejected, Tally, Verdict, observed
 
 from .adapter import Implementation
@@ -66,15 +67,15 @@ class Court:
     def judge(
         self,
         property_: Callable[..., list[Verdict]],
-        tensors: dict[str, str],
+        tensors: Mapping[str, str | Case],
         arguments: tuple[Any, ...],
         code: str,
         **keywords: Any,
     ) -> None:
         """Judge one call of `property_`; raise Rejected, with the snippet, where it fails.
 
-        tensors: for each tensor among the arguments, by its name, the Python that makes it.
-        code: the other arguments, as Python. keywords: passed on.
+        tensors: for each tensor among the arguments, by its name, the case or the Python that makes
+        it. code: the other arguments, as Python. keywords: passed on.
         """
         __tracebackhide__ = True
         made = [a for a in arguments if isinstance(a, torch.Tensor)]
@@ -131,18 +132,18 @@ class Court:
 
     def _fail(
         self, name: str, stage: str, told: str, named: dict[str, torch.Tensor],
-        tensors: dict[str, str], code: str,
+        tensors: Mapping[str, str | Case], code: str,
     ) -> None:  # fmt: skip
         lines = [
             "import torch, quest",
             "from quest.conformance import exact_rows, inputs",
             "from quest.conformance.public import load, properties",
             f"impl = load({self.impl.spec!r})",
-            *(f"{n} = {makes}" for n, makes in tensors.items()),
+            *(m.code(n) if isinstance(m, Case) else f"{n} = {m}" for n, m in tensors.items()),
         ]
         arguments = ", ".join(["impl", *tensors, *([code] if code else [])])
         lines += [f"for verdict in properties.{name}({arguments}):", "    print(verdict)"]
-        shown = {n: _shown(t) for n, t in named.items()}
+        shown = {n: _shown(t, _layout(tensors[n])) for n, t in named.items()}
         self.record.failure = {
             "stage": stage,
             "told": told,
@@ -151,8 +152,14 @@ class Court:
         }
 
 
-def _shown(t: torch.Tensor) -> str:
-    kind = f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+def _layout(makes: str | Case) -> str:
+    """What the memory of its tensor is called, with a space behind it; "" where contiguous."""
+    layout = makes.layout if isinstance(makes, Case) else "contiguous"
+    return "" if layout == "contiguous" else f"{layout} "
+
+
+def _shown(t: torch.Tensor, layout: str) -> str:
+    kind = f"{tuple(t.shape)} {layout}{str(t.dtype).removeprefix('torch.')}"
     values = t.flatten().tolist()
     if len(values) <= 2 * SPARSE:
         return f"{kind} {t.tolist()}"

@@ -75,10 +75,18 @@ def _coding(impl: Implementation, x: Tensor, q: Quantizer) -> tuple[Outputs, lis
         _integers("codes", out["codes"], tuple(x.shape)),
         judges.form("scale", out["scale"], (*x.shape[:-1], 1), torch.float32),
     ]
-    if q.sparsity is not None:
-        out |= impl.call("select", x, q=q)
-        found.append(judges.form("keep", out["keep"], tuple(x.shape), torch.bool))
-    return out, [v for v in found if v.failure is not None]
+    keep, wrong = _keeping(impl, x, q)
+    out |= {} if keep is None else {"keep": keep}
+    return out, [v for v in (*found, *wrong) if v.failure is not None]
+
+
+def _keeping(impl: Implementation, x: Tensor, q: Quantizer) -> tuple[Tensor | None, list[Verdict]]:
+    """What `select` wrote, None for a dense quantizer, and a verdict on its form."""
+    if q.sparsity is None:
+        return None, []
+    keep = impl.call("select", x, q=q)["keep"]
+    form = judges.form("keep", keep, tuple(x.shape), torch.bool)
+    return keep, [form] if form.failure else []
 
 
 def codes(
@@ -113,30 +121,37 @@ def exact(impl: Implementation, x: Tensor, q: Quantizer) -> list[Verdict]:
 def values(
     impl: Implementation, x: Tensor, q: Quantizer, *, conclusive: bool = True
 ) -> list[Verdict]:
-    """T6 of the dequantized values; given the codes where `quantize` shows them, else T2 to T6."""
+    """T6 of the dequantized values; given the codes where `quantize` shows them, else T2 to T6.
+
+    With sparsity given what `select` keeps, too: what it drops is exactly 0.
+    """
     made = impl.call("fake_quantize", x, q=q)["values"]
     form = judges.form("values", made, tuple(x.shape), x.dtype)
     if form.failure:
         return [form]
     if not impl.has("quantize"):
+        keep, wrong = _keeping(impl, x, q)
         sums = _sums(impl, q.transform.order(x.shape[-1]))
-        return [propagated.valued(x, q, made, conclusive=conclusive, sums=sums)]
+        return wrong or [propagated.valued(x, q, made, keep, conclusive=conclusive, sums=sums)]
     out, wrong = _coding(impl, x, q)
-    return wrong or [judges.dequantized(q, out["codes"], out["scale"], None, made)]
+    return wrong or [judges.dequantized(q, out["codes"], out["scale"], out.get("keep"), made)]
 
 
-def mask(impl: Implementation, x: Tensor, q: Quantizer) -> list[Verdict]:
-    """T4 of the gradient's mask, jointly with the codes."""
+def mask(
+    impl: Implementation, x: Tensor, q: Quantizer, *, conclusive: bool = True
+) -> list[Verdict]:
+    """T4 of the gradient's mask, jointly with the codes and, with sparsity, what `select` keeps."""
     out, wrong = _coding(impl, x, q)
     made = impl.call("mask", x, q=q)["mask"]
     form = judges.form("mask", made, tuple(x.shape), torch.bool)
     if wrong or form.failure:
         return [*wrong, form]
     sums = _sums(impl, q.transform.order(x.shape[-1]))
-    coded = judges.coded(x, q, out["codes"], out["scale"], conclusive=False, sums=sums)
+    shown = (out["codes"], out["scale"])
+    coded = judges.coded(x, q, *shown, out.get("keep"), conclusive=conclusive, sums=sums)
     if coded.failure:
         return [coded]  # the mask can't be judged against codes that are wrong
-    return [judges.masked(x, q, out["codes"], out["scale"], made, sums=sums)]
+    return [judges.masked(x, q, *shown, made, out.get("keep"), sums=sums)]
 
 
 def exact_mask(impl: Implementation, x: Tensor, q: Quantizer) -> list[Verdict]:
@@ -235,7 +250,7 @@ def backward(
     out, wrong = _operands(impl, x, w, made)
     pairs = ((x, made.activation), (w, made.weight))
     for t, q in pairs:
-        wrong += [v for v in mask(impl, t, q) if v.failure]
+        wrong += [v for v in mask(impl, t, q, conclusive=False) if v.failure]
     wrong += [v for v in forms if v.failure]
     if wrong:
         return wrong

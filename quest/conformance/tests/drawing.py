@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from hypothesis import strategies as st
 
@@ -9,6 +11,7 @@ import quest
 from quest.conformance import inputs, strategies
 from quest.conformance.public.capabilities import Capabilities
 from quest.conformance.public.court import Court
+from quest.conformance.verdict import Verdict
 from quest.estimators import Estimator
 
 # Finite, of moderate size, and without values on a midpoint but by chance.
@@ -28,6 +31,12 @@ def dtype_of(name: str) -> torch.dtype:
 def grid(court: Court, data: st.DataObject) -> str:
     """One of the declared grids."""
     return court.asked.choose(data, "grid", court.impl.capabilities.grids)
+
+
+def declared_estimator(court: Court, data: st.DataObject) -> Estimator:
+    """One of the declared estimators, on any grid."""
+    names = court.impl.capabilities.estimators
+    return quest.estimators.parse(court.asked.choose(data, "estimator", names))
 
 
 def block(court: Court, data: st.DataObject, group: int = 1) -> int:
@@ -83,6 +92,18 @@ def estimator(grid: str, capabilities: Capabilities) -> Estimator:
     parsed = [quest.estimators.parse(e) for e in capabilities.estimators]
     published = quest.Clip(1.3) if quest.grids.parse(grid).levels == 2 else quest.Trust()
     return published if published in parsed else next(iter(parsed), quest.STE())
+
+
+def judge(
+    court: Court, property_: Callable[..., list[Verdict]], case: strategies.Case,
+    q: quest.Quantizer,
+) -> None:  # fmt: skip
+    """Judge a property of a quantizer that knows the rules on ambiguous elements."""
+    # Equal rows flip together, and the rules on ambiguous codes count independent ones; of
+    # subnormal rows no code is certain.
+    sure = case.layout != "expanded" and case.distribution in PLAIN
+    code = f"{quantizer(q.spec)}, conclusive={sure}"
+    court.judge(property_, {"x": case}, (case.make(), q), code, conclusive=sure)
 
 
 def quantizer(spec: str) -> str:

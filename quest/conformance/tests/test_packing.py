@@ -17,19 +17,13 @@ SHAPES = st.tuples(st.sampled_from((1, 3)), st.sampled_from((1, 2, 3, 8, 9, 64, 
 
 @pytest.mark.judges("pack", bits=BITS)
 @given(shape=SHAPES, seed=SEEDS)
-def test_pack(court: Court, bits: str, shape: tuple[int, int], seed: int) -> None:
-    codes, made = (
-        inputs.unsigned(int(bits), shape, seed),
-        f"inputs.unsigned({bits}, {shape}, {seed})",
-    )
-    court.judge(properties.packed, {"codes": made}, (codes, int(bits)), bits)
+def test_pack(court: Court, bits: int, shape: tuple[int, int], seed: int) -> None:
+    codes, made = inputs.unsigned(bits, shape, seed), f"inputs.unsigned({bits}, {shape}, {seed})"
+    court.judge(properties.packed, {"codes": made}, (codes, bits), str(bits))
 
 
 @pytest.mark.judges("unpack", bits=BITS)
 @given(shape=SHAPES, seed=SEEDS)
-def test_unpack(court: Court, bits: str, shape: tuple[int, int], seed: int) -> None:
-    codes, made = (
-        inputs.unsigned(int(bits), shape, seed),
-        f"inputs.unsigned({bits}, {shape}, {seed})",
-    )
-    court.judge(properties.unpacked, {"codes": made}, (codes, int(bits)), bits)
+def test_unpack(court: Court, bits: int, shape: tuple[int, int], seed: int) -> None:
+    codes, made = inputs.unsigned(bits, shape, seed), f"inputs.unsigned({bits}, {shape}, {seed})"
+    court.judge(properties.unpacked, {"codes": made}, (codes, bits), str(bits))

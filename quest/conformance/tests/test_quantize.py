@@ -20,6 +20,9 @@ from quest.conformance.strategies import SEEDS, Case
 from . import drawing
 
 TIED_GRIDS = ("uniform1", "uniform2", "uniform4", "ternary")
+# Of whose outermost point, half gap and step each gives the other two without rounding.
+CLIPPED_GRIDS = ("uniform1", "ternary")
+CLIPS = ("clip1.3",)
 
 
 def _quantizer(court: Court, grid: str, data: st.DataObject) -> quest.Quantizer:
@@ -29,21 +32,13 @@ def _quantizer(court: Court, grid: str, data: st.DataObject) -> quest.Quantizer:
     return quest.Quantizer(quest.grids.parse(grid), quest.Hadamard(block), estimator)
 
 
-def _judge(court: Court, property_: Callable[..., Any], case: Case, q: quest.Quantizer) -> None:
-    # Equal rows flip together, and the rules on ambiguous codes count independent ones; of
-    # subnormal rows no code is certain.
-    sure = case.layout != "expanded" and case.distribution in drawing.PLAIN
-    code = f"{drawing.quantizer(q.spec)}, conclusive={sure}"
-    court.judge(property_, {"x": case.expression()}, (case.make(), q), code, conclusive=sure)
-
-
 @pytest.mark.judges("quantize", declares=("blocks",), dtype=DTYPES, grid=GRIDS)
 @given(data=st.data())
 def test_codes(court: Court, dtype: str, grid: str, data: st.DataObject) -> None:
     q = _quantizer(court, grid, data)
     case = data.draw(drawing.plain(dtype, q.transform.order(0), court.impl.capabilities,
                                    ties=False))  # fmt: skip
-    _judge(court, properties.codes, case, q)
+    drawing.judge(court, properties.codes, case, q)
 
 
 @pytest.mark.judges("fake_quantize", declares=("blocks",), dtype=DTYPES, grid=GRIDS)
@@ -52,20 +47,20 @@ def test_values(court: Court, dtype: str, grid: str, data: st.DataObject) -> Non
     q = _quantizer(court, grid, data)
     case = data.draw(drawing.plain(dtype, q.transform.order(0), court.impl.capabilities,
                                    ties=False))  # fmt: skip
-    _judge(court, properties.values, case, q)
+    drawing.judge(court, properties.values, case, q)
 
 
 @pytest.mark.judges("quantize", "mask", declares=("blocks", "grids"), dtype=DTYPES,
                     estimator=ESTIMATORS)  # fmt: skip
 @given(data=st.data())
 def test_mask(court: Court, dtype: str, estimator: str, data: st.DataObject) -> None:
+    """Where midpoints go up on ties, too: a mask is judged beside codes that are right."""
     capabilities = court.impl.capabilities
     grid = quest.grids.parse(drawing.grid(court, data))
     block = drawing.block(court, data)
     q = quest.Quantizer(grid, quest.Hadamard(block), quest.estimators.parse(estimator))
-    case = data.draw(drawing.plain(dtype, block, capabilities, ties=False))
-    code = drawing.quantizer(q.spec)
-    court.judge(properties.mask, {"x": case.expression()}, (case.make(), q), code)
+    case = data.draw(drawing.plain(dtype, block, capabilities, ties=capabilities.ties == "up"))
+    drawing.judge(court, properties.mask, case, q)
 
 
 @pytest.mark.judges("quantize", declares=("blocks", "ties"), dtype=DTYPES, grid=GRIDS)
@@ -75,14 +70,14 @@ def test_ties(court: Court, dtype: str, grid: str, data: st.DataObject) -> None:
     q = _quantizer(court, grid, data)
     case = data.draw(drawing.plain(dtype, q.transform.order(0), court.impl.capabilities,
                                    ties=True))  # fmt: skip
-    _judge(court, properties.codes, case, q)
+    drawing.judge(court, properties.codes, case, q)
 
 
 @pytest.mark.judges("quantize", declares=("ties", "any_outer"), dtype=DTYPES, tied=TIED_GRIDS)
 @given(seed=SEEDS)
 def test_every_tie(court: Court, dtype: str, tied: str, seed: int) -> None:
     """Dyadic scales and steps, values on every midpoint and on the outer points."""
-    _exact(court, properties.exact, dtype, tied, quest.STE(), 8, seed)
+    _exact(court, properties.exact, dtype, _dyadic(tied), quest.STE(), 8, seed)
 
 
 @pytest.mark.judges("mask", declares=("any_outer",), dtype=DTYPES, tied=TIED_GRIDS,
@@ -93,19 +88,32 @@ def test_every_threshold(court: Court, dtype: str, tied: str, trust: str, seed: 
     they are inside.
     """
     made = quest.estimators.parse(trust)
-    _exact(court, properties.exact_mask, dtype, tied, made, 16, seed)
+    _exact(court, properties.exact_mask, dtype, _dyadic(tied), made, 16, seed)
+
+
+@pytest.mark.judges("mask", declares=("any_outer",), dtype=DTYPES, tied=CLIPPED_GRIDS, clip=CLIPS)
+@given(seed=SEEDS)
+def test_every_clip(court: Court, dtype: str, tied: str, clip: str, seed: int) -> None:
+    """Rows with values on the threshold of a clip: they are inside."""
+    made = quest.estimators.parse(clip)
+    assert isinstance(made, quest.Clip)
+    held, outer = exact_rows.on_threshold(made.scale, 16)
+    _exact(court, properties.exact_mask, dtype, f"{tied}:{outer!r}", made, 16, seed, held)
+
+
+def _dyadic(tied: str) -> str:
+    """A grid whose step is a quarter of the RMS."""
+    return f"{tied}:{0.25 * (quest.grids.parse(tied).levels - 1) / 2!r}"
 
 
 def _exact(
-    court: Court, property_: Callable[..., Any], dtype: str, tied: str, made: Any, unit: int,
-    seed: int,
+    court: Court, property_: Callable[..., Any], dtype: str, grid: str, made: Any, unit: int,
+    seed: int, holds: int = 0,
 ) -> None:  # fmt: skip
-    """Of rows of integers with an RMS of so many units; a step is a quarter of the RMS."""
-    levels, step = quest.grids.parse(tied).levels, 0.25
-    grid = quest.grids.parse(f"{tied}:{step * (levels - 1) / 2!r}")
-    q = quest.Quantizer(grid, quest.Identity(), made)
-    x = torch.from_numpy(exact_rows.rows(1, 32, unit, seed)).to(drawing.dtype_of(dtype))
-    makes = f"torch.from_numpy(exact_rows.rows(1, 32, {unit}, {seed})).to(torch.{dtype})"
+    """Of rows of integers with an RMS of so many units, that hold a certain one."""
+    q = quest.Quantizer(quest.grids.parse(grid), quest.Identity(), made)
+    x = torch.from_numpy(exact_rows.rows(1, 32, unit, seed, holds)).to(drawing.dtype_of(dtype))
+    makes = f"torch.from_numpy(exact_rows.rows(1, 32, {unit}, {seed}, {holds})).to(torch.{dtype})"
     court.judge(property_, {"x": makes}, (x, q), drawing.quantizer(q.spec))
 
 
@@ -122,12 +130,24 @@ def test_inputs_of_values(court: Court, dtype: str, family: str, data: st.DataOb
     _family(court, properties.values, dtype, family, data)
 
 
+@pytest.mark.judges("quantize", "mask", declares=("blocks", "grids", "estimators"), dtype=DTYPES,
+                    family=tuple(INPUTS))  # fmt: skip
+@given(data=st.data())
+def test_inputs_of_mask(court: Court, dtype: str, family: str, data: st.DataObject) -> None:
+    grid, estimator = drawing.grid(court, data), drawing.declared_estimator(court, data)
+    block = drawing.block(court, data)
+    q = quest.Quantizer(quest.grids.parse(grid), quest.Hadamard(block), estimator)
+    drawing.judge(court, properties.mask, _drawn(court, dtype, family, q, data), q)
+
+
 def _family(
     court: Court, property_: Callable[..., Any], dtype: str, family: str, data: st.DataObject
 ) -> None:
-    capabilities = court.impl.capabilities
     q = _quantizer(court, drawing.grid(court, data), data)
-    ties = capabilities.ties == "up"
-    block = q.transform.order(0)
-    _judge(court, property_, data.draw(drawing.family(family, dtype, block, capabilities,
-                                                      ties=ties)), q)  # fmt: skip
+    drawing.judge(court, property_, _drawn(court, dtype, family, q, data), q)
+
+
+def _drawn(court: Court, dtype: str, family: str, q: quest.Quantizer, data: st.DataObject) -> Case:
+    capabilities = court.impl.capabilities
+    ties, block = capabilities.ties == "up", q.transform.order(0)
+    return data.draw(drawing.family(family, dtype, block, capabilities, ties=ties))

@@ -59,7 +59,9 @@ class Again:
         self._places, self._stream = tuple(place for (place,) in places), stream
         # By the addresses that each was told last, the oldest first. Memory that is let go and
         # asked for again has few addresses: a loop that holds one outcome until the next has two.
+        # Another is made for addresses that come back, `_left` by a way that went on to others.
         self._ways = {addresses: self._way()}
+        self._left: tuple[int, ...] | None = None
         self._refused: _Way | None = None  # it may not know what it was told
 
     def queue(self, *addresses: int) -> None:
@@ -80,21 +82,34 @@ class Again:
         A kernel of which nothing has changed is not told anew: that takes the host as long as it
         takes to queue half of a graph.
         """
+        stale = set(range(len(self.launches)))
+        comes_back = self._captured and addresses == self._left and len(self._ways) < MOST_GRAPHS
+        if self._refused is None and not comes_back:
+            stale = self._leave(addresses)
         for (_, words, at), address in zip(self._places, addresses, strict=True):
             words[at] = address
-        stale = set(range(len(self.launches)))
         if self._refused is None:
-            if self._captured and len(self._ways) < MOST_GRAPHS:
+            try:
                 self._refused = self._way()  # which is told by being made
+            except RuntimeError:  # for want of memory, or of a context: there is another way
+                stale = self._leave(addresses)
+            else:
                 return self._refused.queues
-            oldest = next(iter(self._ways))
-            self._refused = self._ways.pop(oldest)
-            told = zip(self._places, oldest, addresses, strict=True)
-            stale = {of for (of, *_), before, now in told if before != now}
+        assert self._refused is not None
         return [
             *(self._refused.tells[of] for of in stale if self._refused.tells),
             *self._refused.queues,
         ]
+
+    def _leave(self, addresses: tuple[int, ...]) -> set[int]:
+        """Take the oldest way for these addresses; which launches it is to be told of."""
+        oldest = next(iter(self._ways))
+        # An interrupt may come between any two of these.
+        self._refused = self._ways[oldest]
+        del self._ways[oldest]
+        self._left = oldest
+        told = zip(self._places, oldest, addresses, strict=True)
+        return {of for (of, *_), before, now in told if before != now}
 
     @property
     def _captured(self) -> bool:

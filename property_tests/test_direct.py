@@ -537,6 +537,30 @@ def test_what_is_copied_of_joined_biases(monkeypatch: pytest.MonkeyPatch) -> Non
         assert joined.copies(room) == []
 
 
+def test_biases_that_were_made_for_a_call_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory is let go; where they are joined stays the same."""
+    Stream(monkeypatch)
+    layers, one, x = [quest.Linear(16, n, True) for n in (3, 4)], frozen.Frozen(), torch.zeros(2)
+    layers[1].bias = None
+    with torch.no_grad():
+        rooms = [joint.joined(layers, one, x) for _ in range(3)]
+    assert len({room.data_ptr() for room in rooms if room is not None}) == 1
+    assert one.biases.copies(rooms[0]) == one.biases.copies(rooms[2]) == []
+    ((_, memory),) = one.biases.values()
+    assert one.biases.copies(memory) == []
+
+
+def test_kinds_of_calls_that_were_seen_once_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "MOST_CALLS", 3)
+    calls = direct.Calls()
+    for kind, call in ((1, direct.NEVER), (2, None), (3, direct.NEVER), (4, None), (5, None)):
+        direct._keep(calls, (kind,), call)
+    assert list(calls) == [(1,), (3,), (5,)]
+    direct._keep(calls, (5,), direct.NEVER)
+    direct._keep(calls, (6,), None)
+    assert list(calls) == [(3,), (5,), (6,)]
+
+
 def test_a_bias_in_a_transform_has_no_address() -> None:
     """Mapped over biases, a layer whose calls are kept takes the plain way."""
     layer = quest.Linear(16, 3, True, "w4a4").eval().freeze()

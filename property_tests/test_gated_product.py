@@ -322,8 +322,10 @@ class Layers:
         self.norm = nn.RMSNorm(WIDTH, 1e-5, dtype=HALVES[0])
         room = direct.Joined.room
 
-        def kept(joined: direct.Joined, biases: list[Tensor], x: Tensor) -> Tensor | None:
-            found = room(joined, biases, x)
+        def kept(
+            joined: direct.Joined, biases: list[Tensor], x: Tensor, *stay: bool
+        ) -> Tensor | None:
+            found = room(joined, biases, x, *stay)
             self.kernels.memory += [] if found is None else [found]
             return found
 

@@ -126,6 +126,13 @@ def test_forward_mode_is_refused() -> None:
             function(torch.autograd.forward_ad.make_dual(x, v))
     with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
         torch.func.jacfwd(layer)(x)
+    # Which torch.no_grad does not turn off.
+    with (
+        torch.no_grad(), paths.only("integers"),
+        pytest.raises(NotImplementedError, match="no forward-mode derivatives"),
+        torch.autograd.forward_ad.dual_level(),
+    ):  # fmt: skip
+        quest.gated(x, torch.autograd.forward_ad.make_dual(x, v), layer)
     # What asks for none may be computed meanwhile.
     y, dy = torch.func.jvp(lambda t: layer(x) + t, (x,), (v,))
     assert torch.equal(y, layer(x) + x)

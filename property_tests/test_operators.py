@@ -296,6 +296,8 @@ def test_who_watches_calls_of_operators(monkeypatch: pytest.MonkeyPatch) -> None
     assert not ops.direct(x.as_subclass(_Subclass))
     with _Mode():
         assert not ops.direct(x)
+    with torch.autograd.forward_ad.dual_level():
+        assert not ops.direct(x)
     seen = []
 
     def traced(y: torch.Tensor) -> torch.Tensor:

@@ -291,6 +291,51 @@ def test_groups_that_name_no_layers(groups: Any, error: type[Exception], told: s
         quest.freeze_(Attention())
 
 
+def test_groups_of_wrapped_modules() -> None:
+    """As attributes: of what is compiled, tied, lacking on purpose or behind a property."""
+
+    class Attention(nn.Module):
+        shared_inputs = (("q", "k"), ("q", "again"), ("q", "none"), ("q", "own"))
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = quest.Linear(16, 16), quest.Linear(16, 16)
+            self.again, self.none = self.q, None
+
+        @property
+        def own(self) -> nn.Module:
+            return self.k
+
+    for wrap in (lambda m: m, lambda m: torch.compile(m, backend="eager")):
+        model = nn.Sequential(wrap(Attention()))
+        quest.freeze_(model)
+        q = next(m for m in model.modules() if isinstance(m, quest.Linear))
+        assert q.current().whole is not None
+
+
+def test_what_is_refused_is_not_frozen() -> None:
+    class Attention(nn.Module):
+        shared_inputs = (("q", ["k"]),)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = quest.Linear(16, 16)
+
+    model = Attention()
+    with pytest.raises(ValueError, match="and there is no such module"):
+        quest.freeze_(model)
+    assert model.training
+    assert model.q.current() is None
+
+
+def test_a_head_by_any_of_its_names_is_left_alone() -> None:
+    model = nn.ModuleDict({"proj": nn.Linear(16, 16), "body": nn.Linear(16, 16)})
+    model["lm_head"] = model["proj"]
+    quest.quantize_(model, "w4a4")
+    assert type(model["proj"]) is nn.Linear
+    assert type(model["body"]) is quest.Linear
+
+
 def test_layers_of_other_widths_are_not_stacked() -> None:
     class Other(nn.Module):
         shared_inputs = (("q", "k"),)

@@ -45,8 +45,10 @@ class Calls:
         self.x, self.other = torch.randn(2, 3, WIDTH).to(HALF)
         room = direct.Joined.room
 
-        def kept(joined: direct.Joined, biases: list[Tensor], x: Tensor) -> Tensor | None:
-            found = room(joined, biases, x)
+        def kept(
+            joined: direct.Joined, biases: list[Tensor], x: Tensor, *stay: bool
+        ) -> Tensor | None:
+            found = room(joined, biases, x, *stay)
             self.kernels.memory += [] if found is None else [found]
             return found
 
@@ -310,7 +312,9 @@ def test_what_is_another_call(calls: Calls) -> None:
     assert same()
     if first.bias is not None:
         first.bias = None  # as if it were zeros
+        # Joined elsewhere, and so another call: made again once it has been recorded.
         assert not uses(calls.together)
+        assert [calls.queued(calls.together) for _ in range(2)] == [False, True]
         assert calls.joined() == [0.0] * OUTS[0] + torch.cat([b.bias for b in before[1:]]).tolist()
     first.set_recipe("w2a4")
     assert not uses(calls.together)

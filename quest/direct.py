@@ -32,7 +32,9 @@ from .kernels import outputs, product
 if TYPE_CHECKING:
     from .frozen import Frozen
 
-MOST_CALLS = 64  # kinds of calls that are kept for a weight
+# Kinds of calls that are kept for a weight, each with one graph or two of up to 0.1 MB of the
+# device's memory.
+MOST_CALLS = 64
 MOST_STREAMS = 64  # whose memory for joined biases is kept
 # Elements of an input whose calls are recorded: with more the device takes longer than the host.
 MOST_ELEMENTS = 2**23
@@ -78,7 +80,7 @@ class Calls(dict[tuple[object, ...], Call | None]):
     NEVER for one that can't be recorded.
 
     It is held here, too: a thread may end, and another get its number; and no other biases are
-    joined at an address that a call knows.
+    joined at an address to which a call copies its own.
     """
 
     def __reduce__(self) -> tuple[type[Calls], tuple[()]]:
@@ -101,14 +103,18 @@ class Joined(dict[int, tuple[Like, Tensor]]):
     def __reduce__(self) -> tuple[type[Joined], tuple[()]]:
         return Joined, ()
 
-    def room(self, biases: list[Tensor], x: Tensor) -> Tensor | None:
+    def room(self, biases: list[Tensor], x: Tensor, stay: bool = True) -> Tensor | None:
         """Where these lie once they are joined (out,), for an input on CUDA: always the same.
 
-        None where something watches, or they can't lie there.
+        None where something watches, or they can't lie there. stay: they are parameters, and none
+        was made for this call.
         """
         if not keeps(x) or any(type(b) not in ops.PLAIN or b.device != x.device for b in biases):
             return None
-        like = tuple((b.dtype, b.shape, b.data_ptr(), b.is_contiguous()) for b in biases)
+        like = tuple(
+            (b.dtype, b.shape, b.data_ptr() if stay else 0, stay and b.is_contiguous())
+            for b in biases
+        )
         stream = torch._C._cuda_getCurrentRawStream(x.get_device())
         found = self.get(stream)
         if found is None or found[0] != like:
@@ -270,9 +276,11 @@ def _in_rows(x: Tensor) -> bool:
 
 
 def _keep(calls: Calls, kind: tuple[object, ...], call: Call | None) -> None:
-    """Put a call in the place of the oldest where there are many."""
+    """Put a call in the place of the oldest where there are many; of one seen once, if any."""
     while len(calls) >= MOST_CALLS and kind not in calls:
-        calls.pop(next(iter(tuple(calls))), None)
+        there = tuple(calls.items())
+        oldest = next((known for known, held in there if held is None), there[0][0])
+        calls.pop(oldest, None)
     calls[kind] = call
 
 

@@ -184,7 +184,7 @@ def joined(layers: list[Linear], one: frozen.Frozen, x: Tensor) -> Tensor | None
     biases = biases_of(layers)
     if not biases:
         return None
-    room = one.biases.room(biases, x)
+    room = one.biases.room(biases, x, all(layer.bias is not None for layer in layers))
     return torch.cat(biases) if room is None else torch.cat(biases, out=room)
 
 

@@ -224,12 +224,11 @@ def _require_forward(linear: nn.Module) -> None:
 
 
 def _is_body(model: nn.Module) -> Callable[[nn.Module, str], bool]:
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-
-    def keep(module: nn.Module, name: str) -> bool:
-        return module is not head and name.rpartition(".")[2] not in HEADS
-
-    return keep
+    heads = {getattr(model, "get_output_embeddings", lambda: None)()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name.rpartition(".")[2] in HEADS:
+            heads.add(module)  # whatever else it is called
+    return lambda module, _: module not in heads
 
 
 def quantize_(
@@ -240,7 +239,8 @@ def quantize_(
     """Make the `nn.Linear` modules of `model` quantized ones, in place; returns `model`.
 
     They stay the modules that they are, of another class: parameters keep their values and names,
-    hooks stay, and so does what was compiled, which is compiled anew when it is called.
+    hooks stay, and so does what was compiled, which is compiled anew when it is called. One that
+    stands in several places, also of another model, is quantized in all of them.
     filter_fn(module, qualified name) says which; by default all but the output head (what
     `model.get_output_embeddings()` returns, and modules called lm_head, output, head, embed_out,
     classifier or score), which the method leaves in the model's dtype. Subclasses of `nn.Linear`
@@ -299,24 +299,34 @@ def freeze_(model: nn.Module) -> nn.Module:
         raise ValueError("model has no quest.Linear: quest.quantize_ makes them")
     from . import joint  # which is made of these layers
 
+    groups = [
+        _shared(path, module, names)
+        for path, module in model.named_modules()
+        for names in getattr(module, "shared_inputs", ())
+    ]
     model.eval()
     for layer in layers:
         layer.freeze()
-    for path, module in model.named_modules():
-        for names in getattr(module, "shared_inputs", ()):
-            joint.stack(_shared(path, module, names))
+    for group in groups:
+        joint.stack(group)
     return model
 
 
-def _shared(path: str, module: nn.Module, names: object) -> list[nn.Module]:
-    """The layers of a group in `shared_inputs`; TypeError or ValueError where it names none."""
+def _shared(path: str, module: nn.Module, names: object) -> list[Any]:
+    """The layers of a group in `shared_inputs`; TypeError or ValueError where it names none.
+
+    None for one that the module lacks on purpose.
+    """
     where = f"{path or type(module).__name__}.shared_inputs"
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f'{where} must hold groups of names, as (("q", "k", "v"),), got {names!r}')
-    there = dict(module.named_children())
-    missing = [name for name in names if name not in there]
+    # As attributes: a wrapper, as of a compiled module, has those of what it wraps.
+    made = [getattr(module, str(name), module) for name in names]
+    missing = [
+        repr(name)
+        for name, layer in zip(names, made, strict=True)
+        if layer is module or not isinstance(layer, nn.Module | None)
+    ]
     if missing:
-        raise ValueError(
-            f"{where} names {', '.join(map(repr, missing))}, and there is no such module"
-        )
-    return [there[name] for name in names]
+        raise ValueError(f"{where} names {', '.join(missing)}, and there is no such module")
+    return made

@@ -155,12 +155,13 @@ def device_of(t: Tensor) -> AbstractContextManager[None]:
 def direct(x: Tensor) -> bool:
     """Whether a kernel may be launched on x without the dispatcher, which costs the host more.
 
-    Nothing watches calls of operators: no compiler, no trace, no transform of torch.func, no tensor
-    subclass, no dispatch mode.
+    Nothing watches calls of operators: no compiler, no trace, no transform of torch.func, no
+    forward-mode derivative, no tensor subclass, no dispatch mode.
     """
     return (
         type(x) in PLAIN
         and x.is_cuda
+        and forward_ad._current_level < 0
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None

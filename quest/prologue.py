@@ -332,6 +332,7 @@ def gated(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
     if (found := again((gate, up), (layer,))) is not None:
         return found[0]
     _check_pair(gate, up, ("gate", "up"), plain=True)
+    ops.check_tangents(gate, up)
     check_layer(layer)
     same = gate.dtype == up.dtype
     held = _held((layer,), gate) if same else None
@@ -340,7 +341,6 @@ def gated(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
         y: Tensor = layer(nn.functional.silu(gate) * up) if live is None else live
         return y
     assert isinstance(layer, Linear)
-    ops.check_tangents(gate, up)
     bias, unwatched = layer.bias, ops.direct(gate) and ops.direct(up)
     if unwatched and direct.fits(bias, gate, layer.out_features):
         made = direct.behind((gate, up), held, bias)

@@ -13,7 +13,7 @@ from rich.console import Console
 from quest.linear import quantize_
 from quest.models import SIZES, Llama
 from quest.recipes import recipe
-from quest.train import checkpoint, loop, plot, progress
+from quest.train import checkpoint, files, loop, plot, progress
 from quest.train.config import TrainConfig
 from quest.train.data import ByteEncoder, Dataset, FileEncoder, encode
 from quest.train.errors import UserError
@@ -80,7 +80,8 @@ def run(request: Request, console: Console) -> list[loop.Outcome]:
     folder = RunFolder(request.out)
     folder.check(recipes, resume=request.resume, overwrite=request.overwrite)
     encoder = FileEncoder(request.tokenizer) if request.tokenizer else ByteEncoder()
-    text = load_text(request.data, config.seq + 1, (folder.manifest, folder.metrics))
+    own = (folder.manifest, folder.metrics)
+    text = load_text(request.data, config.seq + 1, (*own, *map(files.temporary, own)))
     data = encode(text, encoder, config.seq)
     finished = _finished(request, recipes, folder, data) if request.resume else {}
     _check_models(request, recipes, data)

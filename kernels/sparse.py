@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import cuda, outputs
+from . import cuda, layout, outputs
 from .hopper import ARCHITECTURE, OUT, aligned, bias_type, tensor_map
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def product(
     tiles = shape(features, tokens, processors)
     if metadata.shape[1] == 0:  # no entries: a block of zeros, with indices 0 and 1
         metadata = metadata.new_full((features, 8), 0x44444444)
-    values, x, metadata = aligned(values), aligned(x), metadata.contiguous()
+    values, x, metadata = aligned(values), aligned(x), layout.aligned(metadata)
     at = cuda.pointer
     _kernel(epilogue, out, tiles, device).launch(
         tiles.cluster * min(tiles.clusters(features, tokens), processors // tiles.cluster),

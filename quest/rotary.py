@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from .kernels.product import Turned
 
 
@@ -68,6 +69,7 @@ def check(rotary: Rotary, x: Tensor, layers: Sequence[nn.Module]) -> None:
             raise TypeError(f"{name} must be of floats, got {t.dtype}")
         if t.device != x.device:
             raise ValueError(f"{name} must lie where x lies, {x.device}; got {t.device}")
+    ops.check_tangents(cos, sin)
     if x.ndim < 2:
         raise ValueError(f"x must be (..., T, in) to be turned, got shape {tuple(x.shape)}")
     if cos.ndim != 2 or cos.shape[0] != x.shape[-2] or cos.shape[1] == 0:

@@ -27,11 +27,13 @@ from .trace import WATCHED
 
 # Of few.cu, and of the header with its PTX.
 _FEW = (
+    "cuda_corners",
     "few_cuda_edges", "few", "packed_product", "frozen", "launch_rules", "few_launches",
     "cuda_texts", "races", "memcheck", "barriers", "many_rows",
 )  # fmt: skip
 # Of product.cu, and of its header.
 _PRODUCT = (
+    "cuda_corners",
     "product_cuda_edges",
     "product",
     "gated_product",
@@ -62,6 +64,7 @@ OWN = {
         "prologue_kernel",
     ),
     "kernels/blocks.cu": (
+        "cuda_corners",
         "blocks_cuda_edges",
         "blocks_teams_cuda_edges",
         "blocks_drawn",
@@ -148,6 +151,7 @@ OWN = {
         "barriers",
     ),
     "kernels/gate.cuh": (
+        "cuda_corners",
         "blocks_teams_cuda_edges",
         "blocks_drawn",
         "prologue_kernel",
@@ -241,6 +245,7 @@ OWN = {
         "product",
     ),
     "kernels/rows.cu": (
+        "cuda_corners",
         "emulated_rows",
         "rows_cuda_edges",
         "blocks_cuda_edges",
@@ -255,6 +260,7 @@ OWN = {
         "barriers",
     ),
     "kernels/rows.py": (
+        "cuda_corners",
         "few_launches",
         "launch_rules",
         "emulated_rows",
@@ -269,6 +275,7 @@ OWN = {
         "cuda_texts",
     ),
     "kernels/sparse.cu": (
+        "cuda_corners",
         "product_launches",
         "sparse_cuda_edges",
         "sparse_far_cuda_edges",
@@ -290,6 +297,7 @@ OWN = {
         "sparse_product",
     ),
     "quest/direct.py": (
+        "frozen_corners",
         "direct_launches",
         "recorded_calls",
         "direct",
@@ -373,6 +381,7 @@ OWN = {
         "hadamard",
     ),
     "quest/packed.py": (
+        "frozen_corners",
         "grids_and_transforms_edges",
         "operand_launches",
         "operand_checks",
@@ -383,6 +392,7 @@ OWN = {
     "quest/packing.py": ("grids_and_transforms_edges", "packing", "errors"),
     "quest/paths.py": ("paths", "launch_rules", "frozen", "linear"),
     "quest/prologue.py": (
+        "frozen_corners",
         "prologue_launches",
         "prologue_rules",
         "gated_product",
@@ -393,8 +403,8 @@ OWN = {
     ),
     "quest/quantizer.py": ("grids_and_transforms_edges", "api", "errors", "quantizer"),
     "quest/recipes.py": ("api", "errors"),
-    "quest/residual.py": ("added_product",),
-    "quest/rotary.py": ("rotary", "rotated_product"),
+    "quest/residual.py": ("added_product", "frozen_corners"),
+    "quest/rotary.py": ("rotary", "rotated_product", "frozen_corners"),
     "quest/rotated_product.py": ("rotated_product", "rotary"),
     "quest/scalars.py": ("errors",),
     "quest/sparse_product.py": ("sparse_product_checks", "sparse_product"),

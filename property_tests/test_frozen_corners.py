@@ -7,16 +7,9 @@ import torch
 from torch.autograd import forward_ad
 
 import quest
-from property_tests.test_prologue_rules import (  # noqa: F401 - the fixture
-    HALF,
-    Seen,
-    _frozen,
-    _layer,
-    _norm,
-    _pair,
-    seen,
-)
-from property_tests.test_recorded_calls import Calls, calls  # noqa: F401 - the fixture
+from property_tests import test_prologue_rules, test_recorded_calls
+from property_tests.test_prologue_rules import HALF, Seen, _frozen, _layer, _norm, _pair
+from property_tests.test_recorded_calls import Calls
 from quest import operands, paths
 from quest.packed import bits_of
 
@@ -26,6 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
 ]
 
+seen, calls = test_prologue_rules.seen, test_recorded_calls.calls  # fixtures
 ROWS = 200  # more than are multiplied packed
 REFUSED = "no forward-mode derivatives"
 
@@ -55,7 +49,7 @@ def test_signs_beside_integers_are_not_packed() -> None:
 
 def test_a_layer_frozen_as_values_is_not_quantized_again(
     seen: Seen,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     layer = _layer().eval().freeze()  # as values, on a CPU
     monkeypatch.setattr(paths, "choose", lambda *_: "integers")
@@ -75,7 +69,7 @@ def test_tangents_of_each_input_of_a_frozen_layer(
     kind: str,
     what: str,
     seen: Seen,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Which torch.no_grad leaves on."""
     (layer,), norm = _frozen(monkeypatch, outs=(256,)), _norm()
@@ -103,7 +97,7 @@ def test_tangents_of_angles(
     kind: str,
     which: int,
     seen: Seen,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     layers, norm = _frozen(monkeypatch, outs=(64, 32)), _norm()
     x, angle = torch.randn(ROWS, 256).to(HALF), torch.randn(ROWS, 16)
@@ -125,7 +119,7 @@ def test_forward_mode_is_refused_by_recorded_calls(
     recorded: bool,
     name: str,
     calls: Calls,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = (lambda: calls.alone(calls.x)) if name == "alone" else getattr(calls, name)
     if recorded:

@@ -1,9 +1,9 @@
 """Launches that were recorded, made again with other addresses in the places of some.
 
 Several become one CUDA graph, whose kernels are told their parameters anew before it is queued, if
-these have changed: that takes the host at most half of what the launches take. There are two such
-graphs, for two sets of addresses in turn. One launch stays a launch, which may overlap with the
-kernel before it.
+these have changed: that takes the host at most half of what the launches take. For addresses that
+come back there is a second graph. One launch stays a launch, which may overlap with the kernel
+before it.
 Source: NVIDIA, CUDA Driver API, graph management.
 """
 

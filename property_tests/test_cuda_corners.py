@@ -122,6 +122,7 @@ def test_a_norm_whose_weight_is_large(
     made = blocks.normed(x, None, weight.to(place.device), 1e-5, ops.program(parse(FOUR), x),
                          form=forms.INTEGERS, show=True)  # fmt: skip
     assert made.rows is not None
+    # Each is rounded to bfloat16 once, by 2^-9 at most, from floats that differ in their last bits.
     torch.testing.assert_close(made.rows.cpu(), expected, rtol=2**-7, atol=0)
     assert made.scale.isfinite().all()
 

@@ -126,19 +126,10 @@ def test_a_nan_row_stays_in_its_output_row_and_zero_rows_in_the_bias() -> None:
 def test_a_mask_selects() -> None:
     """Of what it leaves out nothing comes through, also where that is not finite."""
     g, x, w, _ = layer(0, 8)
-    operand = linear.Operand(grids.uniform(16), 8, "clip", 0.3)
-    dx, *_ = linear.backward(g, x, w, operand, operand)
-    masked = linear._values_and_mask(x, operand)[1]
-    row = int(np.flatnonzero(~masked.all(-1))[0])
-    g[row, 0] = np.inf
-    inf = linear.backward(g, x, w, operand, operand)[0][row]
-    some = masked[row].reshape(-1, 8)
-    # A block of which everything is masked is zeros; another gets what is not finite.
-    np.testing.assert_array_equal(
-        np.isfinite(inf).reshape(-1, 8).all(-1), ~(some & (w[0] != 0).reshape(-1, 8)).any(-1)
-    )
-    others = np.arange(len(x)) != row
-    np.testing.assert_array_equal(linear.backward(g, x, w, operand, operand)[0][others], dx[others])
+    none = linear.Operand(grids.uniform(16), 8, "clip", 1e-9)  # no entry is so small
+    g[2, 0] = np.inf
+    for made in linear.backward(g, x, w, none, none)[:2]:
+        np.testing.assert_array_equal(made, 0.0)
 
 
 @pytest.mark.parametrize("rows", [0, 1])

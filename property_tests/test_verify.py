@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from quest import eager
 from quest.conformance import lanes, verify
 from quest.conformance.verdict import Verdict
 
@@ -29,6 +30,14 @@ def test_quick_run_passes_and_writes_json_and_html(
     assert all(r["verdict"] == "pass" and r["elements"] > 10_000 for r in report["rows"])
     assert report["machine"]["torch"] == torch.__version__
     assert "28 of 28 rows pass" in capsys.readouterr().out
+
+
+def test_sums_in_float32_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which those of quantized rows do not show."""
+    monkeypatch.setattr(eager, "accumulate", lambda a, b: (a.float() @ b.float().t()).int())
+    judged = verify._products(CPU, "w4a4", torch.float32)
+    failed = [v for verdicts in judged for v in verdicts if v.failure is not None]
+    assert {v.stage for v in failed} == {"accumulators"}
 
 
 def test_a_worse_ratio_than_recorded_fails(

@@ -109,7 +109,7 @@ class Joined(dict[int, tuple[Like, Tensor]]):
         None where something watches, or they can't lie there. stay: they are parameters, and none
         was made for this call.
         """
-        if not keeps(x) or any(type(b) not in ops.PLAIN or b.device != x.device for b in biases):
+        if not keeps(x) or any(type(b) not in ops.OWN or b.device != x.device for b in biases):
             return None
         like = tuple(
             (b.dtype, b.shape, b.data_ptr() if stay else 0, stay and b.is_contiguous())
@@ -160,7 +160,7 @@ def keeps(x: Tensor) -> bool:
 def fits(t: Tensor | None, x: Tensor, columns: int) -> bool:
     """Whether kernels can read a bias of so many columns, or a norm's weight, where it lies."""
     return t is None or (
-        type(t) in ops.PLAIN
+        type(t) in ops.OWN
         and t.dtype in ops.DTYPES
         and t.shape == (columns,)
         and t.is_contiguous()

@@ -25,7 +25,7 @@ from .sparsity import Pairwise
 if TYPE_CHECKING:
     from .quantizer import Quantizer
 
-PLAIN = Tensor, torch.nn.Parameter
+OWN = Tensor, torch.nn.Parameter  # torch's own classes of tensors
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_ENTRIES = 2**30  # of a row: kernels count its entries, and a tile beyond them, in 32 bits
 
@@ -159,7 +159,7 @@ def direct(x: Tensor) -> bool:
     forward-mode derivative, no tensor subclass, no dispatch mode.
     """
     return (
-        type(x) in PLAIN
+        type(x) in OWN
         and x.is_cuda
         and forward_ad._current_level < 0
         and not torch.compiler.is_compiling()

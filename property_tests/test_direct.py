@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import dataclasses
+import functools
 import gc
 import pickle
 import threading
@@ -268,9 +269,9 @@ def test_memory_between_kernels_outlives_its_thread(monkeypatch: pytest.MonkeyPa
         thread.join()
 
     run(2)
-    ((_, _, memory),) = layer._frozen.calls.values()
+    ((_, _, (memory, *_)),) = layer._frozen.calls.values()
     size = memory.numel()
-    del memory
+    del memory, _
     gc.collect()
     others = [torch.full((size,), 7, dtype=torch.uint8, device="cuda") for _ in range(4)]
     monkeypatch.setattr(direct, "linear", None)
@@ -288,7 +289,7 @@ def test_calls_that_are_kept() -> None:
     with torch.no_grad():
         for rows in range(1, direct.MOST_CALLS + 3):
             layer(torch.ones(rows, 128, device="cuda", dtype=torch.bfloat16))
-        kept = [kind[0][0][0] for kind in layer._frozen.calls]
+        kept = [kind[0][0] for kind in layer._frozen.calls]
         assert kept == list(range(3, direct.MOST_CALLS + 3))
         layer._frozen.calls.clear()
         rows = direct.MOST_ELEMENTS // 128 + 1
@@ -311,15 +312,22 @@ class _Driver:
 
 
 class _Launches:
-    """In the place of a graph: the launches themselves."""
+    """In the place of a graph: launches with the parameters that each was told last."""
 
     def __init__(self, launches: Sequence[cuda.Ready], copies: recorded.Copies) -> None:
         assert not copies
-        self._launches = launches
+        self._launches, self._told = launches, list(launches)
+        for of in range(len(launches)):
+            self._tell(of)
 
-    def calls(self, stream: int) -> tuple[list[Callable[[], int]], Callable[[], int]]:
-        calls = [launch.on(stream) for launch in self._launches]
-        return [lambda: 0 for _ in calls], lambda: max(call() for call in calls)
+    def _tell(self, of: int) -> int:
+        one = self._launches[of]
+        self._told[of] = cuda.Ready(one.kernel, one.blocks, one.overlap, one.values.copy())
+        return 0
+
+    def calls(self, stream: int) -> tuple[tuple[Callable[[], int], ...], Callable[[], int]]:
+        tells = tuple(functools.partial(self._tell, of) for of in range(len(self._told)))
+        return tells, lambda: max(launch.on(stream)() for launch in self._told)
 
 
 def test_the_rule_of_recorded_calls_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

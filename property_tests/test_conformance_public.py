@@ -29,7 +29,9 @@ from quest.conformance.public import (
 )
 from quest.conformance.public.court import Court
 from quest.conformance.strategies import FORMATS, Case
+from quest.conformance.tests import drawing
 from quest.conformance.verdict import Rejected
+from quest.reference import bounds
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -425,6 +427,47 @@ def test_the_worst_element_of_each_judgement_is_kept() -> None:
         made._observe(np.full(8, 0.25) + (np.arange(8) == 3) * worst, bound)
     assert (1.0, 499.25) in made.record.points
     assert len(made.record.points) < 1000
+
+
+class Declared(Paper):
+    """`Paper`, with other declarations, and codes that are so many off."""
+
+    def __init__(self, off: int = 0, **declared: Any) -> None:
+        self.off, self.capabilities = off, Paper.capabilities | declared  # type: ignore[misc]
+
+    def quantize(self, x: torch.Tensor, format: formats.Format) -> tuple[torch.Tensor, ...]:
+        codes, scale = super().quantize(x, format)
+        return codes + torch.where(codes > 0, -self.off, self.off), scale
+
+
+@pytest.mark.parametrize(
+    ("rotation", "block", "grid", "told"),
+    [
+        ("butterfly", 128, "uniform8", False), ("butterfly", 256, "uniform8", False),
+        ("butterfly", 2048, "uniform8", True), ("product", 16, "uniform8", False),
+        ("product", 128, "uniform8", True),
+        ("product", 128, "uniform3", False), ("product", 1024, "uniform4", True),
+        ("product", 128, "e2m1", False),
+    ],
+)  # fmt: skip
+def test_codes_that_the_bound_leaves_open(rotation: str, block: int, grid: str, told: bool) -> None:
+    """They are the bound's and fail nobody, but are told; others are looked at as ever."""
+    court = Court(implementation(Declared(rotation=rotation, blocks=[block])))
+    q = quest.Quantizer(quest.grids.parse(grid), quest.Hadamard(block), quest.STE())
+    case = Case("gaussian", (64, 2048), torch.float32, "contiguous", 3)
+    drawing.judge(court, properties.codes, case, q)
+    court.settle()
+    told_of = [f"{grid} in blocks of {block}" in line for line in court.asked.uncovered()]
+    assert told_of == [True] * told
+    (*_, strict) = properties.codes(court.impl, case.make(), q)
+    assert strict.failure is None or told
+    expected = strict.elements * bounds.ambiguous_share(
+        q.grid.midpoints, block, court.impl.capabilities.sums(block)
+    )
+    assert abs(strict.ambiguous - expected) <= 5 * expected**0.5 + 0.02 * expected
+    court = Court(implementation(Declared(2, rotation=rotation, blocks=[block])))
+    with pytest.raises(Rejected, match=r"codes are wrong|outside 0 to 14"):
+        drawing.judge(court, properties.codes, case, q)
 
 
 class ValuesAlone:

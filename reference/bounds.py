@@ -201,6 +201,21 @@ def code_margin(x: Float64, order: int, sigma: Float64, sums: Sums = BUTTERFLY) 
     return np.asarray(np.where(zero, 0.0, margin), dtype=np.float64)
 
 
+def ambiguous_share(midpoints: Sequence[float], order: int, sums: Sums = BUTTERFLY) -> float:
+    """Which share of a wide Gaussian row's codes T3 leaves open: two delta, as dense as z is there.
+
+    midpoints: between codes, in units of sigma. delta is `code_margin`'s, with the mean of
+    absolute_sum, order sqrt(2 / pi) / sqrt(order).
+    """
+    z = np.asarray(midpoints, dtype=np.float64)
+    density = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    k_sum = additions(order) if sums.roundings is None else sums.roundings
+    k = k_sum + normalisations(order) if order > 1 else 0
+    turned = gamma(k, U32) * math.sqrt(2 * order / math.pi)
+    delta = turned + gamma(CODE_ROUNDINGS, U32) * np.abs(z)
+    return float(min(1.0, (2 * delta * density).sum()))
+
+
 def gated(gate: Float64, value: Float64, between: str | None = None) -> Float64:
     """Bound of silu(gate) value in float32, not yet stored.
 

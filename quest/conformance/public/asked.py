@@ -53,6 +53,10 @@ class Asked:
         self._chosen[kind] = drawn
         return drawn
 
+    def left(self, reason: str) -> None:
+        """Something that is judged, but not in full."""
+        self._reasons[reason] = None
+
     def judged(self) -> None:
         """What was chosen last was judged."""
         for kind, value in self._chosen.items():

@@ -94,6 +94,13 @@ class Capabilities:
         """Whether sums of products may leave float32's integers."""
         return self.accumulator in ("int32", "float64")
 
+    def sums(self, order: int) -> bounds.Sums:
+        """How the sums of a transform are taken."""
+        if self.rotation == "butterfly":
+            return bounds.BUTTERFLY
+        # A dot product in any order, with a matrix that may hold the normalisation.
+        return bounds.Sums(roundings=order, last=False)
+
     def narrow(self, block: int, group: int = 1) -> str | None:
         """Why no row of such blocks and sparsity groups is admitted; None where one is."""
         least = self.least_width(block, group)

@@ -35,14 +35,6 @@ def transpose(impl: Implementation, x: Tensor, block: int) -> list[Verdict]:
     return _rotated(impl, "hadamard_transpose", x, block, True)
 
 
-def _sums(impl: Implementation, order: int) -> bounds.Sums:
-    """How the implementation declares to take the sums of a transform."""
-    if impl.capabilities.rotation == "butterfly":
-        return bounds.BUTTERFLY
-    # A dot product in any order, with a matrix that may hold the normalisation.
-    return bounds.Sums(roundings=order, last=False)
-
-
 def _rotated(
     impl: Implementation, function: str, x: Tensor, block: int, turned: bool
 ) -> list[Verdict]:
@@ -50,14 +42,16 @@ def _rotated(
     form = judges.form("transform", y, tuple(x.shape), x.dtype)
     if form.failure:
         return [form]
-    return [judges.rotated(x, y, block, turned, _sums(impl, block))]
+    return [judges.rotated(x, y, block, turned, impl.capabilities.sums(block))]
 
 
 def scale(impl: Implementation, x: Tensor, block: int) -> list[Verdict]:
     """T2 of sigma; x (..., d)."""
     made = impl.call("scale", x, order=block)["scale"]
     form = judges.form("scale", made, (*x.shape[:-1], 1), torch.float32)
-    return [form] if form.failure else [judges.scaled(x, made, block, _sums(impl, block))]
+    return (
+        [form] if form.failure else [judges.scaled(x, made, block, impl.capabilities.sums(block))]
+    )
 
 
 def _integers(stage: str, t: Tensor, shape: tuple[int, ...]) -> Verdict:
@@ -98,7 +92,7 @@ def codes(
         return wrong
     keep = out.get("keep")
     order = q.transform.order(x.shape[-1])
-    sums = _sums(impl, order)
+    sums = impl.capabilities.sums(order)
     found = [judges.scaled(x, out["scale"], order, sums)]
     if keep is not None:
         found += [judges.selected(x, q, keep, sums), judges.pruned(q, out["codes"], keep)]
@@ -131,7 +125,7 @@ def values(
         return [form]
     if not impl.has("quantize"):
         keep, wrong = _keeping(impl, x, q)
-        sums = _sums(impl, q.transform.order(x.shape[-1]))
+        sums = impl.capabilities.sums(q.transform.order(x.shape[-1]))
         return wrong or [propagated.valued(x, q, made, keep, conclusive=conclusive, sums=sums)]
     out, wrong = _coding(impl, x, q)
     return wrong or [judges.dequantized(q, out["codes"], out["scale"], out.get("keep"), made)]
@@ -146,7 +140,7 @@ def mask(
     form = judges.form("mask", made, tuple(x.shape), torch.bool)
     if wrong or form.failure:
         return [*wrong, form]
-    sums = _sums(impl, q.transform.order(x.shape[-1]))
+    sums = impl.capabilities.sums(q.transform.order(x.shape[-1]))
     shown = (out["codes"], out["scale"])
     coded = judges.coded(x, q, *shown, out.get("keep"), conclusive=conclusive, sums=sums)
     if coded.failure:
@@ -168,7 +162,7 @@ def selection(impl: Implementation, x: Tensor, q: Quantizer) -> list[Verdict]:
     """T5 of the entries that a sparse operand keeps."""
     made = impl.call("select", x, q=q)["keep"]
     form = judges.form("selection", made, tuple(x.shape), torch.bool)
-    sums = _sums(impl, q.transform.order(x.shape[-1]))
+    sums = impl.capabilities.sums(q.transform.order(x.shape[-1]))
     return [form] if form.failure else [judges.selected(x, q, made, sums)]
 
 
@@ -259,6 +253,6 @@ def backward(
     y = torch.from_numpy(np.asarray(lift(out["x_hat"]) @ lift(out["w_hat"]).T)).to(x.dtype)
     found = judges.layer(
         x, w, grad, None, made, out | given | {"y": y}, (x_mask, w_mask), _unit(impl),
-        sums=_sums(impl, made.weight.transform.order(x.shape[-1])),
+        sums=impl.capabilities.sums(made.weight.transform.order(x.shape[-1])),
     )  # fmt: skip
     return found[1:]

@@ -11,8 +11,9 @@ import quest
 from quest.conformance import inputs, strategies
 from quest.conformance.public.capabilities import Capabilities
 from quest.conformance.public.court import Court
-from quest.conformance.verdict import Verdict
+from quest.conformance.verdict import AMBIGUOUS_SHARE, Verdict
 from quest.estimators import Estimator
+from quest.reference import bounds
 
 # Finite, of moderate size, and without values on a midpoint but by chance.
 PLAIN = ("gaussian", "heavy", "outlier")
@@ -102,8 +103,25 @@ def judge(
     # Equal rows flip together, and the rules on ambiguous codes count independent ones; of
     # subnormal rows no code is certain.
     sure = case.layout != "expanded" and case.distribution in PLAIN
+    if sure and (told := undecided(court.impl.capabilities, q)):
+        court.asked.left(told)
+        sure = False
     code = f"{quantizer(q.spec)}, conclusive={sure}"
     court.judge(property_, {"x": case}, (case.make(), q), code, conclusive=sure)
+
+
+def undecided(capabilities: Capabilities, q: quest.Quantizer) -> str | None:
+    """Why the rules on ambiguous codes can't be applied to a quantizer; None where they can.
+
+    They allow one in 1000. Fine grids in large blocks have more by the bound alone, whatever the
+    implementation does. Half of it is the limit, since rows differ.
+    """
+    order = q.transform.order(0)
+    share = bounds.ambiguous_share(q.require_grid().midpoints, order, capabilities.sums(order))
+    if share <= AMBIGUOUS_SHARE / 2:
+        return None
+    how = f"a {capabilities.rotation} leaves more than 1 code in 1000 open"
+    return f"codes that lean to one side, where {how}: {q.grid} in blocks of {order}"
 
 
 def quantizer(spec: str) -> str:

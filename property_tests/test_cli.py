@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from quest.cli import main, quest
 from quest.models import SIZES, Size
 from quest.train import plot
+from quest.train.stopping import Stopped
 
 TEXT = "".join(f"{i} is followed by {i + 1}, as ever.\n" for i in range(400))
 LINE = ("train", "--size", "tiny", "--device", "cpu", "--data", "text.txt", "--out", "out")
@@ -196,6 +198,18 @@ def test_an_interrupted_run(
     assert "interrupted: --resume goes on from the last checkpoint" in refuses(
         capsys, *LINE, status=130
     )
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_was_asked_to_stop(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int, status: int
+) -> None:
+    def stop(*_: object) -> None:
+        raise Stopped(number, "after step 3 of w1a1, which is saved")
+
+    monkeypatch.setattr("quest.train.run", stop)
+    told = refuses(capsys, *LINE, status=status)
+    assert "interrupted after step 3 of w1a1, which is saved: --resume goes on from there" in told
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed import tensor as sharded
 from torch.nn.utils import parametrize
 
 import quest
@@ -139,6 +141,95 @@ def test_forward_mode_is_refused() -> None:
     assert torch.equal(dy, v)
     with torch.autograd.forward_ad.dual_level():
         assert quantizer.quantize(torch.autograd.forward_ad.make_dual(x, v)).codes.shape == x.shape
+
+
+def test_a_recipe_is_no_bias() -> None:
+    """It stands behind the bias, and any text is as good as True there."""
+    for name in ("w1a1", quest.recipe("w1a1")):
+        with pytest.raises(TypeError, match=r"bias must be True or False, got .*recipe="):
+            quest.Linear(16, 4, name)
+    assert quest.Linear(16, 4, 1).bias is not None  # as torch.nn.Linear takes it
+
+
+def test_an_assigned_recipe_is_the_layer_s() -> None:
+    """What was frozen for the one before it is dropped."""
+    layer, other = _layer().freeze(), _layer("w1a1")
+    layer.recipe = "w1a1"
+    assert layer.recipe == quest.recipe("w1a1")
+    with torch.no_grad():
+        assert torch.equal(layer(X), other(X))
+    with pytest.raises(ValueError, match="recipe must be"):
+        layer.recipe = "w9a9"
+    with pytest.raises(ValueError, match="width 16 is not divisible"):
+        layer.recipe = quest.recipe("w4a4", transform=quest.Hadamard(32))
+    assert layer.recipe == quest.recipe("w1a1")
+    for made in (copy.deepcopy(layer), quest.Linear.from_linear(layer, layer.recipe)):
+        assert made.recipe == layer.recipe
+
+
+@pytest.mark.parametrize("path", ["values", "integers"])
+def test_second_derivatives_are_refused(path: str) -> None:
+    layer, x = _layer(), X.clone().requires_grad_()
+    with paths.only(path):
+        (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("path", ["values", "integers"])
+def test_derivatives_by_torch_func_are_refused(path: str) -> None:
+    layer = _layer()
+
+    def loss(x: Tensor) -> Tensor:
+        return layer(x).square().sum()
+
+    def of_weight(w: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"weight": w}, (X,)).sum()
+
+    told = "no derivatives by torch.func"
+    with paths.only(path):
+        for asked, at in (
+            (torch.func.grad(loss), X),
+            (torch.func.jacrev(layer), X),
+            (torch.func.grad(of_weight), layer.weight),
+            (torch.func.vmap(torch.func.grad(loss)), X),
+            (torch.func.grad(lambda x: torch.func.vmap(layer)(x).sum()), X),
+        ):
+            with pytest.raises(NotImplementedError, match=told):
+                asked(at)
+        # What asks for none may be computed meanwhile.
+        assert torch.equal(torch.func.grad(lambda x: (layer(X) * x.sum()).sum())(X[0]),
+                           layer(X).sum().expand(16))  # fmt: skip
+        with torch.no_grad():
+            assert torch.equal(torch.func.grad(lambda x: x.sum())(X), torch.ones_like(X))
+
+
+def test_inputs_that_are_not_dense_are_refused() -> None:
+    layer = _layer()
+    for x, told in (
+        (X.to_sparse(), "must be dense, got a torch.sparse_coo one"),
+        (torch.nested.nested_tensor([X, X[:1]], layout=torch.jagged), "got a nested one"),
+    ):
+        with pytest.raises(TypeError, match=told):
+            layer(x)
+
+
+def test_a_weight_that_is_split_among_processes_is_refused(tmp_path: Path) -> None:
+    """By name, and before anything has changed."""
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        layer = _layer()
+        model = torch.nn.Sequential(_layer(), layer).train()
+        layer.weight = torch.nn.Parameter(sharded.distribute_tensor(layer.weight, mesh))
+        for refused in (lambda: quest.freeze_(model), layer.freeze, lambda: layer(X)):
+            with pytest.raises(ValueError, match="the weight is a DTensor"):
+                refused()
+        assert model.training
+        assert model[0]._frozen is None
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_what_is_frozen_is_used_without_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,6 +206,20 @@ def test_tied_weights_stay_tied() -> None:
     assert pair[0].weight is pair[1].weight
 
 
+def test_a_head_that_is_the_embedding_s_weight() -> None:
+    """Whatever it is called: a table of values is not a quantized matrix, too."""
+    model = nn.ModuleDict(
+        {"wte": nn.Embedding(50, 32), "body": nn.Linear(32, 32), "unembed": nn.Linear(32, 50)}
+    )
+    quest.quantize_(model, "w4a4")
+    assert type(model["unembed"]) is quest.Linear  # nothing says that it is a head
+    model["unembed"] = nn.Linear(32, 50, bias=False)
+    model["unembed"].weight = model["wte"].weight
+    quest.quantize_(model, "w4a4")
+    assert type(model["unembed"]) is nn.Linear
+    assert type(model["body"]) is quest.Linear
+
+
 def test_shared_modules_stay_one() -> None:
     shared = nn.Linear(16, 16)
     model = nn.ModuleDict({"a": nn.Sequential(shared, nn.ReLU()), "b": shared,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import signal
+import threading
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +32,7 @@ from quest.train import (
     plot,
     progress,
     run,
+    stopping,
 )
 from quest.train.data import ByteEncoder, Dataset
 from quest.train.folder import RunFolder
@@ -81,6 +85,18 @@ def interrupt(request: Request, monkeypatch: pytest.MonkeyPatch, stop: Stop) -> 
         patch.setattr(progress, "watcher", lambda console: stop)
         with pytest.raises(KeyboardInterrupt):
             quietly(request)
+
+
+class Signalled(Stop):
+    """A watcher during whose step a signal comes."""
+
+    def __init__(self, step: int, number: int) -> None:
+        super().__init__(step)
+        self.number = number
+
+    def step(self, row: Row) -> None:
+        if (row.recipe, row.step) == self.at:
+            signal.raise_signal(self.number)
 
 
 @given(steps=st.integers(1, 3000), peak=st.floats(1e-5, 1.0), data=st.data())
@@ -200,6 +216,53 @@ def test_a_resumed_run_is_bit_exact(
     assert rows(request_.out) == rows(straight.out)
 
 
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+@pytest.mark.parametrize("at", [7, 19])
+def test_a_signal_ends_a_run_behind_a_step_that_is_saved(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, number: int
+) -> None:
+    """Also where it is the last one of a recipe that others follow."""
+    request_ = replace(request_, recipes=["w1a1", "bf16"])
+    straight = replace(request_, out=tmp_path / "straight")
+    quietly(straight)
+    before = [signal.getsignal(each) for each in stopping.SIGNALS]
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "watcher", lambda console: Signalled(at, number))
+        with pytest.raises(stopping.Stopped, match=rf"after step {at + 1} of w1a1") as told:
+            quietly(request_)
+    assert told.value.number == number
+    assert [signal.getsignal(each) for each in stopping.SIGNALS] == before
+    saved = torch.load(request_.out / "checkpoint-w1a1.pt", weights_only=True)
+    assert saved["step"] == len(rows(request_.out)) == at + 1
+    assert not (request_.out / "checkpoint-bf16.pt").exists()
+    quietly(replace(request_, resume=True))
+    assert rows(request_.out) == rows(straight.out)
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    with stopping.heard() as came:
+        signal.raise_signal(signal.SIGINT)
+        assert came == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt) as told:
+            signal.raise_signal(signal.SIGINT)
+    assert type(told.value) is KeyboardInterrupt
+
+
+def test_signals_are_the_main_thread_s() -> None:
+    heard = []
+
+    def listen() -> None:
+        with stopping.heard() as came:
+            heard.append(came)
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert heard == [[]]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_run_that_stopped_between_recipes_goes_on(
     request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +344,43 @@ def test_a_checkpoint_cut_short_is_refused(request_: Request, share: float) -> N
     with pytest.raises(UserError, match=r"checkpoint-w1a1.pt is damaged"):
         quietly(replace(request_, resume=True))
     assert snapshot(request_.out) == before
+
+
+def test_a_checkpoint_with_another_byte_is_refused(request_: Request) -> None:
+    """torch reads a weight whose sum does not fit, and training would go on from it."""
+    quietly(request_)
+    path = request_.out / "checkpoint-w1a1.pt"
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    path.write_bytes(contents)
+    longer = replace(request_.config, steps=30)
+    with pytest.raises(UserError, match=r"checkpoint-w1a1.pt is damaged"):
+        quietly(replace(request_, resume=True, config=longer))
+
+
+def test_a_full_disk_is_told_as_one(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch raises a RuntimeError that names no file."""
+
+    def full(*_: object) -> None:
+        raise RuntimeError(
+            "[enforce fail at inline_container.cc:672] . unexpected pos 9 vs 8\nmore"
+        )
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"checkpoint .*w1a1.pt cannot be written \(.*pos 9 vs 8$"):
+        quietly(request_)
+
+
+def test_lines_show_every_validation() -> None:
+    console = Console(record=True, quiet=False, file=io.StringIO(), width=200)
+    lines = progress.Lines(console)
+    lines.start("w1a1", 0, 9, 64)
+    for step in range(1, 10):
+        val = 2.0 + step if step in (4, 9) else None
+        lines.step(Row("w1a1", step, 1.0, val, val, 1e-3, 64 * step, 0.1 * step, 1.0))
+    shown = console.export_text().splitlines()
+    assert [line.split()[2] for line in shown] == ["1/9", "4/9", "9/9"]
+    assert "val 6.000" in shown[1]
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(request_: Request) -> None:

@@ -228,7 +228,12 @@ def train(
         ) from error
     except KeyboardInterrupt as error:
         from quest.train.folder import RunFolder
+        from quest.train.stopping import Stopped
 
+        if isinstance(error, Stopped):
+            raise FailedError(
+                f"interrupted {error}: --resume goes on from there", 128 + error.number
+            ) from error
         kept = any(RunFolder(out).checkpoint(name).exists() for name in recipes)
         told = "--resume goes on from the last checkpoint" if kept else "no checkpoint was written"
         raise FailedError(f"interrupted: {told}", INTERRUPTED) from error

@@ -25,8 +25,9 @@ HEADS = frozenset({"lm_head", "output", "head", "embed_out", "classifier", "scor
 class Linear(nn.Linear):
     """`torch.nn.Linear` with quantized weight and activation; drop-in, with the same state dict.
 
-    recipe: a name such as "w4a4", or a `Recipe`. Raises ValueError where the recipe's Hadamard
-    block or sparsity group does not divide in_features.
+    bias: False unless asked for, where `torch.nn.Linear` has one. recipe: a name such as "w4a4", or
+    a `Recipe`. Raises ValueError where the recipe's Hadamard block or sparsity group does not
+    divide in_features.
     """
 
     _frozen: frozen.Frozen | None = None
@@ -40,12 +41,25 @@ class Linear(nn.Linear):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        given: object = bias  # any text is as good as True, and a recipe stands third elsewhere
+        if isinstance(given, str | Recipe):
+            raise TypeError(f"bias must be True or False, got {bias!r}: name it, recipe={bias!r}")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.set_recipe(recipe)
 
+    @property
+    def recipe(self) -> Recipe:
+        """How it quantizes; assigning one, or its name, is `set_recipe`."""
+        made: Recipe = self.__dict__["recipe"]
+        return made
+
+    @recipe.setter
+    def recipe(self, name: str | Recipe) -> None:
+        self.set_recipe(name)
+
     def set_recipe(self, name: str | Recipe) -> None:
-        """Change the recipe; the weight stays."""
-        self.recipe = _fitting(self, recipe(name))
+        """Change the recipe; the weight stays, and what was frozen of it is dropped."""
+        self.__dict__["recipe"] = _fitting(self, recipe(name))
         self._frozen = None
 
     @classmethod
@@ -75,12 +89,14 @@ class Linear(nn.Linear):
     def freeze(self) -> Self:
         """Quantize the weight once, for inference; returns the layer.
 
-        The weight stays, and the state dict with it. What was quantized is used where no gradient
-        is asked for. It is made again where the weight is another, has moved or was changed in
-        place; a change through `weight.data`, or one that a compiled call should see, needs another
-        `freeze()`, and so does one that PyTorch does not count, as by an optimizer's fused step, a
-        collective or another library. `train()` drops it.
+        The weight stays, and the state dict with it. What was quantized is used in
+        `torch.no_grad()` or `inference_mode()`. It is made again where the weight is another, has
+        moved or was changed in place; a change through `weight.data`, or one that a compiled call
+        should see, needs another `freeze()`, and so does one that PyTorch does not count, as by an
+        optimizer's fused step, a collective or another library. `train()` drops it. Raises
+        ValueError where the weight is split among processes.
         """
+        _require_whole(self)
         self._frozen = frozen.freeze(self.weight, self.recipe)
         return self
 
@@ -184,6 +200,9 @@ class Linear(nn.Linear):
         """Raise TypeError or ValueError unless x (..., in_features) fits the layer."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        if x.layout is not torch.strided or x.is_nested:
+            raise TypeError(f"x must be dense, got a {'nested' if x.is_nested else x.layout} one")
+        _require_whole(self)
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"x must have {self.in_features} columns (in_features), got shape {tuple(x.shape)}"
@@ -214,6 +233,15 @@ def _fitting(linear: nn.Linear, made: Recipe) -> Recipe:
     return made
 
 
+def _require_whole(linear: nn.Linear) -> None:
+    """Raise ValueError where the weight is split among processes."""
+    if hasattr(linear.weight, "device_mesh"):
+        raise ValueError(
+            "the weight is a DTensor: quest has no tensor parallelism, and freezes weights before "
+            "they are sharded (FSDP2 trains)"
+        )
+
+
 def _require_forward(linear: nn.Module) -> None:
     """Raise ValueError where what is called is not the class's `forward`, but one of its own."""
     if "forward" in vars(linear):
@@ -225,8 +253,14 @@ def _require_forward(linear: nn.Module) -> None:
 
 def _is_body(model: nn.Module) -> Callable[[nn.Module, str], bool]:
     heads = {getattr(model, "get_output_embeddings", lambda: None)()}
+    # As registered: what a parametrization computes is another tensor each time.
+    tables = {
+        id(m._parameters.get("weight")) for m in model.modules() if isinstance(m, nn.Embedding)
+    } - {id(None)}
     for name, module in model.named_modules(remove_duplicate=False):
-        if name.rpartition(".")[2] in HEADS:
+        if name.rpartition(".")[2] in HEADS or (
+            isinstance(module, nn.Linear) and id(module._parameters.get("weight")) in tables
+        ):
             heads.add(module)  # whatever else it is called
     return lambda module, _: module not in heads
 
@@ -242,11 +276,11 @@ def quantize_(
     hooks stay, and so does what was compiled, which is compiled anew when it is called. One that
     stands in several places, also of another model, is quantized in all of them.
     filter_fn(module, qualified name) says which; by default all but the output head (what
-    `model.get_output_embeddings()` returns, and modules called lm_head, output, head, embed_out,
-    classifier or score), which the method leaves in the model's dtype. Subclasses of `nn.Linear`
-    other than `quest.Linear` are left alone. Raises ValueError where no module matches, a width
-    does not fit the recipe or the `forward` of a module was itself replaced; the model is then
-    unchanged.
+    `model.get_output_embeddings()` returns, modules called lm_head, output, head, embed_out,
+    classifier or score, and those that share an embedding's weight), which the method leaves in the
+    model's dtype. Subclasses of `nn.Linear` other than `quest.Linear` are left alone. Raises
+    ValueError where no module matches, a width does not fit the recipe or the `forward` of a module
+    was itself replaced; the model is then unchanged.
     """
     made = recipe(name)
     if not isinstance(model, nn.Module):
@@ -290,7 +324,7 @@ def freeze_(model: nn.Module) -> nn.Module:
 
     See `Linear.freeze`. The weights of layers that a module calls together, named in its
     `shared_inputs`, come to lie in one tensor: see `quest.together`. Raises ValueError where
-    there is none.
+    there is none, or a weight is split among processes; the model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -304,6 +338,8 @@ def freeze_(model: nn.Module) -> nn.Module:
         for path, module in model.named_modules()
         for names in getattr(module, "shared_inputs", ())
     ]
+    for layer in layers:
+        _require_whole(layer)
     model.eval()
     for layer in layers:
         layer.freeze()

@@ -363,3 +363,4 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 low_bit_linear.register_autograd(_backward, setup_context=_context)
+low_bit_linear_backward.register_autograd(ops.refuse_second)

@@ -46,18 +46,35 @@ def check_input(x: Tensor, name: str = "x") -> None:
 
 
 def check_tangents(*tensors: Tensor) -> None:
-    """Raise NotImplementedError where forward-mode differentiation asks for a derivative by these.
+    """Raise NotImplementedError where forward mode or torch.func asks for a derivative by these.
 
-    torch's custom operators pass no tangent on, and a derivative of 0 would be taken for the truth.
+    torch's custom operators pass no tangent on, and a derivative of 0 would be taken for the truth;
+    nor has what `register_autograd` makes a rule for torch.func.
     """
-    # Outside of forward mode, and of what a compiler traces, nothing else is asked.
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    # Outside of these, and in what a compiler traces, nothing else is asked.
+    if torch.compiler.is_compiling():
         return
     unpack: Any = forward_ad.unpack_dual
-    if any(unpack(t).tangent is not None for t in tensors):
+    if forward_ad._current_level >= 0 and any(unpack(t).tangent is not None for t in tensors):
         raise NotImplementedError(
             "quest has no forward-mode derivatives (torch.func.jvp, jacfwd): use the backward"
         )
+    if torch._C._functorch.peek_interpreter_stack() is None or not torch.is_grad_enabled():
+        return
+    if any(map(_transformed, tensors)):
+        raise NotImplementedError(
+            "quest has no derivatives by torch.func (grad, vjp, jacrev): use the backward"
+        )
+
+
+def _transformed(t: Tensor) -> bool:
+    """Whether a transform of torch.func asks for a derivative by t, at any of its levels."""
+    functorch: Any = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_gradtrackingtensor(t) and t.requires_grad:
+            return True
+        t = functorch.get_unwrapped(t)
+    return False
 
 
 def _check_order(x: Tensor, order: int, mask: Tensor | None = None) -> None:
@@ -295,5 +312,13 @@ def _fake_quantize_backward(ctx: Any, grad: Tensor, _mask: Tensor) -> tuple[Tens
     return masked_transpose(grad, mask, ctx.order), None
 
 
+def refuse_second(ctx: Any, *grads: Any) -> Any:
+    """The backward of a backward: there is none."""
+    raise NotImplementedError(
+        "quest has no second derivatives: its backward can't be differentiated (create_graph=True)"
+    )
+
+
+masked_transpose.register_autograd(refuse_second)
 hadamard.register_autograd(_hadamard_backward, setup_context=_hadamard_context)
 fake_quantize.register_autograd(_fake_quantize_backward, setup_context=_fake_quantize_context)

@@ -8,6 +8,7 @@ else is random, so no generator has to be kept.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,7 +61,17 @@ def identity(recipe: str, model: LlamaConfig, config: TrainConfig, data: Dataset
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Write ``checkpoint`` to ``path``; the previous one stays until the new one is complete."""
     content = {"format": FORMAT, **vars(checkpoint)}
-    files.replace(path, lambda new: torch.save(content, new))
+
+    def write(new: Path) -> None:
+        try:
+            torch.save(content, new)
+        except RuntimeError as error:  # which is what torch makes of a disk that is full
+            told = str(error).partition("\n")[0]
+            raise OSError(
+                f"checkpoint {path} cannot be written (is the disk full?); torch says: {told}"
+            ) from error
+
+    files.replace(path, write)
 
 
 def load(path: Path, expected: Identity) -> Checkpoint:
@@ -69,6 +80,9 @@ def load(path: Path, expected: Identity) -> Checkpoint:
     Raises `UserError` where the file is damaged, is no checkpoint, or is of another run.
     """
     try:
+        with zipfile.ZipFile(path) as file:  # torch reads past a sum that does not fit
+            if file.testzip() is not None:
+                raise ValueError
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content.pop("format") != FORMAT:
             raise ValueError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +23,7 @@ from quest.train.folder import RunFolder
 from quest.train.metrics import Metrics, Row
 from quest.train.optimizer import adamw, learning_rate, restore, state_of
 from quest.train.step import CapturedStep, CudaGraphs, Step
+from quest.train.stopping import Stopped, heard
 
 
 class DivergedError(RuntimeError):
@@ -122,7 +124,8 @@ def train(job: Job, recipe: str, watcher: Watcher, *, resume: bool) -> Outcome:
     """Train ``recipe`` to the end, from its checkpoint where ``resume`` and there is one.
 
     Raises `DivergedError` for a loss, on held-out text or not, or a gradient that is not finite;
-    the last checkpoint is then of a step before it.
+    the last checkpoint is then of a step before it. Raises `Stopped` where a signal asked for it,
+    after a step that is saved.
     """
     config, data = job.config, job.data
     identity = checkpoint.identity(recipe, job.architecture, config, data)
@@ -144,7 +147,9 @@ def train(job: Job, recipe: str, watcher: Watcher, *, resume: bool) -> Outcome:
     seconds = before
     began = time.perf_counter() - before
     watcher.start(recipe, done, config.steps, tokens_per_step)
-    try:
+    with ExitStack() as ends:
+        ends.callback(watcher.stop)
+        signals = ends.enter_context(heard())
         for step in range(done + 1, config.steps + 1):
             rate = learning_rate(step - 1, config.steps, config.lr)
             batch = data.batch(config.seed, step - 1, config.batch, config.seq)
@@ -169,12 +174,13 @@ def train(job: Job, recipe: str, watcher: Watcher, *, resume: bool) -> Outcome:
                 grad_norm=norm,
             )
             job.metrics.add(row)
-            if last_step or step % config.save_every == 0:
+            stops = signals[:1]
+            if last_step or stops or step % config.save_every == 0:
                 state = Checkpoint(identity, step, seconds, model.state_dict(), state_of(optimizer))
                 checkpoint.save(path, state)
             watcher.step(row)
-    finally:
-        watcher.stop()
+            if stops:
+                raise Stopped(stops[0], f"after step {step} of {recipe}, which is saved")
     return Outcome(
         recipe=recipe,
         parameters=sum(parameter.numel() for parameter in model.parameters()),

@@ -66,7 +66,7 @@ def _line(row: Row) -> str:
 def _read(path: Path) -> Iterable[Row]:
     """The rows of ``path``. A crash can cut the last line short: what is not a row is dropped."""
     names = {field.name for field in fields(Row)}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     for line in lines:
         try:
             values = json.loads(line)

@@ -85,7 +85,7 @@ class Lines:
         rate = self._rate.mark(row.tokens)
         now = time.perf_counter()
         due = now - self._shown >= PLAIN_INTERVAL
-        if not due and row.step not in (self._first, self._steps):
+        if not due and row.val_loss is None and row.step not in (self._first, self._steps):
             return
         self._shown = now
         val = "" if row.val_loss is None else f"  val {row.val_loss:.3f}"

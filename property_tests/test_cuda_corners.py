@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +16,8 @@ from property_tests.test_few_cuda_edges import (  # noqa: F401 - the fixture, of
     _width,
 )
 from quest import compression, eager, ops
-from quest.kernels import blocks, forms, hopper, product, rows, sparse
+from quest.conformance import judges
+from quest.kernels import blocks, cuda, forms, hopper, outputs, product, rows, sparse
 from quest.quantizer import parse
 
 pytestmark = pytest.mark.whole
@@ -64,6 +67,21 @@ def test_long_sums_of_codes_are_rounded_once(place: Place) -> None:
     assert torch.equal(y, (fours.double() / 4).float())
 
 
+def test_signs_that_have_nothing_in_common(place: Place) -> None:
+    """Four times the bits that rows share, less a column's sum, is then far below 0."""
+    bits = torch.randint(0, 2, (5, 1024), generator=torch.Generator().manual_seed(0))
+    bits[0], bits[1], bits[2, :1000], bits[3, :1000] = 0, 1, 0, 1
+    signs, weights = 2 * bits - 1, 2 ** torch.arange(8)
+    operand = (bits.view(5, -1, 8) * weights).sum(-1).to(torch.uint8).to(place.device)
+    sums, ones = signs.sum(1).int().to(place.device), torch.ones(5, device=place.device)
+    with product.only(product.NARROW):
+        y = product.product(
+            operand, operand, torch.float32, epilogue=hopper.CORRECTED, length=1024,
+            row_scale=ones, column_scale=ones, row_sum=sums, column_sum=sums,
+        )  # fmt: skip
+    assert torch.equal(y.cpu().long(), signs @ signs.T)
+
+
 def test_sparse_sums_beyond_2_to_24_are_rounded_once(place: Place) -> None:
     """Of codes beside a weight whose integers are even."""
     x, w = _random(3, 8192, 60, 128), 2 * _random(8, 8192, 30, 64, 1)
@@ -79,6 +97,89 @@ def test_sparse_sums_beyond_2_to_24_are_rounded_once(place: Place) -> None:
             feature_sum=(2 * w.sum(-1, dtype=torch.int32)).to(place.device),
         )  # fmt: skip
     assert torch.equal(y.cpu(), exact.float())
+
+
+# --- what is added, and by what a gate is shut ------------------------------------------------
+
+FLOAT, HALF, SHORT = torch.float32, torch.float16, torch.bfloat16
+
+
+def _scales(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Of near rows; of every third one, far, or negative, that every other column brings back."""
+    row, column = torch.ones(rows), torch.full((columns,), 2.0**-6)
+    row[::3], column[::2] = -(2.0**120), 2.0**-126
+    return row, column
+
+
+@pytest.mark.parametrize(
+    ("tiles", "out"),
+    [("wide", FLOAT), ("wide", SHORT), ("tall", HALF), ("narrow", FLOAT)], ids=str,
+)  # fmt: skip
+def test_a_residual_in_whole_vectors(
+    tiles: str, out: torch.dtype, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One cluster's many tiles, of rows near and far: what two operations give."""
+    monkeypatch.setattr(cuda, "processors", lambda _: 2)
+    a, b = _random(70, 160, -8, 8), _random(536, 160, -8, 8, 1)
+    row, column = _scales(70, 536)
+    y = ((a.double() @ b.double().T) * row.double()[:, None] * column.double()).to(out)
+    beside = torch.randn(70, 536, generator=torch.Generator().manual_seed(0)).to(out)
+    expected = (beside.float() + y.float()).to(out)
+    a, b, row, column, beside = (t.to(place.device) for t in (a, b, row, column, beside))
+    with product.only(product.KINDS[tiles]), outputs.poisoned(0xFF):
+        h = product.product(a, b, out, epilogue=hopper.PLAIN, row_scale=row, column_scale=column,
+                            residual=beside)  # fmt: skip
+    assert torch.equal(h.cpu(), expected)
+
+
+@pytest.mark.parametrize("tiles", [sparse.WIDE, sparse.NARROW], ids=["wide", "narrow"])
+def test_tokens_that_are_far_below_0(tiles: sparse.Shape, place: Place) -> None:
+    x, w = _random(70, 160, -8, 8), _random(72, 160, -8, 8, 1)
+    w.view(72, -1, 4)[..., 1::2] = 0
+    values, metadata = (t.to(place.device) for t in compression.compress(w))
+    token, feature = torch.full((70,), -(2.0**120)), torch.full((72,), 2.0**-126)
+    with sparse.only(tiles):
+        y = sparse.product(
+            values, metadata, x.to(place.device), FLOAT, epilogue=hopper.PLAIN,
+            token_scale=token.to(place.device), feature_scale=feature.to(place.device),
+        )  # fmt: skip
+    assert torch.equal(y.cpu(), x.float() @ w.float().T * -(2.0**-6))
+
+
+@pytest.mark.parametrize("out", [FLOAT, HALF, SHORT], ids=str)
+@pytest.mark.parametrize("added", [FLOAT, HALF, SHORT], ids=str)
+def test_a_bias_of_another_dtype(added: torch.dtype, out: torch.dtype, place: Place) -> None:
+    """It is read as what it is, and rounded once."""
+    a, b = _random(5, 32, -8, 8), _random(200, 32, -8, 8, 1)
+    bias = (100 * torch.randn(200, generator=torch.Generator().manual_seed(0))).to(added)
+    row, column = _ones(place, 5, 200)
+    with product.only(product.NARROW):
+        y = product.product(
+            a.to(place.device), b.to(place.device), out, epilogue=hopper.PLAIN, row_scale=row,
+            column_scale=column, bias=bias.to(place.device),
+        )  # fmt: skip
+    assert torch.equal(y.cpu(), (a.float() @ b.float().T + bias.float()).to(out))
+
+
+@pytest.mark.parametrize(
+    ("tiles", "out"), [("wide", HALF), ("tall", SHORT), ("narrow", HALF)], ids=str
+)
+def test_a_gate_of_far_rows(
+    tiles: str, out: torch.dtype, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside near ones: what is judged are the halves of the product that writes both."""
+    monkeypatch.setattr(cuda, "processors", lambda _: 2)
+    a, b = _random(70, 160, -8, 8), _random(2 * 268, 160, -8, 8, 1)
+    row, column = _scales(70, 536)
+    a, b, row, column = (t.to(place.device) for t in (a, b, row, column))
+    with product.only(product.KINDS[tiles]), outputs.poisoned(0xFF):
+        y, found = (
+            product.product(a, b, out, epilogue=hopper.PLAIN, row_scale=row, column_scale=column,
+                            gate=gate).cpu()
+            for gate in (False, True)
+        )  # fmt: skip
+    gate, value = y.chunk(2, -1)
+    judges.gated(gate, value, found).require()
 
 
 # --- gates and norms whose factors leave the range --------------------------------------------
@@ -128,6 +229,63 @@ def test_a_norm_whose_weight_is_large(
 
 
 # --- where memory ends, and how it lies -------------------------------------------------------
+
+
+def test_one_memory_as_several_matrices(place: Place) -> None:
+    """Of more rows, of longer ones, and in other tiles: what was made of the first is not kept."""
+    memory = _random(1, 160 * 128, -128, 128).flatten().to(place.device)
+    assert memory.data_ptr() % 16 == 0
+    for height, width, tiles in (
+        (40, 64, product.NARROW), (160, 64, product.NARROW), (160, 128, product.NARROW),
+        (160, 128, product.WIDE),
+    ):  # fmt: skip
+        a = memory[: height * width].view(height, width)
+        with product.only(tiles):
+            y = product.product(a, a, torch.int32, epilogue=hopper.RAW).cpu()
+        assert torch.equal(y.double(), a.cpu().double() @ a.cpu().double().T)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_elements_that_ints_do_not_count(
+    residual: bool, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tiles of 2^32, the first and one of the last: turns are given that come to no other."""
+    height, columns, group = 2**20, 2**12, 1000
+    pair = product.GROUP * group + 1  # of the second turn
+    told = struct.pack("3iIiIi", 2, height // 128, 0, group, 0, 0, 0)
+    monkeypatch.setattr(cuda, "processors", lambda _: 2)
+    monkeypatch.setattr(product, "turns", lambda *_: told)
+    a, b = torch.zeros(height, 16, dtype=torch.int8), torch.zeros(columns, 16, dtype=torch.int8)
+    a[:128], a[128 * pair :][:128] = _random(128, 16, -8, 8), _random(128, 16, -8, 8, 1)
+    b[:128] = _random(128, 16, -8, 8, 2)
+    row, column = _ones(place, height, columns)
+    beside = torch.empty(height, columns, dtype=SHORT, device=place.device) if residual else None
+    if beside is not None:  # no more of it than is read
+        beside[:128, :128], beside[128 * pair :][:128, :128] = 0, 3
+    with product.only(product.NARROW):
+        y = product.product(
+            a.to(place.device), b.to(place.device), SHORT, epilogue=hopper.PLAIN, row_scale=row,
+            column_scale=column, residual=beside,
+        )  # fmt: skip
+    for first in (0, 128 * pair):
+        exact = (a[first:][:128].float() @ b[:128].float().T).to(SHORT)
+        expected = exact + 3 if residual and first else exact
+        assert torch.equal(y[first:][:128, :128].cpu(), expected)
+
+
+def test_rows_whose_quarter_ints_do_not_count(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread writes every fourth row of its warp's; of all columns, one tile."""
+    told = struct.pack("3iIiIi", 1, 1, 1, *product._divisor(8), *product._divisor(1))
+    monkeypatch.setattr(product, "turns", lambda *_: told)
+    columns, device = 2**27, place.device
+    a = _random(16, 16, -8, 8)
+    b = torch.empty(columns, 16, dtype=torch.int8, device=device)
+    b[:128] = _random(128, 16, -8, 8, 1).to(device)
+    with product.only(product.NARROW):
+        y = product.product(a.to(device), b, torch.int32, epilogue=hopper.RAW)
+    assert torch.equal(y[:, :128].cpu(), (a.float() @ b[:128].cpu().float().T).int())
 
 
 @pytest.mark.parametrize("cluster", [4, 8])

@@ -397,6 +397,31 @@ def test_which_rows_are_wide() -> None:
     assert of_few.names["WIDE"] == 128 * of_rows.names["WIDE"] == 8192
 
 
+REGISTERS = re.compile(r'setmaxnreg\.(dec|inc)\.\w+\.\w+\.u32 (\d+|%0) "(?: *:+ *"n"\((.*?)\)\);)?')
+
+
+@pytest.mark.parametrize("source", ["product.cu", "sparse.cu"])
+def test_warpgroups_have_the_registers_that_they_ask_for(source: str) -> None:
+    """PTX ISA, setmaxnreg: 24 to 256, a multiple of 8; who asks for more waits until the block has
+    given back as many. It has 65536, and as many a thread as its bounds let the compiler take.
+    """
+    for variant, text in _of(source):
+        found = REGISTERS.findall(text.code)
+        asked = {way: value(given or number, text.names) for way, number, given in found}
+        assert len(found) == 2, found
+        threads = variant.consumers + 128
+        assert all(24 <= n <= 256 and n % 8 == 0 for n in asked.values())
+        held = 128 * asked["dec"] + variant.consumers * asked["inc"]
+        assert held <= threads * (65536 // threads // 8 * 8), (variant, asked)
+
+
+def test_tokens_are_counted_in_64_bits() -> None:
+    """Of y, by the features of each. product.cu is run so: test_elements_that_ints_do_not_count."""
+    for _, text in _of("sparse.cu"):
+        found = re.findall(r"(\(long long\))?(\w+) \* g\.features\b", text.code)
+        assert found == [("(long long)", "token")]
+
+
 def _bounds(subscript: str, names: Names) -> tuple[int, int]:
     """The least and the most that it is, by its value, or as a remainder or by a mask."""
     with suppress(KeyError):

@@ -17,7 +17,7 @@ import quest
 from quest import eager, grids, lowbit, operands, ops
 from quest import transforms as rotations
 from quest.conformance import lanes
-from quest.kernels import blocks, decode, hadamard, outputs, pack, quantize, sparse
+from quest.kernels import blocks, decode, hadamard, outputs, pack, product, quantize, sparse
 
 pytestmark = pytest.mark.whole
 
@@ -191,6 +191,18 @@ def test_forced_tiles_of_the_sparse_product_end_with_their_block(
     with pytest.raises(KeyError), sparse.only(sparse.NARROW):
         raise KeyError
     assert sparse.shape(22016, 1024, 132) == own
+
+
+def test_forced_tiles_of_the_product_end_with_their_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "_forced", None)  # and None again after this test
+    with product.only(product.TALL):
+        with product.only(None):
+            assert product.forced() is None
+        assert product.forced() == product.TALL
+    assert product.forced() is None
+    with pytest.raises(KeyError), product.only(product.TALL):
+        raise KeyError
+    assert product.forced() is None
 
 
 # Operators.

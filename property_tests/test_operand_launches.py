@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 import quest
-from quest import grids, lowbit, operands, packed
-from quest.kernels import blocks, decode, few, forms, hopper, pack, product, quantize
+from quest import grids, lowbit, operands, ops, packed
+from quest.kernels import blocks, decode, few, forms, hopper, pack, product, quantize, sparse
 
 pytestmark = pytest.mark.whole
 
@@ -228,6 +229,43 @@ def test_products(kernels: Kernels) -> None:
         _on_cuda("accumulate", a, b[:, 1:])
     with pytest.raises(ValueError, match="b must be int8, or uint8 for bits, of two axes"):
         _on_cuda("accumulate", a, b[0])
+
+
+def test_products_are_launched_where_their_operands_lie(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several GPUs the current one may be another."""
+    inside: list[int] = []
+
+    @contextmanager
+    def device_of(t: Tensor) -> Iterator[None]:
+        inside.append(t.data_ptr())
+        yield
+        inside.pop()
+
+    a, b = (torch.zeros(n, 128, dtype=torch.int8) for n in (3, 5))
+    launched: list[str] = []
+
+    def kernel(name: str) -> Callable[..., Tensor]:
+        def launch(*_: Any, **__: Any) -> Tensor:
+            assert inside == [a.data_ptr()]
+            launched.append(name)
+            return torch.zeros(1)
+
+        return launch
+
+    monkeypatch.setattr(ops, "device_of", device_of)
+    for module in (product, sparse, few):
+        monkeypatch.setattr(module, "product", kernel(module.__name__.rpartition(".")[2]))
+    vectors = (
+        torch.ones(3, 1), torch.ones(5, 1), torch.zeros(3, 1).int(), torch.zeros(5, 1).int(), None,
+    )  # fmt: skip
+    last = (*vectors, "uniform4,uniform4", "integers,integers", 128, torch.bfloat16)
+    _on_cuda("accumulate", a, b)
+    _on_cuda("product", a, b, *last)
+    _on_cuda("sparse_product", a, b[:, :64], torch.zeros(5, 8).int(), *last)
+    _on_cuda("packed_product", a, torch.zeros(5, 64, dtype=torch.uint8), *last)
+    assert launched == ["product", "product", "sparse", "few"]
 
 
 def test_a_device_without_the_product(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:

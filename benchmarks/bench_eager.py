@@ -77,7 +77,7 @@ def test_together(timed: Timed, tokens: int, recipe: str, bias: bool) -> None:
     ours, dense, read = _frozen(made, 3, bias)
     _time(
         timed, f"together{bias}", tokens, made, 3,
-        judge_of_frozen(tokens, INSIDE, OUTSIDE, made, 3, bias),
+        judge_of_frozen(tokens, INSIDE, 3 * OUTSIDE, made, 3, bias),
         lambda x: quest.together(x, ours), lambda x: tuple(layer(x) for layer in dense), read,
     )  # fmt: skip
 
@@ -128,7 +128,7 @@ def test_behind_a_norm(timed: Timed, tokens: int, recipe: str) -> None:
     made = quest.recipe(recipe)
     ours, dense, read = _frozen(made, 3)
     norm = nn.RMSNorm(INSIDE, EPS, device=cases.DEVICE, dtype=cases.DTYPE)
-    stack = judge_of_frozen(tokens, INSIDE, OUTSIDE, made, 3)
+    stack = judge_of_frozen(tokens, INSIDE, 3 * OUTSIDE, made, 3)
 
     def judge(lane: Lane, name: str) -> list[Verdict]:
         x, residual = (gate.normal(gate.ROWS, INSIDE, name, seed) for seed in (0, 1))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import quest
+from quest import operands
 from quest.conformance import examine
 from quest.conformance.lanes import Lane
 from quest.conformance.verdict import Verdict
@@ -180,15 +181,28 @@ def test_prefill(
     made = quest.recipe(recipe)
     tokens = _tokens(config, sequences, length)
     rows = sequences * length
+    kinds = operands.kinds(made.activation, made.weight) or ("", "")
 
     def judge(lane: Lane, name: str) -> list[Verdict]:
         found = []
         for inside, outside, together in _widths(config):
             judged = judge_of_frozen(rows, inside, together * outside, made, together)
             found += judged(lane, name)
-        if cases.CUDA:  # gate and up end in a gate there; queries and keys are turned
+        # There norms are the quantizers', gate and up end in a gate, queries and keys are turned,
+        # and down adds the residual.
+        if cases.CUDA:
             d, columns = config.width, 2 * config.hidden
             x, w = gate.normal(gate.ROWS, d, name), gate.normal(columns, d, "gaussian", seed=1)
+            h, weight = gate.normal(gate.ROWS, d, name, seed=2), gate.normal(1, d, "gaussian")[0]
+            for residual in (None, h):
+                found += examine.normed(
+                    lane, x, residual, weight, config.norm_eps, made.activation, kinds[0],
+                    conclusive=name == "gaussian",
+                )  # fmt: skip
+            wide = gate.normal(gate.ROWS, config.hidden, name)
+            down = gate.normal(d, config.hidden, "gaussian", seed=1)
+            with gate.tiles_of(made, rows, d, config.hidden):
+                found += examine.product(lane, wide, down, None, made, cases.DTYPE, residual=h)
             with gate.tiles_of(made, rows, columns, d):
                 found += examine.product(lane, x, w, None, made, cases.DTYPE, gate=True)
             rotary = (*rope_angles(config, gate.ROWS, torch.device("cpu")), 2 * d)

@@ -39,6 +39,7 @@ def test_a_run_s_rows(tmp_path: Path) -> None:
     runs = rows.read(path)
     assert [list(run.results) for run in runs] == [[CASE]] * 2
     assert runs[0].environment["device"]
+    assert runs[0].environment["torch_threads"] == 1
     assert runs[0].commit["id"] == get_commit_info()["id"]
     told = CliRunner().invoke(rows.main, [str(path)])
     assert told.exit_code == 0

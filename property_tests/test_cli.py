@@ -14,6 +14,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from quest.cli import main, quest
+from quest.gate import command as gate_command
+from quest.gate.command import Request
 from quest.models import SIZES, Size
 from quest.train import plot
 from quest.train.stopping import Stopped
@@ -249,6 +251,19 @@ def test_verify_hands_on_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "run", lambda *given: calls.append(given) or 1)
     assert main(["verify", "--json", "r.json", "--lane", "a", "--lane", "b", "--quick"]) == 1
     assert calls == [(Path("r.json"), ("a", "b"), True, False, None)]
+
+
+def test_gate_hands_on_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Request] = []
+    monkeypatch.setattr(gate_command, "run", lambda request: asked.append(request) or 0)
+    line = ["gate", "--base", "a", "--change", "b", "--filter", "c", "--rounds", "20", "--full",
+            "--lane", "x", "--lane", "y", "--aa", "5", "--allow-old-base", "--limit", "7",
+            "--json", "z"]  # fmt: skip
+    assert main(line) == main(["gate", "--base", "a"]) == 0
+    assert asked == [
+        Request("a", "b", "c", 20, ("--lane=x", "--lane=y"), 5, True, 7.0, Path("z")),
+        Request("a", None, "", 150, ("--quick",), 3, False, 600.0, None),
+    ]
 
 
 def test_help_names_the_commands_and_every_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from fractions import Fraction
@@ -9,9 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 
 import quest
 from quest.conformance import exact_rows, inputs, lanes, propagated
@@ -19,6 +22,7 @@ from quest.conformance.adapters.published import Paper
 from quest.conformance.lanes import GuardError
 from quest.conformance.public import (
     adapter,
+    asked,
     axes,
     capabilities,
     expected,
@@ -30,7 +34,7 @@ from quest.conformance.public import (
 from quest.conformance.public.court import Court
 from quest.conformance.strategies import FORMATS, Case
 from quest.conformance.tests import drawing
-from quest.conformance.verdict import Rejected
+from quest.conformance.verdict import Rejected, Verdict
 from quest.reference import bounds
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -344,6 +348,26 @@ def test_bits_are_numbers() -> None:
     assert capabilities.check({"bits": [1, "8"]}, "Adapter").bits == (1, 8)
 
 
+def test_declared_values_that_were_not_drawn_are_asked() -> None:
+    """Behind a test's own draws, here a single one; those that can't be asked are told."""
+    made, seen = asked.Asked(), []
+
+    @hypothesis.settings(max_examples=1)
+    @hypothesis.given(data=st.data())
+    def test(data: st.DataObject, other: int) -> None:
+        lacks = {"d": "no d"}.get
+        seen.append((made.choose(data, "grid", "abcd", lacks), made.choose(data, "block", (1, 2))))
+        assert other == 7
+        made.judged()
+
+    test(other=7)
+    assert len(seen) == 1
+    made.ask_rest(test, {"other": 7, "request": None})
+    assert {grid for grid, _ in seen} == set("abc")
+    assert made.told() == {"grid": ["a", "b", "c"], "block": [1, 2]}
+    assert made.uncovered() == ["no d"]
+
+
 def test_every_declared_clip_is_asked() -> None:
     declared = capabilities.check({"estimators": ["ste", "clip1.5", "clip1.3"]}, "Adapter")
     assert axes.values("clip", ("clip1.3",), declared) == ("clip1.3", "clip1.5")
@@ -468,6 +492,23 @@ def test_codes_that_the_bound_leaves_open(rotation: str, block: int, grid: str, 
     court = Court(implementation(Declared(2, rotation=rotation, blocks=[block])))
     with pytest.raises(Rejected, match=r"codes are wrong|outside 0 to 14"):
         drawing.judge(court, properties.codes, case, q)
+
+
+def test_ambiguous_codes_are_counted_against_codes_alone() -> None:
+    """Over all calls; exact stages beside them must not dilute that, and ties do not count."""
+    made = Court(implementation(Paper()))
+
+    def judged(_: Any, ambiguous: int, **__: Any) -> list[Verdict]:
+        return [Verdict("codes", 5_000, 0.5, ambiguous=ambiguous), Verdict("selection", 10**6)]
+
+    for ambiguous, told in ((25, "inconclusive: 50 of 10000"), (5, None)):
+        made.start()
+        for _ in range(2):
+            made.judge(judged, {}, (ambiguous,), "")
+        made.judge(judged, {}, (4_000,), "", conclusive=False)
+        with pytest.raises(Rejected, match=told) if told else contextlib.nullcontext():
+            made.settle()
+        assert (made.record.failure is None) == (told is None)
 
 
 class ValuesAlone:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import cases
 from quest.cli import main
-from quest.gate import benchmarks, clock, correctness, pairs, power, report
+from quest.gate import benchmarks, clock, correctness, pairs, power, report, worker
 from quest.gate.benchmarks import Bench, Row
-from quest.gate.side import SideError
+from quest.gate.side import Side, SideError, environment
 
 
 def side(g: np.random.Generator, mean: float, noise: float) -> pairs.Turn:
@@ -128,6 +131,120 @@ def test_waiting_for_a_core_is_no_time_of_the_call(monkeypatch: pytest.MonkeyPat
     assert clock.cpu_round([lambda i: None], 0) == [3.0]  # the wait was not the call's
 
 
+def test_a_round_calls_each_and_every_second_one_backwards() -> None:
+    asked: list[tuple[str, int]] = []
+    calls = [lambda i, name=name: asked.append((name, i)) for name in "abc"]
+    for i in (4, 5):
+        assert len(clock.cpu_round(calls, i)) == 3
+    assert asked == [("a", 4), ("b", 4), ("c", 4), ("c", 5), ("b", 5), ("a", 5)]
+
+
+@pytest.mark.parametrize("each", [1, 2**20, 3 * 2**20, 2**26])
+def test_inputs_are_more_than_the_cache_holds(each: int) -> None:
+    sets = clock.input_sets(each, "cpu")
+    assert 2 <= sets <= 64
+    assert sets == 64 or sets * each >= 3 * clock.cache("cpu")
+    assert sets == 2 or (sets - 1) * each < 3 * clock.cache("cpu")
+
+
+def test_bytes_of_what_a_call_takes() -> None:
+    halves = torch.zeros(3, 5, dtype=torch.bfloat16)
+    assert clock.size((halves, (torch.zeros(2), 7), None)) == 38
+
+
+def test_a_turn_is_as_long_as_the_slower_side_needs() -> None:
+    """The same number of calls on both, and odd."""
+    asked: set[int] = set()
+    side: Any = SimpleNamespace(turn=lambda calls, pair: asked.add(calls) or 1.0)
+    benchmarks._paired(side, side, (0.001, 0.0051), 10)
+    assert asked == {5}
+
+
+def _case(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., object], **more: Any
+) -> tuple[worker.Case, list[int]]:
+    """The case of a benchmark of three sets of inputs, and for how many bytes it asked."""
+    asked: list[int] = []
+    monkeypatch.setattr(worker.clock, "input_sets", lambda each, _: asked.append(each) or 3)
+    passed = SimpleNamespace(worst_ratio=0.25)
+    monkeypatch.setattr("benchmarks.gate.open_for", lambda key, judge: passed)
+
+    def bench(timed: Callable[..., None]) -> None:
+        timed(key=(1, "k"), judge=None, spec="spec", shape=(2, 3), run=run, **more)
+
+    item = SimpleNamespace(obj=bench, iter_markers=list)
+    return worker.Case(item, clock.cpu_round), asked
+
+
+def test_a_case_takes_other_inputs_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that `draw` and `prepare` say; as many as the cache can't hold of what is read."""
+    seen: list[tuple[int, list[tuple[int, ...]]]] = []
+
+    def run(*given: torch.Tensor) -> None:
+        seen.append((given[0].data_ptr(), [tuple(t.shape) for t in given]))
+
+    case, asked = _case(
+        monkeypatch, run, draw=((4, 5), (6,)), prepare=lambda x, y: (x[:, :2].contiguous(),)
+    )
+    assert set(asked) == {4 * 2 * cases.DTYPE.itemsize}
+    assert (case.worst_ratio, case.identity) == (0.25, "spec key 1 k")
+    assert case.inputs == f"[[4, 5], [6]] {cases.DTYPE}"
+    seen.clear()
+    for calls in (2, 1, 3):
+        assert len(case.turn(calls)) == calls  # and one before that is not timed
+    places = [place for place, _ in seen]
+    assert len(places) == 9
+    assert len(set(places)) == 3
+    assert places[3:] == places[:-3]
+    assert all(shapes == [(4, 5), (6,), (4, 2)] for _, shapes in seen)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the allocator tells")
+def test_the_peak_of_a_case_is_what_it_holds_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        torch.empty(10_000)
+        return torch.empty(1_000)
+
+    case, asked = _case(monkeypatch, run)
+    assert set(asked) == {2 * 3 * cases.DTYPE.itemsize}
+    assert 40_000 <= case.peak < 41_000
+
+
+def test_both_turns_of_a_pair_are_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And times on a CPU are those of one thread."""
+    threads, chosen = torch.get_num_threads(), []
+    monkeypatch.setattr(worker, "collect", lambda expression: ({}, []))
+    monkeypatch.setattr(worker.os, "sched_setaffinity", lambda _, cores: chosen.append(cores))
+    torch.set_num_threads(2)
+    try:
+        made = worker.Worker("")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    made.cores = [3, 7, 8]
+    made.case = SimpleNamespace(turn=lambda calls: [0.5] * calls)  # type: ignore[assignment]
+    for pair in range(4):
+        assert made.turn(2, pair)["seconds"] == [0.5, 0.5]
+    assert chosen == [{3}, {7}, {8}, {3}]
+
+
+def test_a_side_takes_the_median_of_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def ask(self: Side, do: str, **more: Any) -> dict[str, Any]:
+        asked.append({"do": do, **more})
+        return {"seconds": [9.0, 1.0, 3.0, 2.0, 8.0]}
+
+    monkeypatch.setattr(Side, "ask", ask)
+    assert object.__new__(Side).turn(5, 7) == 3.0
+    assert asked == [{"do": "turn", "calls": 5, "pair": 7}]
+
+
+def test_a_process_imports_its_own_tree_and_hashes_alike() -> None:
+    made = environment(Path("/some/tree"))
+    assert (made["PYTHONPATH"], made["PYTHONHASHSEED"]) == ("/some/tree", "0")
+
+
 class Fake:
     """A side whose cases are replies; a turn takes `seconds` with 0.2% noise."""
 
@@ -162,7 +279,7 @@ class Fake:
                 "worst_ratio": 0.5, "peak": 10_000, "inputs": "x", "identity": "x", "wall": 0.01,
             } | found  # fmt: skip
             return {**self.case, "status": "ok"}
-        return {"host_bound": False}
+        return {"host_bound": "bound" in self.case}
 
     def turn(self, calls: int, pair: int) -> float:
         if "dies_timed" in self.case:
@@ -177,6 +294,7 @@ class Fake:
 SKIPPED = {"status": "skipped"}
 VERDICTS: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None, str]] = {
     "equal": ({}, {}, "ok"),
+    "bound": ({}, {"bound": True}, "ok"),
     "slow": ({}, {"seconds": 1.06}, "slower"),
     "slow_once": ({}, {"first": 1.2}, "ok"),
     "fast": ({}, {"seconds": 0.9}, "faster"),
@@ -231,6 +349,7 @@ def test_every_verdict(fake: Callable[..., benchmarks.Result]) -> None:
     found = {row.name: row.verdict for row in result.rows}
     assert found == {name: verdict for name, (*_, verdict) in VERDICTS.items() if verdict}
     assert result.skipped == 2
+    assert [row.name for row in result.rows if row.host_bound] == ["bound"]
     for row in result.rows:
         assert bool(row.faults) == any(word in row.verdict for word in FAILING), row
     # Three looks at what stays slower, in processes of their own each time.
@@ -257,6 +376,8 @@ def test_base_against_itself(fake: Callable[..., benchmarks.Result]) -> None:
     off = Row("x", comparison=pairs.Comparison((1.0,), (1.0,), 0.8, 0.75, 0.9))
     assert report.alarms([off]) == [off]
     assert report.floor([off]) == pytest.approx(1 / 3)
+    slow = Row("x", comparison=pairs.Comparison((1.0,), (1.0,), 1.2, 1.1, 1.5))
+    assert report.floor([slow, off]) == pytest.approx(1 / 2)
 
 
 def test_without_a_base_all_is_new(fake: Callable[..., benchmarks.Result]) -> None:

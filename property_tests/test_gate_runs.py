@@ -179,6 +179,27 @@ def test_nothing_was_compared(
     assert "PASS, nothing was compared, in" in capsys.readouterr().out
 
 
+def test_a_base_that_fails_beside_itself_fails_the_gate(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = [Row("x", faults=(("base fails", "it died"),))]
+    result = benchmarks.Result([Row("x", comparison=SAME)], same, 0, "cpu")
+    monkeypatch.setattr(Bench, "run", lambda self: result)
+    assert main(["gate", "--base", "HEAD"]) == 1
+    assert "FAIL x: base fails: it died" in capsys.readouterr().out
+
+
+def test_judges_that_a_person_must_read(repository: Path) -> None:
+    """What decides and what times; and no other file."""
+    judges = ["benchmarks/cases.py", "quest/conformance/judges/codes.py", "quest/gate/pairs.py",
+              "reference/bounds.py"]  # fmt: skip
+    for name in (*judges, "quest/linear.py", "kernels/rows.py"):
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / name).write_text("another = 1\n")
+    with worktrees.checked_out(repository, "HEAD", None) as (base, change):
+        assert worktrees.other_judges(base, change) == judges
+
+
 def test_json_that_can_no_longer_be_written(
     repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 from collections.abc import Callable, Iterator
@@ -136,3 +137,20 @@ def test_transfer_and_pipe_keep_strides_offset_and_gaps(layout: str) -> None:
         assert (y.stride(), y.storage_offset()) == (x.stride(), x.storage_offset())
         assert stages.storage_bytes(y) == stages.storage_bytes(x)
         assert y.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.parametrize("wrong", ["operand", "scale", "h", ""])
+def test_guard_sees_rows_that_are_others_where_they_are_shown(wrong: str) -> None:
+    """Of a prologue, whose rows nobody sees in use."""
+    names = ("operand", "scale", "sums", "h", "x")
+    made = {name: torch.full((3, 2), float(i)) for i, name in enumerate(names)}
+
+    def shown(*_: object) -> tuple[Tensor, ...]:
+        return tuple(made.values())
+
+    def used(*_: object) -> tuple[Tensor, ...]:
+        return tuple(-t if name == wrong else t for name, t in made.items())[:-1]
+
+    told = f"{wrong} is another where the rows of a prologue are shown"
+    with pytest.raises(lanes.GuardError, match=told) if wrong else contextlib.nullcontext():
+        assert stages._prologue(FAKE, (shown, used), names) == made

@@ -99,6 +99,20 @@ def test_a_transform_in_another_dtype_is_refused() -> None:
     assert failing(examine.transform(Scripted(lambda *_: {"y": y}), x, 16)) == {"transform"}
 
 
+def test_an_operand_of_a_table_that_does_not_hear_its_input() -> None:
+    """It is held to what `encode` makes: to all of it."""
+    q, cpu = quest.recipe("fp4").activation, lanes.all_lanes()[0]
+    (kind, _) = operands.kinds(q, q) or ("", "")
+    x, another = (inputs.draw("heavy", (8, 256), torch.float32, seed) for seed in range(2))
+    honest, other = (cpu.call("operand", t, q=q, kind=kind) for t in (x, another))
+    same = cpu.call("encode", x, q=q, kind=kind)
+    for output in ("operand", "scale", "sums"):
+        for wrong in (honest[output], *deaf(honest[output], other[output])):
+            made = {"encode": same, "operand": honest | {output: wrong}}
+            found = failing(examine.operand(Scripted(lambda at, _, m=made: m[at]), x, q, kind))
+            assert found == (set() if wrong is honest[output] else {f"operand's {output}"})
+
+
 @pytest.mark.parametrize("name", ["w1a1", "w4a4", "w8a8", "w4a4-2:4"])
 def test_operand_and_product_that_do_not_hear_their_input(name: str) -> None:
     made = quest.recipe(name, estimator=quest.Clip(0.6))  # which masks some

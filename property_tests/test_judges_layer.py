@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,9 @@ from torch import Tensor
 import quest
 from property_tests.honest import BF16, F32, Array, failing, grid_of, tensor
 from property_tests.honest_layer import Layer, gradients, layer_case
-from quest.conformance import judges, oracle
+from quest import frozen, paths
+from quest.conformance import examine, inputs, judges, lanes, oracle
+from quest.recipes import Recipe
 from quest.reference import bounds, hadamard
 
 
@@ -235,3 +238,25 @@ def test_layer_bites_on_narrowed_integers() -> None:
     for y, expected in ((total, set()), (narrowed, {"layer y"})):
         tensors = {k: tensor(v) for k, v in (out | {"y": y}).items()} | {"x_hat": x, "w_hat": w}
         assert failing(judges.layer(x, w, g, None, made, tensors, ones, bounds.U32)) == expected
+
+
+@pytest.mark.parametrize("name", ["values", "operand", "scale", "sums"])
+@pytest.mark.parametrize("parts", [(), (24, 16)], ids=["one", "stacked"])
+def test_a_weight_that_is_frozen_wrong_is_no_judge_of_itself(
+    name: str, parts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any of what a layer holds of it; on the path of the integers as a GPU would take it."""
+    lane, recipe = lanes.all_lanes()[0], quest.recipe("w8a8")
+    x, w = (inputs.draw("gaussian", (40, 256), torch.float32, seed) for seed in range(2))
+    monkeypatch.setattr(paths, "has_integers", lambda *_: name != "values")
+    real = frozen.freeze
+    for wrong in (False, True):
+
+        def freeze(weight: Tensor, made: Recipe, wrong: bool = wrong) -> frozen.Frozen:
+            held = real(weight, made)
+            rolled = getattr(held, name).roll(1, 0)
+            return dataclasses.replace(held, **({name: rolled} if wrong else {}))
+
+        monkeypatch.setattr(frozen, "freeze", freeze)
+        found = examine.frozen(lane, x, w, None, recipe, parts)
+        assert failing(found) == ({"frozen y"} if wrong else set())

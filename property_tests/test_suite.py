@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import conftest, gate, table, timed, timing, tokens
+import quest
+from benchmarks import ceilings, conftest, gate, table, timed, timing, tokens
+from quest.conformance.verdict import Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -105,6 +107,118 @@ def test_a_run_without_any_time_writes_nothing(
     conftest._guard_saving(session)
     assert (getattr(plugin, option) is not None) == written
     assert bool(run.note) != written
+
+
+def test_a_ratio_above_one_is_ours_faster() -> None:
+    times = timing.Times([1.0, 1.0, 2.0], [3.0, 3.0, 3.0], [1.0, 1.0, 1.0], False)
+    assert times.ratio == 3.0
+    low, high = times.interval()
+    assert 1.5 <= low <= high == 3.0
+
+
+def test_each_round_has_inputs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for both; what lay in the cache from the round before is not read again."""
+    monkeypatch.setattr(timing, "ROUNDS", (4, 4))
+    seen: dict[str, list[float]] = {"ours": [], "torch": []}
+    sets = [(torch.tensor(float(i)),) for i in range(3)]
+    times = timing.measure(
+        lambda x: seen["ours"].append(x.item()), lambda x: seen["torch"].append(x.item()),
+        sets, 512, "cpu",
+    )  # fmt: skip
+    assert seen["ours"] == seen["torch"]
+    assert seen["ours"][-4:] in ([0, 1, 2, 0], [1, 2, 0, 1], [2, 0, 1, 2])
+    assert [len(t) for t in (times.ours, times.baseline, times.copy)] == [4, 4, 4]
+
+
+def test_a_copy_reads_and_writes_so_many_bytes_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From memory, and not what the cache holds of the copy before."""
+    copied: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        Tensor, "copy_", lambda self, other: copied.append((self.data_ptr(), other.nbytes))
+    )
+    copy = timing.copier(3 * 2**20, "cpu")
+    for i in range(4):
+        copy(i)
+    assert [2 * size for _, size in copied] == [3 * 2**20] * 4
+    assert len({place for place, _ in copied}) == 4
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_what_is_told_of_a_time(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes: what is read once, inputs or what was made of them, and what is written."""
+    measured: list[tuple[int, int]] = []
+
+    def measure(run: Any, baseline: Any, sets: Any, moved: int, device: str) -> timing.Times:
+        measured.append((len(sets), moved))
+        assert [run(*sets[0]), baseline(*sets[0])] == [ours, torchs]
+        return timing.Times([2e-6 * calls], [6e-6 * calls], [1e-6 * calls], False)
+
+    ours, torchs = torch.zeros(5, dtype=torch.int8), torch.zeros(7, dtype=torch.int8)
+    monkeypatch.setattr(timing, "measure", measure)
+    monkeypatch.setattr(timed.gate, "open_for", lambda *_: gate.Passed("some", 0.25, 9))
+    benchmark = SimpleNamespace(enabled=True, extra_info={}, pedantic=lambda *_, **__: None)
+    one = timed.Timed(benchmark, timing.Replay())  # type: ignore[arg-type]
+    element = timed.cases.DTYPE.itemsize
+    for prepare, read in ((None, 16 * element), (lambda x: (x[:, :3],), 6 * element)):
+        one(
+            spec="spec", shape=(2, 8), key=("k",), judge=lambda *_: [], prepare=prepare,
+            run=lambda *_: ours, baseline=lambda *_: torchs, constant=(torch.zeros(3),),
+            operations=4e6, ceiling=8.0, memory=(10, 40), calls=calls,
+        )  # fmt: skip
+        told = one.info
+        assert told == one.benchmark.extra_info
+        assert told["bytes"] == read + 12 + 5
+        assert measured.pop() == (timed.input_sets(read, timed.cases.DEVICE), calls * (read + 17))
+        assert (told["lane"], told["worst_ratio"], told["elements"]) == ("some", 0.25, 9)
+        due = {
+            "median_us": 2.0, "baseline_us": 6.0, "copy_us": 1.0, "ratio_to_baseline": 3.0,
+            "fraction_of_copy": 0.5, "tera_operations": 2.0, "fraction_of_rate": 0.25,
+            "memory_ratio": 0.25,
+        }  # fmt: skip
+        assert {name: told[name] for name in due} == pytest.approx(due)
+
+
+def test_no_time_without_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of the inputs it is that a judge refuses, and once refused for good."""
+    for name in ("_passed", "_refused"):
+        monkeypatch.setattr(gate, name, {})
+    monkeypatch.setattr(timing, "measure", lambda *_: pytest.fail("a time was taken"))
+    benchmark = SimpleNamespace(enabled=True, extra_info={}, pedantic=lambda *_, **__: None)
+    one = timed.Timed(benchmark, timing.Replay())  # type: ignore[arg-type]
+    for i, bad in enumerate(gate.DISTRIBUTIONS):
+
+        def judge(_: Any, name: str, bad: str = bad) -> list[Verdict]:
+            return [Verdict("stage", 1, failure="off" if name == bad else None)]
+
+        for _ in range(2):
+            with pytest.raises(gate.RedGateError, match="stage: off"):
+                one(
+                    spec="spec", shape=(2, 8), key=(i,), judge=judge, run=lambda x: x,
+                    baseline=lambda x: x,
+                )  # fmt: skip
+    assert not one.info
+
+
+def test_rates_of_the_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU that was measured; 2:4 sparse at twice the rate, where it is compressed."""
+
+    def rates() -> list[float]:
+        asked = [("w1a1", False), ("w4a4", False), ("w4a4-2:4", False), ("w4a4-2:4", True),
+                 ("w4a4", True), ("w4a16", False)]  # fmt: skip
+        return [ceilings.of(quest.recipe(name), compressed) for name, compressed in asked]
+
+    for there, capability in ((False, (9, 0)), (True, (9, 0)), (True, (8, 0))):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda made=capability: made)
+        hopper = there and capability == (9, 0)
+        assert rates() == ([15_800, 1976, 1976, 3952, 1976, 0] if hopper else [0.0] * 6)
+
+
+def test_the_nearer_bound_is_told() -> None:
+    info = {"fraction_of_copy": 0.5, "fraction_of_rate": 0.25}
+    assert table._bound(info) == "0.500 c"
+    assert table._bound(info | {"fraction_of_rate": 0.75}) == "0.750 t"
+    assert table._bound({"fraction_of_copy": 0.125}) == "0.125 c"
 
 
 def test_times_of_one_of_several_calls() -> None:

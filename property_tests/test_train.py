@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import signal
 import threading
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from quest.train import (
     TrainConfig,
     UserError,
     checkpoint,
+    command,
     files,
     loop,
     metrics,
@@ -190,6 +193,84 @@ def test_recipes_start_from_the_same_weights(request_: Request) -> None:
     assert not torch.allclose(dense(tokens), quantized(tokens))
 
 
+def test_a_seed_is_of_the_weights_and_of_the_batches(
+    request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, started, real = [], [], loop.build
+
+    def batch(self: Dataset, *given: int) -> torch.Tensor:
+        asked.append(given)
+        return real_batch(self, *given)
+
+    def build(job: loop.Job, recipe: str) -> Llama:
+        model = real(job, recipe)
+        started.append(model.lm_head.weight.detach().clone())
+        return model
+
+    real_batch = Dataset.batch
+    monkeypatch.setattr(Dataset, "batch", batch)
+    monkeypatch.setattr(loop, "build", build)
+    for seed in (0, 3):
+        config = replace(request_.config, seed=seed, steps=2)
+        quietly(replace(request_, config=config, overwrite=True))
+    assert asked == [(seed, step, 2, 32) for seed in (0, 3) for step in range(2)]
+    assert not torch.equal(*started)
+
+
+def test_a_validation_is_the_mean_of_its_windows(request_: Request) -> None:
+    """Also where the last micro-batch has fewer."""
+    quietly(request_)
+    held_out = torch.arange(5 * 32 + 1, dtype=torch.uint8)
+    data = Dataset(torch.zeros(99), held_out, ByteEncoder(), 1.0, "")
+    job = loop.Job(
+        replace(request_.config, micro_batch=3), data, RunFolder(request_.out),
+        Metrics(request_.out / "other.jsonl", {}), torch.device("cpu"), False,
+    )  # fmt: skip
+    model = loop.build(job, "bf16")
+    windows = data.held_out_windows(64, 32)
+    assert len(windows) == 5
+    whole = loop.token_loss(model, windows, job.device).item()
+    assert loop.validate(model, job) == pytest.approx(whole, rel=1e-6)
+
+
+def test_losses_a_byte_are_of_the_held_out_text(
+    request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = command.encode
+    monkeypatch.setattr(command, "encode", lambda *a: replace(real(*a), bytes_per_token=4.0))
+    (outcome,) = quietly(request_)
+    last = rows(request_.out)[-1]
+    assert outcome.val_loss == last["val_loss"]
+    assert outcome.val_loss_per_byte == last["val_loss_per_byte"] == outcome.val_loss / 4
+
+
+def test_a_text_of_hardly_two_sequences(request_: Request, tmp_path: Path) -> None:
+    """A twentieth of it is no sequence: one is held out."""
+    (tmp_path / "text.txt").write_text(TEXT[:80])
+    quietly(replace(request_, config=replace(request_.config, steps=1)))
+
+
+def test_settings_that_are_given_count() -> None:
+    given = {"batch": 16, "micro_batch": 4, "seq": 256, "lr": 0.5, "seed": 7, "eval_every": 3,
+             "save_every": 5}  # fmt: skip
+    config = TrainConfig.for_size("30M", **given)  # type: ignore[arg-type]
+    assert {name: getattr(config, name) for name in given} == given
+    assert config.steps == 3_000_000_000 // (16 * 256)  # the same tokens, whatever the batch
+    assert TrainConfig.for_size("30M", batch=16).micro_batch == 16
+
+
+def test_a_run_is_compiled_where_that_is_asked(
+    request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    monkeypatch.setattr(Llama, "compile", lambda model: compiled.append(model))
+    once = replace(request_, config=replace(request_.config, steps=1))
+    quietly(once)
+    assert not compiled
+    quietly(replace(once, overwrite=True, compile=True))
+    assert len(compiled) == 1
+
+
 @pytest.mark.parametrize("stopped_at", [10, 13])
 def test_a_resumed_run_is_bit_exact(
     request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int
@@ -274,6 +355,19 @@ def test_a_run_that_stopped_between_recipes_goes_on(
     assert rows(both.out) == rows(straight.out)
 
 
+def test_the_time_of_a_resumed_run_goes_on(
+    request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(request_, monkeypatch, Stop(10))
+    path = request_.out / "checkpoint-w1a1.pt"
+    held = torch.load(path, weights_only=True)
+    torch.save(held | {"seconds": 1000.0}, path)
+    (outcome,) = quietly(replace(request_, resume=True))
+    lines = (request_.out / "metrics.jsonl").read_text().splitlines()
+    seconds = [json.loads(line)["seconds"] for line in lines]
+    assert 1000 < seconds[10] < seconds[19] == outcome.seconds < 1100
+
+
 def test_a_longer_run_may_follow(request_: Request) -> None:
     quietly(request_)
     longer = replace(request_, resume=True, config=replace(request_.config, steps=25))
@@ -299,6 +393,7 @@ def test_micro_batches_add_up_to_the_batch(request_: Request, tmp_path: Path) ->
         ({"batch": 4}, "its batch is 2, not 4"),
         ({"seq": 16}, "its seq is 32, not 16"),
         ({"size": "wider"}, "its width is 128, not 256"),
+        ({"size": "headed"}, "its heads is 2, not 4"),
         ({"steps": 5}, "has done 20 steps: --steps 5 is fewer"),
     ],
 )
@@ -306,6 +401,7 @@ def test_another_run_is_refused(
     finished: Request, change: dict[str, float], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(SIZES, "wider", Size(1, 256, 2, lr=3e-3, tokens=1))
+    monkeypatch.setitem(SIZES, "headed", Size(1, 128, 4, lr=3e-3, tokens=1))
     monkeypatch.setitem(SIZES, "tiny", Size(1, 128, 2, lr=3e-3, tokens=1))
     before = snapshot(finished.out)
     config = replace(finished.config, **change)
@@ -390,6 +486,15 @@ def test_a_checkpoint_of_another_recipe_is_refused(request_: Request) -> None:
         quietly(replace(request_, resume=True))
 
 
+def test_a_recipe_that_means_something_else_now_is_refused(
+    finished: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SIZES, "tiny", Size(1, 128, 2, lr=3e-3, tokens=1))
+    monkeypatch.setattr(checkpoint, "recipe_of", lambda name: SimpleNamespace(spec="another"))
+    with pytest.raises(UserError, match=r"its quantizers is .*, not another"):
+        quietly(replace(finished, resume=True))
+
+
 def test_other_text_is_refused(request_: Request, tmp_path: Path) -> None:
     quietly(request_)
     (tmp_path / "text.txt").write_text(TEXT.replace("ever", "never"))
@@ -415,6 +520,18 @@ def test_a_crash_while_writing_keeps_the_last_checkpoint(
     assert path.read_bytes() == before
     assert not files.temporary(path).exists()
     quietly(replace(request_, resume=True))
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, done = tmp_path / "x", []
+    real = os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: done.append(os.fstat(number).st_size))
+    monkeypatch.setattr(os, "replace", lambda *names: done.append(names) or real(*names))
+    files.replace_text(path, "four")
+    assert done == [4, (files.temporary(path), path)]
+    assert path.read_text() == "four"
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "held out"])
@@ -492,6 +609,35 @@ def test_loading_runs_no_code(tmp_path: Path) -> None:
     torch.save({"format": 1, "model": Path}, path)
     with pytest.raises(UserError, match="damaged or of another format"):
         checkpoint.load(path, {})
+
+
+def test_the_summary_of_two_recipes() -> None:
+    data = Dataset(torch.zeros(9), torch.zeros(9), ByteEncoder(), 1.0, "")
+    ended = [
+        loop.Outcome("bf16", 2_500_000, 20, 1280, 64.0, 1.5, 1.5),
+        loop.Outcome("w1a1", 2_500_000, 20, 1280, 128.0, 1.75, 1.75),
+    ]
+    table = progress.summary(ended, data)
+    cells = {str(column.header): list(column.cells) for column in table.columns}
+    assert cells == {
+        "recipe": ["bf16", "w1a1"], "parameters": ["2.50 M"] * 2, "steps": ["20"] * 2,
+        "time": ["1:04", "2:08"], "tokens/s": ["20", "10"], "nats/byte": ["1.500", "1.750"],
+        "against bf16": ["+0.000", "+0.250"],
+    }  # fmt: skip
+
+
+def test_a_rate_is_of_the_last_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of what a run had done before it was resumed."""
+    now = [100.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    rate, tokens = progress.Rate(), 10**9
+    assert rate.mark(tokens) == 0
+    for step in range(40):
+        now[0] += 2 if step < 20 else 1
+        tokens += 64
+        found = rate.mark(tokens)
+        assert step >= 20 or found == 32
+    assert found == 64
 
 
 @given(st.lists(st.floats(-5, 5), max_size=6), st.floats(1e-3, 1))

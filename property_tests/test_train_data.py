@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from quest.train import text as text_module
 from quest.train.data import ByteEncoder, Dataset, FileEncoder, encode
@@ -28,7 +28,7 @@ def dataset() -> Dataset:
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Path:
-    """A small byte-level BPE whose file also asks for truncation and padding."""
+    """A small byte-level BPE whose file also asks for truncation, padding and a special token."""
     built = Tokenizer(models.BPE())
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = decoders.ByteLevel()
@@ -39,6 +39,9 @@ def tokenizer(tmp_path: Path) -> Path:
         special_tokens=["<pad>"],
     )
     built.train_from_iterator([LINES], trainer)
+    built.post_processor = processors.TemplateProcessing(
+        single="<pad> $A", special_tokens=[("<pad>", 0)]
+    )
     built.enable_truncation(16)
     built.enable_padding(length=16)
     path = tmp_path / "tokenizer.json"
@@ -87,6 +90,9 @@ def test_held_out_windows_score_no_token_twice(length: int, seq: int, most: int)
     scored = windows[:, 1:].flatten().tolist()
     assert len(set(scored)) == len(scored)
     assert max(scored) < length
+    apart, rest = divmod((length - 1) // seq, len(windows))
+    gaps = set(windows[:, 0].diff().tolist())
+    assert gaps <= {apart * seq, (apart + bool(rest)) * seq}  # spread over the whole text
 
 
 @given(st.lists(st.binary(max_size=300), max_size=8), st.integers(1, 50))
@@ -114,15 +120,31 @@ def test_many_documents_are_parted_whole_and_by_their_contents() -> None:
     assert 0.01 < len(held_out) / (len(train) + len(held_out)) < 0.2
 
 
+def test_documents_that_make_no_good_parts_are_parted_at_their_end() -> None:
+    """More than a fifth held out, or less than a sequence of a run."""
+    documents = [f"document {i}\n".encode() * 20 for i in range(400)]
+    by_contents = split(documents, 10)
+    kept = next(d for d in documents if d in by_contents[1])
+    for many, shortest in ((documents + [kept] * 200, 10), (documents, len(by_contents[1]) + 1)):
+        train, held_out = split(many, shortest)
+        assert train + held_out == b"\n".join(many)
+        assert len(held_out) == max(len(train + held_out) // 20, shortest)
+
+
+def test_a_fingerprint_is_of_both_parts_and_of_where_they_meet() -> None:
+    parts = [(b"ab", b"cd"), (b"abc", b"d"), (b"ab", b"ce"), (b"bb", b"cd")]
+    assert len({Text(*part, 1, ()).fingerprint for part in parts}) == 4
+
+
 def test_the_standard_library_is_the_default() -> None:
     text = load_text([], 129)
     assert text.files > 400
     assert len(text.train) > 5e6
     assert 0.01 <= len(text.held_out) / len(text.train) <= 0.25
     assert b"\0" not in text.train
-    assert not any("site-packages" in str(path) for path in text_module._listing(
-        text_module.standard_library()
-    ))  # fmt: skip
+    listed = text_module._listing(text_module.standard_library())
+    assert not any("site-packages" in str(path) for path in listed)
+    assert {path.suffix for path in listed} == {".py"}
 
 
 def test_entropy_is_that_of_the_frequencies() -> None:
@@ -139,11 +161,11 @@ def test_tokenizer_files_give_the_whole_text(
     ids = encoder.encode(LINES.encode())
     whole = Tokenizer.from_file(str(tokenizer))
     assert encoder.vocab_size == whole.get_vocab_size()
-    assert ids.min() > 0  # no padding
+    assert ids.min() > 0  # no padding, and nothing before each piece
     assert ids.max() < encoder.vocab_size
     assert whole.decode(ids.tolist()) == LINES
 
-    data = encode(Text(LINES.encode(), LINES.encode(), 1, ()), encoder, 32)
+    data = encode(Text(b"z" * 999, LINES.encode(), 1, ()), encoder, 32)
     assert data.bytes_per_token == pytest.approx(len(LINES.encode()) / len(ids))
     assert data.bytes_per_token > 1.5
 
@@ -188,12 +210,13 @@ def test_bad_files(tmp_path: Path, contents: bytes | None, message: str) -> None
     assert str(path) in str(raised.value)
 
 
-def test_files_that_are_left_out(tmp_path: Path) -> None:
-    """Of a folder and of a glob, but not where they are named."""
+def test_files_that_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a folder and of a glob, however they are called, but not where they are named."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("aaa\n")
     (tmp_path / "b.txt").write_text("bbb\n")
     but = (tmp_path / "x" / ".." / "a.txt",)
-    for source in (tmp_path, tmp_path / "*.txt"):
+    for source in (tmp_path, tmp_path / "*.txt", ".", "*.txt"):
         made = load_text([str(source)], 1, but)
         assert made.train + made.held_out == b"bbb\n"
         assert not made.skipped

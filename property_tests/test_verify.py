@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import quest
 from quest import eager
-from quest.conformance import lanes, verify
+from quest.conformance import examine, lanes, verify
 from quest.conformance.verdict import Verdict
 
 CPU = lanes.all_lanes()[0]
@@ -108,3 +111,87 @@ def test_the_record_in_the_repository_names_rows_that_exist(
     names = {r.key for lane in lanes.all_lanes() for r in verify.rows(lane, quick=False)}
     for key in json.loads(verify.RECORDED.read_text()):
         assert key.rpartition("/")[0] in names
+
+
+def _asked(row: verify.Row, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """What a row asks of the court, and of what; nothing is computed."""
+    asked: list[tuple[str, dict[str, Any]]] = []
+    for name in ("transform", "quantizer", "backward", "layer", "frozen", "encoded", "operand",
+                 "gated", "normed", "accumulators", "product"):  # fmt: skip
+        signature = inspect.signature(getattr(examine, name))
+
+        def examined(*given: Any, _told: Any = (name, signature), **more: Any) -> list[Verdict]:
+            name, signature = _told
+            bound = signature.bind(*given, **more)
+            bound.apply_defaults()
+            asked.append((name, bound.arguments))
+            return [Verdict(name, 1)]
+
+        monkeypatch.setattr(examine, name, examined)
+    row.judge()
+    return asked
+
+
+def _values(asked: list[tuple[str, dict[str, Any]]], name: str) -> list[Any]:
+    return [given[name] for _, given in asked if name in given]
+
+
+def test_each_row_asks_what_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel, format and dtype of its name; of inputs that differ, extremes among them."""
+    for row in verify.rows(CPU, quick=False):
+        with monkeypatch.context() as patch:
+            asked = _asked(row, patch)
+        drawn = [t for name in ("x", "grad", "gate") for t in _values(asked, name)
+                 if isinstance(t, torch.Tensor)]  # fmt: skip
+        assert drawn, row.key
+        assert all(t.numel() > 100 and t.dtype == row.dtype for t in drawn), row.key
+        functions = {name for name, _ in asked}
+        extremes = ["hadamard", "quantize", "backward", "encode", "gated", "normed"]
+        if row.kernel in extremes:
+            assert sum(not t.isfinite().all() for t in drawn) > 0, row.key
+            assert sum(t.numel() > 0 and bool((t.abs().amax(-1) == 0).any()) for t in drawn), (
+                row.key
+            )
+        assert len({t.sum().item() for t in drawn if t.isfinite().all()}) > 2, row.key
+        recipes = [r.name for r in _values(asked, "made")]
+        given = {name: [v is not None and v is not False for v in _values(asked, name)]
+                 for name in ("bias", "gate", "residual", "rotary")}  # fmt: skip
+        match row.kernel:
+            case "hadamard":
+                assert functions == {"transform"}
+                assert set(_values(asked, "transpose")) == {False, True}
+                assert {f"order {n}" for n in _values(asked, "order")} == {row.format}
+            case "quantize":
+                assert functions == {"quantizer"}
+                grid, _, sparsity = row.format.partition(" ")
+                for q in _values(asked, "q"):
+                    assert q.grid == verify.FORMATS[grid]
+                    assert q.sparsity == (verify.SPARSE[sparsity] if sparsity else None)
+            case "backward":
+                assert functions == {"backward"}
+                assert {f"order {n}" for n in _values(asked, "order")} == {row.format}
+                assert all(len(mask.unique()) > 50 for mask in _values(asked, "mask"))
+            case "linear" | "integers" | "frozen":
+                assert functions == {"frozen" if row.kernel == "frozen" else "layer"}
+                assert set(recipes) == {row.format}
+                assert all(given["bias"])
+                path = "values" if row.kernel == "linear" else "integers"
+                assert set(_values(asked, "path")) <= {path}
+            case "encode":
+                assert functions == {"encoded", "operand"}
+                made = quest.recipe(row.format)
+                assert set(_values(asked, "q")) == {made.activation, made.weight}
+            case "gated" | "normed":
+                assert functions == {row.kernel}
+                assert set(_values(asked, "q")) == {quest.recipe(row.format).activation}
+                assert set(given["residual"]) == (
+                    {False, True} if row.kernel == "normed" else set()
+                )
+            case _:
+                own = {"accumulators"} if row.kernel == "product" else set()
+                assert functions == {"product"} | own
+                assert set(recipes) == {row.format}
+                assert all(given["bias"])
+                for name, kernel in (("gate", "gated product"), ("residual", "added product"),
+                                     ("rotary", "rotated product")):  # fmt: skip
+                    assert set(given[name]) == {row.kernel == kernel}, row.key

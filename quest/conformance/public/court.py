@@ -52,11 +52,11 @@ class Court:
         self.impl = impl
         self.record = Record()
         self.asked = Asked()
-        self._tally = Tally()
+        self._tallies: dict[str, Tally] = {}
 
     def start(self) -> None:
         """Begin with an empty record: the next test."""
-        self.record, self.asked, self._tally = Record(), Asked(), Tally()
+        self.record, self.asked, self._tallies = Record(), Asked(), {}
         self.impl.raised.clear()
 
     def finish(self) -> dict[str, Any]:
@@ -96,8 +96,8 @@ class Court:
                 raise Rejected(f"{verdict.stage}: {verdict.failure}\n{self.told()}")
 
     def settle(self) -> None:
-        """The rules on ambiguous elements, over all calls of this test."""
-        problems = self._tally.problems()
+        """The rules on ambiguous elements of each stage, over all calls of this test."""
+        problems = [p for tally in self._tallies.values() for p in tally.problems()]
         if problems and self.record.failure is None:
             self.record.failure = {"stage": "codes", "told": problems[0], "example": "all of them",
                                    "tensors": {}, "snippet": ""}  # fmt: skip
@@ -116,7 +116,7 @@ class Court:
         record.ratio = max(record.ratio, verdict.ratio)
         record.ambiguous += verdict.ambiguous
         if verdict.failure is None:
-            self._tally.add(verdict, conclusive)
+            self._tallies.setdefault(verdict.stage, Tally()).add(verdict, conclusive)
 
     def _observe(self, error: np.ndarray, bound: np.ndarray) -> None:
         """Keep the worst element of each judgement and, of the first ones, a few others."""

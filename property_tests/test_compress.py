@@ -63,6 +63,16 @@ def test_every_group(lane: Lane) -> None:
     LEDGER.judge(lane, found, "every group")
 
 
+@every_lane
+def test_operands_that_begin_at_any_byte(lane: Lane) -> None:
+    """Where a group of four is no aligned word."""
+    x = _sparse(5, 260, 1.0, 0)
+    for at in (1, 2, 3):
+        held = torch.cat([torch.full((at,), 7, dtype=torch.int8), x.flatten()])
+        found = examine.compressed(lane, held[at:].view(x.shape))
+        LEDGER.judge(lane, found, f"{at} bytes behind a word's first")
+
+
 def test_the_form_by_hand() -> None:
     x = torch.zeros(1, 260, dtype=torch.int8)
     x[0, 5] = 3  # the second group: indices 0 and 1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import struct
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from property_tests.test_few_cuda_edges import (  # noqa: F401 - the fixture, of
 )
 from quest import compression, eager, ops
 from quest.conformance import judges
-from quest.kernels import blocks, cuda, forms, hopper, outputs, product, rows, sparse
+from quest.kernels import blocks, cuda, few, forms, hopper, outputs, product, rows, sparse
 from quest.quantizer import parse
 
 pytestmark = pytest.mark.whole
@@ -27,6 +30,10 @@ FOUR = "uniform4/hadamard128/ste/dense"
 
 def _ones(place: Place, *counts: int) -> list[Tensor]:
     return [torch.ones(n, device=place.device) for n in counts]
+
+
+def _normal(rows: int, width: int, seed: int) -> Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
 def _random(rows: int, width: int, low: int, high: int, seed: int = 0) -> Tensor:
@@ -296,6 +303,29 @@ def test_blocks_without_a_step_read_nothing_of_a(cluster: int, place: Place) -> 
             _exact(place, bits, (5, 40, _width(bits, cluster + 1)), edged=True)
 
 
+@pytest.mark.parametrize("bits", [1, 4])
+def test_a_tile_of_few_columns_ends_where_memory_does(bits: int, place: Place) -> None:
+    """Eight at the most: it has no rows of W in its upper half."""
+    for columns in (5, 8):
+        with _split((1,)):
+            _exact(place, bits, (5, columns, 640), edged=True)
+
+
+def test_rows_of_which_few_wait_for_a_second_turn(place: Place) -> None:
+    """A block's warps bring 32 pieces of A, of more than 32 rows, at once; here are some more."""
+    for many in (33, 40, 47):
+        with _split():
+            _exact(place, 4, (many, 40, 512))
+
+
+def test_clusters_whose_last_block_has_fewer_tiles(place: Place) -> None:
+    """Three for two blocks, beside another cluster's: in whichever order clusters run."""
+    for settled in (False, True):
+        with _split(clusters=(2,), groups=3):
+            assert few.plan(5, 144, 512, 4, 2, 3).tiles == 3
+            _exact(place, 4, (5, 144, 512), settled=settled)
+
+
 def test_rows_with_an_axis_of_one(place: Place) -> None:
     """(5, 1, 256) of (1, 5, 256), contiguous, whose axis of one has a stride that says nothing."""
     x = torch.randn(1, 5, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -326,3 +356,82 @@ def test_metadata_off_a_multiple_of_16_bytes(place: Place) -> None:
     y = sparse.product(values.to(place.device), off, x.to(place.device), torch.int32,
                        epilogue=hopper.RAW)  # fmt: skip
     assert torch.equal(y.cpu().long(), x.long() @ w.long().T)
+
+
+# Rows that share a warp, and are three of a team; the last has room for more, or lacks blocks.
+@pytest.mark.parametrize("width", [512, 640])
+@pytest.mark.parametrize("by_row", [True, False])
+def test_nothing_beside_any_input_or_output(
+    by_row: bool, width: int, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks, values, what is saved, and rows that a prologue makes lie between bytes that are none
+    of theirs; behind the inputs, a norm's weight among them, no memory is mapped.
+    """
+    held, margin = [], 2**15
+
+    def between(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        held.append(torch.full((margin + size + margin,), 77, dtype=torch.uint8, device=device))
+        return held[-1][margin : margin + size].view(dtype).view(tuple(shape))
+
+    monkeypatch.setattr(outputs, "empty", between)
+    monkeypatch.setattr(rows, "takes", lambda *_: by_row)
+    given = [_normal(n, width, i) for i, n in enumerate((5, 5, 1))]
+    with ExitStack() as memory:
+        x, beside, (weight,) = (memory.enter_context(place.walled(t)) for t in given)
+        for bits in (4, 2):
+            program = ops.program(parse(f"uniform{bits}/hadamard128/trust1.0/dense"), x)
+            how = {"form": forms.INTEGERS, "saved": bits}
+            blocks.quantize(x, program, sums=True, **how)
+            blocks.gated(x, beside, program, show=True, masked=True, **how)
+        for form in (forms.VALUES, forms.PACKED):
+            blocks.quantize(x, program, form=form, bits=4)
+        for residual in (None, beside):
+            blocks.normed(x, residual, weight, 1e-5, program, form=forms.INTEGERS, show=True)
+    assert len(held) > 30
+    assert all((t[:margin] == 77).all() and (t[-margin:] == 77).all() for t in held)
+
+
+@pytest.mark.parametrize("width", [512, 640])
+@pytest.mark.parametrize("by_row", [True, False])
+def test_rows_that_lie_apart(
+    by_row: bool, width: int, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of each input in their own way: the same as one behind the other."""
+    monkeypatch.setattr(rows, "takes", lambda *_: by_row)
+    wide = [_normal(9, width + n, n).to(place.device) for n in (64, 128)]
+    apart = [t[:, 8 : width + 8] for t in wide]
+    program, how = ops.program(parse(FOUR), apart[0]), {"form": forms.INTEGERS}
+    weight = wide[0][0, :width].clone()
+
+    def made(x: Tensor, beside: Tensor) -> list[Tensor | None]:
+        return [
+            *blocks.quantize(x, program, sums=True, **how),
+            *blocks.gated(x, beside, program, show=True, **how),
+            *blocks.normed(x, None, weight, 1e-5, program, show=True, **how),
+            *blocks.normed(x, beside, weight, 1e-5, program, show=True, **how),
+        ]
+
+    for t, expected in zip(made(*apart), made(*(t.contiguous() for t in apart)), strict=True):
+        assert (t is None) == (expected is None)
+        if t is not None and expected is not None:
+            assert torch.equal(t.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_rows_are_computed_again_in_some_turns(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two warps, whose sums take turns of their own: the second turn, and the fourth."""
+    monkeypatch.setattr(rows, "takes", lambda *_: False)
+    monkeypatch.setattr(cuda, "processors", lambda _: 1)
+    x = _normal(25, 8192, 0)
+    x[8:16] *= 1e-30
+    x[24:] *= 1e-30
+    x = x.to(place.device)
+    assert blocks._grid(25, 64, 0, 2)[0] == 4  # thread blocks, of two teams each
+    how = {"form": forms.INTEGERS, "sums": True}
+    made = blocks.quantize(x, ops.program(parse(FOUR), x), **how)
+    for some in (slice(0, 8), slice(8, 16), slice(24, 25)):
+        alone = blocks.quantize(x[some], ops.program(parse(FOUR), x), **how)
+        for t, expected in zip(made[:4], alone[:4], strict=True):
+            assert torch.equal(t[some], expected)

@@ -78,3 +78,25 @@ def test_a_block_that_ends_too_early() -> None:
     early = SUMS.replace("ARRIVE; WAIT;\n  out", "if (rank == 0) return;\n  ARRIVE; WAIT;\n  out")
     with pytest.raises(emulated.Fault, match=r"its block ends|has ended"):
         _run(early)
+
+
+# Each block writes in its own place, and in the next one's.
+BESIDE = r"""
+extern "C" __global__ void beside(int *out) {
+  out[blockIdx.x] = blockIdx.x;
+  if (blockIdx.x + 1 < gridDim.x) out[blockIdx.x + 1] = 77;
+}
+"""
+
+
+def test_what_is_written_in_another_s_place_stays_in_one_of_two_launches() -> None:
+    if emulated.compiler() is None:
+        pytest.skip("no C++ compiler")
+    emulator, out, made = emulated.Emulator(), torch.zeros(3, dtype=torch.int32), []
+    emulator.text["beside"], emulator.runs = BESIDE, 2
+    code = emulator.compile_("beside", "", {})
+    kernel = emulator.load(code, "beside", None, threads=32, shared=0, layout="P")
+    for _ in range(2):
+        kernel.launch(3, cuda.pointer(out))
+        made.append(out.tolist())
+    assert made == [[0, 1, 2], [0, 77, 77]]

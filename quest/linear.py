@@ -31,6 +31,7 @@ class Linear(nn.Linear):
     """
 
     _frozen: frozen.Frozen | None = None
+    _recipe: Recipe
 
     def __init__(
         self,
@@ -50,8 +51,7 @@ class Linear(nn.Linear):
     @property
     def recipe(self) -> Recipe:
         """How it quantizes; assigning one, or its name, is `set_recipe`."""
-        made: Recipe = self.__dict__["recipe"]
-        return made
+        return self._recipe
 
     @recipe.setter
     def recipe(self, name: str | Recipe) -> None:
@@ -59,7 +59,7 @@ class Linear(nn.Linear):
 
     def set_recipe(self, name: str | Recipe) -> None:
         """Change the recipe; the weight stays, and what was frozen of it is dropped."""
-        self.__dict__["recipe"] = _fitting(self, recipe(name))
+        self._recipe = _fitting(self, recipe(name))
         self._frozen = None
 
     @classmethod

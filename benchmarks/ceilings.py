@@ -1,7 +1,7 @@
 """What Hopper's tensor cores do at the most, from registers and shared memory alone.
 
 Measured on an H100 80GB HBM3 with `wgmma` in a loop: 1976 TOP/s of int8 and 15,800 of single bits
-(kernels/README.md, Products); 2:4 sparse int8 does twice the operations of a dense product.
+(kernels/README.md, Product); 2:4 sparse int8 does twice the operations of a dense product.
 """
 
 from __future__ import annotations

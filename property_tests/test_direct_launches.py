@@ -354,6 +354,37 @@ def test_memory_between_kernels_is_held_with_the_call(stream: Stream) -> None:
         assert (direct._between(100, CPU) == 7).all()
 
 
+def test_a_call_that_fails_while_it_is_recorded(stream: Stream) -> None:
+    """What comes after it is not recorded, and has its own memory."""
+    held, x = frozen.Frozen(), torch.zeros(8)
+    used: list[Tensor] = []
+
+    def fails() -> tuple[Tensor]:
+        used.append(direct._between(100, CPU))
+        raise MemoryError
+
+    direct.recorded(held, (x,), (), lambda: (torch.empty(3),))
+    with pytest.raises(MemoryError):
+        direct.recorded(held, (x,), (), fails)
+    assert used[0].numel() == 128  # as where it is shared
+    made = [direct._between(100, CPU) for _ in range(2)]
+    assert made[0].data_ptr() != made[1].data_ptr()
+    assert made[0].numel() == 100
+
+
+def test_memory_between_kernels_is_of_one_device(stream: Stream) -> None:
+    """Each has a stream of that number."""
+    used: list[Tensor] = []
+
+    def run() -> Tensor:
+        used[:] = [direct._between(100, torch.device("meta", i)) for i in (0, 1, 0)]
+        return torch.empty(1)
+
+    assert _twice(torch.zeros(8), run)
+    assert used[0] is used[2]
+    assert used[0] is not used[1]
+
+
 def test_a_thread_that_records_nothing(stream: Stream) -> None:
     made: list[Tensor] = []
 

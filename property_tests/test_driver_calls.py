@@ -356,3 +356,42 @@ def test_a_graph_is_a_chain(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> 
     for addresses in ((1,), (1, 2, 3)):
         with pytest.raises(ValueError, match="zip"):
             again.queue(*addresses)
+
+
+def test_copies_before_a_kernel(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first waits until each has ended, whatever may overlap; for one alone, too."""
+    edges: list[tuple[int, int, bool]] = []
+    copies, overlaps = iter(range(100, 104)), real.CUgraphDependencyType
+
+    def depend(
+        graph: int, before: list[int], after: list[int], made: list[Any], count: int
+    ) -> tuple[int]:
+        may = [e.type == overlaps.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC for e in made]
+        edges.extend(zip(before, after, may, strict=True))
+        return (0,)
+
+    monkeypatch.setattr(real, "cuGraphAddDependencies", depend)
+    monkeypatch.setattr(real, "cuGraphAddMemcpyNode", lambda *_: (0, next(copies)))
+    with cuda.recording() as taken:
+        for n in range(2):
+            _kernel(n).launch(1, 1000 + n, 5, overlap=True)
+    for launches in (taken, taken[:1]):
+        recorded.Again(launches, 7, 1000, copies=((1, 2, 8), (3, 4, 8)))
+    assert edges == [
+        (100, 600, False), (101, 600, False), (600, 601, True),
+        (102, 602, False), (103, 602, False),
+    ]  # fmt: skip
+
+
+def test_what_was_refused_is_queued_once(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [201]  # CUDA_ERROR_INVALID_CONTEXT, as on a thread that is new there
+    queued: list[int] = []
+    monkeypatch.setattr(
+        Driver, "cuGraphExecKernelNodeSetParams_v2", lambda *_: answers.pop() if answers else 0
+    )
+    monkeypatch.setattr(Driver, "cuGraphLaunch", lambda *_: queued.append(1) or 0)
+    monkeypatch.setattr(real, "cuCtxSetCurrent", lambda context: (0,))
+    again = recorded.Again(_taken(2), 7, 1000, 1001)
+    again.queue(2000, 2001)
+    assert not answers
+    assert queued == [1]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -36,6 +40,48 @@ def test_a_weight_of_another_dtype_at_its_place() -> None:
     x = torch.randn(3, 128).half()
     with torch.no_grad():
         assert torch.equal(layer(x), other(x))
+
+
+@pytest.mark.parametrize("rows", [128, 64])
+def test_another_view_of_a_weight_that_was_never_written(rows: int) -> None:
+    """Its transpose, or some of its rows, begins at the same address, and is another weight."""
+    layer = quest.Linear(128, 128, False, "w4a4").eval()
+    layer.weight = torch.nn.Parameter(torch.randn(128, 128, generator=torch.manual_seed(0)))
+    before, held = layer.weight, layer.freeze().current()
+    view = before.detach()[:rows] if rows < 128 else before.detach().t()
+    layer.weight = torch.nn.Parameter(view)
+    assert (layer.weight.data_ptr(), layer.weight._version) == (before.data_ptr(), before._version)
+    assert layer.current() is not held
+    other = quest.Linear(128, rows, False, "w4a4").eval()
+    other.weight.data = view.clone()
+    x = torch.randn(3, 128)
+    with torch.no_grad():
+        assert torch.equal(layer(x), other(x))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+def test_a_copy_knows_no_address(copied: Callable[[quest.Linear], quest.Linear]) -> None:
+    """What its original's weight let go may be another's, and become the copy's weight."""
+    torch.manual_seed(0)
+    layer = quest.Linear(128, 16, False, "w4a4").eval().freeze()
+    twin, x = copied(layer), torch.randn(3, 128)
+    layer.weight.detach().numpy()[:] += 1  # which PyTorch does not count
+    twin.weight = layer.weight
+    other = quest.Linear(128, 16, False, "w4a4").eval()
+    other.weight = layer.weight
+    with torch.no_grad():
+        assert torch.equal(twin(x), other(x))
+
+
+def test_a_bias_of_another_dtype_beside_frozen_values() -> None:
+    """It is converted, as where integers are multiplied."""
+    torch.manual_seed(0)
+    layer = quest.Linear(128, 16, True, "w4a4").to(torch.bfloat16).eval().freeze()
+    x = torch.randn(3, 128).to(torch.bfloat16)
+    with torch.no_grad():
+        expected = layer(x)
+        layer.bias = torch.nn.Parameter(layer.bias.float())
+        assert torch.equal(layer(x), expected)
 
 
 def test_signs_beside_integers_are_not_packed() -> None:
@@ -131,3 +177,16 @@ def test_forward_mode_is_refused_by_recorded_calls(
         calls.x = forward_ad.make_dual(calls.x, torch.ones_like(calls.x))
         with pytest.raises(NotImplementedError, match=REFUSED):
             run()
+
+
+@pytest.mark.parametrize("pattern", [quest.NM(1, 2), quest.NM(4, 8)], ids=str)
+def test_patterns_that_have_no_compressed_form(
+    pattern: quest.NM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In four entries there may be more than two: only 2:4 is compressed."""
+    monkeypatch.setattr(paths, "has_integers", lambda *_: True)
+    layer = quest.Linear(256, 8, recipe=quest.recipe("w4a4", sparsity=pattern)).freeze()
+    held = layer.current()
+    assert held is not None
+    assert held.kept is None
+    assert held.metadata is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,11 @@ def test_rotation_uses_theta_10000() -> None:
         angle = 2 * 10000 ** (-2 * i / 32)
         assert cos[2, i].item() == pytest.approx(math.cos(angle), abs=1e-6)
         assert sin[2, i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+
+
+def test_every_norm_has_the_epsilon_of_the_architecture() -> None:
+    norms = [m for m in Llama(replace(TINY, norm_eps=0.5)).modules() if isinstance(m, nn.RMSNorm)]
+    assert [norm.eps for norm in norms] == [0.5] * (2 * TINY.layers + 1)
 
 
 def test_initial_standard_deviations() -> None:

@@ -230,6 +230,20 @@ def test_an_error_leaves_no_checkpoint_behind(monkeypatch: pytest.MonkeyPatch) -
         y.sum().backward()  # type: ignore[no-untyped-call]
 
 
+def test_a_layer_that_draws_draws_the_same_again() -> None:
+    """As dropout does: the backward is that of what came out."""
+    gate = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.Dropout(0.5))
+    layers, x = [gate, nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, OUT)], torch.randn(3, WIDTH)
+    made: list[tuple[Tensor, ...]] = []
+    for recompute in (False, True):
+        torch.manual_seed(1)
+        given = x.clone().requires_grad_()
+        y = quest.swiglu(given, *layers, recompute=recompute)
+        made.append((y, *torch.autograd.grad(y.square().sum(), given)))
+    for kept, again in zip(*made, strict=True):
+        assert torch.equal(kept, again)
+
+
 def test_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """What other layers save is theirs, and nothing that was computed is held."""
     layers = [nn.Linear(WIDTH, n) for n in (HIDDEN, HIDDEN, OUT)]

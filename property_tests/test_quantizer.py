@@ -141,6 +141,10 @@ def test_rows_without_columns(lane: Lane) -> None:
     out = lane.call("quantize", torch.zeros(3, 0), q=q)
     assert out["codes"].shape == (3, 0)
     assert torch.equal(out["scale"], torch.zeros(3, 1))
+    out = lane.call("encode", torch.zeros(3, 0), q=q, kind="integers")
+    assert out["operand"].shape == (3, 0)
+    assert torch.equal(out["scale"], torch.zeros(3, 1))
+    assert torch.equal(out["sums"], torch.zeros(3, 1, dtype=torch.int32))
 
 
 @every_lane

@@ -172,6 +172,29 @@ def test_layers_that_are_turned(kind: str, grad: bool, count: int) -> None:
             assert made[0].requires_grad == grad
 
 
+def test_layers_behind_those_that_are_turned_have_any_width() -> None:
+    layers = tuple(quest.Linear(WIDTH, n) for n in (OUT, OUT, 5))
+    x, (cos, sin) = _x(dtype=torch.float32), angles(TOKENS)
+    made = quest.together(x, layers, quest.Rotary(cos, sin, 2))
+    assert all_same(made, by_hand(quest.together(x, layers), cos, sin, 2))
+
+
+@torch.enable_grad()
+def test_angles_that_are_learned() -> None:
+    """Their gradients are those of the formula."""
+    layer, x = quest.Linear(WIDTH, OUT), _x(dtype=torch.float32)
+    cos, sin = (t.requires_grad_() for t in angles(TOKENS))
+    (made,) = quest.together(x, (layer,), quest.Rotary(cos, sin, 1))
+    low, high = layer(x).unflatten(-1, (-1, 2, HEAD // 2)).unbind(-2)
+    turned = low * cos[:, None] - high * sin[:, None], high * cos[:, None] + low * sin[:, None]
+    found = [
+        torch.autograd.grad(y.square().sum(), (cos, sin))
+        for y in (made, torch.stack(turned, -2).flatten(-3))
+    ]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_what_does_not_fit() -> None:
     layers = tuple(quest.Linear(WIDTH, OUT) for _ in range(3))
     norm, x, (cos, sin) = nn.RMSNorm(WIDTH, 1e-5), _x(dtype=torch.float32), angles(TOKENS)

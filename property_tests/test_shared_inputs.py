@@ -17,6 +17,7 @@ from quest import frozen, joint, paths
 pytestmark = pytest.mark.whole
 
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+PLAIN = quest.Identity()
 
 
 def _layers(*outs: int, bias: bool = False, dtype: torch.dtype | None = None) -> list[quest.Linear]:
@@ -45,6 +46,16 @@ def test_one_or_two_layers_that_are_not_frozen(
         for y, z in zip(made, _alone(layers), strict=True):
             assert torch.equal(y, z)
             assert y.requires_grad == grad
+
+
+@pytest.mark.parametrize("lacks", [0, 1])
+def test_layers_of_two_widths_of_which_one_has_no_bias(lacks: int) -> None:
+    layers = _layers(4, 5, bias=True)
+    layers[lacks].bias = None
+    with paths.only("integers"):
+        for y, z in zip(quest.together(X, layers), _alone(layers), strict=True):
+            assert torch.equal(y, z)
+    assert [len(b) for b in joint.biases_of(layers)] == [4, 5]
 
 
 @pytest.mark.parametrize("outs", [(4,), (4, 5), (4, 5, 6)])
@@ -162,3 +173,34 @@ def test_what_does_not_fit(x: Tensor, layers: Any, error: type[Exception], told:
 def test_a_norm_before_no_layers() -> None:
     with torch.no_grad(), pytest.raises(ValueError, match="layers must name at least one layer"):
         quest.normed(X, nn.RMSNorm(16, 1e-5), [])
+
+
+def test_recipes_of_one_name_are_two() -> None:
+    """What was changed of a recipe stands in its parts."""
+    changed = [quest.recipe("w4a4", estimator=quest.STE()), quest.recipe("w4a4", transform=PLAIN)]
+    assert changed[0].name == changed[1].name
+    layers = _layers(4, 4)
+    for layer, made in zip(layers, changed, strict=True):
+        layer.set_recipe(made)
+    assert joint.alike(layers) is None
+    for y, z in zip(quest.together(X, layers), _alone(layers), strict=True):
+        assert torch.equal(y, z)
+
+
+def test_a_bias_alone_asks_for_a_gradient() -> None:
+    layers = _layers(4, 5, bias=True)
+    for layer in layers:
+        layer.weight.requires_grad_(False)
+    layers[0].bias.requires_grad_(False)
+    with paths.only("integers"):
+        sum(y.sum() for y in quest.together(X, layers)).backward()
+    assert layers[0].bias.grad is None
+    assert layers[1].bias.grad is not None
+    assert torch.equal(layers[1].bias.grad, torch.full((5,), float(len(X))))
+
+
+def test_a_frozen_layer_beside_another_is_not_the_whole() -> None:
+    layers = _layers(4, 4)
+    layers[0].freeze()
+    assert joint.whole(layers) is joint.whole(layers[::-1]) is joint.whole(layers[1:]) is None
+    assert joint.whole(layers[:1]) is layers[0].current()

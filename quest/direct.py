@@ -142,10 +142,22 @@ class Joined(dict[int, tuple[Like, Tensor]]):
         return [each for each in made if each[2]]
 
 
+class State(tuple[object, ...]):
+    """What `state` said; of no use to a copy, since another may lie at that address by then."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[type[State], tuple[()]]:
+        return State, ()
+
+
 def state(t: Tensor) -> tuple[object, ...]:
-    """What changes where a tensor is written in place, moved or converted."""
+    """What changes where a tensor is written in place, moved, converted or looked at otherwise.
+
+    Not its device: no two have an address in common.
+    """
     version = None if t.is_inference() else t._version
-    return version, t.data_ptr(), t.dtype, t.device
+    return version, t.data_ptr(), t.dtype, t.shape, t.stride()
 
 
 def keeps(x: Tensor) -> bool:

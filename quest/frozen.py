@@ -188,7 +188,7 @@ def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
     pair = operands.kinds(recipe.activation, recipe.weight)
     if pair is None or not paths.has_integers(weight, recipe):
         values = recipe.weight(weight.detach())  # which "bf16" returns as it is
-        return Frozen(values, weight=weight, state=direct.state(weight))
+        return Frozen(values, weight=weight, state=direct.State(direct.state(weight)))
     from .kernels import few
 
     operand, scale, _, sums = lowbit.encode(weight, recipe.weight.spec, pair[1])
@@ -207,7 +207,7 @@ def freeze(weight: Tensor, recipe: Recipe) -> Frozen:
     spec = replace(recipe.activation, estimator=STE()).spec
     return Frozen(
         None, operand, scale, sums, packed, kept, metadata, names, kinds, spec, weight,
-        direct.state(weight),
+        direct.State(direct.state(weight)),
     )  # fmt: skip
 
 

@@ -181,6 +181,17 @@ def test_a_sum_that_is_stored_on_its_way(name: str, seed: int, n: int) -> None:
         assert (bound <= 2 * n * sum(bounds.output(t, e, name) for t, e in pairs)).all()
 
 
+@pytest.mark.parametrize("name", bounds.UNIT)
+def test_a_stored_sum_counts_its_roundings(name: str) -> None:
+    """n terms of 1: each is rounded where it is stored, and in each addition."""
+    one, u = np.ones(1), bounds.UNIT[name]
+    for n in (2, 3, 5):
+        found = bounds.stored_sum([one] * n, [0 * one] * n, name)
+        np.testing.assert_allclose(found, n * (n * u / (1 - n * u)), rtol=1e-3)
+        found = bounds.stored_sum([0 * one] * n, [u * one] * n, name)
+        np.testing.assert_allclose(found, n * u * (1 + n * u), rtol=(n + 1) ** 2 * u)
+
+
 def test_rotation_of_order_1_is_exact() -> None:
     x = np.random.default_rng(0).standard_normal((3, 5))
     assert (bounds.rotation(x, 1) == 0).all()
@@ -245,6 +256,10 @@ def test_exact_sums_says_no(order: int) -> None:
     assert bounds.exact_sums(row, order)[0].tolist() == [False] * order + [True] * order
     row[0, 0] = math.inf
     assert not bounds.exact_sums(row, order)[0, :order].any()
+    # The last bit of 24 counts, and no further one.
+    for first, good in ((2.0**23 - 1, True), (2.0**24 - order, True), (2.0**24 - 1, False)):
+        row[0, 0] = first
+        assert (bounds.exact_sums(row, order)[0, :order] == good).all()
     assert bounds.exact_sums(np.zeros((1, order)), order).all()
 
 
@@ -424,6 +439,13 @@ def test_a_gate_that_is_known_up_to_something() -> None:
     assert worst > 0.9
     exact = bounds.gated_near(g, v, (0 * g, 0 * v))
     np.testing.assert_array_equal(exact, 2 * bounds.gated(g, v))
+    # Where silu is steepest its slope is what counts, and no more.
+    one, small = np.ones(1), np.full(1, 1e-3)
+    for at in (-2.3994, 2.3994):
+        found = bounds.gated_near(at * one, 0 * one, (0 * one, small))
+        np.testing.assert_allclose(found, 1e-3 * abs(prologue.gated(at * one, one)), rtol=1e-4)
+    found = bounds.gated_near(2.3994 * one, one, (small, 0 * one))
+    np.testing.assert_allclose(found, 1.09984e-3, rtol=2e-3)
     slope = np.diff(prologue.gated(np.linspace(2.3, 2.5, 2001), np.ones(2001))) / 1e-4
     assert 1.0998 < slope.max() < bounds.SILU_STEEPEST - 1e-4
 
@@ -523,7 +545,8 @@ def test_gradients_of_a_gate_count_their_roundings() -> None:
         found = bounds.gated_backward(one, g * one, -3 * one)
         np.testing.assert_allclose(found, 3 * expected, rtol=1e-3, atol=1e-36)
     # Far out nothing cancels, and the slope is 1.
-    np.testing.assert_allclose(bounds.gated_backward(one, 1e30 * one, one), 7 * u, rtol=1e-3)
+    for g in (130.0, 1000.0, 1e30):
+        np.testing.assert_allclose(bounds.gated_backward(one, g * one, one), 7 * u, rtol=1e-3)
     small = bounds.gated_backward(2.0**-140 * one, -one, one)
     assert 2.0**-150 < float(small[0, 0]) < 2.0**-147
 

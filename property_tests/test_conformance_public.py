@@ -25,11 +25,14 @@ from quest.conformance.public import (
     asked,
     axes,
     capabilities,
+    document,
     expected,
     formats,
     lists,
+    page,
     properties,
     results,
+    summary,
 )
 from quest.conformance.public.court import Court
 from quest.conformance.strategies import FORMATS, Case
@@ -80,6 +83,9 @@ def test_lists(tmp_path: Path) -> None:
     found = lists.read("--skips", str(path))
     assert found.match("a.py::b[2]")
     assert not found.match("a.py::c[2]")
+    # A name is no beginning of others.
+    for other in ("a.py::bb", "a.py::b_too[2]", "a.py::c", "a.py::c[1-float32]", "a.py::c[11]"):
+        assert not found.match(other)
     assert found.stale() == ["--skips list: 'a.py::c[1]' is no property that this adapter covers"]
     shipped = lists.read("--xfails", "quest.conformance.adapters:published.xfails")
     assert "test_quantize.py::test_ties" in shipped.entries
@@ -366,6 +372,120 @@ def test_declared_values_that_were_not_drawn_are_asked() -> None:
     assert {grid for grid, _ in seen} == set("abc")
     assert made.told() == {"grid": ["a", "b", "c"], "block": [1, 2]}
     assert made.uncovered() == ["no d"]
+
+
+@pytest.mark.parametrize(
+    ("axis", "declared", "asked", "beyond"),
+    [
+        ("block", {"blocks": [24, 2]}, capabilities.BLOCKS, (24,)),
+        ("grid", {"grids": ["uniform4", "lloyd_max8"]}, capabilities.GRIDS, ("lloyd_max8",)),
+        ("estimator", {"estimators": ["trust1.5"]}, capabilities.ESTIMATORS, ("trust1.5",)),
+        ("pattern", {"sparsities": ["1:2", "2:4"]}, capabilities.SPARSITIES, ("1:2",)),
+        ("dtype", {"dtypes": ["float16"]}, ("float32",), ()),
+    ],
+)
+def test_what_is_declared_beyond_is_asked(
+    axis: str, declared: dict[str, Any], asked: tuple[Any, ...], beyond: tuple[Any, ...]
+) -> None:
+    checked = capabilities.check(declared, "Adapter")
+    assert axes.values(axis, asked, checked) == (*asked, *beyond)
+
+
+def test_no_declaration_widens_more_than_it_says() -> None:
+    """A butterfly's sums or a dot product's; float32, or what is cut off and not rounded."""
+    for rotation, sums in (
+        ("butterfly", bounds.BUTTERFLY), ("product", bounds.Sums(roundings=48, last=False)),
+    ):  # fmt: skip
+        assert capabilities.check({"rotation": rotation}, "Adapter").sums(48) == sums
+    units = {"int32": 1, "float64": 1, "float32": 1, "tensor-core": 2, None: 1}
+    assert {*units} == {*capabilities.ACCUMULATORS, None}
+    for name, count in units.items():
+        declared = {} if name is None else {"accumulator": name}
+        made = SimpleNamespace(capabilities=capabilities.check(declared, "Adapter"))
+        assert properties._unit(made) == count * 2.0**-24  # type: ignore[arg-type]
+        assert made.capabilities.wide == (name in ("int32", "float64"))
+
+
+@pytest.mark.parametrize("name", capabilities.INPUTS)
+def test_a_family_is_what_it_is_called(name: str) -> None:
+    """Each input of it, and of several ones each kind."""
+    declared = capabilities.check({"dtypes": ["float32"], "blocks": [2]}, "Adapter")
+    seen: list[Case] = []
+
+    @hypothesis.settings(max_examples=200, database=None, derandomize=True)
+    @hypothesis.given(case=drawing.family(name, "float32", 2, declared, ties=True))
+    def draw(case: Case) -> None:
+        seen.append(case)
+
+    draw()
+    usual = {
+        "distribution": {*drawing.TIED, *drawing.PLAIN}, "layout": {"contiguous"},
+        "lead": {(1,), (3,), (7,), (17,)},
+    }  # fmt: skip
+    own: dict[str, dict[str, set[Any]]] = {
+        "extremes": {"distribution": {"tiny", "subnormal", "huge", "mixed_rows"}},
+        "non_finite": {"distribution": {"non_finite"}},
+        "empty": {"lead": {(0,)}},
+        "axes": {"lead": {(), (1, 1, 2), (2, 3)}},
+        "layouts": {"layout": {*inputs.LAYOUTS} - {"contiguous"}},
+    }
+    found = {
+        "distribution": {c.distribution for c in seen}, "layout": {c.layout for c in seen},
+        "lead": {c.shape[:-1] for c in seen},
+    }  # fmt: skip
+    assert found == usual | own[name]
+
+
+def _outcomes(**made: results.Outcome) -> results.Results:
+    found = results.Results(implementation(Paper()), *(lists.Listed("", "", ()),) * 2)
+    found.outcomes = {f"a.py::t[{name}]": outcome for name, outcome in made.items()}
+    return found
+
+
+def test_what_is_skipped_or_not_covered_is_not_judged() -> None:
+    bare = {kind: results.Outcome(kind, {}) for kind in (results.SKIPPED, results.NOT_COVERED)}
+    none = _outcomes(one=bare[results.SKIPPED], two=bare[results.NOT_COVERED])
+    assert not none.judged()
+    for kind in (results.PASSED, results.FAILED, results.EXPECTED, results.STALE):
+        assert _outcomes(one=bare[results.SKIPPED], two=results.Outcome(kind, {})).judged()
+
+
+@pytest.mark.parametrize("wrong", [results.FAILED, results.STALE])
+def test_every_report_tells_the_worst(wrong: str) -> None:
+    """Of all parameters: the largest ratio, all elements, and what failed before what passed."""
+    records = [
+        {"elements": n, "ratio": r, "points": []} for n, r in ((50, 0.5), (7, 2.5), (1, 0.1))
+    ]
+    kinds = (results.PASSED, wrong, results.PASSED)
+    made = zip("abc", map(results.Outcome, kinds, records), strict=True)
+    found = _outcomes(**dict(made))
+    (property_,) = document.document(found)["properties"]
+    assert (property_["ratio"], property_["elements"]) == (2.5, 58)
+    assert property_["outcomes"] == {results.PASSED: 2, results.FAILED: 1}
+    (line,) = [(text, color) for text, color in summary.lines(found) if text.startswith("a.py::t ")]
+    assert line[0].split() == ["a.py::t", "2", "1", "0", "0", "0", "58", "2.5"]
+    assert line[1] == "red"
+    row = next(text for text in page._table(found) if "a.py::t" in text)
+    assert 'class="failed"' in row
+    assert re.findall(r'class="n">([^<]*)<', row) == ["2", "1", "", "", "", "58", "2.5"]
+
+
+@pytest.mark.parametrize("when", ["setup", "call", "teardown"])
+def test_a_test_that_fails_in_any_phase_has_failed(when: Any) -> None:
+    taken = _outcomes()
+    for phase in ("setup", "teardown") if when == "setup" else ("setup", "call", "teardown"):
+        state: Any = "failed" if phase == when else "passed"
+        taken.add(pytest.TestReport("::t", ("", 0, ""), {}, state, "why", phase,  # type: ignore[arg-type]
+                                    user_properties=[(results.NAME, "t")]))  # fmt: skip
+    assert taken.outcomes["t"].outcome == results.FAILED
+
+
+def test_a_record_is_of_all_verdicts() -> None:
+    made = Court(implementation(Paper()))
+    verdicts = [Verdict("a", 5, 0.75, ambiguous=1), Verdict("b", 7, 0.25, ambiguous=2)]
+    made.judge(lambda impl: verdicts, {}, (), "")
+    record = made.record
+    assert (record.calls, record.elements, record.ratio, record.ambiguous) == (2, 12, 0.75, 3)
 
 
 def test_every_declared_clip_is_asked() -> None:

@@ -435,3 +435,18 @@ def test_rows_are_computed_again_in_some_turns(
         alone = blocks.quantize(x[some], ops.program(parse(FOUR), x), **how)
         for t, expected in zip(made[:4], alone[:4], strict=True):
             assert torch.equal(t[some], expected)
+
+
+@pytest.mark.parametrize("by_row", [True, False])
+def test_values_of_the_least_scale(
+    by_row: bool, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of it is nothing; its points, of several steps, are not."""
+    monkeypatch.setattr(rows, "takes", lambda *_: by_row)
+    x = torch.full((3, 256), 2.0**-149).to(place.device)  # transformed, the first of a block is all
+    q = parse(FOUR)
+    made = blocks.quantize(x, ops.program(q, x), form=forms.VALUES)[0].cpu()
+    points = torch.full((3, 256), 0.5 * q.require_grid().step)
+    points[:, ::128] *= 15
+    expected = torch.round(points.double()) * 2.0**-149
+    assert torch.equal(made.double(), expected)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from property_tests import emulated
 from property_tests.emulated.translate import translated
 from property_tests.places import CPU
+from property_tests.walled import mapped
 from quest import ops, prologue
 from quest.conformance import backends
 from quest.kernels import blocks, cuda, forms
@@ -189,6 +190,97 @@ def test_what_no_gpu_would_forgive(text: str, told: str) -> None:
             _run(text, *out, threads=64, seed=seed)
 
 
+ADDED = 'asm volatile("red.relaxed.cta.shared::cta.add.u32 [%0], %1;" ::"r"(to), "r"(1));'
+EXPECT = (
+    'asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(16));\n'
+)
+READS, WRITES, ADDS = "p0[t] = s[0];", "s[0] = t;", ADDED
+# In this order: a shuffle brings threads together, and orders no memory.
+FIRST = SET + "const u32 to = __cvta_generic_to_shared(s); if (t == 0) {{ {} }}\n"
+THEN = "p1[t] = __shfl_sync(~0u, t, 0);\nif (t == 1) {{ {} }}"
+ONE_INIT = INIT + MADE.replace("__syncthreads();\n", "").replace("COUNT", "32")
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (READS, WRITES), (WRITES, READS), (WRITES, WRITES), (READS, ADDS), (WRITES, ADDS),
+        (ADDS, READS), (ADDS, WRITES),
+        # Some of the bytes, and those of one word of several.
+        ("((unsigned char *)s)[3] = t;", READS), ("((unsigned char *)s)[2] = t;", READS),
+        ("((uint4 *)s)[0] = uint4{};", "p0[t] = s[1];"),
+        ("((uint4 *)s)[0] = uint4{};", "p0[t] = s[3];"),
+        ("p0[t] = ((uint2 *)s)[0].x + ((uint2 *)s)[0].y;", "s[1] = t;"),
+        # As a whole, of more bytes than a word of any kind has.
+        ("struct many { u32 of[9]; }; *(many *)s = many{};", "p0[t] = s[8];"),
+        ("struct many { u32 of[9]; }; *(many *)p0 = *(many *)s;", "s[8] = t;"),
+    ],
+)  # fmt: skip
+def test_a_race_that_its_order_hides(first: str, then: str) -> None:
+    """Each order of two accesses by itself; the numbers are right."""
+    out = np.zeros((2, 256), np.uint32)
+    with pytest.raises(emulated.Fault, match="a race"):
+        _run(FIRST.format(first) + THEN.format(then), *out)
+    # The same by one thread is none, and behind a barrier neither.
+    _run(FIRST.format(first + then), *out)
+    _run(FIRST.format(first) + "__syncwarp();" + THEN.format(then), *out)
+
+
+@pytest.mark.parametrize(
+    "met",
+    ["__syncwarp();", "__syncthreads();", 'asm volatile("bar.sync %0, 128;" ::"r"(1));',
+     INIT + MADE.replace("COUNT", "128") + ARRIVE + WAIT],
+    ids=["warp", "block", "named", "mbarrier"],
+)  # fmt: skip
+def test_a_barrier_orders_nothing_that_follows_it(met: str) -> None:
+    out = np.zeros((2, 256), np.uint32)
+    for first, then in ((WRITES, READS), (READS, WRITES)):
+        text = FIRST.format(first).replace("if (t == 0)", met + "\nif (t == 0)", 1)
+        with pytest.raises(emulated.Fault, match="a race"):
+            _run(text + THEN.format(then), *out, threads=128)
+
+
+def test_what_is_no_race() -> None:
+    """Reads, additions, and writes of bytes that lie side by side."""
+    out = np.zeros((2, 256), np.uint32)
+    for first, then in (
+        (READS, READS), (ADDS, ADDS),
+        ("((unsigned char *)s)[0] = t;", "((unsigned char *)s)[1] = t;"),
+        ("((unsigned short *)s)[1] = t;", "((unsigned char *)s)[1] = t;"),
+    ):  # fmt: skip
+        _run(FIRST.format(first) + THEN.format(then), *out)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_read_does_not_stand_for_a_write_that_others_race_with(seed: int) -> None:
+    """It comes behind the write by a barrier of its warp, of which another warp, which comes late,
+    knows nothing.
+    """
+    text = SET + "if (t == 0) s[0] = 1; for (int i = 0; i < (t < 32 ? 1 : 60); i++) __syncwarp();"
+    text += "if (t == 1 || t == 63) {}"
+    out = np.zeros((2, 256), np.uint32)
+    with pytest.raises(emulated.Fault, match="a race"):
+        _run(text.format(READS), *out, threads=64, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        # It is made while others may already be at it, whoever comes first.
+        (SET + ONE_INIT + "p1[t] = __shfl_sync(~0u, t, 0);\n" + ARRIVE, "a race"),
+        (SET + ONE_INIT + "p1[t] = __shfl_sync(~0u, t, 0);\n" + WAIT, "a race"),
+        (
+            SET + INIT + MADE.replace("COUNT", "1") + "if (t == 0) {" + EXPECT + ARRIVE + "}",
+            "more arrivals at a barrier than it counts",
+        ),
+    ],
+)
+def test_what_a_barrier_does_not_forgive(text: str, told: str) -> None:
+    out = np.zeros((2, 256), np.uint32)
+    with pytest.raises(emulated.Fault, match=told):
+        _run(text, *out)
+
+
 def test_what_is_asked_for_ahead() -> None:
     """By one thread, and read by others behind that; a line that has been read is forgotten."""
     out = np.arange(512, dtype=np.uint32).reshape(2, 256)
@@ -269,9 +361,52 @@ def test_copies_come_late_and_shared_memory_starts_as_nan() -> None:
     body = COPIED + "p1[t] = s[t].x;"
     with pytest.raises(emulated.Fault, match="a copy write that was not waited for"):
         _run(body, source, source.copy(), threads=64)
+    # One group may be left then; and sixteen bytes begin at a multiple of sixteen.
+    for fault, told in (
+        (COPIED + 'asm volatile("cp.async.wait_group 1;");\np1[t] = s[t].x;', "not waited for"),
+        (COPIED.replace("p0 + 4 * t", "p0 + 4 * t + 1"), "16 bytes at .*, no multiple of them"),
+    ):
+        with pytest.raises(emulated.Fault, match=told):
+            _run(fault, source, source.copy(), threads=64)
     out = np.zeros(256, np.uint32)
     _run(SET + "p0[t] = s[t];", out, threads=64)
     assert out[:64].tolist() == [2**32 - 1] * 64
+
+
+def test_dynamic_shared_memory() -> None:
+    """Starts as NaNs, too; and what is static is part of what there is room for."""
+    out = np.zeros(256, np.uint32)
+    _run("extern __shared__ u32 d[]; p0[threadIdx.x] = d[threadIdx.x];", out, shared=128)
+    assert out[:32].tolist() == [2**32 - 1] * 32
+    _run(SET + "p0[t] = s[t];", out, shared=emulated.SHARED - 1024)
+    with pytest.raises(emulated.Fault, match="more shared memory than a thread block may have"):
+        _run(SET + "p0[t] = s[t];", out, shared=emulated.SHARED - 128)
+
+
+def test_every_run_has_an_order_of_its_own() -> None:
+    """Of threads and of what goes on behind a barrier; the seed says which."""
+    seen = set()
+    for seed in (0, 1, 2, 3, 0):
+        out = np.zeros((3, 256), np.uint32)
+        text = SET + "p1[t] = p0[0]++; __syncthreads(); p2[t] = p0[0]++;"
+        _run(text, *out, threads=64, seed=seed)
+        assert sorted(out[1:, :64].flatten().tolist()) == [*range(128)]
+        seen.add((*out[1, :64].tolist(), *out[2, :64].tolist()))
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("front", [False, True])
+def test_what_lies_beside_an_array_is_not_mapped(front: bool) -> None:
+    """Neither for reads nor for writes, from its last byte on, or before its first."""
+    words = torch.arange(40, dtype=torch.int32)
+    with mapped(words, front) as t:
+        held, out = t.numpy().view(np.uint32), np.zeros(256, np.uint32)
+        _run(SET + "p1[t] = p0[t + 8];", held, out)
+        assert out[:32].tolist() == [*range(8, 40)]
+        at = -1 if front else 40
+        for text in (f"p1[t] = p0[{at}];", f"if (t == 0) p0[{at}] = 1;"):
+            with pytest.raises(emulated.Fault, match="which is not mapped"):
+                _run(SET + text, held, out)
 
 
 def test_ptx_that_it_lacks() -> None:

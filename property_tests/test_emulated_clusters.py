@@ -89,6 +89,61 @@ extern "C" __global__ void beside(int *out) {
 """
 
 
+# A thread of block 1 asks something of block 0's shared memory; one of both comes late to that.
+LATE = r"""
+typedef unsigned int u32;
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) sums(int *out) {
+  extern __shared__ int held[];
+  __shared__ unsigned long long bar;
+  u32 rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  u32 at = __cvta_generic_to_shared(held);
+  const u32 first = __cvta_generic_to_shared(&bar);
+  if (threadIdx.x == 0) {
+    held[0] = 0;
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(first), "r"(2));
+  }
+  ARRIVE; WAIT;
+  for (int i = 0; rank == COMES && i < 60; i++) __syncthreads();
+  if (rank == 1 && threadIdx.x == 0) {
+    ASKS
+  }
+}
+"""
+ADDS = r"""
+asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(at) : "r"(0));
+asm volatile("red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;" ::"r"(at), "r"(1) : "memory");
+"""
+ARRIVES = r"""
+asm volatile("{.reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n "
+             "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(first), "r"(0));
+"""
+
+
+def test_a_wait_tells_nothing_of_the_next_arrivals() -> None:
+    """Block 0 comes late to its wait; block 1 has added, and arrived again, by then."""
+    head, tail = LATE.split("  ARRIVE; WAIT;\n")
+    late = tail.replace("COMES", "0").partition("  if (rank == 1")[0]
+    text = head + "ARRIVE;" + late + "WAIT;\nif (rank == 1 && threadIdx.x == 0) {" + ADDS + "}\n"
+    text += "ARRIVED if (rank == 0) out[threadIdx.x] = held[0];\nREST WAIT;\n}"
+    # The first arrival is behind what block 0 writes: only what block 1 adds is in no order.
+    ordered = text.replace("ARRIVED", "ARRIVE; WAIT;").replace("REST", "ARRIVE;")
+    _run(ordered, 2)
+    racing = "if (rank == 1) {{ {} }} else {{ {} }}".format("ARRIVE;", "")
+    text = text.replace("ARRIVED", racing).replace("REST", "if (rank == 0) { ARRIVE; }")
+    with pytest.raises(emulated.Fault, match="a race"):
+        _run(text, 2)
+
+
+@pytest.mark.parametrize("asks", [ADDS, ARRIVES], ids=["adds", "arrives"])
+@pytest.mark.parametrize(
+    ("comes", "told"), [(0, "its block ends, whose shared memory thread 0"), (1, "has ended")]
+)
+def test_who_asks_before_and_after_a_block_ends(comes: int, told: str, asks: str) -> None:
+    with pytest.raises(emulated.Fault, match=told):
+        _run(LATE.replace("COMES", str(comes)).replace("ASKS", asks), 2)
+
+
 def test_what_is_written_in_another_s_place_stays_in_one_of_two_launches() -> None:
     if emulated.compiler() is None:
         pytest.skip("no C++ compiler")

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quest.conformance import inputs
 from quest.conformance.stages import storage_bytes
-from quest.conformance.strategies import cases
+from quest.conformance.strategies import Case, cases, widths
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -109,6 +109,8 @@ def test_magnitudes(seed: int) -> None:
     # Squares of these underflow, squares of those overflow float32.
     assert (tiny.square() < 2.0**-149).all()
     assert (small.abs() < least).all()
+    # Of few bits: half of a subnormal number's last place is seen in each.
+    assert small.abs().max() < 2.0**-136
     assert (small != 0).any()
     assert huge.abs().max() > 2.0**120
     assert (huge.square().amax(-1) > most).all()
@@ -118,6 +120,55 @@ def test_magnitudes(seed: int) -> None:
     assert regular.numel() == 0 or (regular > 0.3 * 2.0**-60).all()
     assert (regular < 3 * 2.0**60).all()
     assert (drawn("zeros", seed) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["outlier", "one_hot", "non_finite"])
+def test_what_stands_out_stands_anywhere(name: str) -> None:
+    """The first column and the last, and those between: a kernel may lose any of them."""
+    x = inputs.draw(name, (1000, 8), torch.float32, 0).double()
+    out = {"outlier": x.abs() > 20, "one_hot": x != 0, "non_finite": ~x.isfinite()}[name]
+    assert out.any(0).all()
+    one = inputs.integers("one_hot", 1000, 8, 0)
+    assert (one.sum(0) > 50).all()
+
+
+def test_integers_of_products() -> None:
+    """Of both signs, to the ends of int8; coherent ones of one sign, and unlike each other."""
+    made = {kind: inputs.integers(kind, 40, 500, 1).long() for kind in inputs.INTEGERS}
+    assert (made["random"].min(), made["random"].max()) == (-127, 127)
+    assert abs(made["random"].double().mean()) < 6 * 73.5 / math.sqrt(20_000)
+    assert (made["coherent"].min(), made["coherent"].max()) == (64, 127)
+    assert (made["lowest"] == -128).all()
+    assert (made["highest"] == 127).all()
+    for bits in (1, 2, 4, 8):
+        assert set(inputs.unsigned(bits, (100, 100), 0).unique().tolist()) == {*range(2**bits)}
+
+
+def test_every_edit_is_made() -> None:
+    x = torch.zeros(2, 3)
+    made = inputs.edit(x, [(1, 5.0), (9, 7.0), (1, 6.0)])
+    assert made.flatten().tolist() == [0.0, 6.0, 0.0, 7.0, 0.0, 0.0]
+    assert not x.any()
+
+
+def test_cases_are_of_every_kind() -> None:
+    """All that may be drawn is; or tests would ask of less than they seem to."""
+    seen: list[Case] = []
+
+    @settings(max_examples=400, database=None, derandomize=True)
+    @given(case=cases(torch.float32, widths(4, 2), edited=True))
+    def draw(case: Case) -> None:
+        seen.append(case)
+
+    draw()
+    assert {c.distribution for c in seen} == {*inputs.DISTRIBUTIONS}
+    assert {c.layout for c in seen} == {*inputs.LAYOUTS}
+    assert {c.shape[:-1] for c in seen} == {
+        (), (0,), (1,), (3,), (7,), (17,), (2, 3), (1, 1, 2)
+    }  # fmt: skip
+    assert {c.shape[-1] for c in seen} == {4 * n for n in (1, 2, 3, 5, 7, 11, 13)}
+    assert {len(c.edits) for c in seen} == {0, 1, 2, 3}
+    assert len({c.seed for c in seen}) > 100
 
 
 def test_mixed_rows_are_sometimes_zero_and_far_apart() -> None:

@@ -7,6 +7,7 @@ the edge by more than the dtype resolves.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,7 @@ import quest
 from quest import operands
 from quest.conformance import judges, oracle
 from quest.conformance.verdict import Rejected, Verdict
-from quest.reference import bounds, hadamard, packing
+from quest.reference import bounds, hadamard, packing, quantize
 
 Array = np.ndarray
 U32, ETA32 = 2.0**-24, 2.0**-149
@@ -138,6 +139,52 @@ def test_codes_beyond_the_grid() -> None:
             judges.coded(x, I4, codes, ONE).require()
 
 
+@pytest.mark.parametrize("order", [1, 8])
+def test_a_code_may_err_by_its_margin(order: int) -> None:
+    """Once, and not twice: of either side of a midpoint."""
+    q = replace(I4, transform=quest.Hadamard(order) if order > 1 else quest.Identity())
+    grid = oracle.grid(q.require_grid())
+    row = np.zeros((1, 8))
+    row[0, 5] = 1.0  # rotated, 0.35 of it in each place
+    high = hadamard.apply(row, order)
+    where = int(np.argmax(high))
+    for n, sign in itertools.product((9, 10, 13), (1, -1)):
+        scale = high[0, where] / grid.midpoints[n]
+        margin = bounds.code_margin(row, order, np.array([[scale]]))[0, where]
+        for off, wrong in ((0.9, False), (1.1, True)):
+            s = np.array([[high[0, where] / (grid.midpoints[n] + sign * off * margin)]])
+            codes = quantize.encode(hadamard.apply(row, order) / s, grid)
+            codes[0, where] -= sign
+            given = torch.from_numpy(row), q, torch.from_numpy(codes), torch.from_numpy(s)
+            found = judges.coded(*given, conclusive=False)
+            assert (found.failure is not None) == wrong, (n, sign, off)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [quest.Clip(1.3), quest.Clip(0.6), quest.Trust(), quest.Trust(1.5), quest.Trust(0.5)],
+)
+def test_a_mask_may_err_by_its_roundings(estimator: quest.Clip | quest.Trust) -> None:
+    """Those of the place and of the threshold, and of a point that it is measured from."""
+    q = replace(I4, estimator=estimator)
+    grid = oracle.grid(q.require_grid())
+    near = isinstance(estimator, quest.Trust) and estimator.scale < 1
+    point = grid.points[11] if near else 0.0
+    threshold = estimator.scale * (grid.half_gap if near else grid.outer)
+    if isinstance(estimator, quest.Trust) and not near:
+        threshold = grid.outer + estimator.scale * grid.half_gap
+    slack = gamma(2) * threshold + (gamma(3) * (point + threshold) if near else 0.0)
+    for sign, off in itertools.product((1, -1), (0.9, -0.9, 1.1, -1.1)):
+        # z is off by four roundings itself; a flag that is wrong is so beyond all of that.
+        z = sign * (point + threshold + off * slack) / (1 - math.copysign(gamma(4), off))
+        x = torch.tensor([[z]], dtype=torch.float64)
+        codes = torch.from_numpy(quantize.encode(x.numpy(), grid))
+        for flag in (True, False):
+            found = judges.masked(x, q, codes, ONE, torch.tensor([[flag]]))
+            wrong = abs(off) > 1 and flag == (off > 0)
+            assert (found.failure is not None) == wrong, (sign, off, flag)
+
+
 def test_rows_without_a_scale_have_one_mask() -> None:
     """1 for zeros, 0 for what is not finite; all ones where the estimator masks nothing."""
     x = torch.tensor([[0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]])
@@ -240,6 +287,30 @@ def test_padding_bits_of_an_operand_are_zero() -> None:
         assert not any(v.failure for v in found)
         found = judges.encoded(q, "bits", codes, None, wrong, sums)
         assert "operand" in {v.stage for v in found if v.failure}, bit
+
+
+def test_accumulators_are_compared_in_full() -> None:
+    a, b = (torch.full((n, 8), 100, dtype=torch.int8) for n in (2, 3))
+    made = torch.full((2, 3), 80_000, dtype=torch.int32)
+    judges.accumulated(a, b, made).require()
+    for i, bit in itertools.product(range(6), (0, 15, 16, 23, 24, 30)):
+        wrong = made.clone()
+        wrong.view(-1)[i] ^= 1 << bit
+        with pytest.raises(Rejected, match=r"^accumulators: 1 of 6 differ"):
+            judges.accumulated(a, b, wrong).require()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_of_a_gated_product_that_stay_in_range_are_finite(dtype: torch.dtype) -> None:
+    """At the end of the range one of them may overflow where it is stored, and not below."""
+    most, one = torch.finfo(dtype).max, torch.ones(1, 1)
+    operands_ = np.array([[1]]), np.array([[1], [1]])
+    for share, free in ((0.9, False), (0.5, False), (0.99, False), (1.0, True)):
+        # The gate makes nearly nothing of the value, which is as large as this.
+        scales = torch.tensor([[-40.0], [share * most]], dtype=torch.float64)
+        given = operands_, (1.0, 1.0), (one, scales), None
+        found = judges.gated_product(*given, torch.tensor([[-math.inf]], dtype=dtype))
+        assert (found.failure is None) == free, share
 
 
 def test_product() -> None:

@@ -72,6 +72,55 @@ def test_a_fifth_over_the_layers_bound_is_too_far(name: str, order: int) -> None
     assert judged(out | {name: tensor(value + 1.2 * bound)}) == {f"layer {name}"}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_without_a_bias_a_product_is_rounded_once(dtype: torch.dtype) -> None:
+    """One term's product is exact; both roundings lead as far as the next number."""
+    one = torch.ones(1, 1, dtype=dtype)
+    out = {"x_hat": one, "w_hat": one, "y": (one.view(torch.int16) + 1).view(dtype)}
+    for bias, wrong in ((None, True), (0 * one[0], False)):
+        found = judges.values_product(dtype, bias, out, bounds.U32, "layer y")
+        assert (found.failure is not None) == wrong
+
+
+def test_what_is_masked_lends_nothing_to_its_block() -> None:
+    """Its product is large, and is not part of what is rotated back: nor is its rounding."""
+    d = order = 8
+    wh, grad = np.full((1, d), 1000.0), np.ones((1, 1))
+    wh[0, 3] = 1.0
+    mask = torch.zeros(1, d, dtype=torch.bool)
+    mask[0, 3] = True
+    made = quest.recipe("w4a4", transform=quest.Hadamard(order))
+    exact = hadamard.apply_transpose(np.where(mask.numpy(), grad @ wh, 0.0), order)
+    out = {
+        "y": tensor(np.full((1, 1), 7001.0)), "x_hat": tensor(np.ones((1, d))),
+        "w_hat": tensor(wh), "dw": tensor(hadamard.apply_transpose(np.ones((1, d)), order)),
+    }  # fmt: skip
+    x, w, g = (tensor(a) for a in (np.ones((1, d)), wh, grad))
+    for far, wrong in ((0.0, set()), (16 * 2.0**-24, {"layer dx"})):
+        out["dx"] = tensor(exact * (1 + far))
+        found = judges.layer(x, w, g, None, made, out, (mask, None), bounds.U32)
+        assert failing(found) == wrong
+
+
+def test_what_overflows_frees_its_own_block_alone() -> None:
+    """A product beyond float16 may be infinite or NaN, and what is rotated with it."""
+    n, d, order = 2, 16, 8
+    xh, wh, grad = np.ones((n, d)), np.ones((1, d)), np.array([[2.0], [1.0625]])
+    wh[0, 0] = 60000.0  # the second row's product is the last but one tenth before the end
+    made = quest.recipe("w4a4", transform=quest.Hadamard(order))
+    exact = {
+        "y": xh @ wh.T, "dx": hadamard.apply_transpose(grad @ wh, order),
+        "dw": hadamard.apply_transpose(grad.T @ xh, order), "x_hat": xh, "w_hat": wh,
+    }  # fmt: skip
+    out = {name: tensor(a, torch.float16) for name, a in exact.items()}
+    x, w, g = (tensor(a, torch.float16) for a in (xh, wh, grad))
+    for row, column in np.ndindex(n, d):
+        out["dx"] = tensor(exact["dx"], torch.float16)
+        out["dx"][row, column] = math.nan
+        found = failing(judges.layer(x, w, g, None, made, out, (None, None), bounds.U32))
+        assert found == (set() if (row, column // order) == (0, 0) else {"layer dx"})
+
+
 def product32(a: Array, b: Array) -> Array:
     return (a.astype(F32) @ b.astype(F32)).astype(np.float64)
 

@@ -133,6 +133,18 @@ def test_close_at_the_edge_of_its_bound() -> None:
         judges.close("y", torch.tensor([1.5, -2.5]), expected, bound).require()
 
 
+def test_each_element_is_compared() -> None:
+    """The first and the last, too, of a tensor of any size."""
+    for shape in ((1,), (3, 7), (5, 300)):
+        ones, right = np.ones(shape), torch.ones(shape)
+        for i in {0, 1 % ones.size, ones.size // 2, ones.size - 2, ones.size - 1} - {-1}:
+            wrong = right.clone()
+            wrong.view(-1)[i] = 1.5
+            assert judges.close("y", wrong, ones, 0.25 * ones).ratio == 2
+            assert judges.close("y", wrong, ones, 0.5 * ones).failure is None
+            assert judges.exact("y", wrong.numpy(), ones).failure is not None
+
+
 def test_close_compares_shapes() -> None:
     # Those that NumPy would spread over each other, too.
     for shape in ((3,), (1, 3), (3, 1)):

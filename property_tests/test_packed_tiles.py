@@ -80,3 +80,24 @@ def test_single_bits_are_decoded(lane: Lane, width: int) -> None:
     values = lane.call("decode", operand, scale, **static)["values"]
     expected = torch.from_numpy(2 * signs - 1).float() * 0.5 * scale
     torch.testing.assert_close(values, expected, rtol=0, atol=0)
+
+
+@every_lane
+@pytest.mark.parametrize("levels", GRIDS)
+def test_scales_at_the_ends_of_the_range(lane: Lane, levels: int) -> None:
+    """Integers times the unit come first: a unit's share of such a scale is nothing, and an integer
+    times the other no float.
+    """
+    spec, unit, least = GRIDS[levels]
+    q, bits = parse(spec), max(2, levels)
+    codes = np.arange(least, 2 if levels == 1 else -least)
+    integers = codes if levels == 1 else 2 * codes + 1
+    spread = operands.form(q.require_grid(), "integers").spread
+    operand = torch.from_numpy((spread * integers).astype(np.int8)).repeat(3, 1)
+    scale = torch.tensor([[2.0**-149 / unit], [2.0**-147 / unit], [2.0**127]])
+    small = torch.from_numpy(packed(np.tile(codes - least, (3, 1)), bits).astype(np.uint8))
+    for kind, held in (("integers", operand), (f"packed{bits}", small)):
+        static = {"q": q, "kind": kind, "width": len(codes), "dtype": torch.float32}
+        found = lane.call("decode", held, scale, **static)["values"]
+        expected = torch.from_numpy(integers * unit) * scale.double()
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -13,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import quest
+from property_tests.lane_marks import every_lane
 from property_tests.ledger import Ledger, slowest
 from quest import cli
 from quest.conformance import lanes, oracle, pictures, report
@@ -226,6 +229,72 @@ def test_a_ledger_tells_what_only_its_sums_show() -> None:
     assert ledger.problems() == [
         "torch-cpu, codes: one-sided: 50 ambiguous codes went up, 0 down",
     ]
+
+
+def test_what_only_the_sums_over_processes_show() -> None:
+    gathered = Ledger()
+    for n in range(10):
+        worker = Ledger()
+        flips = Verdict("codes", 1000, n / 10, ambiguous=5, up=5)
+        worker.judge(CPU, [flips, Verdict("scale", 5, 1 - n / 10)], "")
+        assert not worker.problems()
+        gathered.merge(json.loads(json.dumps(worker.dump())))
+    assert gathered.problems() == [
+        "torch-cpu, codes: inconclusive: 50 of 10000 codes are ambiguous",
+        "torch-cpu, codes: one-sided: 50 ambiguous codes went up, 0 down",
+    ]
+    tallies = gathered.tallies
+    assert [tallies["torch-cpu", stage].ratio for stage in ("codes", "scale")] == [0.9, 1.0]
+    assert [tallies["torch-cpu", "codes"].calls, tallies["torch-cpu", "scale"].elements] == [10, 50]
+    # Of ties nothing is counted, and failures of any process are kept.
+    ties = Ledger()
+    ties.judge(CPU, [Verdict("codes", 1000, ambiguous=500, up=500)], "", conclusive=False)
+    assert not ties.problems()
+    sums, failed = Tally(), Tally()
+    failed.add(Verdict("codes", 1, failure="one is wrong"))
+    sums.merge(failed)
+    assert sums.problems() == ["codes: one is wrong"]
+
+
+def test_a_run_fails_for_its_sums(
+    pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one process, and where a worker sends what it has judged."""
+    plugins = pytestconfig.pluginmanager.get_plugins()
+    conftest: Any = next(p for p in plugins if hasattr(p, "_gathered"))
+    one_sided = Ledger()
+    one_sided.judge(CPU, [Verdict("codes", 10**6, ambiguous=50, up=50)], "")
+    config = SimpleNamespace(workeroutput={})
+    for ledger, status in ((Ledger(), 0), (one_sided, 1)):
+        monkeypatch.setattr(conftest, "LEDGER", ledger)
+        monkeypatch.setattr(conftest, "_gathered", Ledger())
+        session = SimpleNamespace(config=SimpleNamespace(), exitstatus=0)
+        conftest.pytest_sessionfinish(session)
+        assert session.exitstatus == status
+        conftest.pytest_sessionfinish(SimpleNamespace(config=config, exitstatus=0))
+        monkeypatch.setattr(conftest, "LEDGER", Ledger())
+        monkeypatch.setattr(conftest, "_gathered", Ledger())
+        conftest.pytest_testnodedown(config)
+        session = SimpleNamespace(config=SimpleNamespace(), exitstatus=0)
+        conftest.pytest_sessionfinish(session)
+        assert session.exitstatus == status
+
+
+def test_only_what_this_machine_lacks_is_skipped() -> None:
+    """And Triton's interpreter is lacked nowhere where Triton is installed."""
+
+    def of(lane: lanes.Lane) -> None: ...
+
+    made = every_lane(of).pytestmark[0].args[1]
+    found = {str(p.values[0]): [m.kwargs["reason"] for m in p.marks] for p in made}
+    gpu = torch.cuda.is_available()
+    triton = importlib.util.find_spec("triton") is not None
+    absent = [] if triton else ["Triton is not installed"]
+    assert found == {
+        "torch-cpu": [], "triton-interpreter": absent,
+        "torch-cuda": [] if gpu else ["no CUDA device"],
+        "triton-cuda": absent if gpu else ["no CUDA device"],
+    }  # fmt: skip
 
 
 def test_slowest_tests_add_up_their_phases() -> None:

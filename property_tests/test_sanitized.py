@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -30,6 +31,29 @@ def test_launches_that_are_chosen(wanted: list[str], selected: list[str]) -> Non
 def test_a_word_that_selects_nothing() -> None:
     with pytest.raises(SystemExit, match="nothing is called fwe; there are product wide, "):
         sanitized.chosen(["few", "fwe"], NAMES)
+
+
+@pytest.mark.parametrize(
+    ("says", "ends", "good"),
+    [
+        ("few\nproduct wide", 0, True),
+        ("few\nproduct wide", 9, False),  # a fault was found
+        ("few\nproduct wide float32", 0, False),  # another launch than the one that is wanted
+        ("few", 0, False),
+    ],
+)
+def test_what_a_tool_says(
+    says: str, ends: int, good: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "tool"
+    tool.write_text(f"#!/bin/sh\necho '{says}'\nexit {ends}\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(sanitized.shutil, "which", lambda _: str(tool))
+    monkeypatch.setattr(sanitized.hopper, "unavailable", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with contextlib.nullcontext() if good else pytest.raises(AssertionError):
+        sanitized.check("racecheck", ("product wide", "few"))
 
 
 def test_a_tool_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

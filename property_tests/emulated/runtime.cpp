@@ -337,7 +337,7 @@ const char *emulated_run(void (*kernel)(void **), void **values, int grid, int c
   if (threads > 1024) return "more threads than a thread block may have";
   if (threads > 1024) return "more threads than a thread block may have";
   if (grid % clustered) return "clusters that are not whole";
-  body = kernel, parameters = values, failed = false, late = seed & 1, backwards = seed & 2;
+  body = kernel, parameters = values, failed = false, late = seed & 1, backwards = seed & 2 && grid > clustered;
   ahead.clear(), asked_ahead = 0;
   random_.seed(seed);
   blocks.assign(clustered, Block{});

@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from quest.conformance import plugin as court_plugin
 from quest.conformance.public import adapter
+from quest.conformance.verdict import Rejected
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -425,3 +427,17 @@ def test_no_list_is_checked_where_the_adapter_can_t_run(tmp_path: Path) -> None:
     assert "nothing is covered: its library is absent" in done.stdout
     assert "is no property that this adapter covers" not in done.stdout + done.stderr
     assert " not covered in " in done.stdout.splitlines()[-1]
+
+
+def test_a_test_ends_with_the_rules_on_all_its_calls() -> None:
+    """Behind what its draws missed, and before its record is sent; a failure there fails it."""
+    made, item = mock.Mock(), mock.Mock(spec=pytest.Function)
+    item.config, item.funcargs, item.user_properties = mock.Mock(), {}, []
+    item.config.stash = {court_plugin.COURT: made}
+    made.settle.side_effect = Rejected("inconclusive")
+    run = court_plugin.pytest_runtest_call(item)
+    next(run)
+    with pytest.raises(Rejected, match="inconclusive"):
+        next(run)
+    assert [name for name, *_ in made.mock_calls] == ["start", "asked.ask_rest", "settle", "finish"]
+    assert [value for _, value in item.user_properties] == [made.finish()]

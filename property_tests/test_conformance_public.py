@@ -794,3 +794,11 @@ def test_what_an_adapter_says_of_itself(
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(capabilities.AdapterError, match=told):
         adapter.load(f"{name}:Mine")
+
+
+def test_all_that_knows_the_rules_on_ambiguous_codes_is_judged_by_drawing() -> None:
+    """Which knows where they can't be applied."""
+    folder = Path(drawing.__file__).parent
+    texts = [path.read_text() for path in folder.glob("test_*.py")]
+    assert sum("drawing.judge(court, properties." in text for text in texts) > 1
+    assert not [t for t in texts if re.search(r"court\.judge\(properties\.(codes|values|mask),", t)]

@@ -228,6 +228,11 @@ def test_a_weight_that_is_split_among_processes_is_refused(tmp_path: Path) -> No
                 refused()
         assert model.training
         assert model[0]._frozen is None
+        # What was frozen before is dropped, and what comes behind it is reached.
+        model[0].eval().freeze()
+        model[0].weight = layer.weight
+        model[0]._load_from_state_dict({}, "", {}, False, [], [], [])
+        assert model[0]._frozen is None
     finally:
         distributed.destroy_process_group()
 

@@ -298,7 +298,7 @@ def test_a_resumed_run_is_bit_exact(
 
 
 @pytest.mark.parametrize("number", stopping.SIGNALS)
-@pytest.mark.parametrize("at", [7, 19])
+@pytest.mark.parametrize("at", [7, 19, 20])
 def test_a_signal_ends_a_run_behind_a_step_that_is_saved(
     request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, number: int
 ) -> None:
@@ -309,12 +309,14 @@ def test_a_signal_ends_a_run_behind_a_step_that_is_saved(
     before = [signal.getsignal(each) for each in stopping.SIGNALS]
     with monkeypatch.context() as patch:
         patch.setattr(progress, "watcher", lambda console: Signalled(at, number))
-        with pytest.raises(stopping.Stopped, match=rf"after step {at + 1} of w1a1") as told:
+        with pytest.raises(
+            stopping.Stopped, match=rf"after step {min(at + 1, 20)} of w1a1"
+        ) as told:
             quietly(request_)
     assert told.value.number == number
     assert [signal.getsignal(each) for each in stopping.SIGNALS] == before
     saved = torch.load(request_.out / "checkpoint-w1a1.pt", weights_only=True)
-    assert saved["step"] == len(rows(request_.out)) == at + 1
+    assert saved["step"] == len(rows(request_.out)) == min(at + 1, 20)
     assert not (request_.out / "checkpoint-bf16.pt").exists()
     quietly(replace(request_, resume=True))
     assert rows(request_.out) == rows(straight.out)
@@ -327,6 +329,18 @@ def test_a_second_signal_stops_at_once() -> None:
         with pytest.raises(KeyboardInterrupt) as told:
             signal.raise_signal(signal.SIGINT)
     assert type(told.value) is KeyboardInterrupt
+
+
+def test_signals_that_are_ignored_stay_so() -> None:
+    """As SIGINT of what a shell has put into the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stopping.heard() as came:
+            signal.raise_signal(signal.SIGINT)
+        assert not came
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_signals_are_the_main_thread_s() -> None:
@@ -464,6 +478,17 @@ def test_a_full_disk_is_told_as_one(request_: Request, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match=r"checkpoint .*w1a1.pt cannot be written \(.*pos 9 vs 8$"):
+        quietly(request_)
+
+
+def test_another_error_than_a_full_disk_is_itself(
+    request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacks(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "save", lacks)
+    with pytest.raises(torch.OutOfMemoryError):
         quietly(request_)
 
 

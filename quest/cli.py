@@ -1,7 +1,7 @@
 """The command ``quest``.
 
-Exit status: 0 done, 1 something failed, 2 the input cannot be used, 130 interrupted. Whatever goes
-wrong that a user can mend is one line on stderr.
+Exit status: 0 done, 1 something failed, 2 the input cannot be used, 130 interrupted, 143 ended by
+SIGTERM. Whatever goes wrong that a user can mend is one line on stderr.
 """
 
 from __future__ import annotations

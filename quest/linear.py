@@ -101,10 +101,11 @@ class Linear(nn.Linear):
         return self
 
     def _refreeze(self) -> None:
-        # In a dtype that has no quantizer there is nothing to freeze, and forward says so.
+        # In a dtype that has no quantizer, or of a shard, there is nothing to freeze, and forward
+        # says so.
         if self._frozen is not None:
             self._frozen = None
-            if self.weight.dtype in ops.DTYPES:
+            if self.weight.dtype in ops.DTYPES and not _is_split(self):
                 self.freeze()
 
     def train(self, mode: bool = True) -> Self:
@@ -233,9 +234,15 @@ def _fitting(linear: nn.Linear, made: Recipe) -> Recipe:
     return made
 
 
+def _is_split(linear: nn.Linear) -> bool:
+    """Whether the weight is a DTensor."""
+    weight = linear.weight
+    return type(weight) not in ops.OWN and hasattr(weight, "device_mesh")
+
+
 def _require_whole(linear: nn.Linear) -> None:
     """Raise ValueError where the weight is split among processes."""
-    if hasattr(linear.weight, "device_mesh"):
+    if _is_split(linear):
         raise ValueError(
             "the weight is a DTensor: quest has no tensor parallelism, and freezes weights before "
             "they are sharded (FSDP2 trains)"

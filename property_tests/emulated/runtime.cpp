@@ -328,16 +328,15 @@ extern "C" {
 const uint64_t *emulated_meet(bool block, unsigned mask, uint64_t value, const char *what, int line);
 
 // Runs a grid, in clusters of so many blocks: what went wrong, or null. An odd seed: copies happen when they are
-// waited for, and not before. Of every four seeds the last two: the last cluster comes first, so that what one writes
-// in another's place stays there in one of two launches; what it asks for ahead has been read by then, and is counted.
+// waited for, and not before. Of half of the seeds, in turns that follow no launch's: the last cluster comes first, so
+// that what one writes in another's place stays there; what it asks for ahead has been read by then, and is counted.
 const char *emulated_run(void (*kernel)(void **), void **values, int grid, int clustered, int threads, int bytes,
                          unsigned seed, char *shared, char *shared_end) {
   if ((size_t)bytes + (shared_end - shared) > LIMIT) return "more shared memory than a thread block may have";
   if (threads % WARP) return "warps that are not whole";
   if (threads > 1024) return "more threads than a thread block may have";
-  if (threads > 1024) return "more threads than a thread block may have";
   if (grid % clustered) return "clusters that are not whole";
-  body = kernel, parameters = values, failed = false, late = seed & 1, backwards = seed & 2 && grid > clustered;
+  body = kernel, parameters = values, failed = false, late = seed & 1, backwards = __builtin_parity(seed >> 1) && grid > clustered;
   ahead.clear(), asked_ahead = 0;
   random_.seed(seed);
   blocks.assign(clustered, Block{});

@@ -67,6 +67,8 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
             torch.save(content, new)
         except RuntimeError as error:  # which is what torch makes of a disk that is full
             told = str(error).partition("\n")[0]
+            if "inline_container" not in told and "PytorchStreamWriter" not in told:
+                raise
             raise OSError(
                 f"checkpoint {path} cannot be written (is the disk full?); torch says: {told}"
             ) from error

@@ -181,6 +181,8 @@ def train(job: Job, recipe: str, watcher: Watcher, *, resume: bool) -> Outcome:
             watcher.step(row)
             if stops:
                 raise Stopped(stops[0], f"after step {step} of {recipe}, which is saved")
+        if signals:  # while the last step was saved
+            raise Stopped(signals[0], f"after step {config.steps} of {recipe}, which is saved")
     return Outcome(
         recipe=recipe,
         parameters=sum(parameter.numel() for parameter in model.parameters()),

@@ -42,8 +42,10 @@ def heard() -> Iterator[list[int]]:
         restore()
 
     if threading.current_thread() is threading.main_thread():
-        for each in SIGNALS:
-            before[each] = signal.signal(each, hear)
+        before |= {each: signal.getsignal(each) for each in SIGNALS}
+        for each, handler in before.items():
+            if handler is not signal.SIG_IGN:  # as of what a shell has put into the background
+                signal.signal(each, hear)
     try:
         yield came
     finally:

@@ -97,11 +97,12 @@ class Court:
 
     def settle(self) -> None:
         """The rules on ambiguous elements of each stage, over all calls of this test."""
-        problems = [p for tally in self._tallies.values() for p in tally.problems()]
+        problems = [(s, p) for s, tally in self._tallies.items() for p in tally.problems()]
         if problems and self.record.failure is None:
-            self.record.failure = {"stage": "codes", "told": problems[0], "example": "all of them",
+            stage, told = problems[0]
+            self.record.failure = {"stage": stage, "told": told, "example": "all of them",
                                    "tensors": {}, "snippet": ""}  # fmt: skip
-            raise Rejected(problems[0])
+            raise Rejected(told)
 
     def told(self) -> str:
         """The failure that was met last, for a person."""

@@ -103,24 +103,24 @@ def judge(
     # Equal rows flip together, and the rules on ambiguous codes count independent ones; of
     # subnormal rows no code is certain.
     sure = case.layout != "expanded" and case.distribution in PLAIN
-    if sure and (told := undecided(court.impl.capabilities, q)):
+    if sure and (told := undecided(court.impl.capabilities, q, case.shape[-1])):
         court.asked.left(told)
         sure = False
     code = f"{quantizer(q.spec)}, conclusive={sure}"
     court.judge(property_, {"x": case}, (case.make(), q), code, conclusive=sure)
 
 
-def undecided(capabilities: Capabilities, q: quest.Quantizer) -> str | None:
-    """Why the rules on ambiguous codes can't be applied to a quantizer; None where they can.
+def undecided(capabilities: Capabilities, q: quest.Quantizer, width: int) -> str | None:
+    """Why the rules on ambiguous codes can't be applied to rows of that width; None where they can.
 
     They allow one in 1000. Fine grids in large blocks have more by the bound alone, whatever the
     implementation does. Half of it is the limit, since rows differ.
     """
-    order = q.transform.order(0)
+    order = q.transform.order(width)
     share = bounds.ambiguous_share(q.require_grid().midpoints, order, capabilities.sums(order))
     if share <= AMBIGUOUS_SHARE / 2:
         return None
-    how = f"a {capabilities.rotation} leaves more than 1 code in 1000 open"
+    how = f"a {capabilities.rotation} leaves more than 1 code in 2000 open"
     return f"codes that lean to one side, where {how}: {q.grid} in blocks of {order}"
 
 

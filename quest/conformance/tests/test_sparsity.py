@@ -70,8 +70,7 @@ def test_codes(court: Court, dtype: str, pattern: str, data: st.DataObject) -> N
     case = data.draw(
         drawing.plain(dtype, q.transform.order(0), capabilities, ties=False, group=_group(pattern))
     )
-    code = drawing.quantizer(q.spec)
-    court.judge(properties.codes, {"x": case}, (case.make(), q), code)
+    drawing.judge(court, properties.codes, case, q)
 
 
 @pytest.mark.judges("select", "fake_quantize", declares=("blocks", "grids"), dtype=DTYPES,

@@ -61,15 +61,19 @@ def _named(names: str | tuple[str, ...], values: Any) -> Given:
 
 @pytest.fixture(scope="module")
 def given() -> dict[str, Given]:
-    """What each benchmark hands to `timed`, by its name; nothing is compiled."""
+    """What each benchmark hands to `timed`, by its name; nothing is compiled, nothing left out."""
     made: dict[str, Given] = {}
+    found = list(_found())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda f: f)
         patch.setattr(nn.Module, "compile", lambda self: None)
         patch.setattr(cases, "EAGER_CALLS", 1)
-        for name, function, parameters in _found():
-            with contextlib.suppress(pytest.skip.Exception):
+        for name, function, parameters in found:
+            try:
                 function(timed=functools.partial(_keep, made, name), **parameters)
+            except pytest.skip.Exception as reason:
+                pytest.fail(f"{name} is skipped: {reason}")
+    assert len(made) == len(found) > 100
     return made
 
 
@@ -172,6 +176,15 @@ def _outputs(name: str, ours: Any, torchs: Any) -> tuple[Tensor, Tensor]:
 SAME = ("bench_hadamard", "bench_backward", "bench_quantize", "bench_operand", "bench_prologue")
 
 
+# A hundred roundings of float32, of the largest; and codes that such a difference may flip, one in
+# 1000 as the court has it (verdict.AMBIGUOUS_SHARE).
+ROUNDED, AS_ROUNDED = 1e-5, 0.999
+# Of quantized layers: two operands of one bit keep 2 / pi of a product, models less (what has no
+# part in it, about 0), and 8 bits lose 8e-5 of each operand's square (what is not quantized 1e-12).
+RELATED, QUANTIZED = 0.4, 1 - 1e-6
+# Losses before training: log(vocabulary), and half the spread of the logits squared.
+LOSSES = 0.1
+
 FROZEN = ("bench_linear.test_frozen", "bench_eager", "bench_model.test_prefill")
 
 
@@ -195,11 +208,12 @@ def test_torch_computes_the_same(given: dict[str, Given], monkeypatch: pytest.Mo
         assert ours.shape == torchs.shape, name
         a, b = (t.double().flatten() for t in (ours, torchs))
         if name.startswith(SAME):
-            assert ((a - b).abs() <= 1e-5 * b.abs().max()).double().mean() > 0.999, name
-        elif a.numel() == 1:  # a loss
-            assert 0 < (a / b - 1).abs() < 0.1, name
+            near = (a - b).abs() <= ROUNDED * b.abs().max()
+            assert near.double().mean() > AS_ROUNDED, name
+        elif a.numel() == 1:
+            assert 0 < (a / b - 1).abs() < LOSSES, name
         else:
-            assert 0.5 < torch.cosine_similarity(a, b, 0) < 0.99995, name
+            assert RELATED < torch.cosine_similarity(a, b, 0) < QUANTIZED, name
 
 
 def test_what_is_counted(given: dict[str, Given]) -> None:

@@ -608,6 +608,8 @@ def test_codes_that_the_bound_leaves_open(rotation: str, block: int, grid: str, 
     expected = strict.elements * bounds.ambiguous_share(
         q.grid.midpoints, block, court.impl.capabilities.sums(block)
     )
+    # Five deviations of a count; and 2 percent for blocks, whose own sums of magnitudes spread by
+    # 0.76 / sqrt(block) of the mean that is reckoned with, over a thousand and more of them.
     assert abs(strict.ambiguous - expected) <= 5 * expected**0.5 + 0.02 * expected
     court = Court(implementation(Declared(2, rotation=rotation, blocks=[block])))
     with pytest.raises(Rejected, match=r"codes are wrong|outside 0 to 14"):

@@ -33,6 +33,17 @@ def test_a_word_that_selects_nothing() -> None:
         sanitized.chosen(["few", "fwe"], NAMES)
 
 
+def _stands_for_the_tool(script: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """A script in its place, as on a machine with a GPU."""
+    tool = folder / "tool"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    patch.setattr(sanitized.shutil, "which", lambda _: str(tool))
+    patch.setattr(sanitized.hopper, "unavailable", lambda _: None)
+    patch.setattr(torch.cuda, "is_available", lambda: True)
+    patch.setattr(torch.cuda, "current_device", lambda: 0)
+
+
 @pytest.mark.parametrize(
     ("says", "ends", "good"),
     [
@@ -45,25 +56,14 @@ def test_a_word_that_selects_nothing() -> None:
 def test_what_a_tool_says(
     says: str, ends: int, good: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tool = tmp_path / "tool"
-    tool.write_text(f"#!/bin/sh\necho '{says}'\nexit {ends}\n")
-    tool.chmod(0o755)
-    monkeypatch.setattr(sanitized.shutil, "which", lambda _: str(tool))
-    monkeypatch.setattr(sanitized.hopper, "unavailable", lambda _: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    _stands_for_the_tool(f"echo '{says}'\nexit {ends}", tmp_path, monkeypatch)
     with contextlib.nullcontext() if good else pytest.raises(AssertionError):
         sanitized.check("racecheck", ("product wide", "few"))
 
 
 def test_a_tool_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = tmp_path / "tool"
-    tool.write_text(f"#!/bin/sh\nsleep 60 & echo $! > {tmp_path}/child\necho product wide\nwait\n")
-    tool.chmod(0o755)
-    monkeypatch.setattr(sanitized.shutil, "which", lambda _: str(tool))
-    monkeypatch.setattr(sanitized.hopper, "unavailable", lambda _: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    script = f"sleep 60 & echo $! > {tmp_path}/child\necho product wide\nwait"
+    _stands_for_the_tool(script, tmp_path, monkeypatch)
     monkeypatch.setattr(sanitized, "TIME", 2)
     start = time.monotonic()
     with pytest.raises(pytest.fail.Exception, match=r"(?s)racecheck did not end in 2 s.*product"):

@@ -230,6 +230,7 @@ def test_a_validation_is_the_mean_of_its_windows(request_: Request) -> None:
     windows = data.held_out_windows(64, 32)
     assert len(windows) == 5
     whole = loop.token_loss(model, windows, job.device).item()
+    # Sums of float32 in another order: a few units of 2^-24.
     assert loop.validate(model, job) == pytest.approx(whole, rel=1e-6)
 
 

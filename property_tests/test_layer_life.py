@@ -177,6 +177,27 @@ def test_second_derivatives_are_refused(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["values", "integers"])
+@pytest.mark.parametrize("lead", [(3,), (3, 1), ()])
+def test_what_comes_out_can_be_written_to(path: str, lead: tuple[int, ...]) -> None:
+    """As by torch.nn.ReLU(inplace=True) behind a layer."""
+    layers = [_layer(bias=True).train(), quest.Linear(16, 4), quest.Linear(16, 4)]
+    up, down = layers[1], quest.Linear(4, 16)
+    for call in (
+        lambda x: (layers[0](x),),
+        lambda x: quest.together(x, layers),
+        lambda x: (quest.swiglu(x, layers[0], up, down),),
+    ):
+        found = []
+        for write in (lambda y: torch.relu(y + 1), lambda y: y.add_(1).relu_()):
+            x = X[: 3 if lead else 1].reshape(*lead, 16).clone().requires_grad_()
+            with paths.only(path):
+                made = [write(y) for y in call(x)]
+            sum(y.square().sum() for y in made).backward()
+            found.append([*made, x.grad])
+        assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("path", ["values", "integers"])
 def test_derivatives_by_torch_func_are_refused(path: str) -> None:
     layer = _layer()
 

@@ -185,7 +185,8 @@ def products(
             b = keep(f.encode_saved(*other)) if saves else f.operand(*other)
         scales, sums, bias = (a[1], b[1]), (a[2], b[2]), biases[i] if biases else None
         y = product(a[0], b[0], *scales, *sums, bias, made.names, kinds, d, dtype)
-        ys.append(y.view(*x.shape[:-1], w.shape[0]))
+        # No view for autograd, which would let nobody write to what comes out in place.
+        ys.append(torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], w.shape[0]]))
     return ys, read
 
 

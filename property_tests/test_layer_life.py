@@ -198,6 +198,26 @@ def test_what_comes_out_can_be_written_to(path: str, lead: tuple[int, ...]) -> N
 
 
 @pytest.mark.parametrize("path", ["values", "integers"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_changes_no_gradient(path: str, dtype: torch.dtype) -> None:
+    layers = _layer(bias=True), _layer("w1a8"), _layer("w4a4-2:4")
+    found = []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            for layer in layers:
+                x = X.clone().requires_grad_()
+                with paths.only(path):
+                    layer(x).square().sum().backward()
+                found.append((x.grad, layer.weight.grad))
+                layer.zero_grad()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for before, after in zip(found[:3], found[3:], strict=True):
+        assert all(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize("path", ["values", "integers"])
 def test_derivatives_by_torch_func_are_refused(path: str) -> None:
     layer = _layer()
 

@@ -297,7 +297,8 @@ def decode(
 ) -> torch.Tensor:  # fmt: skip
     """The values (..., width) of an operand, as `dtype`."""
     form = operands.readable(q, kind)
-    return (integers(operand, form, width) * form.unit * scale).to(dtype)
+    # As float32 first: integers times a number have the default dtype, whatever that is.
+    return (integers(operand, form, width).float() * form.unit * scale).to(dtype)
 
 
 def accumulate(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

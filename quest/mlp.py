@@ -158,7 +158,7 @@ def launch_unpack(stored: Tensor, form: operands.Form, width: int) -> Tensor:
     from .kernels import decode as kernel
 
     with ops.device_of(stored):
-        ones = torch.ones(stored.shape[0], 1, device=stored.device)
+        ones = torch.ones(stored.shape[0], 1, dtype=torch.float32, device=stored.device)
         return kernel.decode(
             stored, ones, width, 1.0, torch.int8, bits=form.bits, stride=form.stride, top=form.top
         )

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 import quest
-from quest import eager, grids, operands
+from quest import eager, grids, operands, ops, transforms
 
 MAX = torch.finfo(torch.float32).max
 LEAST = 2.0**-149
@@ -96,6 +97,22 @@ def test_that_midpoints_fill_a_tree(name: str) -> None:
     assert torch.equal(mids[:count], torch.tensor(grid.midpoints))
     assert (mids[count:] == torch.inf).all()
     assert len(mids) == next(2**k - 1 for k in range(1, 9) if 2**k > count)
+
+
+@pytest.mark.parametrize("order", [16, 12])
+@pytest.mark.whole
+def test_that_what_a_trace_makes_is_not_kept(order: int) -> None:
+    """Nor given to it what was made before: tables of a grid, and the base of a transform."""
+    q = quest.Quantizer(grids.e2m1(), quest.Hadamard(order))
+    x = _gaussian(3, 48)
+    eager.table.cache_clear()
+    transforms.base.cache_clear()
+    for _ in range(2):  # in a process that has called nothing, and in one that has
+        with FakeTensorMode() as mode:
+            fake = mode.from_tensor(x)
+            ops.program(q, fake)
+            assert q.quantize(fake).dequantize().shape == x.shape
+        assert torch.equal(q.quantize(x).dequantize(), q(x))
 
 
 def test_that_the_default_dtype_changes_nothing(double_by_default: None) -> None:

@@ -8,7 +8,6 @@ additions, too wide to judge 8-bit codes by.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -91,7 +90,7 @@ def _normalise(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor,
     return torch.where(inner > 0, x, 0.0), inner, sigma
 
 
-@functools.lru_cache(maxsize=64)
+@transforms.kept
 def table(grid: Grid, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(points, midpoints) of a grid, float32 on `device`; midpoints padded to 2^k - 1 with inf."""
     slots = 2 ** len(grid.midpoints).bit_length() - 1

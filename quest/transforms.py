@@ -6,7 +6,9 @@ Source: method, sections 1 and 5; QuEST (arXiv 2502.05003), section 3.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,6 +16,27 @@ from . import constants
 
 MAX_POWER = 16384  # the power of two that a kernel transforms in one tile
 MAX_BASE = 64  # and the rest, a small dense product
+
+_Made = TypeVar("_Made")
+
+
+def kept(make: Callable[..., _Made]) -> functools._lru_cache_wrapper[_Made]:
+    """Constants that are made once, by hashable arguments; anew where something traces.
+
+    What is made there is the trace's own, a fake one as torch.export makes them: kept, every later
+    call would get it.
+    """
+    known: Any = functools.lru_cache(maxsize=64)(make)
+
+    @functools.wraps(make)
+    def get(*key: Any) -> _Made:
+        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        made: _Made = (make if traced else known)(*key)
+        return made
+
+    wrapper: Any = get
+    wrapper.cache_clear = known.cache_clear
+    return wrapper  # type: ignore[no-any-return]
 
 
 def _signs(order: int) -> list[list[int]]:
@@ -43,7 +66,7 @@ def split(order: int) -> tuple[int, int]:
     return m, power
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def base(m: int, device: torch.device) -> torch.Tensor | None:
     """The base factor: (m, m) float32 of ±1 on `device`; None for m = 1."""
     if m == 1:

@@ -18,6 +18,7 @@ from quest.gate import command as gate_command
 from quest.gate.command import Request
 from quest.models import SIZES, Size
 from quest.train import plot
+from quest.train.folder import RunFolder
 from quest.train.stopping import Stopped
 
 TEXT = "".join(f"{i} is followed by {i + 1}, as ever.\n" for i in range(400))
@@ -153,6 +154,34 @@ def test_damaged_and_foreign_checkpoints(capsys: pytest.CaptureFixture[str]) -> 
     assert "its recipe is bf16, not w1a1" in refuses(capsys, *LINE, "--resume")
     ours.write_bytes(whole)
     assert main([*LINE, "--resume"]) == 0
+
+
+def test_a_resumed_run_has_its_own_steps() -> None:
+    """And their schedule; not those of the size, which are 4."""
+
+    def rates() -> list[float]:
+        rows = Path("out/metrics.jsonl").read_text().splitlines()
+        return [json.loads(row)["lr"] for row in rows]
+
+    assert main([*LINE, "--steps", "6"]) == 0
+    whole = rates()
+    assert main([*LINE, "--steps", "2", "--overwrite"]) == 0
+    manifest = json.loads(Path("out/run.json").read_text())
+    manifest["config"]["steps"] = 6  # as of a run of 6 that was interrupted
+    Path("out/run.json").write_text(json.dumps(manifest))
+    for _ in range(2):  # and nothing is left to do
+        assert main([*LINE, "--resume"]) == 0
+        assert rates()[2:] == whole[2:]
+    assert main([*LINE, "--resume", "--steps", "7"]) == 0
+    assert len(rates()) == 7
+
+    for broken in ('{"written_by": "quest train", "recipes": ["w1a1"]}', "[]", "{}", "no JSON"):
+        Path("out/run.json").write_text(broken)
+        assert RunFolder(Path("out")).steps is None
+    for steps in (0, -1, "6", None):
+        manifest["config"]["steps"] = steps
+        Path("out/run.json").write_text(json.dumps(manifest))
+        assert RunFolder(Path("out")).steps is None
 
 
 def test_another_tokenizer_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,7 +131,11 @@ def verify(
     metavar="SIZE",
     help="demo, or published: 30M, 50M, 100M, 200M, 430M, 800M.",
 )
-@click.option("--steps", type=click.IntRange(min=1), help="Default: by the size.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    help="Default: by the size; with --resume those of the run in --out.",
+)
 @click.option("--batch", type=click.IntRange(min=1), help="Sequences a step. Default: by the size.")
 @click.option(
     "--micro-batch",
@@ -194,9 +198,13 @@ def train(
     from torch import OutOfMemoryError
 
     from quest.train import Request, TrainConfig, UserError, run
+    from quest.train.folder import RunFolder
     from quest.train.loop import DivergedError
 
     try:
+        if resume and settings["steps"] is None:
+            # The size's would be another schedule of the learning rate.
+            settings["steps"] = RunFolder(out).steps
         request = Request(
             recipes=recipes,
             out=out,
@@ -227,7 +235,6 @@ def train(
             1,
         ) from error
     except KeyboardInterrupt as error:
-        from quest.train.folder import RunFolder
         from quest.train.stopping import Stopped
 
         if isinstance(error, Stopped):

@@ -10,11 +10,14 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from quest.train import files
 from quest.train.errors import UserError
 
 WRITER = "quest train"
+# What reading a manifest raises where no run of ours lies, whatever else it may be.
+NO_RUN = FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError
 
 
 class RunFolder:
@@ -88,12 +91,25 @@ class RunFolder:
         named = [self.manifest, self.metrics, self.plot, *map(self.checkpoint, recipes)]
         return [*named, *map(files.temporary, named)]
 
+    @property
+    def steps(self) -> int | None:
+        """Of the run that lies here, or None."""
+        try:
+            steps = self._manifest()["config"]["steps"]
+            return steps if isinstance(steps, int) and steps > 0 else None
+        except NO_RUN:
+            return None
+
     def _recipes(self) -> list[str] | None:
         """The recipes of the run that lies here, or None."""
         try:
-            manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
-            if manifest["written_by"] == WRITER:
-                return [str(recipe) for recipe in manifest["recipes"]]
-        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-            pass  # no run of ours, whatever else it may be
-        return None
+            return [str(recipe) for recipe in self._manifest()["recipes"]]
+        except NO_RUN:
+            return None
+
+    def _manifest(self) -> Any:
+        """What the run that lies here says of itself; one of `NO_RUN` where there is none."""
+        manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
+        if manifest["written_by"] != WRITER:
+            raise ValueError
+        return manifest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -52,6 +53,12 @@ def test_logits_have_their_shape_and_do_not_see_the_future(
     torch.testing.assert_close(after[:, :cut], logits[:, :cut], rtol=1e-5, atol=1e-5)
     if cut < length:
         assert (after[:, cut:] - logits[:, cut:]).abs().amax() > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (1, 2, 7)])
+def test_tokens_are_sequences_of_a_batch(model: Llama, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"tokens must be (B, T), got shape {shape}")):
+        model(torch.zeros(shape, dtype=torch.long))
 
 
 def test_the_past_is_seen(model: Llama) -> None:

@@ -252,7 +252,12 @@ class Llama(nn.Module):
                 nn.init.normal_(parameter, std=residual if writes_residual else INIT_STD)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """``tokens`` ``(B, T)``, integers below the vocabulary's size, to logits ``(B, T, V)``."""
+        """``tokens`` ``(B, T)``, integers below the vocabulary's size, to logits ``(B, T, V)``.
+
+        Raises ``ValueError`` for another number of axes.
+        """
+        if tokens.ndim != 2:  # attention would mix others, and nothing would fail
+            raise ValueError(f"tokens must be (B, T), got shape {tuple(tokens.shape)}")
         cos, sin = rope_angles(self.config, tokens.shape[-1], tokens.device)
         x = self.embed_tokens(tokens)
         for layer in self.layers:

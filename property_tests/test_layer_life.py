@@ -101,6 +101,22 @@ def test_what_no_layer_is_made_of() -> None:
         quest.Linear.from_linear(dense, "w4a4")
 
 
+def test_nothing_that_a_layer_computes_is_lost() -> None:
+    class Doubled(quest.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    doubled = Doubled(16, 4)
+    with pytest.raises(ValueError, match="and Doubled has one of its own, which would be lost"):
+        quest.Linear.from_linear(doubled, "w4a4")
+    assert torch.equal(Doubled.from_linear(doubled, "w4a4")(X), doubled(X))
+    for name in ("weight", "bias"):
+        for layer in (nn.Linear(16, 4), quest.Linear(16, 4, bias=True)):
+            parametrize.register_parametrization(layer, name, nn.Identity())
+            with pytest.raises(ValueError, match="linear must hold its parameters"):
+                quest.Linear.from_linear(layer, "w4a4")
+
+
 # torch's own forward mode asks for it.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_forward_mode_is_refused() -> None:

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from . import direct, frozen, ops, paths
 from .lowbit_linear import low_bit_linear, saves
@@ -67,11 +68,22 @@ class Linear(nn.Linear):
         """A layer with the parameters and hooks of `linear`; not compiled, if that was by itself.
 
         Raises TypeError where it is no `torch.nn.Linear`, ValueError where its own `forward` was
-        replaced, which would go past the quantized one.
+        replaced, which would go past the quantized one, and where its class computes something
+        else or a parametrization its parameters, which would be lost.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
         _require_forward(linear)
+        if type(linear).forward not in (nn.Linear.forward, Linear.forward, cls.forward):
+            raise ValueError(
+                f"linear must have torch.nn.Linear's forward, and {type(linear).__name__} has one "
+                "of its own, which would be lost"
+            )
+        if parametrize.is_parametrized(linear):
+            raise ValueError(
+                "linear must hold its parameters, and is parametrized: parametrize the layer that "
+                "is made of it"
+            )
         made = cls.__new__(cls)
         # Everything that it holds, its hooks too; the registries themselves are not shared.
         made.__dict__.update(

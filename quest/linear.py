@@ -105,7 +105,8 @@ class Linear(nn.Linear):
         `torch.no_grad()` or `inference_mode()`. It is made again where the weight is another, has
         moved or was changed in place; a change through `weight.data`, or one that a compiled call
         should see, needs another `freeze()`, and so does one that PyTorch does not count, as by an
-        optimizer's fused step, a collective or another library. `train()` drops it. Raises
+        optimizer's fused step, a collective or another library, or of a weight that was made in
+        `inference_mode()`. `train()` drops it. Raises
         ValueError where the weight is split among processes.
         """
         _require_whole(self)
@@ -295,11 +296,12 @@ def quantize_(
     hooks stay, and so does what was compiled, which is compiled anew when it is called. One that
     stands in several places, also of another model, is quantized in all of them.
     filter_fn(module, qualified name) says which; by default all but the output head (what
-    `model.get_output_embeddings()` returns, modules called lm_head, output, head, embed_out,
+    `model.get_output_embeddings()` returns, layers called lm_head, output, head, embed_out,
     classifier or score, and those that share an embedding's weight), which the method leaves in the
-    model's dtype. Subclasses of `nn.Linear` other than `quest.Linear` are left alone. Raises
-    ValueError where no module matches, a width does not fit the recipe or the `forward` of a module
-    was itself replaced; the model is then unchanged.
+    model's dtype. Layers inside a container so called are quantized, the last one, too, as that of
+    RobertaForSequenceClassification. Subclasses of `nn.Linear` other than `quest.Linear` are left
+    alone. Raises ValueError where no module matches, a width does not fit the recipe or the
+    `forward` of a module was itself replaced; the model is then unchanged.
     """
     made = recipe(name)
     if not isinstance(model, nn.Module):

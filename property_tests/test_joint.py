@@ -294,6 +294,25 @@ def test_what_is_not_stacked() -> None:
     assert joint.stack(layers)
 
 
+@pytest.mark.parametrize("path", ["values", "integers"])
+@pytest.mark.parametrize("heights", [(4, 8), (4, 12)])
+def test_weights_of_other_heights_than_the_layers(path: str, heights: tuple[int, int]) -> None:
+    """As of rows that were pruned by hand, which torch.nn.Linear takes."""
+    one, other = (quest.Linear(16, 8, bias) for bias in (True, False))
+    for layer, height in zip((one, other), heights, strict=True):
+        layer.weight = nn.Parameter(torch.randn(height, 16))
+    one.bias = nn.Parameter(torch.randn(heights[0]))
+    model = nn.ModuleDict({"one": one, "other": other})
+    model.shared_inputs = (("one", "other"),)  # type: ignore[assignment]
+    x = torch.randn(3, 16)
+    with paths.only(path):
+        want = one(x), other(x)
+        assert all(map(torch.equal, quest.together(x, (one, other)), want))
+        quest.freeze_(model)
+        with torch.no_grad():
+            assert all(map(torch.equal, quest.together(x, (one, other)), want))
+
+
 def test_frozen_beside_one_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     layers, x = _layers(), _x()
     for layer in layers[:2]:

@@ -192,8 +192,9 @@ def stack(layers: Sequence[nn.Module]) -> bool:
     """Lay the frozen weights of layers that are called together on top of each other.
 
     Nothing is held twice. Here and not in a forward: a captured CUDA graph reads a weight where it
-    was. False, and nothing done, where they are not frozen `quest.Linear`s alike, or are stacked
-    with others. A weight that is frozen again leaves the stack.
+    was. False, and nothing done, where they are not frozen `quest.Linear`s alike, are stacked with
+    others, or have weights of other heights than their out_features. A weight that is frozen again
+    leaves the stack.
     """
     plain = [layer for layer in layers if type(layer) is Linear]
     held = [h for h in (layer.current() for layer in plain) if h is not None]
@@ -201,6 +202,9 @@ def stack(layers: Sequence[nn.Module]) -> bool:
     if not alone or any(h.whole is not None for h in held):
         return False
     if any(not _alike(layer, plain[0]) for layer in plain):
+        return False
+    # By these a layer's part of what comes out is found, and another weight may stand there.
+    if any(len(layer.weight) != layer.out_features for layer in plain):
         return False
     for layer, part in zip(plain, frozen.stack(held), strict=True):
         layer.hold(part)
@@ -246,6 +250,6 @@ def biases_of(layers: list[Linear]) -> list[Tensor]:
     if all(layer.bias is None for layer in layers):
         return []
     return [
-        layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+        layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
         for layer in layers
     ]

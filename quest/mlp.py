@@ -304,7 +304,7 @@ def _live(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor 
     x = Linear.cast(x)
     recipe, (one,) = plain[0].recipe, last
     # Like what comes out of them, without its memory.
-    rows = x.new_empty(1).expand(*x.shape[:-1], plain[0].out_features)
+    rows = x.new_empty(1).expand(*x.shape[:-1], len(plain[0].weight))
     one.check(rows)
     integers = paths.choose(x, recipe) == paths.choose(rows, one.recipe) == "integers"
     inner = one.recipe.activation.spec

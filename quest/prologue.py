@@ -351,7 +351,7 @@ def gated(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
     a, scale, sums = encode(gate, up, held.spec, kind)[:3]
     rows = (lowbit.as_rows(a), lowbit.as_rows(scale), lowbit.as_rows(sums))
     y = frozen.multiply(rows, held, bias, gate.shape[-1], gate.dtype, unwatched)
-    return y.view(*gate.shape[:-1], layer.out_features)
+    return y.view(*gate.shape[:-1], y.shape[-1])
 
 
 def check_layer(layer: object) -> None:

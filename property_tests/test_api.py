@@ -53,7 +53,10 @@ def test_names_and_operators_in_a_fresh_process(order: str) -> None:
 for name in ("Linaer", "__wrapped__", "cli"):
     assert not hasattr(quest, name), name
 assert set(quest.__all__) <= set(dir(quest))
-assert quest.ops and quest.transforms and quest.linear
+with quest.paths.only("values"):
+    pass
+assert quest.packing and quest.compression and quest.sparse_product and quest.lowbit_linear
+assert quest.ops and quest.lowbit and quest.transforms and quest.linear
 torch.ops.quest.hadamard(torch.ones(2), 2, False)
 from quest import *
 assert all(globals()[name] is getattr(quest, name) for name in quest.__all__)

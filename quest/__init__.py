@@ -44,11 +44,23 @@ else:
         **dict.fromkeys(("NM", "Pairwise"), "sparsity"),
         **dict.fromkeys(("Hadamard", "Identity"), "transforms"),
     }
+    # As they are there where PyTorch was imported first, and docs name them.
+    _MODULES = {
+        "compression",
+        "grids",
+        "lowbit",
+        "lowbit_linear",
+        "ops",
+        "packing",
+        "paths",
+        "sparse_product",
+        *_HOMES.values(),
+    }
 
     def __getattr__(name: str) -> Any:
         if name in _HOMES:
             return getattr(import_module(f"quest.{_HOMES[name]}"), name)
-        if name in {"grids", "ops", *_HOMES.values()}:
+        if name in _MODULES:
             return import_module(f"quest.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -127,9 +127,7 @@ def split(rows: int, width: int, bits: int) -> int:
     for cluster in CLUSTERS:
         steps = _steps(width, bits, cluster)
         fits = _shared(rows, steps, 1, bits) <= SHARED
-        little = _brings_little(rows, steps, bits, cluster)
-        # A cluster of more blocks than steps would leave some without work.
-        if fits and (little or cluster >= _steps(width, bits, 1)):
+        if fits and _brings_little(rows, steps, bits, cluster):
             break
     return cluster
 

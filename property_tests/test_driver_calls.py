@@ -249,6 +249,7 @@ class Driver:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.seen: list[tuple[int, list[int]]] = []
         self.edges: list[tuple[int, int]] = []
+        self.overlaps: list[bool] = []  # of each edge
         self.stream = 7
         self.answer = 0
         self.graphs = self.nodes = 0
@@ -290,6 +291,8 @@ class Driver:
     ) -> tuple[int]:
         assert len(before) == len(after) == len(edges) == count
         self.edges += zip(before, after, strict=True)
+        kinds = real.CUgraphDependencyType
+        self.overlaps += [e.type == kinds.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC for e in edges]
         return (0,)
 
     def Instantiate(self, graph: int, flags: int) -> tuple[int, int]:
@@ -340,7 +343,10 @@ def test_a_launch_alone_is_no_graph(driver: Driver) -> None:
 
 
 def test_a_graph_is_a_chain(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each kernel waits for the one before it. At exit, where the driver may be gone, it stays."""
+    """Each kernel waits for the one before it, which ends where none says that it may overlap.
+
+    At exit, where the driver may be gone, it stays.
+    """
     ends: list[Any] = []
     finalize = weakref.finalize
 
@@ -352,6 +358,7 @@ def test_a_graph_is_a_chain(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> 
     again = recorded.Again(_taken(4), 7, 1000, 1003)
     assert (driver.graphs, driver.nodes) == (1, 4)
     assert driver.edges == [(600, 601), (601, 602), (602, 603)]
+    assert driver.overlaps == [False] * 3
     assert [end.atexit for end in ends] == [False, False]
     for addresses in ((1,), (1, 2, 3)):
         with pytest.raises(ValueError, match="zip"):
@@ -360,27 +367,15 @@ def test_a_graph_is_a_chain(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_copies_before_a_kernel(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first waits until each has ended, whatever may overlap; for one alone, too."""
-    edges: list[tuple[int, int, bool]] = []
-    copies, overlaps = iter(range(100, 104)), real.CUgraphDependencyType
-
-    def depend(
-        graph: int, before: list[int], after: list[int], made: list[Any], count: int
-    ) -> tuple[int]:
-        may = [e.type == overlaps.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC for e in made]
-        edges.extend(zip(before, after, may, strict=True))
-        return (0,)
-
-    monkeypatch.setattr(real, "cuGraphAddDependencies", depend)
+    copies = iter(range(100, 104))
     monkeypatch.setattr(real, "cuGraphAddMemcpyNode", lambda *_: (0, next(copies)))
     with cuda.recording() as taken:
         for n in range(2):
             _kernel(n).launch(1, 1000 + n, 5, overlap=True)
     for launches in (taken, taken[:1]):
         recorded.Again(launches, 7, 1000, copies=((1, 2, 8), (3, 4, 8)))
-    assert edges == [
-        (100, 600, False), (101, 600, False), (600, 601, True),
-        (102, 602, False), (103, 602, False),
-    ]  # fmt: skip
+    assert driver.edges == [(100, 600), (101, 600), (600, 601), (102, 602), (103, 602)]
+    assert driver.overlaps == [False, False, True, False, False]
 
 
 def test_what_was_refused_is_queued_once(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -318,7 +318,7 @@ def test_a_launch_alone_reads_its_addresses_each_time(driver: Driver) -> None:
         kernel().launch(2, 1000, MAP, 500, 1, 1.0)
     again = recorded.Again(taken, 7, 1000)
     driver.seen.clear()
-    for x in (1000, 11, 12, 11, 11, 1000):
+    for x in (1000, 11, 12, 11, 11, 1000, 11, 12):
         again.queue(x)
         assert [values[0] for *_, values in driver.seen] == [x]
         driver.seen.clear()

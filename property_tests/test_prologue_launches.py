@@ -17,7 +17,7 @@ from torch import Tensor
 
 import quest
 from property_tests.prologues import HALVES, SPECS, halves
-from quest import eager, lowbit, ops, prologue
+from quest import eager, lowbit, lowbit_linear, ops, prologue
 from quest.kernels import blocks, cuda, forms
 from quest.quantizer import parse
 
@@ -133,6 +133,20 @@ def test_a_gate_that_is_trained(
             _same(made, eager.encode_gated(gate, value, q, kind))
             assert launched == [one if rows and dtype in HALVES else ("encode_saved", 0)]
             launched.clear()
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_gate_before_a_weight_that_is_not_frozen(
+    name: str, launched: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a backward: operand, scale and sums alone, as on the CPU."""
+    _there(monkeypatch)
+    q, kind = parse(SPECS[name][0]), SPECS[name][1]
+    gate, value = _pair(torch.bfloat16, 3)
+    cuda, cpu = lowbit_linear._CUDA, lowbit_linear._CPU
+    made = cuda.gated_operand(gate, value, q, kind)
+    _same(made, cpu.gated_operand(gate, value, q, kind))
+    assert launched == [("gated", gate.data_ptr())]
 
 
 @pytest.mark.parametrize("name", SPECS)

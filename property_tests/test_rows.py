@@ -48,6 +48,24 @@ def test_every_variant_compiles_without_a_gpu(dtype: torch.dtype, spec: str, wid
         assert b"rows" in made.code
 
 
+# With a mask: grid, form, bits, bits saved.
+MASKED = (
+    (2, forms.PACKED, 1, 0), (16, forms.PACKED, 4, 0), (4, forms.INTEGERS, 0, 2),
+    (16, forms.INTEGERS, 0, 4), (16, forms.VALUES, 0, 0), (256, forms.CODES, 0, 0),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("levels", "form", "bits", "saved"), MASKED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_form_with_a_mask_compiles_without_a_gpu(
+    dtype: torch.dtype, levels: int, form: int, bits: int, saved: int
+) -> None:
+    """Of short rows, a warp each."""
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    macros = rows.macros(dtype, levels, True, form, bits, rows.shape(1024), False, saved)
+    assert cuda.compile_("rows.cu", "sm_90a", macros, cached=False).code[:4] == b"\x7fELF"
+
+
 def test_warps_of_a_row() -> None:
     """As many as its blocks need, up to what a thread block may have."""
     assert {d: rows.shape(d).warps for d in (128, 1024, 1152, 4096, 16384, 65536)} == {

@@ -369,6 +369,7 @@ OWN = {
         "live_layers",
         "gated_layer",
         "product_errors",
+        "prologue_launches",
     ),
     "quest/mlp.py": ("mlp_edges", "gated_product", "added_product", "mlp"),
     "quest/operands.py": ("operand_forms", "product", "product_errors", "packed_operand", "errors"),

@@ -153,8 +153,9 @@ def _described(item: Any) -> dict[str, Any]:
 def _cpu_peak(call: Callable[[], object]) -> int:
     """The most bytes that torch's CPU allocator holds for `call` at a time, as its profiler saw."""
     with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True,
+        acc_events=True,  # of one cycle as well, without torch 2.11's warning of others
+    ) as profile:  # fmt: skip
         call()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

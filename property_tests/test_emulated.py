@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -416,6 +418,30 @@ def test_ptx_that_it_lacks() -> None:
         translated("memcpy(to, from, 64);")
     with pytest.raises(RuntimeError, match=r"f\.cu: (?s:.*)error: "):
         _run("this is not C++")
+
+
+def test_what_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a header has changed, what reads it and nothing else: kernels take minutes in all."""
+    shutil.copytree(emulated.HERE, tmp_path / "copy")
+    monkeypatch.setattr(emulated, "HERE", tmp_path / "copy")
+    monkeypatch.setattr(emulated, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(emulated, "_said", lambda *_: "said")  # what it compiles is not there
+    monkeypatch.setattr(Path, "replace", lambda *_: None)
+
+    def libraries() -> list[Path]:
+        runtime = (emulated.HERE / "runtime.cpp").read_text()
+        return [
+            emulated._library("f.cu", f'#include "device.h"\n{text}', ("-O1",)) for text in "ab"
+        ] + [emulated._library("runtime.cpp", runtime, ("-O3",))]
+
+    before = libraries()
+    assert len({*before}) == 3
+    for header in sorted(emulated.HERE.glob("*.h")):
+        header.write_text(header.read_text() + "// changed\n")
+        made = libraries()
+        same = [new == old for new, old in zip(made, before, strict=True)]
+        assert same == ([False, False, True] if header.name == "device.h" else [True, True, False])
+        before = made
 
 
 def test_what_is_settled(emulator: emulated.Emulator) -> None:

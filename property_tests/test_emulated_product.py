@@ -127,6 +127,11 @@ BROKEN = {
         ONE, "bool rare = APART && g.columns % (16 / OUT_SIZE) != 0;", FIRST, "bool rare = false;",
         "no multiple",
     ),
+    "a fence of what a thread writes, in the last row of B": (
+        ONE, "const u64 b = descriptor(", FIRST,
+        "if (k == 0 && threadIdx.x == 0) *(int *)(raw + B_AT + (stage + 1) * B_BYTES - 4) = 0;\n"
+        "const u64 b = descriptor(", "a wgmma reads what thread 0 of block 0 has written",
+    ),
     "a fence of accumulators": (
         ONE, 'asm volatile("wgmma.fence.sync.aligned;" ::: "memory");', FIRST, "", "wgmma.fence",
     ),

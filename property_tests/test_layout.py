@@ -6,13 +6,14 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from property_tests import emulated
 from quest import compression, ops
-from quest.kernels import blocks, few, forms, hopper, layout, masked, product, sparse
+from quest.kernels import blocks, compress, few, forms, hopper, layout, masked, product, sparse
 from quest.kernels import rows as rows_cu
 from quest.quantizer import parse
 
@@ -57,6 +58,31 @@ def test_bulk_copies_have_rows_padded() -> None:
     assert hopper.aligned(made) is made
     assert hopper.aligned(x[:, :0]).shape == (2, 16)
     _made(hopper.aligned(made.flatten()[8:40].reshape(1, 32)), made.flatten()[8:40][None], True)
+
+
+def _foreign(t: Tensor) -> Tensor:
+    """The same in memory that another library gave, which begins at an odd address."""
+    at = np.zeros(t.nbytes + 32, dtype=np.uint8)
+    made = torch.from_numpy(at[-at.ctypes.data % 16 + 1 :][: t.nbytes]).view(t.dtype).view(t.shape)
+    assert made.storage_offset() == 0
+    return made.copy_(t)
+
+
+def test_memory_that_another_library_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the address that counts, and not where a view begins in its storage."""
+    x = _random(5, 256).char()
+    given, seen = _foreign(x), list[Tensor]()
+    for made in (layout.aligned(given), layout.rows_of(given), forms.readable(given)):
+        assert made.data_ptr() % 16 == 0
+        assert torch.equal(made, x)
+
+    def launched(words: Tensor, *told: Any, **how: Any) -> None:
+        seen.append(words)
+
+    monkeypatch.setattr(compress, "_compress", {(1, 1): launched})
+    compress.compress(given)
+    assert seen[0].data_ptr() % 4 == 0
+    assert torch.equal(seen[0].view(torch.int8).view(5, 256), x)
 
 
 def _off(t: Tensor) -> Tensor:

@@ -129,7 +129,13 @@ OWN = {
         "barriers",
     ),
     "kernels/cuda.py": ("driver_calls", "launches", "launch_rules", "product", "few", "blocks"),
-    "kernels/compress.py": ("compress_cases", "launch_rules", "compress", "many_entries"),
+    "kernels/compress.py": (
+        "compress_cases",
+        "launch_rules",
+        "layout",
+        "compress",
+        "many_entries",
+    ),
     "kernels/decode.py": (
         "launch_edges",
         "packed_tiles",
@@ -205,7 +211,13 @@ OWN = {
         "sparse_product",
     ),
     "kernels/layout.py": ("layout", "few", "rows", "masked"),
-    "kernels/forms.py": ("block_launches", "launch_rules", "few_launches", "prologue_kernel"),
+    "kernels/forms.py": (
+        "layout",
+        "block_launches",
+        "launch_rules",
+        "few_launches",
+        "prologue_kernel",
+    ),
     "kernels/masked.cu": (
         "masked_cuda_edges",
         "masked",
@@ -216,7 +228,7 @@ OWN = {
         "memcheck",
         "barriers",
     ),
-    "kernels/masked.py": ("masked", "launch_rules", "masked_cuda_edges"),
+    "kernels/masked.py": ("layout", "masked", "launch_rules", "masked_cuda_edges"),
     "kernels/outputs.py": ("launch_edges", "outputs", "api", "errors"),
     "kernels/overlap.cuh": (
         "rows_cuda_edges",
@@ -233,6 +245,7 @@ OWN = {
         "many_entries",
     ),
     "kernels/product.py": (
+        "layout",
         "product_launches",
         "launch_rules",
         "product",

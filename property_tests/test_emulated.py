@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,21 @@ def test_what_a_barrier_does_not_forgive(text: str, told: str) -> None:
     out = np.zeros((2, 256), np.uint32)
     with pytest.raises(emulated.Fault, match=told):
         _run(text, *out)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_wait_orders_nothing_of_the_next_phase(seed: int) -> None:
+    """A thread that is late to wait knows what the other did before the phase's end, and not what
+    this one wrote before it arrived for the next.
+    """
+    out = np.zeros((2, 256), np.uint32)
+    text = SET + INIT + MADE.replace("COUNT", "2") + "if (t % 32 == 0) {" + ARRIVE + "}"
+    text += "for (int i = 0; i < (t < 32 ? 60 : 1); i++) __syncwarp();" + WAIT
+    for then, told in (("s[0] = 1;" + ARRIVE, pytest.raises(emulated.Fault, match="a race")),
+                       (ARRIVE, nullcontext())):  # fmt: skip
+        with told:
+            _run(text + "if (t == 32) {" + then + "}\nif (t == 0) {" + READS + "}", *out,
+                 threads=64, seed=seed)  # fmt: skip
 
 
 def test_what_is_asked_for_ahead() -> None:

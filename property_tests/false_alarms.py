@@ -358,9 +358,12 @@ def table(lines: dict[tuple[str, str], Line]) -> list[str]:
 def main(seeds: int, first: int, only: str) -> None:
     """Judge correct implementations that are not ours, and count the false alarms."""
     torch.set_num_threads(1)
-    chosen = [made for made in implementations() if only in made.name]
+    known = list(implementations())
+    chosen = [made for made in known if only in made.name]
     if not chosen:
-        raise click.BadParameter(f"no implementation has {only!r} in its name", param_hint="--only")
+        names = "; ".join(made.name for made in known)  # some of which have commas
+        told = f"no implementation has {only!r} in its name; there are: {names}"
+        raise click.BadParameter(told, param_hint="--only")
     lines = judge(range(first, first + seeds), chosen)
     click.echo(
         f"seeds {first} to {first + seeds - 1}; quest {quest.__version__}, torch "

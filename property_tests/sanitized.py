@@ -344,9 +344,15 @@ def chosen(wanted: list[str], names: list[str]) -> list[str]:
 
 
 def main(wanted: list[str]) -> None:
-    """Run what is wanted, everything by default, and say what ran."""
+    """Run what is wanted, everything by default, and say what ran.
+
+    SystemExit where nothing is called so, and where no kernel of CUDA C++ runs.
+    """
     known = dict(launches())
-    for told in chosen(wanted, list(known)):
+    selected = chosen(wanted, list(known))
+    if reason := cuda.unavailable(torch.device("cuda")):
+        raise SystemExit(f"kernels in CUDA C++ can't be launched here: {reason}")
+    for told in selected:
         known[told]()
         torch.cuda.synchronize()
         print(told, flush=True)

@@ -418,6 +418,36 @@ def test_rows_that_lie_apart(
             assert torch.equal(t.view(torch.uint8), expected.view(torch.uint8))
 
 
+@pytest.mark.parametrize("by_row", [True, False])
+def test_rows_that_lie_far_apart(
+    by_row: bool, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last begins more than 2^32 bytes behind the first; of the memory between them nothing is
+    touched.
+    """
+    monkeypatch.setattr(rows, "takes", lambda *_: by_row)
+    near, beside = (_normal(6, 256, n).to(place.device) for n in (0, 1))
+    # As far as blocks.cu reads rows where they lie.
+    far = torch.empty(6, 2**29 - 8, dtype=torch.bfloat16, device=place.device)[:, :256]
+    assert far.copy_(near) is forms.readable(far)
+    program, how = ops.program(parse(FOUR), near), {"form": forms.INTEGERS}
+    weight = near[0].clone()
+
+    def made(x: Tensor) -> list[Tensor | None]:
+        return [
+            *blocks.quantize(x, program, sums=True, **how),
+            *blocks.gated(x, beside, program, **how),
+            *blocks.gated(beside, x, program, **how),
+            *blocks.normed(x, None, weight, 1e-5, program, show=True, **how),
+            *blocks.normed(x, beside, weight, 1e-5, program, **how),
+        ]
+
+    for t, expected in zip(made(far), made(near), strict=True):
+        assert (t is None) == (expected is None)
+        if t is not None and expected is not None:
+            assert torch.equal(t.view(torch.uint8), expected.view(torch.uint8))
+
+
 def test_rows_are_computed_again_in_some_turns(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -281,6 +284,21 @@ def test_what_a_barrier_does_not_forgive(text: str, told: str) -> None:
         _run(text, *out)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_wait_orders_nothing_of_the_next_phase(seed: int) -> None:
+    """A thread that is late to wait knows what the other did before the phase's end, and not what
+    this one wrote before it arrived for the next.
+    """
+    out = np.zeros((2, 256), np.uint32)
+    text = SET + INIT + MADE.replace("COUNT", "2") + "if (t % 32 == 0) {" + ARRIVE + "}"
+    text += "for (int i = 0; i < (t < 32 ? 60 : 1); i++) __syncwarp();" + WAIT
+    for then, told in (("s[0] = 1;" + ARRIVE, pytest.raises(emulated.Fault, match="a race")),
+                       (ARRIVE, nullcontext())):  # fmt: skip
+        with told:
+            _run(text + "if (t == 32) {" + then + "}\nif (t == 0) {" + READS + "}", *out,
+                 threads=64, seed=seed)  # fmt: skip
+
+
 def test_what_is_asked_for_ahead() -> None:
     """By one thread, and read by others behind that; a line that has been read is forgotten."""
     out = np.arange(512, dtype=np.uint32).reshape(2, 256)
@@ -416,6 +434,30 @@ def test_ptx_that_it_lacks() -> None:
         translated("memcpy(to, from, 64);")
     with pytest.raises(RuntimeError, match=r"f\.cu: (?s:.*)error: "):
         _run("this is not C++")
+
+
+def test_what_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a header has changed, what reads it and nothing else: kernels take minutes in all."""
+    shutil.copytree(emulated.HERE, tmp_path / "copy")
+    monkeypatch.setattr(emulated, "HERE", tmp_path / "copy")
+    monkeypatch.setattr(emulated, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(emulated, "_said", lambda *_: "said")  # what it compiles is not there
+    monkeypatch.setattr(Path, "replace", lambda *_: None)
+
+    def libraries() -> list[Path]:
+        runtime = (emulated.HERE / "runtime.cpp").read_text()
+        return [
+            emulated._library("f.cu", f'#include "device.h"\n{text}', ("-O1",)) for text in "ab"
+        ] + [emulated._library("runtime.cpp", runtime, ("-O3",))]
+
+    before = libraries()
+    assert len({*before}) == 3
+    for header in sorted(emulated.HERE.glob("*.h")):
+        header.write_text(header.read_text() + "// changed\n")
+        made = libraries()
+        same = [new == old for new, old in zip(made, before, strict=True)]
+        assert same == ([False, False, True] if header.name == "device.h" else [True, True, False])
+        before = made
 
 
 def test_what_is_settled(emulator: emulated.Emulator) -> None:

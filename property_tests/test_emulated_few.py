@@ -80,6 +80,29 @@ def test_a_weight_that_is_not_settled(
         _product(1, monkeypatch, settles=False, width=width)
 
 
+def test_what_32_bits_do_not_count(
+    emulator: emulated.Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes of W before the last tile, and elements of y before its last row: of all blocks only
+    the last one runs, and no more of the memory is there than it touches.
+    """
+    rows, last, width = 9, 2**24, 128
+    columns, ready = 16 * last + 16, few._ready
+    emulator.plant("few.cu", "cluster = blockIdx.x / CLUSTER;", f"cluster = {last};")
+    g = torch.Generator().manual_seed(0)
+    signs = [2 * torch.randint(0, 2, (n, width), generator=g) - 1 for n in (rows, 16)]
+    w = torch.empty(columns, width // 8, dtype=torch.uint8)
+    w_scale, w_sum = torch.empty(columns), torch.empty(columns, dtype=torch.int32)
+    w[-16:], w_scale[-16:], w_sum[-16:] = packing.pack(signs[1] > 0, 1), 1.0, signs[1].sum(1).int()
+    with monkeypatch.context() as patch:
+        patch.setattr(few, "_ready", lambda rows, columns, *of: ready(rows, 16, *of))
+        y = few.product(
+            packing.pack(signs[0] > 0, 1), w, 1, torch.bfloat16, factor=1.0, length=width,
+            a_scale=torch.ones(rows), w_scale=w_scale, a_sum=signs[0].sum(1).int(), w_sum=w_sum,
+        )  # fmt: skip
+    assert torch.equal(y[:, -16:].double(), signs[0].double() @ signs[1].double().T)
+
+
 # A warp's fragments as they are, and what comes of them.
 MMA = r"""
 extern "C" __global__ void one(const unsigned *a, const unsigned *b, VALUE *out) {

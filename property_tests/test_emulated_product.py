@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -124,6 +126,11 @@ BROKEN = {
     "rows that are no whole vectors": (
         ONE, "bool rare = APART && g.columns % (16 / OUT_SIZE) != 0;", FIRST, "bool rare = false;",
         "no multiple",
+    ),
+    "a fence of what a thread writes, in the last row of B": (
+        ONE, "const u64 b = descriptor(", FIRST,
+        "if (k == 0 && threadIdx.x == 0) *(int *)(raw + B_AT + (stage + 1) * B_BYTES - 4) = 0;\n"
+        "const u64 b = descriptor(", "a wgmma reads what thread 0 of block 0 has written",
     ),
     "a fence of accumulators": (
         ONE, 'asm volatile("wgmma.fence.sync.aligned;" ::: "memory");', FIRST, "", "wgmma.fence",
@@ -286,3 +293,25 @@ def test_a_tile_is_copied(
         lies = at ^ (at // 128 % (bytes_ // 16) * 16)
         assert torch.equal(out[0, lies], tile)
         assert torch.equal(out[1, lies], tile)
+
+
+@pytest.mark.parametrize("bytes_", [64, 128])
+def test_a_tile_that_ends_beyond_shared_memory(bytes_: int, emulator: emulated.Emulator) -> None:
+    """Behind what a block has, by as little as a copy can; its barrier lies before it."""
+    box, rows = 16, 21
+    size = box * bytes_
+    x = inputs.integers("random", rows, bytes_, 0)
+    text = TILE.replace("bar = base + BYTES;", "bar = base;").replace(
+        "all(base,", "all(base + 1024,"
+    )
+    emulator.text["tile"] = text.replace('#include "hopper.cuh"', cuda._text("hopper.cuh"))
+    code = emulator.compile_("tile", "", {"CLUSTER": 2, "BYTES": size})
+    made = hopper.tensor_map(x.data_ptr(), rows, bytes_, box, bytes_)
+    out = torch.zeros(2, size, dtype=torch.int8)
+    for less in (0, 16):
+        shared = 1024 + size - less
+        kernel = emulator.load(code, "tile", None, threads=32, shared=shared, layout="128s2iP")
+        with (
+            pytest.raises(emulated.Fault, match="not the thread block's") if less else nullcontext()
+        ):
+            kernel.launch(2, made, 0, 0, out.data_ptr())

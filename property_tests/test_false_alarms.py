@@ -115,7 +115,8 @@ def test_command() -> None:
     assert told.output.startswith("seeds 0 to 1; quest ")
     wrong = CliRunner().invoke(false_alarms.main, ["--only", "nothing like it"])
     assert wrong.exit_code == 2
-    assert "no implementation has 'nothing like it' in its name" in wrong.output
+    assert "no implementation has 'nothing like it' in its name; there are: " in wrong.output
+    assert all(made.name in wrong.output for made in false_alarms.implementations())
 
 
 def test_every_unusual_sum_is_declared() -> None:

@@ -129,14 +129,17 @@ def test_clusters_whose_last_blocks_have_no_step(place: Place, cluster: int) -> 
 
 @pytest.mark.parametrize("bits", [1, 4])
 def test_more_columns_than_threads(place: Place, bits: int) -> None:
-    """Scales, sums and biases of any dtype are those of their columns."""
+    """Scales, sums and biases of any dtype are those of their columns, also of a block whose first
+    column is not the product's."""
     g = torch.Generator().manual_seed(bits)
-    bias = torch.randint(-128, 128, (1100,), generator=g)  # exact in 16 bits, and in the sum
-    with _split():
-        for dtype in (torch.bfloat16, torch.float32, torch.float16):
-            _exact(place, bits, (3, 1100, 512), bias=bias.to(dtype))
-        w_scale = torch.tensor([2.0 ** (i % 5) for i in range(1100)])
-        _exact(place, bits, (3, 1100, 512), scales=(torch.ones(3), w_scale))
+    # One block; a second one behind it; two of a cluster.
+    for columns, groups, cluster in ((1100, 1, 1), (2200, 2, 1), (2200, 1, 2)):
+        bias = torch.randint(-128, 128, (columns,), generator=g)  # exact in 16 bits, and in the sum
+        with _split(clusters=(cluster,), groups=groups):
+            for dtype in (torch.bfloat16, torch.float32, torch.float16)[: 4 - groups * cluster]:
+                _exact(place, bits, (3, columns, 512), bias=bias.to(dtype))
+            w_scale = torch.tensor([2.0 ** (i % 5) for i in range(columns)])
+            _exact(place, bits, (3, columns, 512), scales=(torch.ones(3), w_scale))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

@@ -98,6 +98,23 @@ def test_numbers_of_the_sources() -> None:
     assert product.THREADS == 384
 
 
+def test_triton_counts_rows_in_64_bits() -> None:
+    """A program's number begins what is multiplied by a row's width. That results are right is seen
+    on a GPU alone, in gigabytes (test_many_entries.py); of a group's number, one for each program,
+    there are fewer than 2^31.
+    """
+    texts = {at.name: at.read_text() for at in KERNELS.glob("*.py")}
+    lines = [
+        (name, line.strip())
+        for name, text in sorted(texts.items())
+        if "@triton.jit" in text
+        for line in text.splitlines()
+        if re.search(r"program_id\((?!1\)|0\)\.to\(tl\.int64\))", line)
+    ]
+    crowded = "tl.store(crowded_ptr + tl.program_id(0) * blocks + tl.program_id(1), over)"
+    assert lines == [("compress.py", crowded)]
+
+
 @pytest.mark.parametrize("prologue", [blocks.PLAIN, blocks.GATED])
 def test_parameters_of_the_quantizer(prologue: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layout of a launch has the parameters of the source, in their order."""

@@ -33,6 +33,14 @@ def test_a_word_that_selects_nothing() -> None:
         sanitized.chosen(["few", "fwe"], NAMES)
 
 
+def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sanitized.cuda, "unavailable", lambda _: "there is no CUDA device")
+    with pytest.raises(SystemExit, match="can't be launched here: there is no CUDA device"):
+        sanitized.main(["few"])
+    with pytest.raises(SystemExit, match="nothing is called fwe"):  # which is told all the same
+        sanitized.main(["fwe"])
+
+
 def _stands_for_the_tool(script: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
     """A script in its place, as on a machine with a GPU."""
     tool = folder / "tool"

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -103,9 +104,9 @@ def _library(name: str, text: str, options: tuple[str, ...]) -> Path:
     found = compiler()
     assert found is not None
     line = [found, "-std=c++17", *options, "-w", "-fPIC"]
-    # Not of where the headers lie: copies of the project, for a planted fault, have the same.
-    headers = [at.read_text() for at in sorted(HERE.glob("*.h"))]
-    told = "\n".join([_compilers_name(), *line, *headers, text])
+    # Not of where the headers lie: copies of the project, for a planted fault, have the same. Nor
+    # of those that it does not read: kernels read one of five, and would all be compiled anew.
+    told = "\n".join([_compilers_name(), *line, *_headers(text), text])
     line.append(f"-I{HERE}")
     made = _folder() / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.so"
     if made.exists():
@@ -119,6 +120,12 @@ def _library(name: str, text: str, options: tuple[str, ...]) -> Path:
             _said(name, [found, "-shared", "-Wl,-Bsymbolic", part, "-o", whole], "")
             Path(whole).replace(made)
     return made
+
+
+def _headers(text: str) -> list[str]:
+    """The texts of the headers beside this file that a text reads, and of those that these read."""
+    found = [(HERE / name).read_text() for name in re.findall(r'(?m)^#include "(.*)"', text)]
+    return [*found, *(more for header in found for more in _headers(header))]
 
 
 def _said(name: str, line: list[str], text: str) -> str:

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -298,6 +299,19 @@ def test_a_resumed_run_is_bit_exact(
     assert rows(request_.out) == rows(straight.out)
 
 
+@pytest.fixture
+def not_ignored() -> Iterator[None]:
+    """Signals end a process, also where a shell has put the tests into the background."""
+    before = {each: signal.getsignal(each) for each in stopping.SIGNALS}
+    for each in before:
+        default = signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL
+        signal.signal(each, default)
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
+@pytest.mark.usefixtures("not_ignored")
 @pytest.mark.parametrize("number", stopping.SIGNALS)
 @pytest.mark.parametrize("at", [7, 19, 20])
 def test_a_signal_ends_a_run_behind_a_step_that_is_saved(
@@ -323,6 +337,7 @@ def test_a_signal_ends_a_run_behind_a_step_that_is_saved(
     assert rows(request_.out) == rows(straight.out)
 
 
+@pytest.mark.usefixtures("not_ignored")
 def test_a_second_signal_stops_at_once() -> None:
     with stopping.heard() as came:
         signal.raise_signal(signal.SIGINT)

@@ -119,12 +119,12 @@ def _team(blocks: int, most: int, tile: int) -> tuple[int, int]:
     """(rows, warps) whose threads they fill best: one, or up to `most` where that is far more."""
 
     def filled(team: tuple[int, int]) -> float:
-        return team[0] * blocks / (team[1] * tile)
+        return team[0] / team[1]  # times blocks a row, over blocks a warp
 
     alone, *several = ((n, -(-n * blocks // tile)) for n in range(1, most + 1))
     fit = [team for team in several if team[1] <= MOST_WARPS]
     best = max(fit, key=filled, default=alone)
-    return best if filled(best) >= GAIN * filled(alone) else alone
+    return best if filled(best) > GAIN * filled(alone) else alone
 
 
 def macros(

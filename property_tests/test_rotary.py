@@ -226,6 +226,13 @@ def test_what_does_not_fit() -> None:
         with pytest.raises(kind, match=told):
             quest.normed(given, norm, layers, rotary=how)
 
+    class Odd(nn.Module):
+        """Two heads and a half; nobody is to come as far as to call it."""
+
+        out_features = 160
+
+    with pytest.raises(ValueError, match="a multiple of 64 outputs, .* got 160"):
+        quest.together(x, (Odd(),), made(cos, sin, 1))
     with pytest.raises(ValueError, match="a multiple of 64 outputs"):
         quest.together(x[..., :65], (nn.Identity(),), made(cos, sin, 1))
     with pytest.raises(TypeError, match="layers must be a sequence"):

@@ -163,6 +163,11 @@ def test_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         meta = [t.to("meta") if isinstance(t, Tensor) else t for t in given_]
         with pytest.raises(ValueError, match=told):
             torch.ops.quest.rotated_product(*fakes, *meta)
+    for i, name in enumerate("ab"):
+        bare = [*made]
+        bare[i] = bare[i][0, 0]
+        with pytest.raises(ValueError, match=rf"{name} must be .* of two axes, got .* shape \(\)"):
+            rotated_product.launch_rotated_product(*bare, cos, sin, 32)
     with pytest.raises(ValueError, match=r"sin must be .* on meta"):
         rotated_product.eager_rotated_product(*made, cos, sin.to("meta"), 32)
     made[-1] = torch.float32

@@ -171,6 +171,16 @@ def test_a_head_by_method() -> None:
     assert replaced(model) == {"body"}
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_weights_that_are_computed_are_not_tied() -> None:
+    """An embedding and a layer that register none, as by torch's older weight_norm, share none."""
+    words, body = (nn.utils.weight_norm(m) for m in (nn.Embedding(8, 8), nn.Linear(8, 8)))
+    assert "weight" not in {**words._parameters, **body._parameters}
+    model = nn.ModuleDict({"words": words, "body": body})
+    quest.quantize_(model, "w4a4")
+    assert isinstance(body, quest.Linear)
+
+
 def test_quantizing_again_with_another_recipe() -> None:
     model = tiny()
     before = dict(model.named_parameters())

@@ -278,9 +278,7 @@ def _is_body(model: nn.Module) -> Callable[[nn.Module, str], bool]:
         id(m._parameters.get("weight")) for m in model.modules() if isinstance(m, nn.Embedding)
     } - {id(None)}
     for name, module in model.named_modules(remove_duplicate=False):
-        if name.rpartition(".")[2] in HEADS or (
-            isinstance(module, nn.Linear) and id(module._parameters.get("weight")) in tables
-        ):
+        if name.rpartition(".")[2] in HEADS or id(module._parameters.get("weight")) in tables:
             heads.add(module)  # whatever else it is called
     return lambda module, _: module not in heads
 

@@ -71,7 +71,7 @@ def _transformed(t: Tensor) -> bool:
     """Whether a transform of torch.func asks for a derivative by t, at any of its levels."""
     functorch: Any = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(t):
-        if functorch.is_gradtrackingtensor(t) and t.requires_grad:
+        if t.requires_grad:  # as none of vmap's does
             return True
         t = functorch.get_unwrapped(t)
     return False

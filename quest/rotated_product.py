@@ -60,7 +60,7 @@ def eager_rotated_product(
     y = lowbit.eager_product(
         a, b, a_scale, b_scale, a_sums, b_sums, bias, grid_names, kinds, width, dtype
     )
-    if not (len(y) and turned):
+    if not len(y):
         return y
     first, rest = y.tensor_split([turned], -1)
     sequences = torch.unflatten(first, 0, (-1, len(cos)))  # (M / T, T, turned)

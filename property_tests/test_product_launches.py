@@ -183,6 +183,8 @@ CASES = [
     # The same with less of K, whose tiles are a consumer's each: 8 * 44 pairs.
     Case(BYTES, (1024, 11264, 2048), hopper.CORRECTED, torch.float16, torch.bfloat16, 132, None,
          (1, 5, 256), 132),
+    # Other tiles than 576 rows of 2880 columns would have: 23 * 5 pairs.
+    Case(BYTES, (2880, 576, 4096), hopper.PLAIN, torch.bfloat16, None, 132, None, (1, 8, 128), 132),
     # Three turns of 66 pairs of 64 rows of bits, of two columns; an odd multiprocessor has no
     # cluster.
     Case(BITS, (128 * 198, 129, 16), hopper.CORRECTED, torch.float32, torch.float16, 133, None,

@@ -177,6 +177,9 @@ CASES = [
     # Two pairs of 128 rows and two of 128 columns: a row and a column too many.
     Case(BYTES, (257, 129, 400), hopper.PLAIN, torch.bfloat16, torch.float32, 132,
          product.NARROW, (1, 8, 128), 12),
+    # Three pairs of 64 rows and one tile across; of 129 rows of 257 columns two of two.
+    Case(BYTES, (257, 129, 400), hopper.PLAIN, torch.bfloat16, torch.float32, 132,
+         product.TALL, (1, 5, 256), 6),
     # More tiles than the GPU takes at a time: 4 * 48 pairs, 66 clusters.
     Case(BYTES, (1024, 12288, 4096), hopper.CORRECTED, torch.float16, torch.bfloat16, 132, None,
          (2, 4, 256), 132),

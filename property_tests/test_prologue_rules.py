@@ -164,6 +164,26 @@ def test_what_nothing_watches_is_launched(seen: Seen, monkeypatch: pytest.Monkey
                 assert seen.behind == ([asked] if every else [])
 
 
+@pytest.mark.parametrize("height", [16, 32])
+def test_a_bias_is_as_long_as_the_weight_is_high(
+    height: int, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not as out_features says, of rows pruned by hand: a kernel would read beyond."""
+    (layer,), norm, (x, other) = _frozen(monkeypatch, outs=(height,)), _norm(), _pair()
+    layer.out_features = 24
+    monkeypatch.setattr(ops, "direct", lambda _: True)
+    with torch.no_grad():
+        for run in (lambda: quest.gated(x, other, layer), lambda: quest.normed(x, norm, [layer])):
+            layer.bias = nn.Parameter(torch.zeros(height, dtype=HALF))
+            run()
+            assert len(seen.behind) == 1
+            seen.behind.clear()
+            layer.bias = nn.Parameter(torch.zeros(24, dtype=HALF))
+            with pytest.raises(ValueError, match="bias"):
+                run()
+            assert not seen.behind
+
+
 def test_launches_that_give_all(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes out of them is what is returned, and nothing else runs."""
     layers, norm, (x, other) = _frozen(monkeypatch, outs=(8, 16)), _norm(), _pair()

@@ -342,7 +342,8 @@ def gated(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
         return y
     assert isinstance(layer, Linear)
     bias, unwatched = layer.bias, ops.direct(gate) and ops.direct(up)
-    if unwatched and direct.fits(bias, gate, layer.out_features):
+    assert held.operand is not None
+    if unwatched and direct.fits(bias, gate, len(held.operand)):
         made = direct.behind((gate, up), held, bias)
         if made is not None:
             return made[0]
@@ -425,7 +426,8 @@ def behind_norm(
     assert weight is not None
     assert norm.eps is not None
     plain = [layer for layer in layers if isinstance(layer, Linear)]
-    bias, columns = joined(plain, held, x), sum(layer.out_features for layer in plain)
+    assert held.operand is not None
+    bias, columns = joined(plain, held, x), len(held.operand)
     gate = gate and gates(x, plain, held)
     turned = turns(x, plain, held, rotary)
     later = rotary if turned is None else None

@@ -231,7 +231,7 @@ def test_what_does_not_fit() -> None:
 
         out_features = 160
 
-    with pytest.raises(ValueError, match="a multiple of 64 outputs, .* got 160"):
+    with pytest.raises(ValueError, match=r"a multiple of 64 outputs, .* got 160"):
         quest.together(x, (Odd(),), made(cos, sin, 1))
     with pytest.raises(ValueError, match="a multiple of 64 outputs"):
         quest.together(x[..., :65], (nn.Identity(),), made(cos, sin, 1))

@@ -178,7 +178,7 @@ def test_a_resumed_run_has_its_own_steps() -> None:
     for broken in ('{"written_by": "quest train", "recipes": ["w1a1"]}', "[]", "{}", "no JSON"):
         Path("out/run.json").write_text(broken)
         assert RunFolder(Path("out")).steps is None
-    for steps in (0, -1, "6", None):
+    for steps in (0, -1, "6", None, True):
         manifest["config"]["steps"] = steps
         Path("out/run.json").write_text(json.dumps(manifest))
         assert RunFolder(Path("out")).steps is None

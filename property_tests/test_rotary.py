@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -423,6 +424,11 @@ def test_which_products_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not made.held.turns(x.float(), turned)
         assert not made.held.turns(x, turned._replace(cos=turned.cos.double()))
     assert not frozen.Frozen(values=x).turns(x, product.Turned(*angles(TOKENS), 64))
+    # A layer whose weight is higher than it says: all that comes out is turned, behind it.
+    for says, taken in ((3 * OUT, True), (2 * OUT, False)):
+        one: Any = (SimpleNamespace(out_features=says),)
+        turned = joint.turns(x, one, made.held, quest.Rotary(*angles(TOKENS), 1))
+        assert (turned is not None) == taken
 
 
 @pytest.mark.whole

@@ -95,7 +95,11 @@ def turns(
 ) -> Turned | None:
     """What one kernel turns of `Linear`s on x, stacked in `one`; None where it turns nothing."""
     found = None if rotary is None else columns(rotary, layers)
-    return found if found is not None and one.turns(x, found) else None
+    if found is None or not one.turns(x, found):
+        return None
+    assert one.operand is not None
+    # Of weights that lie stacked each is as high as its layer says; see `stack`.
+    return found if len(layers) > 1 or found.columns == len(one.operand) else None
 
 
 def again(

@@ -21,10 +21,10 @@ _Made = TypeVar("_Made")
 
 
 def kept(make: Callable[..., _Made]) -> functools._lru_cache_wrapper[_Made]:
-    """Constants that are made once, by hashable arguments; anew where something traces.
+    """Constants that are made once, by hashable arguments; anew where something may trace.
 
-    What is made there is the trace's own, a fake one as torch.export makes them: kept, every later
-    call would get it.
+    That is in what is compiled and under any dispatch mode: what is made there is the trace's own,
+    a fake one as torch.export makes them, and kept, every later call would get it.
     """
     known: Any = functools.lru_cache(maxsize=64)(make)
 

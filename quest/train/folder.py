@@ -96,7 +96,7 @@ class RunFolder:
         """Of the run that lies here, or None."""
         try:
             steps = self._manifest()["config"]["steps"]
-            return steps if isinstance(steps, int) and steps > 0 else None
+            return steps if type(steps) is int and steps > 0 else None
         except NO_RUN:
             return None
 

@@ -618,3 +618,49 @@ def test_a_kernel_that_nothing_more_is_asked_of(
     assert seen == [(blocks.macros(*given), 4 * 32 * (2 * 128 + GATHERED))] * 2
     macros = seen[0][0]
     assert (macros["PROLOGUE"], macros["SHOWN"], macros["SAVED"]) == (blocks.PLAIN, 0, 0)
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_which_kernel_is_given_what(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """rows.cu has few rows, as they are or of a norm; what stands at which address, it is told."""
+    rows, d = 3, 256
+    x, other = halves(torch.randn(rows, 512).bfloat16())
+    weight, program = torch.ones(d, dtype=torch.bfloat16), ops.program(parse(FOUR), x)
+    asked: list[tuple[Any, ...]] = []
+    given: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(by_row, "takes", lambda *told: asked.append(told) or few)
+    monkeypatch.setattr(by_row, "launch", lambda *told: given.append(told))
+    grid = 1, (0,) * 6, blocks.Shape(1, 1, 2, 4, 16)
+    monkeypatch.setattr(blocks, "_grid", lambda *_, **__: grid)
+    other_kernel = SimpleNamespace(launch=lambda *_: given.append(("blocks.cu",)))
+    monkeypatch.setattr(blocks, "_kernel", lambda *_, **__: other_kernel)
+
+    how = forms.INTEGERS, 0
+    for prologue in (blocks.PLAIN, blocks.GATED, blocks.NORMED, blocks.ADDED):
+        asked.clear()
+        given.clear()
+        norm = weight if prologue in (blocks.NORMED, blocks.ADDED) else None
+        if prologue == blocks.PLAIN:
+            blocks.launch(x, program, *how, rows, d, 11, 12, 13, 14, 15, 4)
+        else:
+            second = None if prologue == blocks.NORMED else other
+            blocks.launch_prologue(
+                x, second, program, *how, prologue, 11, 12, 14, 17, norm, 0.25, 13, 15, 4, 16
+            )
+        taken = prologue in (blocks.PLAIN, blocks.NORMED)
+        assert asked == [(rows, d, torch.bfloat16)] * taken
+        (told,) = given
+        if not (few and taken):
+            assert told == ("blocks.cu",)
+            continue
+        read, *most, of_norm, shown = told
+        assert read.data_ptr() == x.data_ptr()
+        assert most == [program, *how, rows, d, 11, 12, 13, 14, 15, 4]
+        if prologue == blocks.PLAIN:
+            assert (of_norm, shown) == (None, 0)
+        else:
+            assert torch.equal(of_norm[0], weight)
+            assert (of_norm[1], shown) == (0.25, 16)
+    asked.clear()
+    blocks.quantize(x.contiguous(), program, form=how[0])
+    assert asked == [(rows, d, torch.bfloat16)] * 2

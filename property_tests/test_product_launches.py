@@ -266,6 +266,25 @@ def test_the_product(case: Case, driver: Driver) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("by", [1, 2, 3, 5, 7, 8, 31, 64, 66, 641, 12345, 2**16 + 1, 2**31 - 1])
+def test_a_division_by_a_product(by: int) -> None:
+    """Of every number of 31 bits, by a multiplier of 32: also just below a multiple."""
+    multiplier, shift = product._divisor(by)
+    assert 0 < multiplier < 2**32
+    last = (2**31 - 1) // by
+    for n in (0, 1, by - 1, by, last // 2 * by, last * by - 1, last * by, 2**31 - 1):
+        assert n * multiplier >> shift == n // by
+
+
+def test_what_turns_divide_by() -> None:
+    """A group's tiles, and the pairs of the last group."""
+    for pairs, across, group, last in ((3, 5, 40, 3), (100, 7, 56, 4), (16, 1, 8, 8)):
+        told = struct.unpack("3iIiIi", product.turns(pairs, across))
+        assert told == (
+            pairs * across, pairs, across, *product._divisor(group), *product._divisor(last)
+        )  # fmt: skip
+
+
 def test_a_binary_without_more_than_is_asked_for(driver: Driver) -> None:
     """A gate, a residual and heads that are turned."""
     for given, gate, residual, half in (

@@ -278,12 +278,14 @@ def test_the_last_byte_of_a_thread_block(
     """Tiles and exchanges have room wherever they are taken, and rows are wherever they have."""
     monkeypatch.setattr(cuda, "unavailable", lambda _: None)
     # Four exchanges for each of four teams, with slots for twelve warps. Three rows of 40 blocks
-    # have four warps of 32, and three of 20 four warps of 16, whose blocks have slots.
+    # have four warps of 32, and three of 20 four warps of 16, whose blocks have slots; two of seven
+    # one of 16, of which there are four. Two of 44 have three of 32, and one by itself has more.
     alone = 4 * 4 * (8 + 2 * 4 * 12)
     monkeypatch.setattr(blocks, "_shape", blocks._shape.__wrapped__)
     for width, tiles, tile, more in (
         (28672, 7, 32, alone), (5120, 4, 32, 4 * (8 + 2 * 4 * 128)),
         (2560, 4, 16, 4 * (8 + 2 * 4 * 64)), (2048, 4, 16, alone),
+        (896, 4, 16, 4 * 4 * (8 + 2 * 4 * 16)), (5632, 4, 32, alone),
     ):  # fmt: skip
         x = torch.empty(1, width, dtype=dtype)
         program = ops.program(parse(SPECS[3]), x)

@@ -359,13 +359,17 @@ def test_who_does_not_take_it(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert made.made[0].requires_grad == (case == "grad")
 
 
-def test_a_recorded_call_of_few_rows_is_turned_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of the layers alone, whose launches know nothing of angles."""
+@pytest.mark.parametrize(("lead", "last"), [((1, 3), "few"), ((2, TOKENS), "rotated product")])
+def test_a_recorded_call_is_turned_once(
+    lead: tuple[int, int], last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind it where it is of few rows, whose launches know nothing of angles, and there alone."""
     made = Layers(monkeypatch)
-    x, (cos, sin) = _x((1, 3)), angles(3)
+    x, (cos, sin) = _x(lead), angles(lead[1])
     how = quest.Rotary(cos, sin, 2)
     for _ in range(2):
-        assert made.seen(lambda: quest.together(x, made.all, how), x) == ["blocks", "few"]
+        launched = made.seen(lambda: quest.together(x, made.all, how), x, cos, sin)
+        assert launched == ["blocks", last]
     written: list[Tensor] = []
     real = direct.again
 
@@ -379,7 +383,7 @@ def test_a_recorded_call_of_few_rows_is_turned_behind_it(monkeypatch: pytest.Mon
     monkeypatch.setattr(direct, "again", again)
     assert made.seen(lambda: quest.together(x, made.all, how)) == ["again"]
     parts = written[0].split(OUT, -1)
-    assert all_same(made.made, by_hand(parts, cos, sin, 2))
+    assert all_same(made.made, by_hand(parts, cos, sin, 2) if last == "few" else parts)
 
 
 @pytest.mark.whole

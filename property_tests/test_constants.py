@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import quest.constants
 from quest import transforms
@@ -26,6 +27,18 @@ def test_the_file_is_what_the_oracle_renders() -> None:
     # The oracle's own tolerance of 1e-12 in a slope moves a constant by less than 2^-36 of it.
     for a, b in zip(NUMBER.findall(text), NUMBER.findall(rendered), strict=True):
         assert float(a) == pytest.approx(float(b), rel=2.0**-36), told
+
+
+def test_the_file_is_written_when_nothing_else_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "constants.py"
+    monkeypatch.setattr(quest.constants, "__file__", str(path))
+    for arguments, status in ((["--help"], 0), (["all"], 2), (["--force"], 2)):
+        assert CliRunner().invoke(constants.main, arguments).exit_code == status
+        assert not path.exists()
+    assert CliRunner().invoke(constants.main, []).exit_code == 0
+    assert path.read_text(encoding="utf-8") == constants.render()
 
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 8, 16, 32, 64, 128, 256])

@@ -444,3 +444,10 @@ def test_exact_compares_shapes_of_one_size() -> None:
     for other in (a.reshape(3, 2), a.reshape(6), a[None]):
         with pytest.raises(Rejected, match=r"^row sums: shape \(2, 3\), not"):
             judges.exact("row sums", a, other).require()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool, torch.float64])
+def test_what_is_no_float_that_layers_have_is_not_close(dtype: torch.dtype) -> None:
+    """To values that it has: an output of integers is no rounded one."""
+    verdict = judges.basis.close("y", torch.ones(2, 3).to(dtype), np.ones((2, 3)), np.ones((2, 3)))
+    assert verdict.failure == f"has dtype {dtype}, not float32, float16, bfloat16"

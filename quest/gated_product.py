@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import eager, lowbit
+from . import eager, flops, lowbit
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -90,3 +90,6 @@ def _(
 ) -> Tensor:  # fmt: skip
     _check(b, dtype)
     return like(a, b, dtype)
+
+
+flops.counted(torch.ops.quest.gated_product, flops.product)

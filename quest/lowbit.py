@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import eager, grids, operands, ops
+from . import eager, flops, grids, operands, ops
 
 if TYPE_CHECKING:
     from .kernels.product import Turned
@@ -434,3 +434,7 @@ def as_rows(x: Tensor) -> Tensor:
     """x (..., d) as (rows, d)."""
     # Not -1: it can't be told where another axis is empty.
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+flops.counted(torch.ops.quest.accumulate, flops.accumulate)
+flops.counted(torch.ops.quest.product, flops.product)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import eager, lowbit, operands, ops, packed, paths
+from . import eager, flops, lowbit, operands, ops, packed, paths
 
 if TYPE_CHECKING:
     from .quantizer import Quantizer
@@ -364,4 +364,6 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 low_bit_linear.register_autograd(_backward, setup_context=_context)
+flops.counted(torch.ops.quest.low_bit_linear, flops.linear)
+flops.counted(torch.ops.quest.low_bit_linear_backward, flops.linear_backward)
 low_bit_linear_backward.register_autograd(ops.refuse_second)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import eager, lowbit, operands, ops, paths
+from . import eager, flops, lowbit, operands, ops, paths
 from .joint import alike, biases_of, projected
 from .linear import Linear
 from .lowbit_linear import (
@@ -218,6 +218,8 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 low_bit_swiglu.register_autograd(_backward, setup_context=_context)
+flops.counted(torch.ops.quest.low_bit_swiglu, flops.swiglu)
+flops.counted(torch.ops.quest.low_bit_again, flops.again)
 
 
 def swiglu(

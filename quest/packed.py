@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import eager, grids, lowbit, operands, ops, packing
+from . import eager, flops, grids, lowbit, operands, ops, packing
 
 if TYPE_CHECKING:
     from .quantizer import Quantizer
@@ -181,3 +181,6 @@ def _(
     settled: bool = False,
 ) -> Tensor:  # fmt: skip
     return a.new_empty((a.shape[0], w.shape[0]), dtype=dtype)
+
+
+flops.counted(torch.ops.quest.packed_product, flops.product)

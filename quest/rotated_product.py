@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import lowbit
+from . import flops, lowbit
 from .gated_product import HALVES
 from .kernels.product import HEADS, Turned
 from .rotary import rotate_heads
@@ -114,3 +114,6 @@ def _(
 ) -> Tensor:  # fmt: skip
     _check(a, b, dtype, cos, sin, turned)
     return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
+
+
+flops.counted(torch.ops.quest.rotated_product, flops.product)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import compression, lowbit, operands, ops
+from . import compression, flops, lowbit, operands, ops
 
 
 @torch.library.custom_op("quest::sparse_product", mutates_args=(), device_types="cpu")
@@ -111,3 +111,6 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     return a.new_empty((a.shape[0], values.shape[0]), dtype=dtype)
+
+
+flops.counted(torch.ops.quest.sparse_product, flops.sparse)

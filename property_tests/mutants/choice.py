@@ -341,6 +341,7 @@ OWN = {
         "gated_layer",
     ),
     "quest/estimators.py": ("api", "errors"),
+    "quest/flops.py": ("flops",),
     "quest/frozen.py": (
         "layer_edges",
         "frozen_weights",

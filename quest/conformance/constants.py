@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
+
 import quest.constants
 from quest.reference import grids, hadamard
 
@@ -39,5 +41,11 @@ def render() -> str:
     return "\n".join([*lines, "}", ""])
 
 
-if __name__ == "__main__":
+@click.command()
+def main() -> None:
+    """Write `quest/constants.py` anew, from the oracle."""
     Path(quest.constants.__file__).write_text(render(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

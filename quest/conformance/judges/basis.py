@@ -57,12 +57,17 @@ def close(
 
     NaN must stand exactly where it is expected. Where the expected value reaches the end of the
     dtype's range within its bound, an infinity of its sign is admissible. free: where any infinity
-    or NaN is.
+    or NaN is. An output of another dtype than the three fails.
     """
+    name = oracle.dtype_name(actual.dtype)
+    if name not in bounds.LARGEST:
+        return Verdict(
+            stage, 0, math.inf, failure=f"has dtype {actual.dtype}, not {', '.join(bounds.LARGEST)}"
+        )
     a = lift(actual)
     if a.shape != expected.shape:
         return Verdict(stage, 0, math.inf, failure=f"shape {a.shape}, expected {expected.shape}")
-    largest = bounds.LARGEST[oracle.dtype_name(actual.dtype)]
+    largest = bounds.LARGEST[name]
     with np.errstate(invalid="ignore", over="ignore"):
         over = (
             np.isinf(a) & (np.abs(expected) + bound >= largest) & (np.sign(a) == np.sign(expected))

@@ -35,6 +35,7 @@ _FEW = (
 _PRODUCT = (
     "cuda_corners",
     "product_cuda_edges",
+    "product_judged",
     "product",
     "gated_product",
     "added_product",
@@ -194,6 +195,8 @@ OWN = {
     "kernels/hopper.cuh": (
         "product_cuda_edges",
         "sparse_cuda_edges",
+        "product_judged",
+        "sparse_judged",
         "product",
         "sparse_product",
         "frozen",
@@ -256,7 +259,7 @@ OWN = {
     ),
     "kernels/product.cu": ("product_launches", "cuda_turns", *_PRODUCT),
     "kernels/product.cuh": _PRODUCT,
-    "kernels/rotary.cuh": ("rotated_product", "races", "memcheck"),
+    "kernels/rotary.cuh": ("rotated_product", "cuda_turns", "races", "memcheck"),
     "kernels/quantize.py": (
         "launch_edges",
         "quantize_launches",
@@ -268,7 +271,6 @@ OWN = {
     ),
     "kernels/rows.cu": (
         "cuda_corners",
-        "emulated_rows",
         "rows_cuda_edges",
         "blocks_cuda_edges",
         "blocks_drawn",
@@ -300,6 +302,7 @@ OWN = {
         "cuda_corners",
         "product_launches",
         "sparse_cuda_edges",
+        "sparse_judged",
         "sparse_far_cuda_edges",
         "sparse_product",
         "launch_rules",

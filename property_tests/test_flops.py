@@ -28,6 +28,7 @@ def counted(call: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("path", paths.PATHS)
 @pytest.mark.parametrize("recipe", ["w1a1", "w4a4", "w8a8", "w4a4-2:4"])
 @pytest.mark.parametrize("needs", [(False, True), (True, False), (True, True)])
@@ -53,6 +54,7 @@ def test_layers_that_share_an_input() -> None:
         assert counted(lambda: quest.together(x, layers)[1].sum().backward()) == PRODUCT * 7
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_model_in_evaluation(frozen: bool) -> None:
     """By module as well."""
@@ -84,6 +86,7 @@ def test_a_mlp_in_one_operator() -> None:
     assert counted(lambda: forward(True).sum().backward()) == PRODUCT * 3 * (2 + 3) + PRODUCT * 2
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("recipe", ["w1a1", "w4a4", "w4a4-2:4"])
 def test_products_by_themselves(recipe: str) -> None:
     """As frozen layers call them where something watches: of what the operands stand for."""

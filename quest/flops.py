@@ -51,9 +51,8 @@ def linear_backward(
     x_dtype: torch.dtype, w_dtype: torch.dtype, needs_x: bool, needs_w: Sequence[bool], **_: Any,
 ) -> int:  # fmt: skip
     """Of `lowbit_linear.low_bit_linear_backward`: a product for each gradient that is needed."""
-    return sum(
-        2 * g.numel() * width * (needs_x + needed) for g, needed in zip(grads, needs_w, strict=True)
-    )
+    needed = [*grads] * needs_x + [g for i, g in enumerate(grads) if needs_w[i]]
+    return sum(2 * g.numel() * width for g in needed)
 
 
 def swiglu(

@@ -59,6 +59,19 @@ def test_the_fakes_say_what_is_returned(pair: tuple[quest.Quantizer, quest.Quant
                 _alike(found, low_bit_linear_backward(*of, *back))
 
 
+def test_which_weights_few_rows_meet_packed() -> None:
+    """Of 2 and 4 bits, dense, beside activations that can be multiplied with them: single bits are
+    packed in any case.
+    """
+    found = {}
+    for name in ("w1a1", "w2a2", "w3a3", "w4a4", "w8a8", "w2a4", "w4a2", "w4a8", "w4a4-2:4"):
+        made = quest.recipe(name)
+        found[name] = lowbit_linear.pair(made.activation.spec, made.weight.spec).packed
+    assert {n: bits for n, bits in found.items() if bits} == {
+        "w2a2": 2, "w4a4": 4, "w2a4": 2, "w4a2": 4,
+    }  # fmt: skip
+
+
 def test_the_backward_s_fake_wants_one_answer_for_each_gradient() -> None:
     x, w = _random(3, 128), _random(5, 128)
     _, *read = low_bit_linear(x, [w], [], FOUR.spec, FOUR.spec, torch.float32, True)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import quest
-from quest import mlp, paths, prologue
+from quest import mlp, operands, paths, prologue
 from quest.conformance import inputs
+from quest.kernels import decode
 from quest.lowbit_linear import low_bit_linear, pair, products
 from quest.mlp import low_bit_again, low_bit_swiglu
 
@@ -122,6 +123,24 @@ def test_on_a_gpu_the_kernel_unpacks(monkeypatch: pytest.MonkeyPatch) -> None:
     q = quest.recipe("w4a4").weight
     assert mlp._operand(stored, q, "integers", "packed4", WIDTH) == (stored, "packed4", WIDTH)
     assert mlp._operand(stored, q, "integers", "integers", WIDTH) is stored
+
+
+def test_the_kernel_that_unpacks_is_given_scales_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 as ever, whatever dtype new tensors have: another one is another kernel."""
+    given: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(decode, "decode", lambda *told, **how: given.append((*told, how)))
+    stored = torch.zeros(3, 64, dtype=torch.uint8)
+    form = operands.saved(quest.recipe("w4a4").weight, "integers")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        mlp.launch_unpack(stored, form, WIDTH)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    ((rows, scale, *rest, how),) = given
+    assert rows is stored
+    assert (scale.dtype, scale.tolist()) == (torch.float32, [[1.0]] * 3)
+    assert rest == [WIDTH, 1.0, torch.int8]
+    assert how == {"bits": 4, "stride": form.stride, "top": form.top}
 
 
 @pytest.mark.whole

@@ -1,4 +1,4 @@
-"""product.cu in the emulator, judged by the oracle: tiles that are not whole, and what ends them."""
+"""product.cu in the emulator, judged by the oracle: tiles that are not whole, what ends them."""
 
 from __future__ import annotations
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,6 +126,51 @@ def test_the_search_climbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert reached("blind") < 0.5
 
 
+def test_a_failure_is_shrunk_though_the_time_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time ends with the first failure: it is no flaky one, and still becomes small."""
+    now = [0.0]
+
+    def late(lane: Lane, entry: fuzz.Entry) -> list[Verdict]:
+        found = broken(lane, entry)
+        now[0] += 2.0 * (found[0].failure is not None)
+        return found
+
+    target = fuzz.Target(fuzz.TARGETS["transform"].entries, late)
+    monkeypatch.setitem(fuzz.TARGETS, "transform", target)
+    monkeypatch.setattr(fuzz, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    search = fuzz.Search("transform", CPU, tmp_path)
+    search.round(200, 1.0)
+    [(entry, told)] = search.found
+    assert told.startswith("Rejected: torch-cpu, planted: ")
+    assert (entry["edits"], entry["seed"]) == ([], 0)
+
+
+def test_what_a_search_has_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worst of all examples; it steers by the worst of each stage and by the sum of ties."""
+    steered: list[tuple[str, float]] = []
+    monkeypatch.setattr(
+        fuzz.hypothesis, "target", lambda value, label: steered.append((label, value))
+    )
+    search = fuzz.Search("transform", CPU, tmp_path)
+    search.see([Verdict("a", 5, 0.5, ambiguous=3), Verdict("b", 2, 0.25), Verdict("a", 1, 0.125)])
+    search.see([Verdict("a", 1, 0.0, ambiguous=1), Verdict("b", 1, 0.0, ambiguous=1)])
+    assert (search.examples, search.elements, search.ratio, search.ambiguous) == (2, 10, 0.5, 3)
+    assert steered == [
+        ("log ratio, a", math.log(0.5)), ("log ratio, b", math.log(0.25)),
+        ("log ambiguous elements", math.log(3)), ("log ambiguous elements", math.log(2)),
+    ]  # fmt: skip
+
+
+def test_any_failed_verdict_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = [Verdict("a", 1, 0.5), Verdict("b", 1, 2.0, failure="wrong")]
+    target = fuzz.Target(st.nothing(), lambda lane, entry: verdicts)
+    monkeypatch.setitem(fuzz.TARGETS, "transform", target)
+    with pytest.raises(Rejected, match="^torch-cpu, b: wrong$"):
+        fuzz.judge("transform", CPU, {})
+
+
 def test_time_is_kept(tmp_path: Path) -> None:
     started = time.monotonic()
     told = run("--minutes", "0", "--corpus", str(tmp_path), "--promote-to", str(tmp_path / "p"))
@@ -143,6 +190,35 @@ def test_ties_are_near() -> None:
     }
     assert codes["codes"] > 100
     assert sum(v.ambiguous for v in plain if v.stage == "codes") < 5
+
+
+def test_a_row_that_holds_no_ties_stays_as_it_is() -> None:
+    """Where the tie alone has more than the row's mean square; and zeros have no ties."""
+    x = torch.tensor([[2.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    left = 0
+    for bits in range(3, 9):
+        q = quest.Quantizer(quest.grids.uniform(bits), quest.Identity(), quest.Trust())
+        made = fuzz._tied(x, q, 1)
+        assert made.isfinite().all()
+        assert made[2].ne(x[2]).any()
+        left += int(made[0].equal(x[0]))
+        assert made[1].equal(x[1])
+    assert left  # grids whose midpoint is beyond 2
+
+
+def test_a_seed_draws_all_operands_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, gradient and bias are others with each seed, and others than one another."""
+    drawn: list[list[float]] = []
+
+    def layer(lane: Lane, *given: Any) -> list[Verdict]:
+        drawn.extend(t.flatten()[:4].double().tolist() for t in given if torch.is_tensor(t))
+        return []
+
+    monkeypatch.setattr(fuzz.examine, "layer", layer)
+    for seed in (5, 105):
+        entry = ENTRY | {"seed": seed, "recipe": "w4a4", "out": 5, "bias": True}
+        fuzz.TARGETS["layer"].judge(CPU, entry)
+    assert len({tuple(values) for values in drawn}) == len(drawn) == 8
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)

@@ -38,7 +38,7 @@ from quest.conformance.public.court import Court
 from quest.conformance.strategies import FORMATS, Case
 from quest.conformance.tests import drawing
 from quest.conformance.verdict import Rejected, Verdict
-from quest.reference import bounds
+from quest.reference import bounds, hadamard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -695,6 +695,41 @@ def test_values_without_codes_bite(fault: Any) -> None:
     x = inputs.draw("gaussian", (7, 96), torch.float32, 0)
     assert propagated.valued(x, q, q(x)).failure is None
     assert propagated.valued(x, q, fault(x, q(x), q)).failure is not None
+
+
+def test_two_codes_are_admissible_without_codes_only_at_a_midpoint() -> None:
+    """Within the margin of T3, with the scale's own error; one and a half of it is beyond."""
+    q = quest.Quantizer(quest.grids.uniform(4), quest.Hadamard(32), quest.STE())
+    x = inputs.draw("gaussian", (2000, 96), torch.float32, 3)
+    x64 = x.double().numpy()
+    sigma = np.sqrt((x64**2).mean(-1, keepdims=True))
+    z, step = hadamard.apply(x64, 32) / sigma, q.require_grid().step
+    near = np.clip(np.round(z / step), -7, 7) * step
+    share = bounds.scale(x64, 32, sigma) / sigma
+    margin = (bounds.code_margin(x64, 32, sigma) + np.abs(z) * share) / (1 - share)
+    beyond = (z - near) / margin
+    admitted = []
+    for low, high in ((0.0, 0.9), (1.1, 1.9)):
+        found = np.argwhere((low <= np.abs(beyond)) & (np.abs(beyond) < high))[:3]
+        assert len(found) == 3
+        for row, column in found:
+            made = q(x[row : row + 1])
+            # The code on the midpoint's other side.
+            side = -1 if made[0, column] > near[row, column] * sigma[row, 0] else 1
+            made[0, column] = float((near[row, column] + side * step / 2) * sigma[row, 0])
+            verdict = propagated.valued(x[row : row + 1], q, made, conclusive=False)
+            admitted.append(verdict.failure is None)
+    assert admitted == [True] * 3 + [False] * 3
+
+
+def test_codes_of_tiny_rows_are_judged_too() -> None:
+    """Of a scale of eight units of 2^-149 one is known to a tenth: an outermost code is wrong."""
+    q = quest.Quantizer(quest.grids.uniform(4), quest.Identity(), quest.STE())
+    x = torch.tensor([[8.0, -8.0, 8.0, -8.0, 16.0, -16.0, 0.0, 0.0]]) * 2.0**-149
+    made = q(x)
+    assert propagated.valued(x, q, made, conclusive=False).failure is None
+    made[0, 6] = made.amax()
+    assert propagated.valued(x, q, made, conclusive=False).failure is not None
 
 
 @pytest.mark.parametrize(("missing", "stale"), [(None, 2), ("it is not installed", 0)])

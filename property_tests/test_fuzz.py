@@ -167,7 +167,7 @@ def test_any_failed_verdict_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     verdicts = [Verdict("a", 1, 0.5), Verdict("b", 1, 2.0, failure="wrong")]
     target = fuzz.Target(st.nothing(), lambda lane, entry: verdicts)
     monkeypatch.setitem(fuzz.TARGETS, "transform", target)
-    with pytest.raises(Rejected, match="^torch-cpu, b: wrong$"):
+    with pytest.raises(Rejected, match=r"^torch-cpu, b: wrong$"):
         fuzz.judge("transform", CPU, {})
 
 

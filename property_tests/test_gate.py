@@ -139,6 +139,21 @@ def test_a_round_calls_each_and_every_second_one_backwards() -> None:
     assert asked == [("a", 4), ("b", 4), ("c", 4), ("c", 5), ("b", 5), ("a", 5)]
 
 
+def test_a_host_that_was_too_slow_once_is_told_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a longer filler it may stay ahead; behind the longest one times are Python's own."""
+    ahead = iter([False, False, True, False, True])
+    monkeypatch.setattr(clock.CudaRound, "__init__", lambda self: None)
+    monkeypatch.setattr(clock.CudaRound, "_queue", lambda self, calls, i: ([1.0], next(ahead)))
+    one = clock.CudaRound()
+    one.fills, one.host_bound = 4, False
+    found = []
+    for fills in (4, clock.MOST_FILLS, clock.MOST_FILLS):
+        one.fills = fills
+        assert one([], 0) == [1.0]
+        found.append((one.fills, one.host_bound))
+    assert found == [(16, False), (clock.MOST_FILLS, True), (clock.MOST_FILLS, True)]
+
+
 @pytest.mark.parametrize("each", [1, 2**20, 3 * 2**20, 2**26])
 def test_inputs_are_more_than_the_cache_holds(each: int) -> None:
     sets = clock.input_sets(each, "cpu")

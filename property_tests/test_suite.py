@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -116,6 +118,27 @@ def test_a_ratio_above_one_is_ours_faster() -> None:
     assert 1.5 <= low <= high == 3.0
 
 
+def test_the_interval_of_a_ratio_is_one_of_95_percent() -> None:
+    """A median of n normal times has 1.253 times the deviation of their mean."""
+    g, n, noise = np.random.default_rng(4), 801, 0.02
+    ours, torchs = np.exp(noise * g.standard_normal((2, n)))
+    low, high = timing.Times([*ours], [*torchs], [], False).interval()
+    due = 2 * 1.96 * 2**0.5 * 1.253 * noise / n**0.5
+    assert math.log(high / low) == pytest.approx(due, rel=0.1)
+
+
+def test_times_stay_with_their_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is the faster in a round; the first round, which says how many follow, is none."""
+    monkeypatch.setattr(timing, "ROUNDS", (3, 3))
+    monkeypatch.setattr(
+        timing, "cpu_round", lambda calls, i: [10.0 * i + 3, 10.0 * i + 1, 10.0 * i + 2 * (i < 3)]
+    )
+    times = timing.measure(lambda x: x, lambda x: x, [(torch.zeros(1),)], 512, "cpu")
+    assert times.ours == [13.0, 23.0, 33.0]
+    assert times.baseline == [11.0, 21.0, 31.0]
+    assert times.copy == [12.0, 22.0, 30.0]
+
+
 def test_each_round_has_inputs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for both; what lay in the cache from the round before is not read again."""
     monkeypatch.setattr(timing, "ROUNDS", (4, 4))
@@ -154,7 +177,9 @@ def test_what_is_told_of_a_time(calls: int, monkeypatch: pytest.MonkeyPatch) -> 
         return timing.Times([2e-6 * calls], [6e-6 * calls], [1e-6 * calls], False)
 
     ours, torchs = torch.zeros(5, dtype=torch.int8), torch.zeros(7, dtype=torch.int8)
+    asked: list[int] = []
     monkeypatch.setattr(timing, "measure", measure)
+    monkeypatch.setattr(timed, "input_sets", lambda each, _: asked.append(each) or 3)
     monkeypatch.setattr(timed.gate, "open_for", lambda *_: gate.Passed("some", 0.25, 9))
     benchmark = SimpleNamespace(enabled=True, extra_info={}, pedantic=lambda *_, **__: None)
     one = timed.Timed(benchmark, timing.Replay())  # type: ignore[arg-type]
@@ -168,7 +193,8 @@ def test_what_is_told_of_a_time(calls: int, monkeypatch: pytest.MonkeyPatch) -> 
         told = one.info
         assert told == one.benchmark.extra_info
         assert told["bytes"] == read + 12 + 5
-        assert measured.pop() == (timed.input_sets(read, timed.cases.DEVICE), calls * (read + 17))
+        assert measured.pop() == (3, calls * (read + 17))
+        assert asked.pop() == read  # as many sets as the cache can't hold of what is read
         assert (told["lane"], told["worst_ratio"], told["elements"]) == ("some", 0.25, 9)
         due = {
             "median_us": 2.0, "baseline_us": 6.0, "copy_us": 1.0, "ratio_to_baseline": 3.0,

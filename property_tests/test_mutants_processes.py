@@ -11,8 +11,10 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +34,7 @@ FIRST = f"{TESTS}::test_the_first_element_is_in_the_lowest_bits"
 ASKS = """
 import os, sys
 from pathlib import Path
+from types import SimpleNamespace
 from property_tests.mutants import interpreter
 from quest.conformance import lanes, inputs
 import torch
@@ -123,6 +126,64 @@ GATHERED = {"gathered": 1}
 )  # fmt: skip
 def test_what_a_process_says_of_its_mutant(end: pool.Ended, outcome: str) -> None:
     assert runner.verdict(end)[0] == outcome
+
+
+def test_a_run_that_fails_though_its_tests_pass_is_killed_by_the_sums() -> None:
+    """And one in which a test was not found says nothing of any mutant."""
+    events = {"start": "t"}, {"done": True}
+    assert runner.verdict(ended(GATHERED, *events, code=1)) == ("killed", runner.SUMS)
+    for gathered in (0, 2):
+        with pytest.raises(pool.HarnessError, match=f"{gathered} of 1 tests were found"):
+            runner.verdict(ended({"gathered": gathered}, *events, code=0))
+    two = replace(JOB, tests={"t": 1.0, "u": 1.0})
+    with pytest.raises(pool.HarnessError, match="1 of 2 tests were found"):
+        runner.verdict(replace(ended(GATHERED, *events, code=0), job=two))
+
+
+def test_a_test_has_its_usual_time_five_times_besides_its_patience(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr(child.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(child.signal, "setitimer", lambda _, seconds: limits.append(seconds))
+    job = replace(JOB, folder=tmp_path, tests={"t": 2.0}, patience=7.0)
+    watch = child.Watch(job, tmp_path)
+    for name in ("t", "another"):
+        watch.pytest_runtest_logstart(name)
+        watch.pytest_runtest_logfinish(name)
+    watch.report.close()
+    assert limits == [17.0, 0, 7.0, 0]
+    # The last line is torn where the process was killed.
+    with job.report.open("a") as file:
+        file.write('{"start": "th')
+    assert pool._events(job) == [{"start": "t"}, {"start": "another"}]
+
+
+def test_that_one_process_was_late_is_not_said_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may have the same sentinel: the number of a file that is free again."""
+    looks = iter([[], [7], [7]])
+    process = SimpleNamespace(sentinel=7, exitcode=0, pid=0)
+    for name in ("start", "join", "close"):
+        setattr(process, name, lambda: None)
+    context = SimpleNamespace(
+        set_forkserver_preload=lambda _: None, Process=lambda **_: process
+    )  # fmt: skip
+    monkeypatch.setattr(pool.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(pool, "wait", lambda *_, **__: next(looks))
+    monkeypatch.setattr(pool, "_kill", lambda *_: None)
+    monkeypatch.setattr(pool.shutil, "rmtree", lambda *_, **__: None)
+    late: list[bool] = []
+
+    def told(end: pool.Ended) -> Iterator[child.Job]:
+        late.append(end.late)
+        return iter(())
+
+    class Short(child.Job):
+        limit = -1.0  # it is over at once
+
+    fields = {name: getattr(JOB, name) for name in JOB.__dataclass_fields__}
+    assert pool.run_all(iter([Short(**fields), JOB]), 1, told)
+    assert late == [True, False]
 
 
 def test_a_launcher_that_compiles_nothing_is_killed_and_not_refused() -> None:
@@ -336,6 +397,7 @@ def test_code_from_a_string_is_looked_at(name: str, tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from property_tests.mutants import trace
 trace.start(Path(sys.argv[1]), Path.cwd())
 assert eval(compile("6 * 7", {name!r}, "eval")) == 42

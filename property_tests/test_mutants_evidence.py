@@ -302,6 +302,34 @@ def test_a_kill_is_void_where_its_tests_call_something_besides_now(tmp_path: Pat
         assert holds_in(journal(tmp_path)) == holds
 
 
+def test_each_stack_has_its_own_calls(tmp_path: Path) -> None:
+    """A kill rests on what its test calls there, whichever was asked before."""
+    made = project(tmp_path)
+    tests = A.partition("::")[0]
+    calls = {"quest/a.py": ["f"]}
+    made.learn(tests, calls, "one")
+    made.learn(tests, calls | {"quest/b.py": ["g"]}, "two")
+    one, two = (made.key("killed", MUTANT.file, A, stack) for stack in ("one", "two"))
+    assert one != two
+    made.learn(tests, calls, "two")
+    assert made.key("killed", MUTANT.file, A, "two") == one
+
+
+def test_what_is_not_executed_is_no_evidence(tmp_path: Path) -> None:
+    """A file without a line that ran; texts of CUDA C++ where their compiler is only imported."""
+    made = project(tmp_path)
+    assert made.called({"quest/a.py": set(), "quest/b.py": {5}}) == {"quest/b.py": ["g"]}
+    tests, keys = A.partition("::")[0], []
+    for text in FILES["kernels/k.cu"], "int y;\n":
+        (tmp_path / "kernels/k.cu").write_text(text)
+        for calls in [], ["compile_"]:
+            made = Evidence(tmp_path)
+            made.learn(tests, {"quest/a.py": ["f"], "kernels/cuda.py": calls}, "stack")
+            keys.append(made.key("killed", MUTANT.file, A, "stack"))
+    assert keys[0] == keys[2]
+    assert keys[1] != keys[3]
+
+
 @pytest.mark.parametrize("name", ["property_tests/promoted.json", "benchmarks/cases.py"])
 def test_what_tests_read_besides_counts(name: str, tmp_path: Path) -> None:
     project(tmp_path)

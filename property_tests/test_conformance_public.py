@@ -374,6 +374,22 @@ def test_declared_values_that_were_not_drawn_are_asked() -> None:
     assert made.uncovered() == ["no d"]
 
 
+def test_each_of_many_declared_values_is_asked() -> None:
+    """More than would be drawn by chance."""
+    made, letters = asked.Asked(), tuple("abcdefghijklmnopqrstuvwxyz")
+
+    @hypothesis.settings(max_examples=1)
+    @hypothesis.given(data=st.data())
+    def test(data: st.DataObject) -> None:
+        made.choose(data, "grid", letters)
+        made.judged()
+
+    test()
+    made.ask_rest(test, {})
+    assert made.told() == {"grid": [*letters]}
+    assert made.uncovered() == []
+
+
 @pytest.mark.parametrize(
     ("axis", "declared", "asked", "beyond"),
     [

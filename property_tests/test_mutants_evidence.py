@@ -302,6 +302,19 @@ def test_a_kill_is_void_where_its_tests_call_something_besides_now(tmp_path: Pat
         assert holds_in(journal(tmp_path)) == holds
 
 
+def test_names_and_kinds_of_files_and_versions_count(tmp_path: Path) -> None:
+    """Of files that are alike, lists of an adapter's, and what the oracle computes with."""
+    names = [f"quest/a{suffix}" for suffix in (".cu", ".cuh", ".json", ".py", ".skips", ".xfails")]
+    (tmp_path / "quest").mkdir()
+    for name in (*names, "quest/a.md"):
+        (tmp_path / name).write_text("")
+    found = covered.sources(tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in found] == names
+    assert len({covered.of_files(tmp_path, [path]) for path in found}) == len(names)
+    for package in ("torch", "triton", "numpy", "scipy", "pytest", "hypothesis"):
+        assert f" {package} " in covered.stack()
+
+
 def test_each_stack_has_its_own_calls(tmp_path: Path) -> None:
     """A kill rests on what its test calls there, whichever was asked before."""
     made = project(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -82,7 +83,9 @@ def test_what_is_found_is_shrunk_promoted_and_replayed(tmp_path: Path) -> None:
         replay(CPU, path)
     assert "promoted entry" in caught.value.__notes__[0]
     # Found again, and not promoted twice.
-    assert "0 new in" in run(*options, "--minutes", "0.01").output
+    again = run(*options, "--minutes", "0.01")
+    assert "0 new in" in again.output
+    assert again.exit_code == 1, "what is known fails all the same"
     assert len(fuzz.promoted(path)) == 1
 
 
@@ -219,6 +222,110 @@ def test_a_seed_draws_all_operands_of_a_layer(monkeypatch: pytest.MonkeyPatch) -
         entry = ENTRY | {"seed": seed, "recipe": "w4a4", "out": 5, "bias": True}
         fuzz.TARGETS["layer"].judge(CPU, entry)
     assert len({tuple(values) for values in drawn}) == len(drawn) == 8
+
+
+def test_the_inputs_of_an_entry_are_what_it_says() -> None:
+    """Every part of it counts, so that what was found is found again."""
+
+    def made(**other: Any) -> torch.Tensor:
+        return fuzz.tensor(ENTRY | {"edits": []} | other)
+
+    plain = inputs.draw("gaussian", (3, 128), torch.float32, 5)
+    assert torch.equal(made(), plain)
+    assert made(dtype="bfloat16").dtype == torch.bfloat16
+    assert made(shape=[2, 64]).shape == (2, 64)
+    for other in ({"seed": 6}, {"distribution": "heavy"}):
+        assert not torch.equal(made(**other), plain)
+    # An edit is of one place, in units of the mean magnitude.
+    edited = made(edits=[[7, 2.0], [3 * 128 + 9, -1.0]])
+    assert (edited != plain).nonzero().tolist() == [[0, 7], [0, 9]]
+    unit = plain.double().abs().mean().item()
+    assert edited[0, [7, 9]].tolist() == pytest.approx([2 * unit, -unit])
+    for layout in inputs.LAYOUTS:
+        rows = inputs.equal_rows(plain) if layout == "expanded" else plain
+        assert torch.equal(made(layout=layout), rows)
+        assert made(layout=layout).stride() == inputs.lay_out(rows, layout).stride()
+
+
+def test_each_target_asks_for_what_its_entry_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call and all of its operands, of which no two are the same."""
+    asked: list[tuple[Any, ...]] = []
+    for name in ("transform", "quantizer", "backward", "layer"):
+        monkeypatch.setattr(
+            fuzz.examine, name, lambda *given, **more: asked.append((*given, more)) or []
+        )
+
+    def call(name: str, **more: Any) -> tuple[Any, ...]:
+        assert fuzz.judge(name, CPU, ENTRY | more) == []
+        return asked.pop()
+
+    for turned in (True, False):
+        assert call("transform", order=16, transpose=turned)[2:4] == (16, turned)
+    masks = [call("backward", order=16, mask=seed)[2] for seed in (0, 1, 1)]
+    assert [torch.equal(masks[0], masks[1]), torch.equal(masks[1], masks[2])] == [False, True]
+    assert call("backward", order=32, mask=0)[3] == 32
+    for bias in (True, False):
+        lane, x, w, grad, found, recipe, _ = call("layer", recipe="w4a4", out=128, bias=bias)
+        assert (lane, recipe) == (CPU, quest.recipe("w4a4"))
+        assert [tuple(t.shape) for t in (x, w, grad)] == [(3, 128), (128, 128), (3, 128)]
+        assert (found is not None) == bias
+        rows = [x[0], 16 * w[0], grad[0], *([found] if bias else [])]
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations(rows, 2))
+    spec = "uniform4/hadamard16/trust1.0/dense"
+    plain, tied = (call("quantizer", quantizer=spec, ties=ties) for ties in (0, 4))
+    assert (plain[2].spec, plain[-1]) == (spec, {"conclusive": False})
+    assert torch.equal(plain[1], fuzz.tensor(ENTRY))
+    assert torch.equal(tied[1], fuzz._tied(plain[1], plain[2], 4))
+    assert not torch.equal(tied[1], plain[1])
+
+
+def test_every_verdict_of_an_entry_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worst is told and followed, of each stage; a later one that fails is a finding."""
+    steered: list[tuple[str, float]] = []
+    monkeypatch.setattr(
+        fuzz.hypothesis, "target", lambda value, label: steered.append((label, math.exp(value)))
+    )
+    search = fuzz.Search("transform", CPU, tmp_path)
+    verdicts = [Verdict("a", 2, 0.5, ambiguous=3), Verdict("a", 3, 0.25), Verdict("b", 4, 0.125)]
+    search.see(verdicts)
+    search.see([Verdict("b", 1, 0.0, ambiguous=1)])
+    assert (search.examples, search.elements) == (2, 10)
+    assert (search.ratio, search.ambiguous) == (0.5, 3)
+    expected = [("log ratio, a", 0.5), ("log ratio, b", 0.125), ("log ambiguous elements", 3),
+                ("log ambiguous elements", 1)]  # fmt: skip
+    assert [label for label, _ in steered] == [label for label, _ in expected]
+    assert [value for _, value in steered] == pytest.approx([value for _, value in expected])
+    wrong = [*verdicts, Verdict("c", 1, 2.0, failure="it is wrong")]
+    target = fuzz.Target(fuzz.TARGETS["transform"].entries, lambda *_: wrong)
+    monkeypatch.setitem(fuzz.TARGETS, "transform", target)
+    with pytest.raises(Rejected, match=r"^torch-cpu, c: it is wrong"):
+        fuzz.judge("transform", CPU, ENTRY)
+
+
+def test_what_a_lane_raises_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guard's error, or any other, as well as a judge's refusal."""
+
+    def breaks(lane: Lane, entry: fuzz.Entry) -> list[Verdict]:
+        raise lanes.GuardError("an input was changed")
+
+    target = fuzz.Target(fuzz.TARGETS["transform"].entries, breaks)
+    monkeypatch.setitem(fuzz.TARGETS, "transform", target)
+    search = fuzz.Search("transform", CPU, tmp_path)
+    search.round(2, time.monotonic() + 60)
+    assert [told for _, told in search.found] == ["GuardError: an input was changed"]
+
+
+def test_each_finding_of_a_target_is_promoted(tmp_path: Path) -> None:
+    """Beside what is there already: of the same target another entry, of another the same."""
+    path, one, other = tmp_path / "promoted.json", {"seed": 1}, {"seed": 2}
+    for name, entries, new in (
+        ("transform", [one], 1), ("transform", [one, other], 1), ("backward", [one, one], 1),
+    ):  # fmt: skip
+        search = fuzz.Search(name, CPU, tmp_path)
+        search.found = [(entry, "told") for entry in entries]
+        assert fuzz.promote(search, path) == new
+    found = [(each["target"], each["entry"]) for each in fuzz.promoted(path)]
+    assert found == [("transform", one), ("transform", other), ("backward", one)]
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)

@@ -27,7 +27,12 @@ FILES = {
     "property_tests/test_b.py": "from property_tests import aid\n\n\n"
     "def test_g_compiles_without_a_gpu(): ...\n",
     "property_tests/aid.py": "import property_tests.further\n",
-    "property_tests/further.py": "",
+    "property_tests/further.py": "from property_tests import deck\n",
+    "property_tests/deck/__init__.py": "",
+    "property_tests/deck/part.py": "",
+    "property_tests/deck/text.h": "int z;\n",
+    "property_tests/spare/__init__.py": "",
+    "property_tests/mutants/__init__.py": "",
     "property_tests/conftest.py": "from property_tests.ground import X\n",
     "property_tests/ground.py": "",
     "conftest.py": "",
@@ -93,6 +98,12 @@ def edit(root: Path, name: str, old: str, new: str) -> None:
         ("property_tests/unused.py", "", "X = 1\n", KILLS | {"refused"}),
         ("property_tests/aid.py", "", "X = 1\n", {"kill by a", "refused"}),
         ("property_tests/further.py", "", "X = 1\n", {"kill by a", "refused"}),
+        # Packages of helpers, whole: of one test and of none; what judges mutants is no helper.
+        ("property_tests/deck/part.py", "", "X = 1\n", {"kill by a", "refused"}),
+        ("property_tests/deck/part.py", "", '"""Text."""\n', set(OUTCOMES)),
+        ("property_tests/deck/text.h", "int", "long", {"kill by a", "refused"}),
+        ("property_tests/spare/__init__.py", "", "X = 1\n", KILLS | {"refused"}),
+        ("property_tests/mutants/__init__.py", "", "X = 1\n", set(OUTCOMES)),
         ("pyproject.toml", "", "[tool]\n", {"refused"}),
         # Data count for all; CUDA C++ where it is compiled.
         ("quest/ratios.json", "{}", "[]", set()),

@@ -16,6 +16,7 @@ from .trace import WATCHED
 
 OURS = "test_mutants"
 SUFFIXES = (".py", ".cu", ".cuh", ".json", ".skips", ".xfails")
+HELPERS = (".py", ".h", ".cpp")  # of the emulator
 PACKAGES = (
     "torch", "triton", "numpy", "scipy", "pytest", "hypothesis", "cuda-core", "nvidia-cuda-nvrtc",
 )  # fmt: skip
@@ -39,11 +40,12 @@ def tests(root: Path) -> list[Path]:
 def beside(root: Path, test: Path | None = None) -> list[Path]:
     """What a file of tests needs besides what is tested: itself, helpers, settings, examples.
 
-    Of helpers conftest.py, and each whose name stands in the test or in a helper taken already.
-    Where one of those names benchmarks, these too. None: of all files of tests.
+    Of helpers conftest.py, and each whose name stands in the test or in a helper taken already; of
+    a package all files. Where one of those names benchmarks, these too. None: of all files of
+    tests.
     """
     folder = root / "property_tests"
-    helpers = {p for p in folder.glob("*.py") if not p.name.startswith("test_")}
+    helpers = _helpers(folder)
     settings = [p for p in (root / "conftest.py", root / "pyproject.toml") if p.exists()]
     found = {*settings, *folder.glob("*.json")}
     if test is None:
@@ -56,14 +58,25 @@ def beside(root: Path, test: Path | None = None) -> list[Path]:
     return sorted(found | needed)
 
 
-def _closure(test: Path, helpers: set[Path]) -> set[Path]:
+def _helpers(folder: Path) -> dict[Path, str]:
+    """The helpers, by file the name of the module or package. What judges mutants is none."""
+    found = {p: p.stem for p in folder.glob("*.py") if not p.name.startswith("test_")}
+    for package in folder.glob("*/__init__.py"):
+        name = package.parent.name
+        if name != Path(__file__).parent.name:
+            files = (p for p in package.parent.rglob("*") if p.suffix in HELPERS and p.is_file())
+            found |= dict.fromkeys(files, name)
+    return found
+
+
+def _closure(test: Path, helpers: dict[Path, str]) -> set[Path]:
     """A file of tests and the helpers that it needs."""
     needed = {test}
-    new = needed | {p for p in helpers if p.stem == "conftest"}
+    new = needed | {p for p, name in helpers.items() if name == "conftest"}
     while new:
         needed |= new
         words = {w for p in new for w in re.findall(r"\w+", p.read_text())}
-        new = {p for p in helpers - needed if p.stem in words}
+        new = {p for p, name in helpers.items() if name in words} - needed
     return needed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ FILES = {
     "def other():\n    return 2\n",
     "quest/b.py": "N = 3\n\n\ndef g(x):\n    return x * N\n\n\ndef unused():\n    return 4\n",
     "quest/ratios.json": "{}",
+    "quest/lists/a.skips": "",
+    "quest/lists/a.xfails": "",
     "kernels/cuda.py": "def compile_():\n    return 1\n",
     "kernels/k.cu": "int x;\n",
     "reference/r.py": "",
@@ -107,6 +110,8 @@ def edit(root: Path, name: str, old: str, new: str) -> None:
         ("pyproject.toml", "", "[tool]\n", {"refused"}),
         # Data count for all; CUDA C++ where it is compiled.
         ("quest/ratios.json", "{}", "[]", set()),
+        ("quest/lists/a.xfails", "", "test_a\n", set()),
+        ("quest/lists/a.skips", "", "test_a\n", set()),
         ("kernels/k.cu", "int", "long", {"kill by a"}),
         ("property_tests/test_mutants.py", "", "X = 1\n", set(OUTCOMES)),
     ],
@@ -184,6 +189,77 @@ def test_constants_of_an_f_string_may_be_cut_anywhere() -> None:
     whole = ast.parse('f"a{{b {x:.2f}"', mode="eval").body
     assert dump(f_string("a{", "b ", value, "")) == dump(whole)
     assert dump(f_string("a", value, "b")) != dump(f_string("ab", value))
+
+
+def test_empty_constants_are_told_apart() -> None:
+    values = ("0", "0.0", "False", "None", "''", "b''", "()", "[]", "{}", "...", "1", "True")
+    sources = [f"def f():\n    return {value}\n" for value in (*values, "")]
+    assert len({Outline(source).digest(None) for source in sources}) == len(sources)
+
+
+def test_a_digest_of_files_is_of_their_names_too(tmp_path: Path) -> None:
+    """What reads a file finds it by its name."""
+    project(tmp_path)
+    text = tmp_path / "kernels" / "k.cu"
+    before = covered.of_files(tmp_path, [text])
+    moved = text.rename(text.with_name("l.cu"))
+    assert covered.of_files(tmp_path, [moved]) != before
+    assert covered.of_files(tmp_path, [moved.rename(text)]) == before
+
+
+def test_what_no_look_sees_rests_on_everything(tmp_path: Path) -> None:
+    """Of tests that start processes in worktrees the lines are not known."""
+    unseen, seen = "property_tests/test_gate_runs.py::test", A
+    project(tmp_path)
+    (tmp_path / "property_tests" / "test_gate_runs.py").write_text("def test(): ...\n")
+
+    def keys() -> list[str]:
+        now = Evidence(tmp_path)
+        for by in (unseen, seen):
+            now.learn(by.partition("::")[0], {"quest/a.py": ["f"]}, "s")
+        return [now.key("killed", "quest/a.py", by, "s") for by in (unseen, seen)]
+
+    before = keys()
+    edit(tmp_path, "quest/b.py", "return 4", "return 5")
+    assert [a == b for a, b in zip(before, keys(), strict=True)] == [False, True]
+
+
+def test_a_verdict_rests_on_what_its_own_stack_calls(tmp_path: Path) -> None:
+    """Whichever was asked about before."""
+    project(tmp_path)
+    file = A.partition("::")[0]
+    calls = {"no GPU": {"quest/b.py": ["g"]}, "H100": {"quest/b.py": ["g", "unused"]}}
+
+    def keys(*stacks: str) -> dict[str, str]:
+        now = Evidence(tmp_path)
+        for stack, of in calls.items():
+            now.learn(file, of, stack)
+        return {stack: now.key("killed", "quest/a.py", A, stack) for stack in stacks}
+
+    before = keys(*calls)
+    assert before == keys(*reversed(calls))
+    edit(tmp_path, "quest/b.py", "return 4", "return 5")
+    after = keys(*calls)
+    assert [before[stack] == after[stack] for stack in calls] == [True, False]
+
+
+def test_variants_rest_on_each_file_that_compiles_some(tmp_path: Path) -> None:
+    """Of a second one, unseen so far, nothing is known: then on everything."""
+    other = "property_tests/test_c.py"
+    project(tmp_path)
+    (tmp_path / other).write_text("def test_x_compiles_without_a_gpu(): ...\n")
+
+    def key(calls: dict[str, list[str]] | None) -> str:
+        now = Evidence(tmp_path)
+        now.learn(B.partition("::")[0], {"quest/b.py": ["g"]}, "s")
+        if calls is not None:
+            now.learn(other, calls, "s")
+        return now.key("identical", "quest/a.py", "", "s")
+
+    every = (None, {}, {"quest/b.py": ["unused"]})
+    before = [key(calls) for calls in every]
+    edit(tmp_path, "quest/b.py", "return 4", "return 5")
+    assert [a == key(calls) for a, calls in zip(before, every, strict=True)] == [False, True, False]
 
 
 @pytest.mark.parametrize("name", [
@@ -363,6 +439,39 @@ def test_what_tests_read_besides_counts(name: str, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("[]")
     assert journal(tmp_path).known(MUTANT) is None
+
+
+def test_the_last_result_of_a_stack_counts(tmp_path: Path) -> None:
+    """A test was wrong, or passes now: what a later run says of the same code replaces it."""
+    project(tmp_path)
+    made = journal(tmp_path)
+    for outcome, by in (("killed", A), ("survived", ""), ("timeout", B)):
+        made.add(MUTANT, Result(MUTANT.id, MUTANT.what, outcome, by))
+        for now in (made, journal(tmp_path)):
+            found = now.known(MUTANT)
+            assert found is not None
+            assert found.outcome == outcome
+
+
+def test_of_several_stacks_the_one_that_says_most_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = (
+        ("not run", "", ""), ("open", "", "first tests"), ("open", "", "own tests"),
+        ("open", "", "quick profile"), ("survived", "", ""), ("identical", "", ""),
+        ("refused", "", ""), ("timeout", A, ""), ("crash", A, ""), ("killed", A, ""),
+    )  # fmt: skip
+    project(tmp_path)
+    for n, pair in enumerate(itertools.pairwise(order)):
+        for m, stacks in enumerate((("here", "there"), ("there", "here"))):
+            folder = tmp_path / f"{n}{m}"
+            for stack, (outcome, by, passed) in zip(stacks, pair, strict=True):
+                monkeypatch.setattr(covered, "stack", lambda stack=stack: stack)
+                result = Result(MUTANT.id, MUTANT.what, outcome, by, passed=passed)
+                Journal(folder, Evidence(tmp_path)).add(MUTANT, result)
+            found = Journal(folder, Evidence(tmp_path)).known(MUTANT)
+            assert found is not None
+            assert (found.outcome, found.by, found.passed) == pair[1]
 
 
 def test_a_survivor_is_void_with_any_test(tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ from property_tests import kit, whole
 from property_tests.kit import tool
 
 CASES = [1, made()]
-OTHERS = [2]
+CASES += [71]
+OTHERS: list = [2]
+OTHERS += [70]
 pytestmark = pytest.mark.whole
 print("set up")
 
@@ -54,6 +56,7 @@ def stairs(stairs):
     return stairs
 
 
+@pytest.mark.usefixtures("ramp")
 @pytest.mark.parametrize("n", CASES)
 def test_f(n, room, hall, stairs, cupboard, porch):
     assert helper(n) == aid(5)
@@ -86,7 +89,7 @@ FILES = {
     "property_tests/conftest.py": "from property_tests.rooms import cellar, hall\n\nPROFILE = 44\n"
     "load(45)\n\n\n@fixture\ndef room():\n    return 50\n\n\ndef lobby():\n    return 51\n\n\n"
     "@fixture\ndef stairs():\n    return 54\n\n\n@fixture(name='cupboard')\ndef _made():\n"
-    "    return 55\n\n\n"
+    "    return 55\n\n\n@fixture\ndef ramp():\n    return 67\n\n\n"
     "def pytest_sessionfinish():\n    return PROFILE + 52\n\n\n"
     "def pytest_terminal_summary():\n    return 53\n",
     "conftest.py": "@fixture\ndef porch():\n    return 66\n",
@@ -171,6 +174,7 @@ def journal(root: Path, folder: str = "work") -> Journal:
         ("property_tests/test_a.py", "x + 3", "0", BY_TEST),
         ("property_tests/test_a.py", "yield 4", "yield 0", BY_TEST | {"import of"}),
         ("property_tests/test_a.py", "[1,", "[0,", BY_TEST | {"import of"}),
+        ("property_tests/test_a.py", "[71]", "[0]", BY_TEST | {"import of"}),
         ("property_tests/test_a.py", "return 2", "return 0", BY_TEST | {"import of"}),
         ("property_tests/test_a.py", "mark.whole", "mark.slow", BY_TEST | {"import of"}),
         ("property_tests/test_a.py", '"set up"', '"set down"', BY_TEST | {"import of"}),
@@ -188,15 +192,18 @@ def journal(root: Path, folder: str = "work") -> Journal:
         ("property_tests/kit/part.py", "60", "0", BY_TEST | {"import of"}),
         ("property_tests/kit/other.py", "61", "0", BY_TEST | {"import of"}),
         ("property_tests/kit/tool.py", "63", "0", BY_TEST | {"import of"}),
-        # Fixtures: under another name, by one of the test's file, of the other conftest.py.
+        # Fixtures: under another name, by one of the test's file, by a mark, of the other
+        # conftest.py.
         ("property_tests/conftest.py", "55", "0", BY_TEST | {"import"}),
         ("property_tests/conftest.py", "54", "0", BY_TEST | {"import"}),
+        ("property_tests/conftest.py", "67", "0", BY_TEST | {"import"}),
         ("conftest.py", "66", "0", BY_TEST | {"import"}),
         ("property_tests/conftest.py", "50", "0", BY_TEST | {"import"}),
         ("property_tests/rooms.py", "42", "0", BY_TEST | {"import"}),
         # Other tests, and what only they name.
         ("property_tests/test_a.py", "other_aid(6)", "other_aid(0)", set()),
-        ("property_tests/test_a.py", "OTHERS = [2]", "OTHERS = [0]", {"import of"}),
+        ("property_tests/test_a.py", "[2]", "[0]", {"import of"}),
+        ("property_tests/test_a.py", "[70]", "[0]", {"import of"}),
         ("property_tests/test_a.py", "import math", "import numpy", {"import of"}),
         ("property_tests/aid.py", "32", "0", {"import of"}),
         ("property_tests/aid.py", "U = 30", "U = 0", set()),
@@ -361,6 +368,21 @@ def test_without_a_gpu_a_kill_on_one_is_not_refuted(
     journal(root).add(TEXT, Result(TEXT.id, TEXT.what, "not run"))
     assert state(journal(root), TEXT) == expected
     assert journal(root).passed(TEXT) == here.startswith("no GPU")
+
+
+@pytest.mark.parametrize("outcome", ["not run", "open", "survived"])
+def test_what_passed_without_a_gpu_is_told_while_it_holds(
+    root: Path, stack: Callable[[str], None], outcome: str
+) -> None:
+    stack("H100")
+    kill(root, TEXT)
+    edit(root, "quest/a.py", "13", "0")
+    stack("no GPU")
+    passed = "first tests" if outcome == "open" else ""
+    journal(root).add(TEXT, Result(TEXT.id, TEXT.what, outcome, passed=passed))
+    assert (state(journal(root), TEXT), journal(root).passed(TEXT)) == (("killed", True), True)
+    edit(root, "quest/a.py", "return 0", "return 1")
+    assert (state(journal(root), TEXT), journal(root).passed(TEXT)) == (("killed", True), False)
 
 
 def test_a_timeout_is_carried_for_as_much_patience(root: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import quest
-from property_tests.lane_marks import every_lane
+from property_tests.lane_marks import every_dtype, every_lane
 from property_tests.ledger import Ledger, slowest
 from quest import cli
 from quest.conformance import lanes, oracle, pictures, report
@@ -295,6 +295,14 @@ def test_only_what_this_machine_lacks_is_skipped() -> None:
         "torch-cuda": [] if gpu else ["no CUDA device"],
         "triton-cuda": absent if gpu else ["no CUDA device"],
     }  # fmt: skip
+
+
+def test_no_dtype_is_left_out() -> None:
+    def of(dtype: torch.dtype) -> None: ...
+
+    mark = every_dtype(of).pytestmark[0]
+    assert set(mark.args[1]) == {torch.float32, torch.bfloat16, torch.float16}
+    assert mark.kwargs["ids"] == [str(d).removeprefix("torch.") for d in mark.args[1]]
 
 
 def test_slowest_tests_add_up_their_phases() -> None:

@@ -298,6 +298,30 @@ def test_tests_that_execute_the_line_come_first() -> None:
     assert list(failing[0].tests) == [names[1], names[2]]
 
 
+def test_a_fault_that_reaches_out_of_its_function_is_every_test_s() -> None:
+    """What a module does when it is imported, a test may need that executes none of it."""
+    m = KNOWN["quest/packing.py:pack:remove:0"]
+    inside = next(n for n, line in enumerate(read(m.file).decode().splitlines(), 1)
+                  if line.startswith("def ")) + 1  # fmt: skip
+    names = [f"property_tests/test_{n}.py::t" for n in ("packing", "train")]
+    seen = Baseline(dict.fromkeys(names, 1.0), {m.file: {inside + 1: {names[0]}}}, [])
+    for first, reached in ((inside + 1, names[:1]), (inside - 1, names)):
+        planned = stages(dataclasses.replace(m, lines=(first, inside + 1)), seen)
+        assert [t for part in planned for t in part.tests] == reached
+
+
+def test_the_court_is_held_by_its_own_tests_alone() -> None:
+    """Others run production code, for which a bound that is too wide is none the worse."""
+    m = next(m for m in KNOWN.values() if m.family == "court")
+    names = [f"property_tests/test_{n}.py::t" for n in ("hadamard", "quantizer", "bounds")]
+    of = {n: {*names} for n in range(m.lines[0], m.lines[1] + 1)}
+    seen = Baseline(dict.fromkeys(names, 1.0), {m.file: of}, [])
+    found = {t for part in stages(m, seen, Counter(dict.fromkeys(names, 3))) for t in part.tests}
+    assert found == {names[2]}
+    plain = stages(dataclasses.replace(m, family="semantic"), seen)
+    assert {t for part in plain for t in part.tests} == {*names}
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_cuda_does_not_survive_without_a_gpu(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests compile it there, and do not run it."""

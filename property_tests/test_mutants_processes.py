@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,6 +118,9 @@ GATHERED = {"gathered": 1}
         (ended(code=4), "killed"),
         (ended(code=-11), "crash"),
         (ended(code=-14), "timeout"),
+        # All tests pass, and the run fails: for its sums. It ends before it is done.
+        (ended(GATHERED, {"start": "t"}, {"done": True}, code=1), "killed"),
+        (ended(GATHERED, code=1), "crash"),
         # What says nothing of a mutant.
         (ended(GATHERED, {"start": "t"}, code=-9), "no verdict"),
         (ended(code=-9, late=True), "no verdict"),
@@ -132,9 +136,6 @@ def test_a_run_that_fails_though_its_tests_pass_is_killed_by_the_sums() -> None:
     """And one in which a test was not found says nothing of any mutant."""
     events = {"start": "t"}, {"done": True}
     assert runner.verdict(ended(GATHERED, *events, code=1)) == ("killed", runner.SUMS)
-    for gathered in (0, 2):
-        with pytest.raises(pool.HarnessError, match=f"{gathered} of 1 tests were found"):
-            runner.verdict(ended({"gathered": gathered}, *events, code=0))
     two = replace(JOB, tests={"t": 1.0, "u": 1.0})
     with pytest.raises(pool.HarnessError, match="1 of 2 tests were found"):
         runner.verdict(replace(ended(GATHERED, *events, code=0), job=two))
@@ -184,6 +185,12 @@ def test_that_one_process_was_late_is_not_said_of_the_next(monkeypatch: pytest.M
     fields = {name: getattr(JOB, name) for name in JOB.__dataclass_fields__}
     assert pool.run_all(iter([Short(**fields), JOB]), 1, told)
     assert late == [True, False]
+
+
+@pytest.mark.parametrize("gathered", [[], [{"gathered": 0}], [{"gathered": 2}]])
+def test_nothing_survives_where_other_tests_were_gathered(gathered: list[dict[str, int]]) -> None:
+    with pytest.raises(pool.HarnessError, match="of 1 tests were found"):
+        runner.verdict(ended(*gathered, {"done": True}, code=0))
 
 
 def test_a_launcher_that_compiles_nothing_is_killed_and_not_refused() -> None:
@@ -237,6 +244,154 @@ Told = list[tuple[str, runner.Result]]
 @pytest.fixture
 def told() -> Told:
     return []
+
+
+class Lives:
+    """What becomes of mutants, by how their processes end: each end is told of one job.
+
+    An end: "" where all pass, "sums" where the run fails in spite of that, or the test that fails.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.told: list[runner.Result] = []
+        self.doubts: list[str] = []
+        self.jobs: list[child.Job] = []
+        path = folder / "template" / "quest" / "packing.py"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(read("quest/packing.py"))
+        self.plan: list[choice.Part] = []
+        self.runs = runner._Runs(
+            lambda m: self.plan, folder, lambda m, result: self.told.append(result), 30.0, {},
+            Path(), self.doubts.append,
+        )  # fmt: skip
+
+    def life(self, plan: list[choice.Part], *ends: str) -> None:
+        self.plan = plan
+        life = self.runs.life(planted("quest/packing.py", "\nfault = 1\n"))
+        job = next(life)
+        for n, end in enumerate(ends, 1):
+            self.jobs.append(job)
+            try:
+                job = life.send(self.end(job, end))
+            except StopIteration:
+                assert n == len(ends)
+                return
+        raise AssertionError("it asks for more")
+
+    def end(self, job: child.Job, end: str) -> pool.Ended:
+        tests = [*job.tests] or NAMES
+        ran = tests[: tests.index(end) + 1] if end in tests else tests
+        events = [{"began": True}, {"gathered": len(tests)}, *({"start": name} for name in ran)]
+        events += [{"failed": end, "text": ""}] if end in tests else []
+        return pool.Ended(job, int(bool(end)), 1.0, [*events, {"done": True}])
+
+
+NAMES = [f"{TESTS}::test_{name}" for name in "abc"]
+A, B, C = NAMES
+ALL = quick(dict.fromkeys(NAMES, 1.0))
+CI = choice.Part("ci", (TESTS,), {})
+
+
+def test_a_kill_counts_where_its_test_passes_alone_without_the_fault(tmp_path: Path) -> None:
+    lives = Lives(tmp_path)
+    lives.life([ALL], B, B, "")
+    assert [(r.outcome, r.by) for r in lives.told] == [("killed", B)]
+    assert [(bool(job.file), [*job.tests]) for job in lives.jobs] == [
+        (True, NAMES), (True, [B]), (False, [B]),
+    ]  # fmt: skip
+    # That is known now of this test and profile, and of no other.
+    lives.life([ALL], B, B)
+    lives.life([ALL], C, C, "")
+    assert [r.by for r in lives.told] == [B, B, C]
+    assert not lives.doubts
+
+
+def test_a_kill_that_takes_the_tests_before_it_counts_behind_them(tmp_path: Path) -> None:
+    lives = Lives(tmp_path)
+    lives.life([ALL], B, "", "")
+    assert [(r.outcome, r.by) for r in lives.told] == [("killed", B)]
+    assert (lives.jobs[-1].file, [*lives.jobs[-1].tests]) == ("", [A, B])
+
+
+def test_the_sums_of_a_run_kill_where_they_are_right_without_the_fault(tmp_path: Path) -> None:
+    lives = Lives(tmp_path)
+    lives.life([ALL], "sums", "")
+    lives.life([replace(ALL, tests={A: 1.0, B: 1.0})], "sums", "sums")
+    assert [(r.outcome, r.by) for r in lives.told] == [("killed", runner.SUMS), ("survived", "")]
+    assert lives.doubts == [runner.SUMS]
+
+
+def test_a_kill_in_the_ci_profile_says_so_and_is_made_sure_of_there(tmp_path: Path) -> None:
+    """With what it rests on another: no baseline has seen what its tests call."""
+    lives = Lives(tmp_path)
+    lives.life([ALL], B, B, "")
+    lives.life([replace(ALL, passed=choice.QUICK), CI], "", B, B, "")
+    assert [(r.outcome, r.by, r.passed) for r in lives.told] == [
+        ("killed", B, ""), ("open", "", choice.QUICK), ("killed", f"{B} (ci)", ""),
+    ]  # fmt: skip
+    assert [job.profile for job in lives.jobs] == ["quick"] * 4 + ["ci"] * 3
+    assert {job.profile: job.patience for job in lives.jobs} == {"quick": 30.0, "ci": 300.0}
+    # One that fails there without a fault says nothing.
+    lives.life([replace(ALL, passed=choice.QUICK), CI], "", C, C, C)
+    assert (lives.told[-1].outcome, lives.doubts) == (runner.LOST, [C])
+
+
+def test_what_passes_some_tests_alone_is_open(tmp_path: Path) -> None:
+    lives = Lives(tmp_path)
+    first, rest = (quick({name: 1.0}) for name in (A, B))
+    narrow = [replace(first, passed=choice.FIRST), replace(rest, passed=choice.OWN_TESTS)]
+    lives.life(narrow, "", "")
+    lives.life([replace(first, passed=choice.FIRST), rest], "", "")
+    assert [(r.outcome, r.passed) for r in lives.told] == [
+        ("open", choice.OWN_TESTS), ("survived", ""),
+    ]  # fmt: skip
+
+
+def test_a_process_that_is_ended_for_its_time_is_late(tmp_path: Path) -> None:
+    """And one that ends by itself is not, though it has the other's place."""
+    read_end, write_end = os.pipe()
+    place = read_end
+
+    class Process:
+        pid, exitcode, sentinel = 2**31 - 1, -9, place  # of no process
+
+        def __init__(self, target: Any, args: tuple[Any]) -> None:
+            self.job = args[0]
+
+        def start(self) -> None:
+            if self.job.limit:
+                self.kill()
+
+        def is_alive(self) -> bool:
+            return True
+
+        def kill(self) -> None:
+            os.write(write_end, b".")
+
+        def join(self) -> None:
+            os.read(read_end, 9)
+
+        def close(self) -> None: ...
+
+    context = SimpleNamespace(set_forkserver_preload=lambda _: None, Process=Process)
+    jobs: list[Any] = [
+        SimpleNamespace(
+            limit=limit, profile="quick", worker=tmp_path / "w", report=tmp_path / "r",
+            folder=tmp_path / "none",
+        )
+        for limit in (0.0, 9.0)
+    ]  # fmt: skip
+    found: list[bool] = []
+
+    def told(end: pool.Ended) -> Iterator[child.Job]:
+        found.append(end.late)
+        return iter(())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool.multiprocessing, "get_context", lambda _: context)
+        patch.setattr(pool, "wait", lambda sentinels, timeout: wait(sentinels, 0.05))
+        assert pool.run_all(iter(jobs), 1, told)
+    assert found == [True, False]
 
 
 def test_no_kill_comes_of_an_interpreters_server_that_is_dead(

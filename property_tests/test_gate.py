@@ -139,19 +139,57 @@ def test_a_round_calls_each_and_every_second_one_backwards() -> None:
     assert asked == [("a", 4), ("b", 4), ("c", 4), ("c", 5), ("b", 5), ("a", 5)]
 
 
-def test_a_host_that_was_too_slow_once_is_told_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind a longer filler it may stay ahead; behind the longest one times are Python's own."""
-    ahead = iter([False, False, True, False, True])
-    monkeypatch.setattr(clock.CudaRound, "__init__", lambda self: None)
-    monkeypatch.setattr(clock.CudaRound, "_queue", lambda self, calls, i: ([1.0], next(ahead)))
-    one = clock.CudaRound()
-    one.fills, one.host_bound = 4, False
-    found = []
-    for fills in (4, clock.MOST_FILLS, clock.MOST_FILLS):
-        one.fills = fills
-        assert one([], 0) == [1.0]
-        found.append((one.fills, one.host_bound))
-    assert found == [(16, False), (clock.MOST_FILLS, True), (clock.MOST_FILLS, True)]
+def _cuda_round() -> Any:
+    """One without a device: who patches `_event` or `_queue` says what it does."""
+    made: Any = object.__new__(clock.CudaRound)
+    made.fills, made.host_bound = 4, False
+    return made
+
+
+def test_a_host_that_is_too_slow_once_is_told_of_to_the_end() -> None:
+    """Where no filler is long enough; where a longer one is, it stays so."""
+    made = _cuda_round()
+    ahead = iter([True, False, False, True, True, *[False] * 5, True])
+    made._queue = lambda calls, i: ([float(i)], next(ahead))
+    seen = []
+    for i in range(5):
+        assert made([], i) == [float(i)]
+        seen.append((made.fills, made.host_bound))
+    assert seen == [(4, False), (16, False), (16, False), (clock.MOST_FILLS, True), (256, True)]
+
+
+@pytest.mark.parametrize("i", [4, 5])
+@pytest.mark.parametrize("begun", [True, False])
+def test_the_device_comes_to_a_round_that_is_whole(
+    i: int, begun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must not have begun the first call, whichever that is, when all is queued."""
+    done: list[str] = []
+
+    class Event:
+        """Of a device that takes 3 ms for a, 5 ms for b, and has begun with its first call."""
+
+        def record(self) -> None:
+            self.at = len(done)
+            done.append("event")
+
+        def query(self) -> bool:
+            return begun and self.at == done.index("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return sum({"a": 3.0, "b": 5.0}.get(name, 0.0) for name in done[self.at : end.at])
+
+    made = _cuda_round()
+    made.filler = SimpleNamespace(zero_=lambda: done.append("fill"))
+    monkeypatch.setattr(clock, "_event", Event)
+    monkeypatch.setattr(clock.torch.cuda, "synchronize", lambda: done.append("wait"))
+    calls: Any = [lambda _, name=name: done.append(name) for name in "ab"]
+    taken, ahead = made._queue(calls, i)
+    assert taken == [0.003, 0.005]
+    assert ahead != begun
+    first, second = "ab" if i == 4 else "ba"
+    one_call = ["event", first, "event", "event", second, "event"]
+    assert done == [*["fill"] * 4, "b", *one_call, "wait"]
 
 
 @pytest.mark.parametrize("each", [1, 2**20, 3 * 2**20, 2**26])
@@ -380,6 +418,14 @@ def test_an_old_base_excuses_what_base_cannot_run(fake: Callable[..., benchmarks
     assert [bool(row.faults) for row in strict] == [True] * 4 + [False]
     assert not any(row.faults for row in lenient)
     assert "the change skips it" in strict[1].faults[0][1]
+
+
+def test_an_old_base_excuses_nothing_else() -> None:
+    """As where base dies at a second look, and the first one saw that memory grew."""
+    grew = ("more memory", "2 bytes")
+    row = benchmarks._excused(Row("x", faults=((benchmarks.BASE_FAILS, "it died"), grew)))
+    assert (row.faults, row.verdict) == ((grew,), "more memory")
+    assert benchmarks._excused(Row("x", faults=(grew,), note="new")).note == "new"
 
 
 def test_base_against_itself(fake: Callable[..., benchmarks.Result]) -> None:

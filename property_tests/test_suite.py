@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import quest
 from benchmarks import ceilings, conftest, gate, table, timed, timing, tokens
+from quest.conformance import lanes
 from quest.conformance.verdict import Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,6 +141,37 @@ def test_times_stay_with_their_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert times.copy == [12.0, 22.0, 30.0]
 
 
+@pytest.mark.parametrize(("once", "rounds"), [(1 / 1024, 101), (1 / 64, 51), (1.0, 15)])
+def test_rounds_begin_when_all_is_warm(
+    once: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two calls of each, and a round that says how many there is time for, are no times."""
+    now, warm, asked = [0.0], [], []
+
+    def one_round(_: Any, i: int) -> list[float]:
+        now[0] += once
+        asked.append(i)
+        return [i + 0.25, i + 0.5]
+
+    monkeypatch.setattr(timing, "cpu_round", one_round)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    calls: Any = [lambda i, name=name: warm.append((name, i)) for name in "ab"]
+    taken, host_bound = timing.interleave(calls, "cpu")
+    assert warm == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert asked == [*range(rounds + 1)]
+    assert taken == [[i + part for i in asked[1:]] for part in (0.25, 0.5)]
+    assert not host_bound
+
+
+def test_sets_of_inputs_are_others_each_time_and_the_same_in_every_run() -> None:
+    sets = timed._sets(((2, 8), (3,)), 3)
+    for one, other in itertools.combinations(sets, 2):
+        assert not any(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+    for one, again in zip(sets, timed._sets(((2, 8), (3,)), 3), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(one, again, strict=True))
+    assert [tuple(t.shape) for t in sets[2]] == [(2, 8), (3,)]
+
+
 def test_each_round_has_inputs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for both; what lay in the cache from the round before is not read again."""
     monkeypatch.setattr(timing, "ROUNDS", (4, 4))
@@ -223,6 +256,38 @@ def test_no_time_without_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
                     baseline=lambda x: x,
                 )  # fmt: skip
     assert not one.info
+
+
+def test_a_gate_is_of_one_key_and_a_lane_that_breaks_rules_keeps_it_shut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("_passed", "_refused"):
+        monkeypatch.setattr(gate, name, {})
+    asked: list[str] = []
+
+    def judge(_: Any, name: str) -> list[Verdict]:
+        asked.append(name)
+        return [Verdict("stage", len(asked), 0.5 / len(asked))]
+
+    def breaks(_: Any, name: str) -> list[Verdict]:
+        raise lanes.GuardError("an input was changed")
+
+    once = [*gate.DISTRIBUTIONS] * len(gate._quantizers())
+    for key in (("linear", 1), ("linear", 2), ("linear", 1)):
+        passed = gate.open_for(key, judge)
+    assert (sorted(asked), passed.worst_ratio) == (sorted(2 * once), 0.5)
+    assert passed.elements == sum(range(1, len(once) + 1))
+    for made in (breaks, judge):  # it was refused
+        with pytest.raises(gate.RedGateError, match=r"wrong for linear 3: an input was changed"):
+            gate.open_for(("linear", 3), made)
+
+
+@pytest.mark.parametrize(("cuda", "name"), [(True, "triton-cuda"), (False, "torch-cpu")])
+def test_the_lane_that_is_timed_is_judged(
+    cuda: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "CUDA", cuda)
+    assert gate.lane().name == name
 
 
 def test_rates_of_the_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -228,6 +229,21 @@ def test_compiled_with_other_shapes_and_no_graph_breaks(device: str) -> None:
     for shape in ((3, 48), (5, 48), (2, 3, 48)):
         x = torch.randn(shape, device=device)
         assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "grid", [quest.grids.uniform(4), quest.grids.e2m1(), quest.grids.lloyd_max(3)]
+)
+def test_codes_are_decoded_in_what_is_compiled(grid: quest.grids.Grid, device: str) -> None:
+    """Of a grid that nobody has asked for its boundaries before."""
+    torch.compiler.reset()
+    q = quest.Quantizer(dataclasses.replace(grid), quest.Hadamard(16))
+    compiled = torch.compile(
+        lambda t: q.quantize(t).dequantize(), fullgraph=True, backend="aot_eager"
+    )
+    x = sample("float32", device)
+    assert torch.equal(compiled(x), q(x))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -61,7 +61,7 @@ class Grid:
         """What packing adds to a code to make it an index from 0."""
         return 0 if self.step is None else self.levels // 2
 
-    @functools.cached_property
+    @property  # not cached: where a lock guards that, as in Python 3.11, nothing can trace it
     def midpoints(self) -> tuple[float, ...]:
         """(levels - 1,) boundaries of the cells; a value on one belongs to the upper cell."""
         return tuple((a + b) / 2 for a, b in zip(self.points, self.points[1:], strict=False))

@@ -268,6 +268,66 @@ def test_derivatives_by_torch_func_are_refused(path: str) -> None:
         assert torch.equal(torch.func.grad(beside)(X), known.expand_as(X))
 
 
+def _near(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """The same but for the order of sums."""
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("path", paths.PATHS)
+def test_layers_under_vmap(path: str) -> None:
+    """Of inputs, weights and gradients, of layers on one input; gradients are asked for outside."""
+    layers = _layer(bias=True), _layer(bias=True)
+    torch.nn.init.normal_(layers[1].weight)
+    x = torch.stack([X, 2 * X.flip(0)]).expand(3, 2, 3, 16).clone().requires_grad_()
+    wanted = [x, *(p for layer in layers for p in layer.parameters())]
+
+    def run(t: Tensor) -> tuple[Tensor, ...]:
+        return quest.together(t, layers)
+
+    def of_weight(w: Tensor) -> Tensor:
+        return torch.func.functional_call(layers[0], {"weight": w}, (X,))
+
+    def gradients(ys: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad([y.square().sum() for y in ys], wanted, retain_graph=True)
+
+    with paths.only(path):
+        ys = run(x)
+        once = torch.func.vmap(run, in_dims=1, out_dims=1)(x)
+        twice = torch.func.vmap(torch.func.vmap(run))(x)
+        for made in (once, twice):
+            _near(made, ys)
+            _near(gradients(made), gradients(ys))
+
+        weights = torch.stack([layer.weight for layer in layers])
+        _near((torch.func.vmap(of_weight)(weights),), (torch.stack([*map(of_weight, weights)]),))
+
+        def of_gradient(grad: Tensor) -> Tensor:
+            return torch.autograd.grad(ys[0], x, grad, retain_graph=True)[0]
+
+        grads = torch.stack([ys[0], ys[0].cos()]).detach()
+        expected = torch.stack([*map(of_gradient, grads)])
+        _near((torch.func.vmap(of_gradient)(grads),), (expected,))
+        with torch.no_grad():
+            assert not torch.func.vmap(layers[0])(x).requires_grad
+
+
+def test_what_vmap_lacks_where_layers_multiply_integers() -> None:
+    layer = _layer()
+    with paths.only("integers"):
+        with pytest.raises(ValueError, match="must have entries, got an axis of length 0"):
+            torch.func.vmap(layer)(X.new_empty(0, 3, 16))
+        y = layer(X.clone().requires_grad_())
+        for ask in (
+            lambda: torch.autograd.grad(y, layer.weight, y[None], is_grads_batched=True),
+            lambda: torch.autograd.functional.jacobian(layer, X, vectorize=True),
+        ):
+            with pytest.raises(NotImplementedError, match="no batches of gradients"):
+                ask()
+
+
 def test_inputs_that_are_not_dense_are_refused() -> None:
     layer = _layer()
     for x, told in (

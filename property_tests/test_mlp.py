@@ -202,6 +202,28 @@ def test_no_rows(lead: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("saves", [True, False])
+def test_vmap(saves: bool) -> None:
+    """Of inputs, with the gradients outside; and of gradients."""
+    t, specs = _drawn(torch.float32, biases=True), _specs("w4a4")
+    y = _again(t, specs)[0]
+    made = torch.func.vmap(lambda x: _again({**t, "x": x}, specs, saves)[0])(t["x"])
+    assert torch.equal(made, y)
+
+    def of(grad: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, list(t.values()), grad, retain_graph=True)
+
+    grads = torch.stack([torch.ones_like(y), y.detach()])
+    expected = [torch.stack(each) for each in zip(*map(of, grads), strict=True)]
+    alone = torch.autograd.grad(made, list(t.values()), grads[1])
+    for a, b in zip(torch.func.vmap(of)(grads), expected, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+    for a, b in zip(alone, expected, strict=True):
+        assert (a - b[1]).norm() <= 1e-5 * b.norm()
+    with pytest.raises(NotImplementedError, match="no batches of gradients"):
+        torch.autograd.grad(y, list(t.values()), grads, is_grads_batched=True)
+
+
+@pytest.mark.parametrize("saves", [True, False])
 @pytest.mark.parametrize("name", ["w1a1", "w4a4", "w8a8"])
 def test_opcheck(name: str, saves: bool) -> None:
     specs, t = _specs(name), _drawn(torch.float32, biases=True)

@@ -332,6 +332,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    ops.check_single(grads)
     n, d = ctx.count, ctx.shape[-1]
     dws: list[Tensor | None] = [None] * n
     dbs: list[Tensor | None] = [None] * len(ctx.biases)
@@ -367,3 +368,5 @@ low_bit_linear.register_autograd(_backward, setup_context=_context)
 flops.counted(torch.ops.quest.low_bit_linear, flops.linear)
 flops.counted(torch.ops.quest.low_bit_linear_backward, flops.linear_backward)
 low_bit_linear_backward.register_autograd(ops.refuse_second)
+ops.each_apart(low_bit_linear, saves=6)
+ops.each_apart(low_bit_linear_backward)

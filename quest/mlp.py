@@ -178,6 +178,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    ops.check_single(grads)
     needs_x, needs_w, needs_b, needs_down, needs_bias = ctx.needs_input_grad[:5]
     first, grad = any((needs_x, *needs_w, *needs_b)), grads[0]
     dx = ddown = dbias = None
@@ -220,6 +221,8 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 low_bit_swiglu.register_autograd(_backward, setup_context=_context)
 flops.counted(torch.ops.quest.low_bit_swiglu, flops.swiglu)
 flops.counted(torch.ops.quest.low_bit_again, flops.again)
+ops.each_apart(low_bit_swiglu, saves=9)
+ops.each_apart(low_bit_again)
 
 
 def swiglu(

@@ -11,12 +11,14 @@ its input before anything runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from . import eager, packing, transforms
 from .estimators import STE
@@ -288,6 +290,46 @@ def _(x: Tensor, spec: str) -> tuple[Tensor, Tensor]:
 @quantize.register_fake
 def _(x: Tensor, spec: str, packed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return eager.like(x, quantizer(spec), values=False, codes=True, packed=packed)[1:]
+
+
+def each_apart(operator: Any, saves: int | None = None) -> None:
+    """Call this operator, which takes lists, for one entry of vmap after another.
+
+    As torch does it for operators without lists. saves: which of its arguments says whether a
+    gradient will be asked for, which tensors inside of vmap do not tell.
+    """
+
+    def apart(info: Any, dims: Any, *given: Any) -> tuple[list[Tensor], list[int]]:
+        if info.batch_size == 0:
+            raise ValueError("vmap must have entries, got an axis of length 0")
+        leaves, tree = pytree.tree_flatten(given)
+        axes = pytree.tree_leaves(dims)
+        asked = torch.is_grad_enabled() and any(
+            isinstance(t, Tensor) and t.requires_grad for t in leaves
+        )
+        made = []
+        for i in range(info.batch_size):
+            one = [t if d is None else t.select(d, i) for t, d in zip(leaves, axes, strict=True)]
+            arguments = list(pytree.tree_unflatten(one, tree))
+            if saves is not None and asked:
+                arguments[saves] = True
+            made.append(operator(*arguments))
+        return [torch.stack(ts) for ts in zip(*made, strict=True)], [0] * len(made[0])
+
+    operator.register_vmap(apart)
+
+
+def check_single(grads: Sequence[Tensor | None]) -> None:
+    """Raise NotImplementedError where autograd asks for a batch of gradients at once.
+
+    It does that by an older vmap, for which operators that take lists can have no rule.
+    """
+    legacy: Any = torch._C._functorch.is_legacy_batchedtensor
+    if any(g is not None and legacy(g) for g in grads):
+        raise NotImplementedError(
+            "quest has no batches of gradients (is_grads_batched=True, vectorize=True) where "
+            "layers multiply integers: use torch.func.vmap of torch.autograd.grad"
+        )
 
 
 def _hadamard_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -314,6 +314,18 @@ def test_layers_under_vmap(path: str) -> None:
             assert not torch.func.vmap(layers[0])(x).requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("path", paths.PATHS)
+def test_a_layer_under_vmap_is_compiled(path: str) -> None:
+    """The compiler reads the layer's name, as it is printed."""
+    torch.compiler.reset()
+    layer = _layer()
+    x = torch.stack([X, -X])
+    with paths.only(path):
+        made = torch.compile(torch.func.vmap(layer), fullgraph=True, backend="aot_eager")(x)
+        _near((made,), (layer(x),))
+
+
 def test_what_vmap_lacks_where_layers_multiply_integers() -> None:
     layer = _layer()
     with paths.only("integers"):

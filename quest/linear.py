@@ -232,7 +232,7 @@ class Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         """in_features, out_features, bias and the recipe."""
-        return f"{super().extra_repr()}, recipe={self.recipe}"
+        return f"{super().extra_repr()}, recipe={self.recipe.name}"
 
 
 def _autocast(x: Tensor) -> bool:

@@ -373,6 +373,30 @@ def test_a_weight_that_is_split_among_processes_is_refused(tmp_path: Path) -> No
         distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("kind", ["flat", "freed"])
+def test_a_shard_is_not_frozen(kind: str) -> None:
+    """As FullyShardedDataParallel leaves weights between forwards; reading freed memory crashes."""
+    layer = _layer()
+    shard = layer.weight.detach().clone()
+    if kind == "freed":
+        shard.untyped_storage().resize_(0)
+    shard = shard if kind == "freed" else shard.flatten()[:40]
+    model = torch.nn.Sequential(_layer().freeze(), layer).train()
+    whole, layer.weight = layer.weight, nn.Parameter(shard)
+    for refused in (lambda: quest.freeze_(model), layer.freeze):
+        with pytest.raises(ValueError, match="the weight is a shard"):
+            refused()
+    assert model.training
+    # What was frozen before is dropped where it is looked for, and is there with another freeze.
+    layer.weight = whole
+    layer.eval().freeze()
+    layer.weight = nn.Parameter(shard)
+    assert layer.current() is None
+    layer.weight = whole
+    with torch.no_grad():
+        assert torch.equal(layer.freeze()(X), _layer()(X))
+
+
 def test_what_is_frozen_is_used_without_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     quantized = counted(monkeypatch)
     layer = _layer().freeze()

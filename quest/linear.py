@@ -109,7 +109,7 @@ class Linear(nn.Linear):
         `inference_mode()`. `train()` drops it. Raises
         ValueError where the weight is split among processes.
         """
-        _require_whole(self)
+        _require_here(self)
         self._frozen = frozen.freeze(self.weight, self.recipe)
         return self
 
@@ -118,7 +118,7 @@ class Linear(nn.Linear):
         # says so.
         if self._frozen is not None:
             self._frozen = None
-            if self.weight.dtype in ops.DTYPES and not _is_split(self):
+            if self.weight.dtype in ops.DTYPES and not (_is_split(self) or _is_shard(self)):
                 self.freeze()
 
     def train(self, mode: bool = True) -> Self:
@@ -262,6 +262,26 @@ def _require_whole(linear: nn.Linear) -> None:
         )
 
 
+def _is_shard(linear: nn.Linear) -> bool:
+    """Whether the weight is what FullyShardedDataParallel leaves between forwards: flat, or freed.
+
+    Freed, it has its shape and no memory, and whoever reads it ends the process.
+    """
+    weight = linear.weight
+    freed = type(weight) in ops.OWN and weight.numel() and not weight.untyped_storage().size()
+    return weight.ndim != 2 or bool(freed)
+
+
+def _require_here(linear: nn.Linear) -> None:
+    """Raise ValueError where the weight is split among processes, or not there."""
+    _require_whole(linear)
+    if _is_shard(linear):
+        raise ValueError(
+            "the weight is a shard, as FullyShardedDataParallel leaves it between forwards: freeze "
+            "weights before they are sharded"
+        )
+
+
 def _require_forward(linear: nn.Module) -> None:
     """Raise ValueError where what is called is not the class's `forward`, but one of its own."""
     if "forward" in vars(linear):
@@ -358,7 +378,7 @@ def freeze_(model: nn.Module) -> nn.Module:
         for names in getattr(module, "shared_inputs", ())
     ]
     for layer in layers:
-        _require_whole(layer)
+        _require_here(layer)
     model.eval()
     for layer in layers:
         layer.freeze()

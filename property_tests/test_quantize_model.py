@@ -157,7 +157,8 @@ def test_heads_by_name(head: str) -> None:
     assert replaced(model) == {"body"}
 
 
-def test_a_head_by_method() -> None:
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_head_by_method(wrapped: bool) -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -167,7 +168,7 @@ def test_a_head_by_method() -> None:
             return self.words
 
     model = Named()
-    quest.quantize_(model, "w4a4")
+    quest.quantize_(nn.Sequential(model) if wrapped else model, "w4a4")
     assert replaced(model) == {"body"}
 
 

@@ -292,7 +292,8 @@ def _require_forward(linear: nn.Module) -> None:
 
 
 def _is_body(model: nn.Module) -> Callable[[nn.Module, str], bool]:
-    heads = {getattr(model, "get_output_embeddings", lambda: None)()}
+    # Of modules in it, too: the model may stand in a wrapper's.
+    heads = {getattr(m, "get_output_embeddings", lambda: None)() for m in model.modules()}
     # As registered: what a parametrization computes is another tensor each time.
     tables = {
         id(m._parameters.get("weight")) for m in model.modules() if isinstance(m, nn.Embedding)
@@ -314,12 +315,12 @@ def quantize_(
     hooks stay, and so does what was compiled, which is compiled anew when it is called. One that
     stands in several places, also of another model, is quantized in all of them.
     filter_fn(module, qualified name) says which; by default all but the output head (what
-    `model.get_output_embeddings()` returns, layers called lm_head, output, head, embed_out,
-    classifier or score, and those that share an embedding's weight), which the method leaves in the
-    model's dtype. Layers inside a container so called are quantized, the last one, too, as that of
-    RobertaForSequenceClassification. Subclasses of `nn.Linear` other than `quest.Linear` are left
-    alone. Raises ValueError where no module matches, a width does not fit the recipe or the
-    `forward` of a module was itself replaced; the model is then unchanged.
+    `get_output_embeddings()` of the model or a module in it returns, layers called lm_head, output,
+    head, embed_out, classifier or score, and those that share an embedding's weight), which the
+    method leaves in the model's dtype. Layers inside a container so called are quantized, the last
+    one, too, as that of RobertaForSequenceClassification. Subclasses of `nn.Linear` other than
+    `quest.Linear` are left alone. Raises ValueError where no module matches, a width does not fit
+    the recipe or the `forward` of a module was itself replaced; the model is then unchanged.
     """
     made = recipe(name)
     if not isinstance(model, nn.Module):

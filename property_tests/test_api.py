@@ -66,6 +66,34 @@ Linear(2, 2)(torch.ones(1, 2))
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+@pytest.mark.parametrize("order", ["quest.operators, torch", "torch, quest"])
+def test_all_operators_in_a_fresh_process(order: str, tmp_path: Path) -> None:
+    """As a saved program needs them, which names nothing else."""
+    # One of each file that registers some.
+    names = (
+        "hadamard",
+        "accumulate",
+        "low_bit_linear",
+        "low_bit_swiglu",
+        "normed_encode",
+        "gated_product",
+        "rotated_product",
+        "packed_product",
+        "sparse_product",
+        "compress",
+    )
+    layer, file = quest.Linear(16, 4), tmp_path / "layer.pt2"
+    with quest.paths.only("integers"):
+        program = torch.export.export(layer, (torch.ones(2, 16),))
+        expected = layer(torch.ones(2, 16)).tolist()
+    torch.export.save(program, file)
+    code = f"""import {order}
+assert not [name for name in {names!r} if not hasattr(torch.ops.quest, name)]
+assert torch.export.load({str(file)!r}).module()(torch.ones(2, 16)).tolist() == {expected!r}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_version() -> None:
     project = Path(__file__).parents[1] / "pyproject.toml"
     assert tomllib.loads(project.read_text())["project"]["version"] == quest.__version__

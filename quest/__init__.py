@@ -8,7 +8,7 @@ Method: arXiv 2502.05003.
 
 PyTorch takes seconds to import, and `quest --help` does not wait for it: where nobody has imported
 it, a name is imported when it is asked for. Programs that know the operators only by
-``torch.ops.quest`` say ``import quest.ops``.
+``torch.ops.quest``, as exported ones do, say ``import quest.operators``.
 """
 
 from __future__ import annotations

@@ -401,6 +401,7 @@ OWN = {
     ),
     "quest/mlp.py": ("mlp_edges", "gated_product", "added_product", "mlp", "flops"),
     "quest/operands.py": ("operand_forms", "product", "product_errors", "packed_operand", "errors"),
+    "quest/operators.py": ("api",),
     "quest/ops.py": (
         "launch_edges",
         "operator_launches",

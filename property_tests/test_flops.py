@@ -87,6 +87,17 @@ def test_a_mlp_in_one_operator() -> None:
 
 
 @pytest.mark.whole
+@pytest.mark.parametrize(("path", "again"), [("values", 2), ("integers", 3)])
+def test_a_mlp_that_is_made_again(path: str, again: int) -> None:
+    """The counter's hooks make it a checkpoint, which makes `down` again where that saves codes."""
+    gate, up = (quest.Linear(K, N, recipe="w4a4") for _ in range(2))
+    down, x = quest.Linear(N, K, recipe="w4a4"), torch.ones(M, K, requires_grad=True)
+    with paths.only(path):
+        total = counted(lambda: quest.swiglu(x, gate, up, down, recompute=True).sum().backward())
+    assert total == PRODUCT * (3 * 3 + again)
+
+
+@pytest.mark.whole
 @pytest.mark.parametrize("recipe", ["w1a1", "w4a4", "w4a4-2:4"])
 def test_products_by_themselves(recipe: str) -> None:
     """As frozen layers call them where something watches: of what the operands stand for."""

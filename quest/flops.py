@@ -3,6 +3,10 @@
 Products of integers count as those of the values that they stand for, 2 M N K for (M, K) and
 (N, K), zeros of a sparse weight included: a layer counts the same on either path, and the same as
 `torch.nn.Linear`. Transforms and quantizers count nothing, as on the path of the values.
+
+The counter hooks every module, so that layers are called one by one: `quest.swiglu` with
+`recompute` is then the checkpoint that other layers get. Its backward makes `down` again as well,
+where layers multiply integers, and that is counted: three products, and not two as elsewhere.
 """
 
 from __future__ import annotations

@@ -15,15 +15,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import bench_model, cases, gate, timed, timing
-from quest import frozen, packing
-from quest.conformance import examine
+from benchmarks import baselines, bench_model, cases, gate, timed, timing
+from quest import frozen, packing, quantizer
+from quest.conformance import examine, inputs, oracle
 from quest.conformance.verdict import Verdict
 from quest.gate.clock import size
+from quest.reference import quantize
 
 FOLDER = Path(timing.__file__).parent
 # What others wrote need not be installed.
@@ -214,6 +216,28 @@ def test_torch_computes_the_same(given: dict[str, Given], monkeypatch: pytest.Mo
             assert 0 < (a / b - 1).abs() < LOSSES, name
         else:
             assert RELATED < torch.cosine_similarity(a, b, 0) < QUANTIZED, name
+
+
+@pytest.mark.parametrize("estimator", ["trust1.0", "clip1.3"])
+@pytest.mark.parametrize("pattern", ["dense", "2:4", "pairs4:8"])
+@pytest.mark.parametrize("grid", ["uniform4", "ternary", "e2m1"])
+def test_torch_quantizes_and_masks_as_the_formulas_say(
+    grid: str, pattern: str, estimator: str
+) -> None:
+    """Pruned entries are masked by a threshold of their own."""
+    q = quantizer.parse(f"{grid}/hadamard16/{estimator}/{pattern}")
+    x = inputs.draw("gaussian", (32, 256), torch.float32, 0)
+    due = quantize.quantize(oracle.lift(x), **oracle.arguments(q, 256))
+    h = baselines.matrix(16, "cpu", torch.float32)
+    codes, scale, mask, *keep = baselines.quantize(x, h, q)
+    values, same = baselines.fake_quantize(x, h, q)
+    assert torch.equal(same, mask)
+    assert bool(keep) == (q.sparsity is not None)
+    pairs = [(mask, due.mask), (scale, due.scale), (codes, due.codes), (values, due.values)]
+    pairs += [(kept, due.keep) for kept in keep]
+    for made, expected in pairs:
+        near = np.isclose(oracle.lift(made), expected, rtol=1e-5, atol=1e-6)
+        assert near.mean() > AS_ROUNDED
 
 
 def test_what_is_counted(given: dict[str, Given]) -> None:

@@ -83,6 +83,18 @@ def test_each_result_stands_at_once(tmp_path: Path) -> None:
     assert [run.results for run in rows.read(path)] == [{"one": INFO}, {"three": INFO}]
 
 
+@pytest.mark.parametrize("name", sorted(rows.OF_RESULT | rows.OF_ENVIRONMENT))
+def test_what_the_table_reads_is_there(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows.Kept(path).add("one", INFO | {"more": 1})
+    assert len(rows.read(path)) == 1
+    head, result = map(json.loads, path.read_text().splitlines())
+    (head["environment"] if name in rows.OF_ENVIRONMENT else result["info"]).pop(name)
+    path.write_text("".join(json.dumps(line) + "\n" for line in (head, result)))
+    with pytest.raises(ValueError, match=r"no result of a benchmark"):
+        rows.read(path)
+
+
 def test_a_picture_of_rows(tmp_path: Path) -> None:
     """`benchmarks.tokens` draws what is printed."""
     path = tmp_path / "rows.jsonl"

@@ -723,39 +723,67 @@ def test_values_without_codes_bite(fault: Any) -> None:
     assert propagated.valued(x, q, fault(x, q(x), q)).failure is not None
 
 
-def test_two_codes_are_admissible_without_codes_only_at_a_midpoint() -> None:
-    """Within the margin of T3, with the scale's own error; one and a half of it is beyond."""
-    q = quest.Quantizer(quest.grids.uniform(4), quest.Hadamard(32), quest.STE())
-    x = inputs.draw("gaussian", (2000, 96), torch.float32, 3)
-    x64 = x.double().numpy()
-    sigma = np.sqrt((x64**2).mean(-1, keepdims=True))
-    z, step = hadamard.apply(x64, 32) / sigma, q.require_grid().step
-    near = np.clip(np.round(z / step), -7, 7) * step
-    share = bounds.scale(x64, 32, sigma) / sigma
-    margin = (bounds.code_margin(x64, 32, sigma) + np.abs(z) * share) / (1 - share)
-    beyond = (z - near) / margin
-    admitted = []
-    for low, high in ((0.0, 0.9), (1.1, 1.9)):
-        found = np.argwhere((low <= np.abs(beyond)) & (np.abs(beyond) < high))[:3]
-        assert len(found) == 3
-        for row, column in found:
-            made = q(x[row : row + 1])
-            # The code on the midpoint's other side.
-            side = -1 if made[0, column] > near[row, column] * sigma[row, 0] else 1
-            made[0, column] = float((near[row, column] + side * step / 2) * sigma[row, 0])
-            verdict = propagated.valued(x[row : row + 1], q, made, conclusive=False)
-            admitted.append(verdict.failure is None)
-    assert admitted == [True] * 3 + [False] * 3
+def test_a_value_without_its_code_is_held_to_the_last_one_inside_the_bound() -> None:
+    """The product's roundings, the error of the scale, and one rounding to the output."""
+    q = quest.quantizer.parse("uniform4/identity/ste/dense")
+    x = inputs.draw("gaussian", (1, 64), torch.float32, 3)
+    sigma = float(x.double().square().mean().sqrt())
+    made = q(x).double()
+    at = int(made.abs().argmax())
+    point = round(made[0, at].item() / sigma / q.grid.step - 0.5) + 0.5
+    expected = point * q.grid.step * sigma
+    scale = float(bounds.scale(x.double().numpy(), 1, np.array([[sigma]]))[0, 0])
+    error = float(bounds.gamma(bounds.VALUE_ROUNDINGS, bounds.U32)) * abs(expected)
+    error += abs(point) * q.grid.step * scale * (1 + bounds.U32) + bounds.ETA32
+    bound = float(bounds.output(np.array([expected]), np.array([error]), "float32")[0])
+    assert 2 * 2.0**-24 < bound / abs(expected) < 64 * 2.0**-24
+    for end in (expected - bound, expected + bound):
+        inside = np.float32(end)
+        if abs(float(inside) - expected) > bound:
+            inside = np.nextafter(inside, np.float32(expected))
+        beyond = np.nextafter(inside, np.float32(2 * end - expected))
+        for value, wrong in ((inside, False), (beyond, True)):
+            values = made.clone()
+            values[0, at] = float(value)
+            found = propagated.valued(x, q, values.float(), conclusive=False)
+            assert (found.failure is not None) == wrong
 
 
-def test_codes_of_tiny_rows_are_judged_too() -> None:
-    """Of a scale of eight units of 2^-149 one is known to a tenth: an outermost code is wrong."""
-    q = quest.Quantizer(quest.grids.uniform(4), quest.Identity(), quest.STE())
-    x = torch.tensor([[8.0, -8.0, 8.0, -8.0, 16.0, -16.0, 0.0, 0.0]]) * 2.0**-149
-    made = q(x)
-    assert propagated.valued(x, q, made, conclusive=False).failure is None
-    made[0, 6] = made.amax()
-    assert propagated.valued(x, q, made, conclusive=False).failure is not None
+def test_either_code_is_admissible_as_far_as_the_margin_reaches() -> None:
+    q = quest.quantizer.parse("uniform4/identity/ste/dense")
+    x = inputs.draw("gaussian", (1, 64), torch.float32, 3)
+    middle, seen = q.grid.step, []
+    for _ in range(50):  # on a midpoint of the scale that it is part of itself
+        x[0, 0] = middle * x.double().square().mean().sqrt()
+    start = x[0, 0].numpy().view(np.int32).item()
+    for ulps in range(-60, 61):
+        x[0, 0] = float(np.int32(start + ulps).view(np.float32))
+        x64 = x.double().numpy()
+        sigma = np.sqrt((x64**2).mean(-1, keepdims=True))
+        share = float((bounds.scale(x64, 1, sigma) / sigma)[0, 0])
+        margin = float(bounds.code_margin(x64, 1, sigma)[0, 0])
+        z = x64[0, 0] / float(sigma[0, 0])
+        reach = (margin + abs(z) * share) / (1 - share)
+        values = q(x)
+        # What the other of the two codes would give.
+        values[0, 0] = (0.5 if z >= middle else 1.5) * q.grid.step * float(sigma[0, 0])
+        found = propagated.valued(x, q, values, conclusive=False)
+        assert (found.failure is None) == (abs(z - middle) <= reach), ulps
+        assert found.ambiguous == (abs(z - middle) <= reach)
+        seen.append(found.failure is None)
+    assert seen[0] is seen[-1] is False
+    assert 3 <= sum(seen) <= 60
+
+
+def test_a_scale_of_few_units_does_not_excuse_another_code() -> None:
+    """Only one that is no more than its own error does."""
+    q = quest.quantizer.parse("uniform4/identity/ste/dense")
+    x = inputs.draw("gaussian", (4, 64), torch.float32, 0) * 2.0**-142
+    sigma = float(x.double().square().mean().sqrt())
+    values = q(x)
+    assert propagated.valued(x, q, values, conclusive=False).failure is None
+    values[2, 3] += (2 if values[2, 3] < 0 else -2) * q.grid.step * sigma
+    assert propagated.valued(x, q, values, conclusive=False).failure is not None
 
 
 @pytest.mark.parametrize(("missing", "stale"), [(None, 2), ("it is not installed", 0)])

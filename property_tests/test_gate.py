@@ -112,6 +112,26 @@ def test_the_simulation_keeps_what_the_gate_promises() -> None:
 
 
 @pytest.mark.parametrize(
+    ("verdicts", "alarm"),
+    [
+        (["slower"] * pairs.LOOKS, True),
+        (["ok"], False),
+        (["slower", "unclear"], False),
+        ([*["slower"] * (pairs.LOOKS - 1), "faster"], False),
+    ],
+)
+def test_the_simulated_gate_looks_as_often_as_the_gate(
+    verdicts: list[str], alarm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look that finds nothing slower is the last."""
+    looks = iter(verdicts)
+    found = lambda *_, **__: SimpleNamespace(verdict=next(looks))  # noqa: E731
+    monkeypatch.setattr(power.pairs, "compare", found)
+    assert power.gate_alarms(np.random.default_rng(0), 0.0) == alarm
+    assert not [*looks]
+
+
+@pytest.mark.parametrize(
     ("false_alarms", "found", "kept"), [(0, 180, True), (1, 200, False), (0, 179, False)]
 )
 def test_figures_that_fail_the_power_command(

@@ -215,6 +215,43 @@ def test_planted_faults_are_found(name: str) -> None:
     assert failures(property_, planted(function, fault))
 
 
+def test_the_mask_is_not_judged_by_codes_that_are_wrong() -> None:
+    found = failures("mask", planted("quantize", lambda r: (r[0].clamp_max(6) + 1, r[1])))
+    assert {v.stage for v in found} == {"codes"}
+
+
+@pytest.mark.parametrize("rows", [9, 5])
+def test_either_operand_of_a_layer_is_judged(rows: int) -> None:
+    """One that multiplies what it shows, and shows what is no value of its format."""
+
+    class Wrong(Paper):
+        def fake_quantize(self, x: torch.Tensor, format: formats.Format) -> torch.Tensor:
+            right = super().fake_quantize(x, format)
+            return right * (1 + 2**-10) if len(x) == rows else right
+
+    for property_ in ("forward", "backward"):
+        assert {v.stage for v in failures(property_, Wrong())} == {"values"}
+
+
+@pytest.mark.parametrize("accumulator", capabilities.ACCUMULATORS)
+def test_a_layer_is_held_to_the_declared_accumulator(
+    accumulator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units: list[tuple[str, float]] = []
+    for name, at in (("layer", 7), ("values_product", 3)):
+        judge = getattr(properties.judges, name)
+
+        def noted(*given: Any, name: str = name, judge: Any = judge, at: int = at, **more: Any):  # type: ignore[no-untyped-def]
+            units.append((name, given[at]))
+            return judge(*given, **more)
+
+        monkeypatch.setattr(properties.judges, name, noted)
+    made = Declared(accumulator=accumulator)
+    assert failures("forward", made) == failures("backward", made) == []
+    unit = capabilities.ACCUMULATORS[accumulator]
+    assert {*units} == {("layer", unit), ("values_product", unit)}
+
+
 def test_ties_are_exact() -> None:
     class Even(Paper):
         def quantize(self, x: torch.Tensor, format: formats.Format) -> Any:
@@ -283,7 +320,18 @@ def test_thresholds_of_a_clip_are_exact(grid: str, clip: float, precision: Any) 
 
 
 def test_the_threshold_of_a_clip_is_met_and_never_left() -> None:
-    for clip in (1.3, 0.6, 1.0, 1.5, 2.0, 4.2, 0.01, 100.0, *np.linspace(0.3, 3.0, 99).tolist()):
+    for clip in (
+        1.3,
+        0.6,
+        1.0,
+        1.5,
+        2.0,
+        3.68,
+        4.2,
+        0.01,
+        100.0,
+        *np.linspace(0.3, 3.0, 99).tolist(),
+    ):
         n, outer = exact_rows.on_threshold(clip, 16)
         narrow = np.float32(clip)
         assert float(np.float32(outer)) == outer
@@ -296,6 +344,14 @@ def test_the_threshold_of_a_clip_is_met_and_never_left() -> None:
         assert ((rows**2).mean(-1) == 256).all()
         assert (rows == n).any(-1).all()
         assert (rows == -n).any(-1).all()
+
+
+def test_rows_are_others_for_each_seed_and_hold_their_values_anywhere() -> None:
+    one, other = (exact_rows.rows(64, 32, 16, seed, 11) for seed in (0, 1))
+    assert not (one == other).all()
+    assert (one == exact_rows.rows(64, 32, 16, 0, 11)).all()
+    for found in (one == 11, one == -11, np.abs(one) == np.abs(one).max(-1, keepdims=True)):
+        assert found.any(0).mean() > 0.5
 
 
 def dense(format: formats.Format) -> formats.Format:
@@ -496,6 +552,45 @@ def test_a_test_that_fails_in_any_phase_has_failed(when: Any) -> None:
     assert taken.outcomes["t"].outcome == results.FAILED
 
 
+def test_each_test_begins_anew() -> None:
+    """What an adapter raised in another test is no failure that this one expects."""
+    court = Court(implementation(Paper()))
+    court.impl.raised[ValueError] = None
+    before = court.record, court.asked
+    court.start()
+    assert not court.impl.raised
+    assert all(a is not b for a, b in zip(before, (court.record, court.asked), strict=True))
+    assert court.finish()["calls"] == 0
+
+
+def test_what_raises_was_not_judged() -> None:
+    """The value that was drawn for it is asked again, or told as not covered."""
+    court = Court(implementation(Paper()))
+    data = SimpleNamespace(draw=lambda strategy, label: "uniform4")
+
+    def raises(*_: Any) -> list[Verdict]:
+        raise KeyError("codes")
+
+    for judge, judged in ((raises, []), (lambda *_: [Verdict("codes", 1)], ["uniform4"])):
+        court.asked.choose(data, "grid", ["uniform4"])  # type: ignore[arg-type]
+        with contextlib.suppress(KeyError):
+            court.judge(judge, {}, (), "")
+        assert court.asked.told() == {"grid": judged}
+
+
+def test_all_that_an_adapter_raised_must_be_expected() -> None:
+    due = lists.Listed("--xfails", "list", ("t",), {"t": "LookupError"})
+    for raised, told in (
+        ([KeyError, IndexError], None),
+        ([KeyError, ValueError], "expected is LookupError, and the adapter raised ValueError"),
+        ([], "expected is LookupError, and it was a wrong result"),
+    ):
+        impl = implementation(Paper())
+        impl.raised.update(dict.fromkeys(raised))
+        plugin = expected.ExpectedFailures(impl, due)
+        assert plugin._unexpected("t", KeyError("codes")) == told
+
+
 def test_a_record_is_of_all_verdicts() -> None:
     made = Court(implementation(Paper()))
     verdicts = [Verdict("a", 5, 0.75, ambiguous=1), Verdict("b", 7, 0.25, ambiguous=2)]
@@ -571,8 +666,10 @@ def test_what_python_allocates_is_poisoned() -> None:
     with adapter.poisoned(0x55):
         made = [torch.empty(3), torch.empty_like(x), x.new_empty(3)]
         arrays = [np.empty(3, np.float32), np.empty_like(x.numpy())]
+        single = [float(np.empty((), np.float32)), float(np.empty_like(np.float32(0)))]
     for t in (*made, *map(torch.from_numpy, arrays)):
         assert (t.view(torch.uint8) == 0x55).all()
+    assert single == [0x55, 0x55]
 
 
 def test_determinism_counts_where_it_is_declared() -> None:
@@ -779,11 +876,22 @@ def test_a_scale_of_few_units_does_not_excuse_another_code() -> None:
     """Only one that is no more than its own error does."""
     q = quest.quantizer.parse("uniform4/identity/ste/dense")
     x = inputs.draw("gaussian", (4, 64), torch.float32, 0) * 2.0**-142
-    sigma = float(x.double().square().mean().sqrt())
+    sigma = float(x[2].double().square().mean().sqrt())
     values = q(x)
     assert propagated.valued(x, q, values, conclusive=False).failure is None
     values[2, 3] += (2 if values[2, 3] < 0 else -2) * q.grid.step * sigma
     assert propagated.valued(x, q, values, conclusive=False).failure is not None
+
+
+def test_what_is_pruned_has_no_code_that_is_ambiguous() -> None:
+    """Of rows whose even numbers are midpoints; sums that are exactly 0 are 0 in any order."""
+    q = quest.quantizer.parse("uniform4:1.875/identity/ste/dense")
+    x = torch.from_numpy(exact_rows.rows(4, 32, 8, 0)).float()
+    ties = (x % 2 == 0) & (x != 0) & (x.abs() <= 14)
+    for keep in (ties | True, torch.arange(32) % 2 == 0):
+        keep = keep.expand(x.shape)
+        found = propagated.valued(x, q, torch.where(keep, q(x), 0.0), keep, conclusive=False)
+        assert (found.failure, found.ambiguous) == (None, int((ties & keep).sum()))
 
 
 @pytest.mark.parametrize(("missing", "stale"), [(None, 2), ("it is not installed", 0)])

@@ -38,7 +38,7 @@ from quest.conformance.public.court import Court
 from quest.conformance.strategies import FORMATS, Case
 from quest.conformance.tests import drawing
 from quest.conformance.verdict import Rejected, Verdict
-from quest.reference import bounds, hadamard
+from quest.reference import bounds
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

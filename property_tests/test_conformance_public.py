@@ -406,6 +406,33 @@ def test_the_smallest_example_names_its_layout() -> None:
         assert case.code() in failure["snippet"].splitlines()
 
 
+def test_bits_of_a_format_hold_all_its_levels() -> None:
+    due = {"uniform1": 1, "ternary": 2, "uniform2": 2, "uniform3": 4, "lloyd_max4": 4,
+           "uniform4": 4, "e2m1": 4, "uniform5": 8, "uniform8": 8}  # fmt: skip
+    parsed = {name: quest.quantizer.parse(f"{name}/identity/ste/dense") for name in due}
+    assert {name: formats.of(q, 16).bits for name, q in parsed.items()} == due
+
+
+def test_what_is_not_declared_is_not_covered() -> None:
+    """Whatever it is: a function, a capability that is needed besides, a value, a width."""
+    declared = {"dtypes": ["float32"], "blocks": [2, 64], "max_width": 32, "bias": True}
+    impl = implementation(SimpleNamespace(capabilities=declared, hadamard=print))
+
+    def told(function: str, *needed: str, **params: Any) -> str | None:
+        return axes.uncovered(impl, (function,), needed, params)
+
+    assert told("hadamard", "bias", "blocks", dtype="float32", block=2) is None
+    assert told("scale") == "no function scale(x, block)"
+    for name in ("grids", "deterministic", "accumulator", "any_outer"):
+        assert told("hadamard", "bias", name) == f"capabilities declare no {name}"
+    assert told("hadamard", dtype="float16") == "capabilities['dtypes'] lacks float16"
+    assert told("hadamard", block=4) == "capabilities['blocks'] lacks 4"
+    narrow = "capabilities['max_width'] 32 is too narrow for block 64"
+    assert told("hadamard", block=64) == narrow
+    impl = dataclasses.replace(impl, missing="it is not installed")
+    assert told("hadamard") == "it is not installed"
+
+
 def test_bits_are_numbers() -> None:
     assert capabilities.check({"bits": [1, "8"]}, "Adapter").bits == (1, 8)
 
@@ -694,6 +721,9 @@ def test_the_worst_element_of_each_judgement_is_kept() -> None:
         made._observe(np.full(8, 0.25) + (np.arange(8) == 3) * worst, bound)
     assert (1.0, 499.25) in made.record.points
     assert len(made.record.points) < 1000
+    # The worst is the one that is nearest to its bound, or farthest beyond.
+    made._observe(np.array([3.0, 0.5, 0.0, np.nan]), np.array([8.0, 1.0, 1.0, 1.0]))
+    assert made.record.points[-1] == (1.0, 0.5)
 
 
 class Declared(Paper):

@@ -272,6 +272,28 @@ def test_a_case_takes_other_inputs_at_each_call(monkeypatch: pytest.MonkeyPatch)
     assert all(shapes == [(4, 5), (6,), (4, 2)] for _, shapes in seen)
 
 
+def test_base_and_change_get_the_same_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn from a seed that both processes have, on the device that is timed."""
+    seen: list[torch.Tensor] = []
+    _case(monkeypatch, seen.append)
+    g = torch.Generator(cases.DEVICE).manual_seed(worker.SEED)
+    due = torch.randn((2, 3), generator=g, device=cases.DEVICE, dtype=cases.DTYPE)
+    assert torch.equal(seen[0], due)
+
+
+def test_what_a_mark_skips() -> None:
+    marks = pytest.mark
+    for made, told in (
+        ([marks.skipif(False, reason="no")], None),
+        ([marks.skipif(False, reason="no"), marks.skipif(True, reason="yes")], "yes"),
+        ([marks.skip(reason="always")], "always"),
+        ([marks.skip], "skip"),
+        ([marks.whole, marks.parametrize("x", [1])], None),
+    ):
+        item = SimpleNamespace(iter_markers=lambda made=made: iter([m.mark for m in made]))
+        assert worker._skipped(item) == told
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the allocator tells")
 def test_the_peak_of_a_case_is_what_it_holds_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(x: torch.Tensor) -> torch.Tensor:

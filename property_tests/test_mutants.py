@@ -261,6 +261,47 @@ def test_a_proof_of_a_mutant_that_dies_is_a_problem() -> None:
     assert table.Table([m], {m.id: result}, Proofs()).problems() == [f"{m.id} survives: {m.what}"]
 
 
+@pytest.mark.parametrize("outcome", [*runner.OUTCOMES, "untried"])
+def test_what_a_proof_explains(outcome: str) -> None:
+    """What tests could have noticed and did not. The rest is told as it is."""
+    m = KNOWN["quest/packing.py:pack:remove:0"]
+    found = runner.Result(m.id, m.what, outcome, "t", passed="own tests" * (outcome == "open"))
+    results = {} if outcome == "untried" else {m.id: found}
+    rule = Rule("quest/packing.py:pack", frozenset({"remove"}), "", "It is slow.")
+    left = outcome in ("survived", "open", "untried")
+    dead = outcome in ("killed", "crash", "timeout")
+    for mine, column, problem in (
+        (Proofs(), outcome, f"{m.id} survives: {m.what}" if outcome == "survived" else ""),
+        (Proofs({m.id: (m.what, "why")}), "equivalent" if left else outcome,
+         f"{m.id} is listed as equivalent, but t kills it" if dead else ""),
+        (Proofs(rules=(rule,)), "by rule" if left else outcome, ""),
+    ):  # fmt: skip
+        made = table.Table([m], results, mine)
+        assert (made.outcome(m), made.problems()) == (column, [problem] if problem else [])
+        assert made.totals(lambda m: m.file)[-1][1 + table.HEAD.index(column)] == "1"
+        assert (f"| {m.id} |" in record.markdown(made)) == (left and column != "untried")
+
+
+def test_a_record_of_an_unclean_checkout_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its verdicts hold at no commit."""
+    for status, told in (("", "abc"), (" M quest/packing.py\n", "abc+")):
+        said = {"rev-parse": "abc\n", "status": status}
+        monkeypatch.setattr(
+            record.subprocess, "check_output", lambda asked, said=said, **_: said[asked[1]]
+        )
+        assert record._commit() == told
+
+
+def test_the_median_is_of_kills() -> None:
+    made = [KNOWN[f"quest/packing.py:pack:{name}:0"] for name in ("remove", "negate")]
+    results = {
+        m.id: runner.Result(m.id, m.what, outcome, "t", seconds)
+        for m, outcome, seconds in zip(made, ("timeout", "survived"), (3.0, 90.0), strict=True)
+    }
+    assert table.Table(made, results, Proofs()).median(made) == 3.0
+    assert table.Table(made, results, Proofs()).median(made[1:]) is None
+
+
 def test_a_table_tells_what_was_not_tried() -> None:
     made = [KNOWN[f"quest/packing.py:pack:{name}:0"] for name in ("remove", "negate")]
     results = {made[0].id: runner.Result(made[0].id, made[0].what, "killed", "t", 2.0)}

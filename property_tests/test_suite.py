@@ -201,7 +201,10 @@ def test_a_copy_reads_and_writes_so_many_bytes_together(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("calls", [1, 2])
 def test_what_is_told_of_a_time(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes: what is read once, inputs or what was made of them, and what is written."""
+    """Bytes: what is read once, inputs or what was made of them, and what is written.
+
+    As many sets as the cache can't hold of what is read.
+    """
     measured: list[tuple[int, int]] = []
 
     def measure(run: Any, baseline: Any, sets: Any, moved: int, device: str) -> timing.Times:

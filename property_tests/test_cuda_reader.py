@@ -6,6 +6,8 @@ import pytest
 
 from property_tests.cuda_reader import Names, _compiled, statements, value, worlds
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.mark.parametrize(
     ("c", "expected"),

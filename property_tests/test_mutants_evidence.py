@@ -277,6 +277,18 @@ def test_the_look_without_a_fault_is_as_old_as_what_verdicts_rest_on(
     assert baseline._key("property_tests/test_a.py") != before
 
 
+def test_the_look_without_a_fault_is_of_one_stack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project(tmp_path)
+    monkeypatch.setattr(baseline, "ROOT", tmp_path)
+    keys = []
+    for stack in ("no GPU, python 3.11", "no GPU, python 3.12", "H100, python 3.11"):
+        monkeypatch.setattr(covered, "stack", lambda stack=stack: stack)
+        keys.append(baseline._key("property_tests/test_a.py"))
+    assert len({*keys}) == 3
+
+
 def test_benchmarks_count_for_tests_that_import_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from property_tests.mutants.choice import quick
 from property_tests.mutants.evidence import Outline
 from property_tests.mutants.mutant import ROOT, Mutant, read
 from property_tests.processes import alive, gone
-from quest.kernels import blocks, few, forms, rows
+from quest.kernels import blocks, cuda, few, forms, rows
 
 TESTS = "property_tests/test_packing.py"
 FIRST = f"{TESTS}::test_the_first_element_is_in_the_lowest_bits"
@@ -558,6 +559,102 @@ trace.start(Path(sys.argv[1]), Path.cwd())
 assert eval(compile("6 * 7", {name!r}, "eval")) == 42
 """
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True, timeout=120, cwd=ROOT)
+
+
+def test_lines_of_a_long_call_are_those_of_the_test_that_runs(tmp_path: Path) -> None:
+    """A call that has begun in one test may end in another."""
+    code = """
+import sys
+from pathlib import Path
+from property_tests.mutants import trace
+folder, root = Path(sys.argv[1]), Path(sys.argv[2])
+mark = trace.Mark(folder)
+trace.start(folder, root)
+sys.path.insert(0, str(root / "quest"))
+import steps
+mark.set(1)
+steps.f(lambda: mark.set(2))
+"""
+    (tmp_path / "quest").mkdir()
+    (tmp_path / "seen").mkdir()
+    text = "def f(turn):\n    x = 1\n    turn()\n    y = x\n    return y\n"
+    (tmp_path / "quest" / "steps.py").write_text(text)
+    command = [sys.executable, "-c", code, tmp_path / "seen", tmp_path]
+    subprocess.run(command, check=True, timeout=120, cwd=ROOT)
+    (written,) = (tmp_path / "seen").glob("*.json")
+    found = {number: lines for number, _, lines in json.loads(written.read_text())}
+    assert found == {0: [1], 1: [2, 3], 2: [4, 5]}
+
+
+def test_a_test_that_fails_in_any_phase_fails_without_a_fault(tmp_path: Path) -> None:
+    names = ["a", "b", "c"]
+    phases = [
+        {"took": name, "when": when, "seconds": 0.5, "outcome": outcome}
+        for name, outcomes in zip(
+            names, (("passed",) * 3, ("failed", "passed"), ("passed", "passed", "failed")),
+            strict=True,
+        )
+        for when, outcome in zip(("setup", "call", "teardown"), outcomes, strict=False)
+    ]  # fmt: skip
+    end = pool.Ended(replace(JOB, folder=tmp_path), 1, 9.0, [*phases, {"names": names}])
+    (tmp_path / "trace").mkdir()
+    (tmp_path / "trace" / "1.json").write_text(json.dumps([[0, "x", [1]], [2, "x", [1, 3]]]))
+    (tmp_path / "trace" / "2.json").write_text(json.dumps([[1, "x", [3]]]))
+    part = baseline._part(end)
+    assert part["failed"] == ["b", "c"]
+    assert part["tests"] == {"a": 1.5, "b": 1.0, "c": 1.5}
+    assert part["lines"] == {"x": {1: [-1, 1], 3: [0, 1]}}
+    found = baseline._merged({"t": part})
+    assert found.lines == {"x": {1: {"", "b"}, 3: {"a", "b"}}}
+
+
+def test_a_test_has_its_patience_and_five_times_its_usual_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_: list[tuple[int, float]] = []
+    monkeypatch.setattr(child.signal, "setitimer", lambda *given: set_.append(given))
+    monkeypatch.setattr(child.signal, "signal", lambda *_: None)
+    watch = child.Watch(replace(JOB, folder=tmp_path, tests={"t": 4.0}, patience=7.0), tmp_path)
+    with watch.report:
+        for name in ("t", "another"):
+            watch.pytest_runtest_logstart(name)
+            watch.pytest_runtest_logfinish(name)
+    assert set_ == [(signal.ITIMER_REAL, seconds) for seconds in (27.0, 0, 7.0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("codes", "compiled", "said", "over"),
+    [
+        ([b"a", b"b"], 2, {"identical": 2}, True),
+        ([b"x", b"b"], 1, {}, False),
+        ([b"a", b"x"], 2, {}, False),
+        ([b"a", None], 2, {"refused": "no"}, True),
+        ([None, b"b"], 1, {"refused": "no"}, True),
+    ],
+)
+def test_machine_code_is_compared_up_to_the_first_that_differs(
+    codes: list[bytes | None], compiled: int, said: dict[str, Any], over: bool, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Tests have nothing to see where all of it is the same, or there is none."""
+    asked: list[str] = []
+
+    def compile_(source: str, *_: Any) -> SimpleNamespace:
+        asked.append(source)
+        code = codes[len(asked) - 1]
+        if code is None:
+            raise RuntimeError("no")
+        return SimpleNamespace(code=code)
+
+    monkeypatch.setattr(cuda, "compile_", compile_)
+    digests = [hashlib.sha256(code).hexdigest()[:16] for code in (b"a", b"b")]
+    binaries = tuple((("k.cu", "sm_90a", (("N", n),)), d) for n, d in enumerate(digests))
+    watch = child.Watch(replace(JOB, folder=tmp_path, binaries=binaries), tmp_path)
+    with watch.report:
+        assert watch.compile() == over
+    assert len(asked) == compiled
+    events = map(json.loads, (tmp_path / "report.jsonl").read_text().splitlines())
+    assert {k: v for e in events for k, v in e.items() if "binary" not in e} == said
 
 
 def test_the_time_bounds_the_look_without_a_fault_and_compilation_too(tmp_path: Path) -> None:

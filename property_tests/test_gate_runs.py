@@ -137,6 +137,24 @@ def test_a_change_in_the_second_of_the_commit(repository: Path) -> None:
         assert (change.path / "ratio.txt").read_text() == "9" * len(text)
 
 
+def test_a_working_tree_that_takes_its_commit_back_is_base(repository: Path) -> None:
+    """What lies there is compared, and not what was committed."""
+    file, first = repository / "ratio.txt", run_git("rev-parse", "HEAD").strip()
+    text = file.read_text()
+    file.write_text("0.75")
+    run_git("commit", "--quiet", "--all", "--message", "change")
+    file.write_text(text)
+    with worktrees.checked_out(repository, first, None) as (base, change):
+        assert (change.path / "ratio.txt").read_text() == text
+        assert change.tree == base.tree
+        assert "uncommitted changes" in change.label
+    run_git("update-ref", "HEAD", first)
+    run_git("reset", "--quiet")
+    (repository / ".git" / "ORIG_HEAD").unlink(missing_ok=True)
+    run_git("reflog", "expire", "--expire=now", "--all")
+    run_git("prune", "--expire=now")
+
+
 def test_a_red_verify_ends_it(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (repository / "ratio.txt").write_text("1.5")
     assert main(["gate", "--base", "HEAD"]) == 1

@@ -487,6 +487,24 @@ def test_an_operator_that_launches_no_kernel(
         backends.operators("emulate")
 
 
+def test_where_lanes_are_judged_a_launch_has_its_copies_soon_and_late(
+    emulator: emulated.Emulator,
+) -> None:
+    """As the parity of a run's number says: what does not wait for them fails in one of both."""
+    text = "typedef unsigned int u32;\n"
+    text += 'extern "C" __global__ void f(u32 *p) {\np[threadIdx.x] += 1;\n}'
+    emulator.text["f.cu"] = text
+    code = emulator.compile_("f.cu", "sm_90a", {})
+    kernel = emulator.load(code, "f", None, threads=32, shared=0, layout="P")
+    counts = np.zeros(32, np.uint32)
+    for launches in (1, 2, 3):
+        first, second = itertools.tee(emulator.seeds)
+        emulator.seeds = second
+        kernel.launch(1, counts.ctypes.data)
+        assert (counts == 2 * launches).all()
+        assert {n % 2 for n in itertools.islice(first, 2)} == {0, 1}
+
+
 BLOCKS = cuda._text("blocks.cu")
 # What is lost of blocks.cu, or another than it was.
 BROKEN: dict[str, Callable[[str], str]] = {

@@ -626,16 +626,6 @@ def test_a_record_is_of_all_verdicts() -> None:
     assert (record.calls, record.elements, record.ratio, record.ambiguous) == (2, 12, 0.75, 3)
 
 
-def test_a_test_begins_with_an_empty_record() -> None:
-    """And with nothing that the adapter has raised for the one before."""
-    made = Court(implementation(Paper()))
-    made.judge(lambda impl: [Verdict("a", 5, 0.75, ambiguous=1)], {}, (), "")
-    made.impl.raised[ValueError] = None
-    made.start()
-    assert (made.record.calls, made.record.failure, made.impl.raised) == (0, None, {})
-    made.settle()
-
-
 def test_every_declared_clip_is_asked() -> None:
     declared = capabilities.check({"estimators": ["ste", "clip1.5", "clip1.3"]}, "Adapter")
     assert axes.values("clip", ("clip1.3",), declared) == ("clip1.3", "clip1.5")

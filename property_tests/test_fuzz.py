@@ -279,29 +279,6 @@ def test_each_target_asks_for_what_its_entry_says(monkeypatch: pytest.MonkeyPatc
     assert not torch.equal(tied[1], plain[1])
 
 
-def test_every_verdict_of_an_entry_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worst is told and followed, of each stage; a later one that fails is a finding."""
-    steered: list[tuple[str, float]] = []
-    monkeypatch.setattr(
-        fuzz.hypothesis, "target", lambda value, label: steered.append((label, math.exp(value)))
-    )
-    search = fuzz.Search("transform", CPU, tmp_path)
-    verdicts = [Verdict("a", 2, 0.5, ambiguous=3), Verdict("a", 3, 0.25), Verdict("b", 4, 0.125)]
-    search.see(verdicts)
-    search.see([Verdict("b", 1, 0.0, ambiguous=1)])
-    assert (search.examples, search.elements) == (2, 10)
-    assert (search.ratio, search.ambiguous) == (0.5, 3)
-    expected = [("log ratio, a", 0.5), ("log ratio, b", 0.125), ("log ambiguous elements", 3),
-                ("log ambiguous elements", 1)]  # fmt: skip
-    assert [label for label, _ in steered] == [label for label, _ in expected]
-    assert [value for _, value in steered] == pytest.approx([value for _, value in expected])
-    wrong = [*verdicts, Verdict("c", 1, 2.0, failure="it is wrong")]
-    target = fuzz.Target(fuzz.TARGETS["transform"].entries, lambda *_: wrong)
-    monkeypatch.setitem(fuzz.TARGETS, "transform", target)
-    with pytest.raises(Rejected, match=r"^torch-cpu, c: it is wrong"):
-        fuzz.judge("transform", CPU, ENTRY)
-
-
 def test_what_a_lane_raises_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guard's error, or any other, as well as a judge's refusal."""
 

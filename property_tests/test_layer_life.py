@@ -608,3 +608,17 @@ def test_a_frozen_model_has_the_stacks_that_it_names() -> None:
     held = [layer.current() for layer in (pair.a, pair.b, pair.c)]
     assert [h.place if h.whole else None for h in held] == [0, 1, None]
     assert held[0].whole is held[1].whole
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which torch itself asks for
+@pytest.mark.parametrize("path", paths.PATHS)
+def test_compiled_autograd_traces_the_backward(path: str) -> None:
+    """Without a break; to the same gradients."""
+    layer, x = _layer(), X.clone().requires_grad_()
+    compiled = torch.compile(backend="aot_eager", fullgraph=True)
+    with paths.only(path):
+        expected = torch.autograd.grad(layer(x).sum(), (x, layer.weight))
+        with torch._dynamo.compiled_autograd._enable(compiled):
+            layer(x).sum().backward()
+    _near((x.grad, layer.weight.grad), expected)  # type: ignore[arg-type]
+    torch._dynamo.reset()

@@ -414,19 +414,6 @@ def test_names_and_kinds_of_files_and_versions_count(tmp_path: Path) -> None:
         assert f" {package} " in covered.stack()
 
 
-def test_each_stack_has_its_own_calls(tmp_path: Path) -> None:
-    """A kill rests on what its test calls there, whichever was asked before."""
-    made = project(tmp_path)
-    tests = A.partition("::")[0]
-    calls = {"quest/a.py": ["f"]}
-    made.learn(tests, calls, "one")
-    made.learn(tests, calls | {"quest/b.py": ["g"]}, "two")
-    one, two = (made.key("killed", MUTANT.file, A, stack) for stack in ("one", "two"))
-    assert one != two
-    made.learn(tests, calls, "two")
-    assert made.key("killed", MUTANT.file, A, "two") == one
-
-
 def test_what_is_not_executed_is_no_evidence(tmp_path: Path) -> None:
     """A file without a line that ran; texts of CUDA C++ where their compiler is only imported."""
     made = project(tmp_path)

@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +35,6 @@ FIRST = f"{TESTS}::test_the_first_element_is_in_the_lowest_bits"
 ASKS = """
 import os, sys
 from pathlib import Path
-from types import SimpleNamespace
 from property_tests.mutants import interpreter
 from quest.conformance import lanes, inputs
 import torch
@@ -348,53 +346,6 @@ def test_what_passes_some_tests_alone_is_open(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_process_that_is_ended_for_its_time_is_late(tmp_path: Path) -> None:
-    """And one that ends by itself is not, though it has the other's place."""
-    read_end, write_end = os.pipe()
-    place = read_end
-
-    class Process:
-        pid, exitcode, sentinel = 2**31 - 1, -9, place  # of no process
-
-        def __init__(self, target: Any, args: tuple[Any]) -> None:
-            self.job = args[0]
-
-        def start(self) -> None:
-            if self.job.limit:
-                self.kill()
-
-        def is_alive(self) -> bool:
-            return True
-
-        def kill(self) -> None:
-            os.write(write_end, b".")
-
-        def join(self) -> None:
-            os.read(read_end, 9)
-
-        def close(self) -> None: ...
-
-    context = SimpleNamespace(set_forkserver_preload=lambda _: None, Process=Process)
-    jobs: list[Any] = [
-        SimpleNamespace(
-            limit=limit, profile="quick", worker=tmp_path / "w", report=tmp_path / "r",
-            folder=tmp_path / "none",
-        )
-        for limit in (0.0, 9.0)
-    ]  # fmt: skip
-    found: list[bool] = []
-
-    def told(end: pool.Ended) -> Iterator[child.Job]:
-        found.append(end.late)
-        return iter(())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pool.multiprocessing, "get_context", lambda _: context)
-        patch.setattr(pool, "wait", lambda sentinels, timeout: wait(sentinels, 0.05))
-        assert pool.run_all(iter(jobs), 1, told)
-    assert found == [True, False]
-
-
 def test_no_kill_comes_of_an_interpreters_server_that_is_dead(
     monkeypatch: pytest.MonkeyPatch, told: Told
 ) -> None:
@@ -553,7 +504,6 @@ def test_code_from_a_string_is_looked_at(name: str, tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from property_tests.mutants import trace
 trace.start(Path(sys.argv[1]), Path.cwd())
 assert eval(compile("6 * 7", {name!r}, "eval")) == 42

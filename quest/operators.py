@@ -6,6 +6,4 @@ Where nobody has imported PyTorch before, ``import quest`` registers nothing yet
 
 from __future__ import annotations
 
-from . import mlp  # which is made of all that register some
-
-__all__ = ["mlp"]
+from . import mlp  # noqa: F401, which is made of all that register some

@@ -295,8 +295,9 @@ def _(x: Tensor, spec: str, packed: bool) -> tuple[Tensor, Tensor, Tensor, Tenso
 def each_apart(operator: Any, saves: int | None = None) -> None:
     """Call this operator, which takes lists, for one entry of vmap after another.
 
-    As torch does it for operators without lists. saves: which of its arguments says whether a
-    gradient will be asked for, which tensors inside of vmap do not tell.
+    As torch does it for operators without lists: a weight that all entries share is quantized, and
+    its operand saved, for each of them. saves: which of its arguments says whether a gradient will
+    be asked for, which tensors inside of vmap do not tell. Raises ValueError for no entries.
     """
 
     def apart(info: Any, dims: Any, *given: Any) -> tuple[list[Tensor], list[int]]:
@@ -324,6 +325,8 @@ def check_single(grads: Sequence[Tensor | None]) -> None:
 
     It does that by an older vmap, for which operators that take lists can have no rule.
     """
+    if torch.compiler.is_compiling():  # compiled autograd, which could not trace what is asked here
+        return
     legacy: Any = torch._C._functorch.is_legacy_batchedtensor
     if any(g is not None and legacy(g) for g in grads):
         raise NotImplementedError(

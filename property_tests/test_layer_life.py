@@ -340,11 +340,13 @@ def test_what_vmap_lacks_where_layers_multiply_integers() -> None:
                 ask()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_inputs_that_are_not_dense_are_refused() -> None:
     layer = _layer()
     for x, told in (
         (X.to_sparse(), "must be dense, got a torch.sparse_coo one"),
         (torch.nested.nested_tensor([X, X[:1]], layout=torch.jagged), "got a nested one"),
+        (torch.nested.nested_tensor([X, X[:1]], layout=torch.strided), "got a nested one"),
     ):
         with pytest.raises(TypeError, match=told):
             layer(x)
@@ -395,6 +397,19 @@ def test_a_shard_is_not_frozen(kind: str) -> None:
     layer.weight = whole
     with torch.no_grad():
         assert torch.equal(layer.freeze()(X), _layer()(X))
+
+
+class Marked(torch.nn.Parameter):
+    """A weight of a class of somebody's own, which lies here as a whole."""
+
+
+def test_a_weight_of_another_class_is_multiplied_and_frozen() -> None:
+    layer = _layer()
+    expected = layer(X)
+    layer.weight = Marked(layer.weight.detach())
+    assert torch.equal(layer(X), expected)
+    with torch.no_grad():
+        assert torch.equal(layer.freeze()(X), expected)
 
 
 def test_what_is_frozen_is_used_without_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,10 +269,10 @@ def test_derivatives_by_torch_func_are_refused(path: str) -> None:
 
 
 def _near(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """The same but for the order of sums."""
+    """The same but for the order of sums, of fewer than 64 products of float32 each."""
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape
-        assert (a - b).norm() <= 1e-5 * b.norm()
+        assert (a - b).norm() <= 64 * 2.0**-24 * b.norm()
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
